@@ -1,0 +1,85 @@
+"""What every mixer is, and the registry of mixers. Adding a mixer is one file beside this one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+import zoo.blocks
+from zoo.blocks.steps import Steps
+from zoo.kernels.registry import Registry, ZooError
+
+
+class Options(BaseModel):
+    """What a config may say about one kind of mixer under `blocks: {kind: {...}}`. Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WindowCache(Protocol):
+    """What a mixer keeps of the tokens of the current window: a NamedTuple of tensors with these methods."""
+
+    def empty(self) -> Self:
+        """The cache of a window that holds no token."""
+        ...
+
+    def keep(self, tokens: int) -> Self:
+        """The cache with at most the newest `tokens` tokens."""
+        ...
+
+
+class Mixer(nn.Module):
+    """The part of a block that mixes tokens.
+
+    Args:
+        d_model: width D of the residual stream.
+        options: this class's own `Options`.
+        reach: tokens the eviction policy lets an attention look at, the current one included; None: no bound.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, d_model: int, options: Any, reach: int | None) -> None:
+        super().__init__()
+
+    def new_fast(self, batch: int) -> Tensor | None:
+        """Fast weights of `batch` fresh streams, zeros, float32 (float64 in a float64 model); None: this mixer has none."""
+        return None
+
+    def new_window(self, batch: int) -> WindowCache | None:
+        """Window cache of `batch` streams before their first token; None: this mixer keeps nothing of the window."""
+        return None
+
+    def forward(self, x: Tensor, fast: Any, window: Any, steps: Steps) -> tuple[Tensor, Any, Any]:
+        """Mix the tokens of x: [B, T, D], given what came before them.
+
+        Returns y [B, T, D], the fast weights and the window cache after the last token. Never changes its inputs.
+        """
+        raise NotImplementedError
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Set the parameters that are not the weights of a Linear."""
+
+    def _zeros(self, *shape: int, fast: bool = False) -> Tensor:
+        weight = next(self.parameters())
+        return weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32) if fast else weight.dtype)
+
+
+def split_evenly(d_model: int, heads: int, even: bool = False) -> int:
+    """Head size when a config does not give one."""
+    if d_model % heads or (even and d_model // heads % 2):
+        raise ZooError(f"heads: {heads} does not divide d_model: {d_model}{' into even heads' if even else ''}; set head_dim")
+    return d_model // heads
+
+
+def _import_blocks() -> None:
+    for module in pkgutil.iter_modules(zoo.blocks.__path__):
+        importlib.import_module(f"zoo.blocks.{module.name}")
+
+
+mixers: Registry[type[Mixer]] = Registry("block", "blocks", _import_blocks)

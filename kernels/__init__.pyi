@@ -1,0 +1,1 @@
+from zoo.kernels.dispatch import use as use

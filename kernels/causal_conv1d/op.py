@@ -1,0 +1,35 @@
+"""Public face of the short causal convolution."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.kernels.causal_conv1d.chunked import chunked
+from zoo.kernels.causal_conv1d.reference import stepwise
+from zoo.kernels.dispatch import choose, kernels
+
+kernels.register("causal_conv1d.chunked", chunked)
+kernels.register("causal_conv1d.reference", stepwise)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, *, tail: Tensor | None = None) -> Tensor:
+    """Depthwise causal convolution with SiLU (Mamba, arXiv 2312.00752, section 3.4).
+
+    Args:
+        x: [B, T, C]. weight: [C, K], the last tap is the current token's.
+        tail: the K-1 inputs before x, oldest first, [B, C, K-1]; default zeros.
+    Returns:
+        [B, T, C] in x's dtype.
+    """
+    B, _, C = x.shape
+    if weight.ndim != 2 or weight.shape[0] != C:
+        raise ValueError(f"weight {list(weight.shape)}: want [C, K] with C = {C}")
+    K = weight.shape[1]
+    if tail is None:
+        tail = x.new_zeros(B, C, K - 1)
+    elif tail.shape != (B, C, K - 1):
+        raise ValueError(f"tail {list(tail.shape)}: want {[B, C, K - 1]}")
+    return F.silu(choose("causal_conv1d", "chunked")(x, weight, tail.to(x.dtype)))
+

@@ -1,0 +1,214 @@
+"""A model is data: the config, the YAML files that hold it, and names such as `jet2b-sleep6-hard2000`."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from zoo.eviction import evictions
+from zoo.kernels.registry import Registry, ZooError, nearest
+from zoo.pattern import expand
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class ModelConfig(BaseModel):
+    """Everything that decides what a model computes. `configs/models/*.yaml` holds one of these per file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    about: str = ""
+    vocab_size: int = Field(ge=1)
+    d_model: int = Field(ge=1)
+    layers: str = Field(description="layer pattern, for example 'jet*14 attn (jet*4 swa)*2'")
+    blocks: dict[str, dict[str, Any]] = Field({}, description="options of each kind of block in the pattern")
+    d_ff: int | None = Field(None, ge=1, description="MLP width; default 8/3 d_model, rounded up to a multiple of 16")
+    norm_eps: float = Field(1e-6, gt=0)
+    tie_embeddings: bool = False
+
+    loops: int = Field(1, ge=1, description="passes of the span over a window while asleep")
+    evict: str = Field("none", description="what happens to the window cache at the end of a chunk")
+    window: int | None = Field(None, ge=1, description="L, the tokens a window holds")
+    span: tuple[int, int] | None = Field(None, description="first and last looped layer, both included; default all")
+    sleep_on: Literal["unsupervised", "every"] = Field("unsupervised", description="chunks that are slept on in training")
+    inject: bool = Field(False, description="add the span's first input, times a learned gate, before every later pass")
+    loop_norm: bool = Field(False, description="apply the final norm between passes")
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The kind of every layer."""
+        return expand(self.layers)
+
+    @property
+    def looped(self) -> range:
+        """Indices of the layers in the span."""
+        first, last = self.span or (0, len(self.pattern) - 1)
+        return range(first, last + 1)
+
+    @property
+    def mlp_width(self) -> int:
+        return self.d_ff or -(-8 * self.d_model // 48) * 16
+
+    def yaml(self) -> str:
+        """YAML that `zoo.create` makes the same model of."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=100)
+
+
+def _register_files() -> None:
+    for path in files("zoo.configs").joinpath("models").iterdir():
+        if path.name.endswith(".yaml"):
+            models.register(path.name.removesuffix(".yaml"), path)
+
+
+# a YAML file of ours, or a mapping of the same form from another package
+models: Registry[Any] = Registry("model", "models", _register_files)
+
+_SUFFIX = re.compile(r"-(sleep|hard|slide|full)(\d*)")
+_SUFFIX_HELP = "allowed: -sleep<N>, then -hard<L>, -slide<L> or -full"
+
+
+def resolve(source: str | Path | Mapping[str, Any] | ModelConfig, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+    """The config that a name, a YAML file or a mapping stands for, with overrides.
+
+    Args:
+        source: a model name with suffixes ("jet2b-sleep6"), the path of a YAML file, or a config.
+        overrides: fields to replace; nested mappings are merged ({"blocks": {"gdn": {"heads": 2}}}).
+    Raises:
+        ZooError: an unknown name, suffix or field, or a value that does not fit; names the nearest that is allowed.
+    """
+    overrides = dict(overrides or {})
+    if isinstance(source, ModelConfig):
+        label, fields = source.name, source.model_dump(exclude_defaults=True)
+    elif isinstance(source, Mapping):
+        label, fields = str(source.get("name", "config")), dict(source)
+    elif isinstance(source, Path) or source.endswith((".yaml", ".yml")):
+        label, fields = str(source), read_yaml(Path(source))
+    else:
+        label, fields = source, _from_name(source)
+    fields.pop("sleep", None)
+    if "evict" in overrides and not evictions.get(overrides["evict"]).uses_window:
+        fields.pop("window", None)
+    config = validate(ModelConfig, merge(fields, overrides), label)
+    _check(config, label)
+    return config
+
+
+def _check(config: ModelConfig, label: str) -> None:
+    layers = len(config.pattern)
+    if config.span is not None and not 0 <= config.span[0] <= config.span[1] < layers:
+        raise ZooError(f"{label}: span: {list(config.span)} lies outside the layers 0 to {layers - 1} (first and last, both included)")
+    eviction = evictions.get(config.evict)
+    if eviction.uses_window and config.window is None:
+        raise ZooError(f"{label}: window: evict '{config.evict}' needs the tokens a window holds, at least 1")
+    if not eviction.uses_window and config.window is not None:
+        raise ZooError(f"{label}: window: {config.window} has no meaning under evict '{config.evict}'")
+
+
+def _from_name(name: str) -> dict[str, Any]:
+    """The fields of `name`: those of the model it starts with, then what its suffixes say."""
+    known = models.names()
+    base = max((k for k in known if name == k or name.startswith(f"{k}-")), key=len, default=None)
+    if base is None:
+        raise ZooError(f"unknown model '{name}'; {nearest(_SUFFIX.split(name)[0], known)}")
+    fields = _fields(models.get(base), base)
+    rest = name[len(base) :]
+    if rest:
+        fields = merge(fields, fields.pop("sleep", {}))
+    order = ["sleep", "evict"]
+    for suffix in re.findall(r"-[^-]*", rest):
+        match = _SUFFIX.fullmatch(suffix)
+        if match is None or (match[1] == "full") == bool(match[2]):
+            raise ZooError(f"{name}: unknown suffix '{suffix}'; {_SUFFIX_HELP}")
+        kind = "sleep" if match[1] == "sleep" else "evict"
+        if kind not in order:
+            raise ZooError(f"{name}: suffix '{suffix}' comes too late; {_SUFFIX_HELP}")
+        order = order[order.index(kind) + 1 :]
+        if match[1] == "sleep":
+            fields["loops"] = int(match[2])
+        elif match[1] == "full":
+            fields["evict"], fields["window"] = "none", None
+        else:
+            fields["evict"], fields["window"] = {"hard": "hard", "slide": "sliding"}[match[1]], int(match[2])
+    return {**fields, "name": name}
+
+
+def _fields(source: Any, name: str) -> dict[str, Any]:
+    """A model's fields from what its registry holds: a YAML file, or a mapping of the same form."""
+    return dict(source) if isinstance(source, Mapping) else read_yaml(source)
+
+
+def merge(fields: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` with `more` on top; where both hold a mapping, the two are merged."""
+    merged = dict(fields)
+    for key, value in more.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["d_model=128", "blocks.gdn.heads=2"]` as nested fields; values are YAML."""
+    fields: dict[str, Any] = {}
+    for pair in pairs:
+        path, equals, value = pair.partition("=")
+        if not equals or not all(path.split(".")):
+            raise ZooError(f"'{pair}': want field=value, for example d_model=128 or blocks.gdn.heads=2")
+        try:
+            nested: Any = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ZooError(f"'{pair}': the value is not YAML") from None
+        for key in reversed(path.split(".")):
+            nested = {key: nested}
+        fields = merge(fields, nested)
+    return fields
+
+
+def read_yaml(path: Traversable) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ZooError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ZooError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ZooError(f"{path}: want a mapping of fields")
+    return content
+
+
+def validate(form: type[M], fields: Mapping[str, Any], label: str) -> M:
+    """`form(**fields)`, or a ZooError of one line that starts with `label`."""
+    try:
+        return form.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            problem = f"unknown field; {nearest(str(first['loc'][-1]), _fields_at(form, first['loc'][:-1]))}"
+        elif first["type"] == "missing":
+            problem = "is missing"
+        elif first["type"] == "value_error":  # our own validators name the field
+            problem = str(first["ctx"]["error"])
+        else:
+            problem = f"{first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        raise ZooError(f"{label}: {where + ': ' if where else ''}{problem}") from None
+
+
+def _fields_at(form: Any, path: tuple[int | str, ...]) -> list[str]:
+    for part in path:
+        form = form.model_fields[part].annotation
+    return list(form.model_fields)
+
+
+def list_models(wildcard: str = "*") -> list[str]:
+    """Names that match, sorted: base names ("jet*"); to each the suffixes `-sleep<N>` and so on may be added."""
+    return [name for name in models.names() if fnmatch.fnmatchcase(name, wildcard)]

@@ -1,0 +1,64 @@
+"""Eviction policies: what happens to the window cache at the end of a chunk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from zoo.kernels.registry import Registry
+
+if TYPE_CHECKING:
+    from zoo.blocks.mixer import WindowCache
+
+
+class Eviction:
+    """`none`: everything stays. The base of every policy.
+
+    Args:
+        window: L, the tokens a window holds; None where the policy has no window.
+    """
+
+    uses_window: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
+    """Whether rotary positions start again after an eviction."""
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+
+    @property
+    def reach(self) -> int | None:
+        """How many tokens, itself included, an attention may look at; None: all that is cached."""
+        return None
+
+    def evict(self, cache: WindowCache) -> WindowCache:
+        """A mixer's window cache after the eviction."""
+        return cache
+
+
+class Hard(Eviction):
+    """The window cache is emptied: only the fast weights cross from one window to the next."""
+
+    uses_window = True
+    restarts = True
+
+    def evict(self, cache: WindowCache) -> WindowCache:
+        return cache.empty()
+
+
+class Sliding(Eviction):
+    """The newest L-1 tokens stay, so every token sees itself and the L-1 before it."""
+
+    uses_window = True
+
+    @property
+    def reach(self) -> int | None:
+        return self.window
+
+    def evict(self, cache: WindowCache) -> WindowCache:
+        assert self.window is not None
+        return cache.keep(self.window - 1)
+
+
+evictions: Registry[type[Eviction]] = Registry("eviction policy", "evictions")
+evictions.register("none", Eviction)
+evictions.register("hard", Hard)
+evictions.register("sliding", Sliding)

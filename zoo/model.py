@@ -1,0 +1,230 @@
+"""The model: one wake pass, one sleep, and the loss that trains both. Shapes: B streams, T tokens, D width, V words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.blocks.block import Block
+from zoo.blocks.mixer import Mixer, mixers
+from zoo.blocks.norm import RMSNorm
+from zoo.blocks.steps import Steps
+from zoo.config import ModelConfig, validate
+from zoo.eviction import evictions
+from zoo.kernels.registry import ZooError
+
+
+class State(NamedTuple):
+    """All that a stream carries. Never changed in place: a pass returns a new one."""
+
+    fast: tuple[Tensor | None, ...]
+    """Fast weights S of each layer, float32 (float64 in a float64 model); None where the mixer has none."""
+    window: tuple[Any, ...]
+    """Window cache of each layer, a NamedTuple of tensors."""
+    position: int
+    """Position of the next token: in the window under `hard`, in the stream otherwise."""
+
+
+class Output(NamedTuple):
+    logits: Tensor
+    """[B, T, V]"""
+    state: State
+
+
+class Answers(NamedTuple):
+    """Predictions of the supervised tokens of a batch, in no particular order."""
+
+    logits: Tensor
+    """[n, V]"""
+    index: Tensor
+    """[n], where each token stands in ids.flatten()"""
+
+
+class Model(nn.Module):
+    """A hybrid language model that sleeps. Make one with `zoo.create`.
+
+    Raises:
+        ZooError: a kind of block or an option that does not exist or does not fit.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.eviction = evictions.get(config.evict)(config.window)
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(_build_blocks(config, self.eviction.reach))
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.inject:
+            self.inject = nn.Parameter(torch.empty(config.d_model))
+        if self.eviction.restarts and all(fast is None for fast in self.init_state().fast):
+            raise ZooError(f"{config.name}: evict: '{config.evict}' empties the window, and no block of '{config.layers}' has fast weights to remember it")
+        self.prelude = range(config.looped.start)
+        self.span = config.looped
+        self.coda = range(config.looped.stop, len(self.blocks))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Set every parameter: normal weights of deviation fan_in^-0.5, block outputs smaller by sqrt(2 x layers)."""
+        for name, module in self.named_modules():
+            if isinstance(module, Mixer):
+                module.init_weights(generator)
+            elif isinstance(module, nn.Linear):
+                scale = (2 * len(self.blocks)) ** -0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
+                nn.init.normal_(module.weight, std=scale * module.in_features**-0.5, generator=generator)
+            elif isinstance(module, nn.Embedding):
+                std = self.config.d_model**-0.5 if self.config.tie_embeddings else 1.0
+                nn.init.normal_(module.weight, std=std, generator=generator)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        if self.config.inject:
+            nn.init.zeros_(self.inject)
+
+    def init_state(self, batch_size: int = 1) -> State:
+        """The state of `batch_size` streams before their first token."""
+        layers = [block.mixer for block in self.blocks]
+        return State(tuple(m.new_fast(batch_size) for m in layers), tuple(m.new_window(batch_size) for m in layers), 0)
+
+    def forward(self, ids: Tensor, state: State | None = None) -> Output:
+        """One wake pass over ids: [B, T] int64, continuing the stream at `state` (default: a new stream).
+
+        Raises:
+            ZooError: the tokens do not fit into the window that the state has open.
+        """
+        h, state = self._wake(ids, state)
+        return Output(self.logits(h), state)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Final norm and head: h [..., D] -> [..., V]."""
+        return F.linear(self.norm(h), self.embed.weight if self.head is None else self.head.weight)
+
+    def consolidate(self, ids: Tensor, state: State | None = None, *, loops: int | None = None) -> State:
+        """Sleep on one whole chunk, then evict.
+
+        Runs the prelude once, the span `loops` times and the coda once. Each pass reads the last one's hidden
+        states and carries S on; each starts from the window cache as it stood at the chunk's start.
+
+        Args:
+            ids: the chunk's tokens, [B, T] int64, T at most the window.
+            state: as it stood at the chunk's start (default: a new stream). It is not changed.
+            loops: passes of the span, default `config.loops`.
+        Raises:
+            ZooError: more tokens than the window holds, or loops < 1.
+        """
+        loops = self.config.loops if loops is None else loops
+        if loops < 1:
+            raise ZooError(f"loops: {loops} must be at least 1")
+        if self.config.window is not None and ids.shape[-1] > self.config.window:
+            raise ZooError(f"ids: {ids.shape[-1]} tokens are more than one window of {self.config.window}")
+        state, steps = self._open(ids, state)
+        return self.evict(self._passes(self.embed(ids), state, steps, loops)[1])
+
+    def evict(self, state: State) -> State:
+        """The state after the eviction that ends a chunk."""
+        window = tuple(None if cache is None else self.eviction.evict(cache) for cache in state.window)
+        return State(state.fast, window, 0 if self.eviction.restarts else state.position)
+
+    def loss(self, ids: Tensor, loss_mask: Tensor) -> Tensor:
+        """Mean cross-entropy of the supervised tokens, with sleep between the chunks (Algorithm 1 of arXiv 2605.26099).
+
+        Args:
+            ids: [B, T] int64. loss_mask: [B, T], true where a token is to be predicted from the one before it.
+        Raises:
+            ZooError: as `answers`.
+        """
+        answers = self.answers(ids, loss_mask)
+        return F.cross_entropy(answers.logits.float(), ids.flatten()[answers.index])
+
+    def answers(self, ids: Tensor, loss_mask: Tensor) -> Answers:
+        """What `loss` scores: the stream is cut at multiples of the window; a chunk without loss is consolidated,
+        a chunk with loss gets one wake pass. Under `sleep_on: every`, each chunk gets a wake pass for its loss and is
+        then consolidated from its start. Gradients cross chunks through the state alone.
+
+        The first token of a chunk is predicted from the chunk before, if that was awake; after a sleep (and at the
+        start of the stream) nothing predicts it, and it carries no loss.
+
+        Raises:
+            ZooError: shapes that differ, no token that can be predicted, or rows that disagree on which chunks
+                carry loss (they would have to sleep at different times).
+        """
+        if ids.shape != loss_mask.shape or ids.ndim != 2:
+            raise ZooError(f"loss_mask {list(loss_mask.shape)} and ids {list(ids.shape)}: want the same [B, T]")
+        every = self.config.sleep_on == "every"
+        index = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        hidden, found = [], []
+        state, before = self.init_state(ids.shape[0]), None
+        chunks = list(self._chunks(ids, index, loss_mask.bool()))
+        for number, (chunk, place, mask) in enumerate(chunks):
+            with_loss = mask.any(dim=1)
+            if not every and bool(with_loss.any()) != bool(with_loss.all()):
+                raise ZooError(f"loss_mask: some rows have loss in chunk {number} and others do not; such rows sleep at different times")
+            if every or with_loss.any():
+                h, after = self._wake(chunk, state)
+                source = h[:, :-1] if before is None else torch.cat([before, h[:, :-1]], dim=1)
+                targets = slice(h.shape[1] - source.shape[1], None)
+                hidden.append(source[mask[:, targets]])
+                found.append(place[:, targets][mask[:, targets]])
+                before = h[:, -1:]
+            else:
+                before = None
+            if number + 1 < len(chunks):
+                asleep = every or before is None
+                state = self.consolidate(chunk, state) if asleep else self.evict(after)
+        if not sum(len(place) for place in found):
+            raise ZooError("loss_mask: marks no token that can be predicted (the first of a stream, or after a sleep, cannot)")
+        return Answers(self.logits(torch.cat(hidden)), torch.cat(found))
+
+    def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        width = self.config.window or tensors[0].shape[1]
+        return zip(*(tensor.split(width, dim=1) for tensor in tensors), strict=True)
+
+    def _wake(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
+        state, steps = self._open(ids, state)
+        return self._passes(self.embed(ids), state, steps, loops=1)
+
+    def _open(self, ids: Tensor, state: State | None) -> tuple[State, Steps]:
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            raise ZooError(f"ids {list(ids.shape)}: want [B, T] with at least one token")
+        state = self.init_state(ids.shape[0]) if state is None else state
+        if self.eviction.restarts and state.position + ids.shape[1] > self.config.window:
+            raise ZooError(
+                f"ids: {ids.shape[1]} tokens do not fit into a window of {self.config.window} that holds {state.position}; consolidate it first"
+            )
+        return state, Steps(state.position, ids.shape[1], ids.device)
+
+    def _passes(self, h: Tensor, state: State, steps: Steps, loops: int) -> tuple[Tensor, State]:
+        """Prelude, `loops` passes of the span, coda, over embedded tokens h: [B, T, D]."""
+        fast, window = list(state.fast), list(state.window)
+
+        def run(layers: range, h: Tensor) -> Tensor:
+            for i in layers:
+                h, fast[i], window[i] = self.blocks[i](h, fast[i], state.window[i], steps)
+            return h
+
+        h = first = run(self.prelude, h)
+        for n in range(loops):
+            if n:
+                h = self.between_passes(h, first)
+            h = run(self.span, h)
+        h = run(self.coda, h)
+        return h, State(tuple(fast), tuple(window), state.position + steps.length)
+
+    def between_passes(self, h: Tensor, first: Tensor) -> Tensor:
+        """What one pass hands to the next: h: [B, T, D], and optionally the span's first input again."""
+        if self.config.loop_norm:
+            h = self.norm(h)
+        if self.config.inject:
+            h = h + self.inject * first
+        return h
+
+
+def _build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:
+    options = {}
+    for kind, fields in {**dict.fromkeys(config.pattern, {}), **config.blocks}.items():
+        options[kind] = validate(mixers.get(kind).Options, fields, f"{config.name}: blocks.{kind}")
+    for kind in config.pattern:
+        yield Block(mixers.get(kind)(config.d_model, options[kind], reach), config.d_model, config.mlp_width, config.norm_eps)
