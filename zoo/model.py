@@ -42,6 +42,16 @@ class Answers(NamedTuple):
     """[n, V]"""
     index: Tensor
     """[n], where each token stands in ids.flatten()"""
+    target: Tensor
+    """[n], the token itself"""
+
+    def losses(self) -> Tensor:
+        """Cross-entropy of each, [n], in float32 or wider."""
+        return F.cross_entropy(self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)), self.target, reduction="none")
+
+    def right(self) -> Tensor:
+        """Whether the likeliest token is the right one, bool [n]."""
+        return self.logits.argmax(-1) == self.target
 
 
 class Model(nn.Module):
@@ -136,10 +146,9 @@ class Model(nn.Module):
         Raises:
             ZooError: as `answers`.
         """
-        answers = self.answers(ids, loss_mask)
-        return F.cross_entropy(answers.logits.float(), ids.flatten()[answers.index])
+        return self.answers(ids, loss_mask).losses().mean()
 
-    def answers(self, ids: Tensor, loss_mask: Tensor) -> Answers:
+    def answers(self, ids: Tensor, loss_mask: Tensor, *, loops: int | None = None) -> Answers:
         """What `loss` scores: the stream is cut at multiples of the window; a chunk without loss is consolidated,
         a chunk with loss gets one wake pass. Under `sleep_on: every`, each chunk gets a wake pass for its loss and is
         then consolidated from its start. Gradients cross chunks through the state alone.
@@ -147,6 +156,8 @@ class Model(nn.Module):
         The first token of a chunk is predicted from the chunk before, if that was awake; after a sleep (and at the
         start of the stream) nothing predicts it, and it carries no loss.
 
+        Args:
+            loops: passes per sleep, default `config.loops`.
         Raises:
             ZooError: shapes that differ, no token that can be predicted, or rows that disagree on which chunks
                 carry loss (they would have to sleep at different times).
@@ -173,10 +184,11 @@ class Model(nn.Module):
                 before = None
             if number + 1 < len(chunks):
                 asleep = every or before is None
-                state = self.consolidate(chunk, state) if asleep else self.evict(after)
+                state = self.consolidate(chunk, state, loops=loops) if asleep else self.evict(after)
         if not sum(len(place) for place in found):
             raise ZooError("loss_mask: marks no token that can be predicted (the first of a stream, or after a sleep, cannot)")
-        return Answers(self.logits(torch.cat(hidden)), torch.cat(found))
+        where = torch.cat(found)
+        return Answers(self.logits(torch.cat(hidden)), where, ids.flatten()[where])
 
     def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         width = self.config.window or tensors[0].shape[1]

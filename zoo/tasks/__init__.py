@@ -1,0 +1,7 @@
+"""Tasks that tell a model that sleeps from one that does not: seeded sequences, a scorer, a baseline."""
+
+from zoo.tasks.task import Batch as Batch
+from zoo.tasks.task import Split as Split
+from zoo.tasks.task import Task as Task
+from zoo.tasks.task import new_task as new_task
+from zoo.tasks.task import tasks as tasks

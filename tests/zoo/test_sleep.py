@@ -1,0 +1,219 @@
+"""The sleep contract: consolidation, eviction, the loss of Algorithm 1. Checked against tests/naive.py in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.naive import NaiveStream
+
+import zoo
+
+TINY = {"d_model": 16, "d_ff": 24, "vocab_size": 11, "blocks": {"attn": {"heads": 2}, "swa": {"heads": 2, "window": 3}, "gdn": {"heads": 2}}}
+
+
+def tiny(name="gdn4-sleep3-hard6", seed=0, dtype=torch.float64, **overrides):
+    model = zoo.create(name, dtype=dtype, seed=seed, **{**TINY, **overrides})
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # no parameter may sit at a value that hides a mistake, such as one or zero
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=dtype, generator=generator))
+    return model
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(0, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a, b):
+    """Equal bit for bit."""
+    leaves = [torch.utils._pytree.tree_leaves(tree) for tree in (a, b)]
+    return len(leaves[0]) == len(leaves[1]) and all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*leaves, strict=True))
+
+
+def assert_same_stream(model, naive_streams, state):
+    for i, fast in enumerate(state.fast):
+        if fast is not None:
+            torch.testing.assert_close(fast, torch.stack([n.S[i] for n in naive_streams]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("evict", ["hard6", "slide6"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"span": (1, 2)},
+        {"span": (1, 1), "layers": "swa gdn attn gdn"},
+        {"layers": "gdn swa*2", "span": (0, 1)},
+        {"inject": True},
+        {"loop_norm": True, "tie_embeddings": True},
+        {"blocks": {**TINY["blocks"], "attn": {"heads": 4, "kv_heads": 2, "head_dim": 6}, "gdn": {"heads": 3, "head_dim": 4, "expand_v": 1.5, "conv_size": 2}}},
+    ],
+)
+def test_stream_equals_the_equations(evict, overrides):
+    model = tiny(f"gdn4-sleep3-{evict}", **overrides)
+    ids = tokens(2, 20)
+    naive = [NaiveStream(model) for _ in ids]
+    state = model.init_state(2)
+    for a, b, asleep in [(0, 6, True), (6, 10, True), (10, 16, True), (16, 20, False)]:
+        if asleep:
+            state = model.consolidate(ids[:, a:b], state)
+            for stream, row in zip(naive, ids, strict=True):
+                stream.asleep(row[a:b])
+        else:
+            logits, state = model(ids[:, a:b], state)
+            expected = torch.stack([stream.awake(row[a:b]) for stream, row in zip(naive, ids, strict=True)])
+            torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+        assert_same_stream(model, naive, state)
+        assert state.position == naive[0].position
+
+
+@pytest.mark.parametrize("name", ["gdn4-sleep1-hard6", "gdn4-sleep1-slide6", "gdn4-sleep1-full"])
+def test_one_loop_is_the_wake_pass_bit_for_bit(name):
+    model = tiny(name, dtype=torch.float32, span=(1, 2))
+    state = model.consolidate(tokens(2, 6, seed=5))
+    ids = tokens(2, 6)
+    asleep, awake = model.consolidate(ids, state), model.evict(model(ids, state).state)
+    assert same(asleep, awake)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 40, [39, 1], [7, 1, 20, 12], [3, 3, 34]])
+@pytest.mark.parametrize("layers", ["(attn gdn)*2", "swa gdn"])
+def test_a_stream_under_none_may_be_cut_anywhere(cuts, layers):
+    model = tiny("gdn4", dtype=torch.float32, layers=layers)
+    ids, state, pieces = tokens(2, 40), None, []
+    for piece in ids.split(cuts, dim=1):
+        logits, state = model(piece, state)
+        pieces.append(logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_sliding_with_one_loop_is_a_sliding_window_model():
+    sleeping = tiny("gdn4-sleep1-slide6")
+    ordinary = tiny("gdn4", layers="(swa gdn)*2", blocks={**TINY["blocks"], "swa": {"heads": 2, "window": 6}})
+    ordinary.load_state_dict(sleeping.state_dict())
+    ids, state = tokens(2, 21), None
+    for piece in ids[:, :18].split(6, dim=1):
+        state = sleeping.consolidate(piece, state)
+    torch.testing.assert_close(sleeping(ids[:, 18:], state).logits, ordinary(ids).logits[:, 18:], rtol=1e-10, atol=1e-10)
+
+
+def test_hard_eviction_leaves_only_the_fast_weights():
+    model = tiny()
+    state = model.consolidate(tokens(2, 6))
+    fresh = model.init_state(2)
+    assert state.position == 0
+    assert same(state.window, fresh.window)
+    assert not torch.equal(state.fast[1], fresh.fast[1])
+
+
+def test_sliding_eviction_keeps_the_newest_tokens():
+    model = tiny("gdn4-sleep2-slide6")
+    state = model.consolidate(tokens(2, 6))
+    assert state.window[0].key.shape[2] == 5
+    assert state.position == 6
+    state = model.consolidate(tokens(2, 2, seed=1), state)
+    assert state.window[0].key.shape[2] == 5
+
+
+def test_consolidate_is_pure_and_deterministic():
+    model = tiny("gdn4-sleep3-slide6")
+    start = model.consolidate(tokens(2, 6))
+    before = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (start, dict(model.state_dict())))
+    first, second = (model.consolidate(tokens(2, 6, seed=3), start) for _ in range(2))
+    assert same(first, second)
+    assert same(before, (start, dict(model.state_dict())))
+
+
+def test_the_fast_weights_are_float32_in_a_bfloat16_model():
+    model = tiny(dtype=torch.bfloat16)
+    state = model.consolidate(tokens(1, 6))
+    assert state.fast[1].dtype == torch.float32
+    assert model(tokens(1, 3), state).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("evict", ["hard4", "slide4"])
+def test_loss_of_algorithm_1(evict):
+    """Chunks of 4: two slept on, then two awake, one of which predicts the first token of the other."""
+    model = tiny(f"gdn4-sleep3-{evict}")
+    ids = tokens(2, 15)
+    mask = torch.zeros(2, 15, dtype=torch.bool)
+    mask[0, 10:], mask[1, 9], mask[1, 12] = True, True, True
+    terms = []
+    for row, supervised in zip(ids, mask, strict=True):
+        stream = NaiveStream(model)
+        stream.asleep(row[:4])
+        stream.asleep(row[4:8])
+        logits = stream.awake(row[8:12])
+        stream.evict()
+        logits = torch.cat([logits, stream.awake(row[12:])])
+        terms += [-logits[t - 9].log_softmax(-1)[row[t]] for t in range(9, 15) if supervised[t]]
+    torch.testing.assert_close(model.loss(ids, mask), torch.stack(terms).mean(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("evict", ["hard4", "slide4"])
+def test_sleep_on_every_chunk_is_what_a_session_does(evict):
+    model = tiny(f"gdn4-sleep3-{evict}", sleep_on="every")
+    ids = tokens(2, 15)
+    session, logits = zoo.Session(model, batch_size=2), []
+    for piece in ids.split([1, 5, 3, 6], dim=1):
+        logits.append(session.feed(piece))
+    expected = F.cross_entropy(torch.cat(logits, 1)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(model.loss(ids, torch.ones_like(ids)), expected, rtol=1e-9, atol=1e-9)
+    stream = NaiveStream(model)
+    naive = []
+    for piece in ids[0].split(4):
+        before = dict(S=dict(stream.S), cache=dict(stream.cache), position=stream.position)
+        naive.append(stream.awake(piece))
+        vars(stream).update(before)
+        stream.asleep(piece)
+    torch.testing.assert_close(torch.cat(logits, 1)[0], torch.cat(naive), rtol=1e-9, atol=1e-9)
+
+
+def test_the_first_token_after_a_sleep_carries_no_loss():
+    model = tiny("gdn4-sleep2-hard4")
+    ids, mask = tokens(2, 8), torch.zeros(2, 8, dtype=torch.bool)
+    mask[:, 6] = True
+    without = model.loss(ids, mask)
+    mask[:, 4] = True
+    assert torch.equal(model.loss(ids, mask), without)
+
+
+@pytest.mark.parametrize("evict", ["hard3", "slide3"])
+@pytest.mark.parametrize("overrides", [{}, {"span": (1, 1), "inject": True, "loop_norm": True}])
+def test_gradient_of_the_loss(evict, overrides):
+    """Three chunks, three loops: the gradient of every parameter against numerical differentiation."""
+    model = tiny(f"gdn4-sleep3-{evict}", d_model=4, d_ff=6, vocab_size=5, layers="attn gdn", blocks={"attn": {"heads": 1}, "gdn": {"heads": 1}}, **overrides)
+    ids, mask = tokens(1, 9) % 5, torch.zeros(1, 9, dtype=torch.bool)
+    mask[:, 7:] = True
+    names = [name for name, _ in model.named_parameters()]
+
+    def loss(*parameters):
+        return torch.func.functional_call(_Loss(model), {f"model.{n}": p for n, p in zip(names, parameters, strict=True)}, (ids, mask))
+
+    assert torch.autograd.gradcheck(loss, tuple(p.detach().clone().requires_grad_() for p in model.parameters()), fast_mode=True)
+
+
+class _Loss(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask):
+        return self.model.loss(ids, mask)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(tokens(1, 7)), "7 tokens do not fit into a window of 6 that holds 0"),
+        (lambda m: m(tokens(1, 3), m(tokens(1, 4)).state), "3 tokens do not fit into a window of 6 that holds 4"),
+        (lambda m: m.consolidate(tokens(1, 7)), "7 tokens are more than one window of 6"),
+        (lambda m: m.consolidate(tokens(1, 6), loops=0), "loops: 0 must be at least 1"),
+        (lambda m: m(tokens(1, 0)), "at least one token"),
+        (lambda m: m.loss(tokens(2, 12), torch.ones(2, 11)), "loss_mask"),
+        (lambda m: m.loss(tokens(2, 12), torch.zeros(2, 12)), "no token that can be predicted"),
+        (lambda m: m.loss(tokens(2, 12), torch.eye(12)[[5, 11]]), "some rows have loss in chunk 0"),
+    ],
+)
+def test_bad_calls(call, message):
+    with pytest.raises(zoo.ZooError, match=message):
+        call(tiny("gdn4-sleep2-hard6"))

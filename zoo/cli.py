@@ -1,0 +1,122 @@
+"""The `zoo` command. torch is imported by the commands that need it, not by `--help` or `zoo list`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zoo.config import list_models, parse_overrides
+from zoo.kernels.registry import ZooError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Group(click.Group):
+    """Answers bad input with one line and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ZooError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(2)
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.version_option(package_name="sleep-zoo")
+def main() -> None:
+    """A model zoo for language models that sleep."""
+
+
+@main.command("list")
+@click.argument("wildcard", default="*")
+def list_(wildcard: str) -> None:
+    """Names of models that match WILDCARD, such as 'jet*'.
+
+    To each name these suffixes may be added: -sleep<N> for N passes of sleep, then -hard<L>, -slide<L> or -full for what
+    happens when a window of L tokens is full.
+    """
+    names = list_models(wildcard)
+    if not names:
+        raise ZooError(f"no model matches '{wildcard}'; there are: {', '.join(list_models())}")
+    click.echo("\n".join(names))
+
+
+@main.command()
+@click.argument("model")
+@click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
+@click.option("--yaml", "as_yaml", is_flag=True, help="Print the whole config as YAML, which every command takes as MODEL.")
+def describe(model: str, overrides: tuple[str, ...], as_yaml: bool) -> None:
+    """Size and costs of MODEL: a name, or a YAML file."""
+    if as_yaml:
+        from zoo.config import resolve
+
+        click.echo(resolve(model, parse_overrides(overrides)).yaml(), nl=False)
+    else:
+        from zoo.describe import describe as describe_model
+
+        click.echo(describe_model(model, **parse_overrides(overrides)))
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
+@click.option("--out", type=click.Path(path_type=Path), help="New folder for the run.  [default: runs/<name of CONFIG>]")
+def train(config: Path, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Train as the YAML file CONFIG says, for example configs/train/cycle-sleep4.yaml steps=100 task.hops=2."""
+    from zoo.progress import training_bar
+    from zoo.train import read_config
+    from zoo.train import train as run
+
+    plan = read_config(config, parse_overrides(overrides))
+    out = out or Path("runs") / config.stem
+    with training_bar(plan.steps, plan.model) as report:
+        results = run(plan, out, report=report)
+    _show(results)
+    click.echo(f"written to {out}")
+
+
+@main.command("eval")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--sequences", type=click.IntRange(min=1), default=2048, show_default=True, help="Held-out sequences.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep, if not as trained.")
+def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
+    """Evaluate the folder RUN of a training run on held-out sequences of its task."""
+    from zoo.tasks import new_task
+    from zoo.train import evaluate, read_config
+    from zoo.weights import load
+
+    plan = read_config(run / "train.yaml")
+    model = load(run)
+    _show(evaluate(model, new_task(plan.task), sequences, seed=seed, loops=loops))
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="New folder for the results.")
+def demo(out: Path) -> None:
+    """Train one small model at N = 1, 2 and 4, export it, and compare: about seven minutes on two cores."""
+    from zoo.demo import run
+
+    run(out)
+
+
+def _show(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{results['model']} on {results['task']}: {results['answers']} held-out answers")
+    table.add_column(results["level_name"])
+    table.add_column("right", justify="right")
+    for level, share in results["by_level"].items():
+        table.add_row(str(level), f"{share:.1%}")
+    table.add_section()
+    table.add_row("all answers", f"{results['accuracy']:.1%}")
+    table.add_row("best guess without the context", f"{results['chance']:.1%}")
+    table.add_row("whole sequences", f"{results['exact']:.1%}")
+    if results["exact_chance"] is not None:
+        table.add_row("whole sequences, best guess", f"{results['exact_chance']:.2%}")
+    Console().print(table)

@@ -1,0 +1,112 @@
+"""What a task is, and the registry of tasks. Adding a task is one file beside this one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+import zoo.tasks
+from zoo.config import validate
+from zoo.kernels.registry import Registry, ZooError
+
+Split = Literal["train", "test"]
+HELD_OUT = 16  # one context in this many belongs to the test split
+
+
+class Batch(NamedTuple):
+    """B sequences of T tokens."""
+
+    ids: NDArray[np.int64]
+    """[B, T]"""
+    loss_mask: NDArray[np.bool_]
+    """[B, T], true for the tokens to be predicted"""
+    level: NDArray[np.int64]
+    """[B, T], how hard each of them is (hops, steps); 0 elsewhere"""
+
+
+class Task(BaseModel):
+    """A generator of sequences. Subclasses add their parameters as fields and implement the members below."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: ClassVar[str]
+    level_name: ClassVar[str] = "level"
+    """What makes a question harder."""
+
+    def __str__(self) -> str:
+        given = "".join(f" {field}={value}" for field, value in self.model_dump(exclude_defaults=True).items())
+        return f"{self.name}{given}"
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens are 0 .. vocab_size - 1."""
+        raise NotImplementedError
+
+    @property
+    def window(self) -> int:
+        """L: the sequences are laid out for a window of this many tokens."""
+        raise NotImplementedError
+
+    def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
+        """`count` random contexts, [count, ...]: what the model must remember and what a split holds apart."""
+        raise NotImplementedError
+
+    def pose(self, rng: np.random.Generator, contexts: NDArray[np.int64]) -> Batch:
+        """Sequences that show the contexts and ask about them."""
+        raise NotImplementedError
+
+    def chance(self) -> float:
+        """Accuracy per answer of the best guess that ignores the context."""
+        raise NotImplementedError
+
+    def exact_chance(self) -> float | None:
+        """Rate at which such a guess gets every answer of a sequence right, where that says something."""
+        return None
+
+    def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
+        """The `step`-th batch of `size` sequences: the same arguments give the same batch.
+
+        No context occurs in both splits: a hash of the context decides where it belongs.
+        """
+        rng = np.random.default_rng([seed, step, split == "test"])
+        kept: list[NDArray[np.int64]] = []
+        missing = size
+        while missing > 0:
+            drawn = self.contexts(rng, missing * (2 * HELD_OUT if split == "test" else 2))
+            drawn = drawn[(_hash(drawn) % HELD_OUT == 0) == (split == "test")][:missing]
+            kept.append(drawn)
+            missing -= len(drawn)
+        return self.pose(rng, np.concatenate(kept))
+
+
+def _hash(contexts: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """One well-mixed number per context (splitmix64 over its entries)."""
+    mixed = np.zeros(len(contexts), dtype=np.uint64)
+    for column in contexts.reshape(len(contexts), -1).T.astype(np.uint64):
+        mixed = (mixed ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(30)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(27)
+    return mixed
+
+
+def _import_tasks() -> None:
+    for module in pkgutil.iter_modules(zoo.tasks.__path__):
+        importlib.import_module(f"zoo.tasks.{module.name}")
+
+
+tasks: Registry[type[Task]] = Registry("task", "tasks", _import_tasks)
+
+
+def new_task(fields: Mapping[str, Any]) -> Task:
+    """The task that `{"name": "cycle", "nodes": 12, ...}` describes. Raises ZooError."""
+    fields = dict(fields)
+    name = fields.pop("name", None)
+    if not isinstance(name, str):
+        raise ZooError(f"task.name: {name!r}: want one of {', '.join(tasks.names())}")
+    return validate(tasks.get(name), fields, f"task {name}")
