@@ -35,6 +35,7 @@ class GatedDeltaNetOptions(mixer.Options):
     head_dim: int | None = Field(None, ge=1, description="of keys and queries; default: d_model / heads")
     expand_v: float = Field(2.0, gt=0, description="value head size / key head size")
     conv_size: int = Field(4, ge=2, description="taps of the short convolution on q, k and v")
+    decay_init: float = Field(16.0, gt=0, description="exp(A_log) starts uniform in (0, decay_init): smaller remembers longer")
 
 
 @mixers.register("gdn")
@@ -59,16 +60,18 @@ class GatedDeltaNet(Mixer):
         self.g_proj = nn.Linear(d_model, values, bias=False)
         self.a_proj = nn.Linear(d_model, self.heads, bias=False)
         self.b_proj = nn.Linear(d_model, self.heads, bias=False)
+        self.decay_init = options.decay_init
         self.conv_weight = nn.Parameter(torch.empty(2 * keys + values, options.conv_size))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.o_norm = RMSNorm(self.value_dim, eps=1e-5)
         self.o_proj = nn.Linear(values, d_model, bias=False)
 
+    @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         bound = self.conv_weight.shape[1] ** -0.5
         nn.init.uniform_(self.conv_weight, -bound, bound, generator=generator)
-        nn.init.uniform_(self.A_log, 1e-3, 16, generator=generator).log_()
+        self.A_log.copy_(nn.init.uniform_(self.A_log, 1e-3 * self.decay_init, self.decay_init, generator=generator).log())
         init_step_bias(self.dt_bias, generator)
 
     def new_fast(self, batch: int) -> Tensor:

@@ -190,7 +190,8 @@ def validate(form: type[M], fields: Mapping[str, Any], label: str) -> M:
     try:
         return form.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # a misspelt field first: it is often why another one is missing
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             problem = f"unknown field; {nearest(str(first['loc'][-1]), _fields_at(form, first['loc'][:-1]))}"

@@ -33,7 +33,7 @@ class Cycle(Task):
 
     @property
     def vocab_size(self) -> int:
-        return self.nodes + self.hops
+        return 2 * self.nodes + self.hops
 
     @property
     def window(self) -> int:
@@ -50,13 +50,13 @@ class Cycle(Task):
         count, m = contexts.shape
         asked = self.questions or 2 * m // 3
         start = rng.permuted(np.tile(np.arange(m), (count, 1)), axis=1)
-        edges = np.stack([start, np.take_along_axis(contexts, start, axis=1)], axis=2).reshape(count, 2 * m)
+        edges = np.stack([start, m + np.take_along_axis(contexts, start, axis=1)], axis=2).reshape(count, 2 * m)
         question = rng.permuted(np.tile(np.arange(m * self.hops), (count, 1)), axis=1)[:, :asked]
         hops, node = question // m + 1, question % m
         answer = node
         for hop in range(self.hops):
             answer = np.where(hop < hops, np.take_along_axis(contexts, answer, axis=1), answer)
-        asking = np.stack([m - 1 + hops, node, answer], axis=2).reshape(count, 3 * asked)
+        asking = np.stack([2 * m - 1 + hops, node, m + answer], axis=2).reshape(count, 3 * asked)
         supervised = np.tile([False, False, True], (count, asked))
         silent = np.zeros((count, 2 * m), dtype=bool)
         level = np.where(supervised, np.repeat(hops, 3, axis=1), 0)

@@ -72,16 +72,21 @@ class Task(BaseModel):
         """The `step`-th batch of `size` sequences: the same arguments give the same batch.
 
         No context occurs in both splits: a hash of the context decides where it belongs.
+
+        Raises:
+            ZooError: so few contexts that a split has none.
         """
         rng = np.random.default_rng([seed, step, split == "test"])
         kept: list[NDArray[np.int64]] = []
         missing = size
-        while missing > 0:
+        for _ in range(100):
+            if not missing:
+                return self.pose(rng, np.concatenate(kept))
             drawn = self.contexts(rng, missing * (2 * HELD_OUT if split == "test" else 2))
             drawn = drawn[(_hash(drawn) % HELD_OUT == 0) == (split == "test")][:missing]
             kept.append(drawn)
             missing -= len(drawn)
-        return self.pose(rng, np.concatenate(kept))
+        raise ZooError(f"task {self}: too few contexts to hold one in {HELD_OUT} out for the {split} split; make it larger")
 
 
 def _hash(contexts: NDArray[np.int64]) -> NDArray[np.uint64]:

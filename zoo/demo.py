@@ -1,0 +1,161 @@
+"""`zoo demo`: the whole idea at a size that two cores train in minutes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import zoo.export
+from zoo.files import new_folder
+from zoo.model import Model
+from zoo.progress import add_run, advance, new_progress
+from zoo.session import Session
+from zoo.tasks import Task, new_task
+from zoo.train import TrainConfig, read_config, train
+from zoo.weights import load
+
+LOOPS = (1, 2, 4)
+ONNX_SEQUENCES = 512
+console = Console()
+
+
+def run(out: Path) -> None:
+    """Train the same model at each N on the same tokens, export each, compare, and write everything to the new folder `out`.
+
+    Raises:
+        ZooError: `out` exists already, or onnxruntime is not installed: before any work.
+    """
+    import_module("zoo.export.runtime")
+    plan = read_config(str(files("zoo.configs").joinpath("train", "cycle.yaml")))
+    task = new_task(plan.task)
+    with new_folder(out) as folder:
+        console.print(f"[bold]{task}[/]: the same tokens and seed at N = {', '.join(map(str, LOOPS))} passes of sleep")
+        started = time.perf_counter()
+        results = _train_all({n: plan.model_copy(update={"model": f"gdn4-sleep{n}"}) for n in LOOPS}, folder)
+        console.print(f"trained in {time.perf_counter() - started:.0f} s; now the same questions through ONNX graphs in onnxruntime")
+        models = {n: load(folder / f"sleep{n}") for n in LOOPS}
+        costs = _costs(models, task)
+        rows = {}
+        for n, model in models.items():
+            zoo.export.export(model, folder / f"sleep{n}-onnx")
+            rows[n] = {**results[n], **costs[n], **_in_onnxruntime(model, folder / f"sleep{n}-onnx", task, plan.seed)}
+        (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        draw(folder, task)
+    console.print(_table(rows, task))
+    console.print(f"plot: {out / 'demo.png'}   models, graphs and metrics: {out}/")
+
+
+def _train_all(plans: dict[int, TrainConfig], out: Path) -> dict[int, dict[str, Any]]:
+    """Train in two processes of one thread each, the longest run first."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, new_progress() as progress, ProcessPoolExecutor(2, context) as pool:
+        queue = manager.Queue()
+        bars = {n: add_run(progress, f"N = {n}", plan.steps) for n, plan in plans.items()}
+        order = sorted(plans, reverse=True)
+        runs = {pool.submit(_train_one, plans[n], out / f"sleep{n}", n, queue): n for n in order}
+        finished = {}
+        while len(finished) < len(runs):
+            while not queue.empty():
+                n, metrics = queue.get()
+                advance(progress, bars[n], metrics)
+            for future, n in runs.items():
+                if future.done() and n not in finished:
+                    finished[n] = future.result()
+            time.sleep(0.2)
+    return finished
+
+
+def _train_one(plan: TrainConfig, out: Path, n: int, queue: Any) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return train(plan, out, report=lambda metrics: queue.put((n, metrics)))
+
+
+@torch.no_grad()
+def _in_onnxruntime(model: Model, bundle: Path, task: Task, seed: int) -> dict[str, float]:
+    """Accuracy of the exported graphs on held-out questions, and how far their logits are from PyTorch's."""
+    ids, mask, _ = (torch.from_numpy(x) for x in task.batch(seed, 0, ONNX_SEQUENCES, "test"))
+    answers = model.answers(ids, mask)
+    logits = zoo.export.load(bundle, batch_size=len(ids)).feed(ids).roll(1, dims=1).flatten(0, 1)[answers.index]
+    return {
+        "onnx_accuracy": (logits.argmax(-1) == answers.target).float().mean().item(),
+        "pytorch_accuracy_same_questions": answers.right().float().mean().item(),
+        "onnx_logit_difference": (logits - answers.logits).abs().max().item(),
+    }
+
+
+@torch.no_grad()
+def _costs(models: dict[int, Model], task: Task) -> dict[int, dict[str, float]]:
+    """Median seconds per sleep and per predicted token of one stream, the N taking turns."""
+    window = torch.from_numpy(task.batch(0, 0, 1, "test").ids[:, : task.window])
+    sleeps: dict[int, list[float]] = {n: [] for n in models}
+    tokens: dict[int, list[float]] = {n: [] for n in models}
+    for _ in range(30):
+        for n, model in models.items():
+            sleeps[n].append(_seconds(lambda model=model: model.consolidate(window)))
+            session = Session(model)
+            session.feed(window)
+            session.sleep()
+            tokens[n].append(_seconds(lambda session=session: session.generate(window[:, :1], task.window - 1)) / (task.window - 1))
+    return {n: {"seconds_per_sleep": statistics.median(sleeps[n]), "seconds_per_token": statistics.median(tokens[n])} for n in models}
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _table(rows: dict[int, dict[str, Any]], task: Task) -> Table:
+    table = Table(title=f"{task}: {next(iter(rows.values()))['answers']} held-out questions, best guess {task.chance():.1%}")
+    levels = list(next(iter(rows.values()))["by_level"])
+    for name in ("N", *(f"{level} {task.level_name}" for level in levels), "all", "all, onnxruntime", "logits differ by", "s per sleep", "ms per token"):
+        table.add_column(name, justify="right")
+    for n, row in rows.items():
+        table.add_row(
+            str(n),
+            *(f"{row['by_level'][level]:.1%}" for level in levels),
+            f"{row['accuracy']:.1%}",
+            f"{row['onnx_accuracy']:.1%}",
+            f"{row['onnx_logit_difference']:.1e}",
+            f"{row['seconds_per_sleep']:.4f}",
+            f"{1000 * row['seconds_per_token']:.2f}",
+        )
+    return table
+
+
+def draw(out: Path, task: Task) -> None:
+    """Accuracy against hops and against tokens seen, one line for each N, into demo.png."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure, (by_level, by_tokens) = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for n, color in zip(LOOPS, ("#9aa5b1", "#e0a458", "#2a6f97"), strict=True):
+        folder = out / f"sleep{n}"
+        levels = json.loads((folder / "results.json").read_text())["by_level"]
+        by_level.plot([int(k) for k in levels], list(levels.values()), "o-", color=color, label=f"N = {n}")
+        curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        by_tokens.plot([m["tokens"] / 1e6 for m in curve], [m["accuracy"] for m in curve], color=color)
+    for axes in (by_level, by_tokens):
+        axes.axhline(task.chance(), color="#555555", linestyle=":", linewidth=1)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    by_level.annotate("best guess", (1, task.chance()), xytext=(0, 3), textcoords="offset points", fontsize=8, color="#555555")
+    by_level.set(xlabel=task.level_name, ylabel="answers right", ylim=(0, 1.02), title="held-out questions about an evicted window")
+    by_level.xaxis.set_major_locator(MaxNLocator(integer=True))
+    by_level.yaxis.set_major_formatter(PercentFormatter(1))
+    by_level.legend(title="passes of sleep", frameon=False)
+    by_tokens.set(xlabel="million training tokens", title="while training, all hops")
+    figure.savefig(out / "demo.png", dpi=150)
+    plt.close(figure)
