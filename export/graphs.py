@@ -17,7 +17,7 @@ from zoo.model import Model, State
 try:
     import onnx_ir as ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-    from onnxscript.optimizer import optimize_ir
+    from onnxscript.optimizer import optimize
 except ImportError:
     raise ZooError("export: needs pip install 'sleep-zoo[onnx]'") from None
 
@@ -161,7 +161,12 @@ def _trace(graph: Prediction | Pass | Consolidation) -> ir.Model:
     assert onnx is not None
     model = onnx.model
     model.ir_version = IR_VERSION
-    optimize_ir(model, should_fold=lambda node: False if any(map(is_parameter, node.inputs)) else None, output_size_limit=1024)
+    parameters = {value: value.const_value for value in model.graph.initializers.values() if is_parameter(value)}
+    for value in parameters:
+        value.const_value = None  # so that what a parameter holds is neither folded nor merged with its equal
+    optimize(model, output_size_limit=1024)
+    for value, tensor in parameters.items():
+        value.const_value = tensor
     ClearMetadataAndDocStringPass()(model)
     return model
 
