@@ -92,7 +92,7 @@ def _share_weights(models: list[ir.Model], folder: Path) -> None:
 def _specs(values: Iterable[Any]) -> list[TensorSpec]:
     return [
         TensorSpec(
-            name=value.name, dtype=value.dtype.name.lower(), shape=[size if isinstance(size, int) else "batch" for size in value.shape]
+            name=value.name, dtype=str(value.dtype.numpy()), shape=[size if isinstance(size, int) else "batch" for size in value.shape]
         )
         for value in values
     ]

@@ -61,8 +61,10 @@ class Prediction(Graph):
 
 
 class Asleep(Graph):
-    """What the sleep and its loop share. A window that restarts is empty at the start of a sleep and after it, at position 0,
-    so only fast weights come in."""
+    """What the sleep and its loop share.
+
+    A window that restarts is empty, and at position 0, when a sleep starts and when it ends: only fast weights come in.
+    """
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)

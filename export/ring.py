@@ -82,10 +82,8 @@ def _visible(age: Tensor, position: int | Tensor, reach: int | None) -> Tensor:
 
 def _scatter(cache: Tensor, new: Tensor, position: int | Tensor) -> Tensor:
     """cache [B, Hkv, L, D] with new [B, Hkv, 1, D] in slot position mod L, as ONNX TensorScatter (graphs only)."""
-    index = torch.as_tensor(position).expand(new.shape[0])
-    return torch.onnx.ops.symbolic(
-        "TensorScatter", (cache, new, index), {"axis": 2, "mode": "circular"}, dtype=cache.dtype, shape=cache.shape, version=24
-    )
+    slot = torch.as_tensor(position % cache.shape[2]).expand(new.shape[0])  # TensorRT has no circular mode
+    return torch.onnx.ops.symbolic("TensorScatter", (cache, new, slot), dtype=cache.dtype, shape=cache.shape, version=24)
 
 
 def with_rings(state: State, slots: int) -> State:
