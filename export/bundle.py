@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 
 from zoo.export import graphs
@@ -58,9 +57,7 @@ def _refuse_unfit(model: Model) -> None:
 def write_onnx(model: Model, folder: Path) -> None:
     """ONNX graphs of standard operators, float32."""
     made = {PREDICTION: graphs.prediction(model), CONSOLIDATION: graphs.consolidation(model)}
-    _share_weights(list(made.values()), folder)
-    for name, graph in made.items():
-        ir.save(graph, folder / name)
+    graphs.save(made, folder, WEIGHTS)
     config = model.config
     assert config.window is not None
     Bundle(
@@ -77,16 +74,6 @@ def write_onnx(model: Model, folder: Path) -> None:
 
 
 targets.register("onnx", write_onnx)
-
-
-def _share_weights(models: list[ir.Model], folder: Path) -> None:
-    """Write every parameter to weights.bin once, and let the graphs refer to it under the model's own name for it."""
-    values: list[Any] = [value for model in models for value in model.graph.initializers.values() if graphs.is_parameter(value)]
-    tensors = {value.name: value.const_value for value in values}
-    stored = dict(zip(tensors, ir.external_data.convert_tensors_to_external(list(tensors.values()), folder, WEIGHTS), strict=True))
-    for value in values:
-        value.const_value = stored[value.name]
-        value.name = value.name.removeprefix(graphs.PARAMETER)
 
 
 def _specs(values: Iterable[Any]) -> list[TensorSpec]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,6 +150,18 @@ def consolidation(model: Model) -> ir.Model:
     return sleep
 
 
+def save(models: Mapping[str, ir.Model], folder: Path, weights: str) -> None:
+    """Write each graph to the file it is named by, and every parameter once to the file `weights`, to which all of them refer."""
+    values: list[Any] = [value for model in models.values() for value in model.graph.initializers.values() if _is_parameter(value)]
+    tensors = {value.name: value.const_value for value in values}
+    stored = dict(zip(tensors, ir.external_data.convert_tensors_to_external(list(tensors.values()), folder, weights), strict=True))
+    for value in values:
+        value.const_value = stored[value.name]
+        value.name = value.name.removeprefix(PARAMETER)
+    for name, model in models.items():
+        ir.save(model, folder / name)
+
+
 def _trace(graph: Prediction | Pass | Consolidation) -> ir.Model:
     """The ONNX form of a graph: named inputs and outputs, any batch size, parameters under the model's names, nothing folded into them."""
     example = graph.example()
@@ -163,7 +177,7 @@ def _trace(graph: Prediction | Pass | Consolidation) -> ir.Model:
     assert onnx is not None
     model = onnx.model
     model.ir_version = IR_VERSION
-    parameters = {value: value.const_value for value in model.graph.initializers.values() if is_parameter(value)}
+    parameters = {value: value.const_value for value in model.graph.initializers.values() if _is_parameter(value)}
     for value in parameters:
         value.const_value = None  # so that what a parameter holds is neither folded nor merged with its equal
     optimize(model, output_size_limit=1024)
@@ -171,11 +185,6 @@ def _trace(graph: Prediction | Pass | Consolidation) -> ir.Model:
         value.const_value = tensor
     ClearMetadataAndDocStringPass()(model)
     return model
-
-
-def is_parameter(value: ir.Value | None) -> bool:
-    """Whether this is one of the model's parameters, and not a constant that the graph brings."""
-    return value is not None and value.is_initializer() and (value.name or "").startswith(PARAMETER)
 
 
 def _put_loop(outer: ir.Graph, stand_in: ir.Node, body: ir.Graph, trips: int) -> None:
@@ -192,7 +201,7 @@ def _put_loop(outer: ir.Graph, stand_in: ir.Node, body: ir.Graph, trips: int) ->
             ir.convenience.replace_all_uses_with(value, outside)
     for name, value in list(body.initializers.items()):
         del body.initializers[name]
-        if not name.startswith(PARAMETER):
+        if not _is_parameter(value):
             value.name = f"{LOOP}/{name}"
         elif name in outer.initializers:
             ir.convenience.replace_all_uses_with(value, outer.initializers[name])
@@ -226,3 +235,8 @@ def _put_loop(outer: ir.Graph, stand_in: ir.Node, body: ir.Graph, trips: int) ->
     for old, new in zip(stand_in.outputs, loop.outputs, strict=True):
         new.name, new.type, new.shape = old.name, old.type, old.shape
     outer.remove(stand_in)
+
+
+def _is_parameter(value: ir.Value) -> bool:
+    """Whether an initializer is one of the model's parameters, and not a constant that the graph brings."""
+    return str(value.name).startswith(PARAMETER)

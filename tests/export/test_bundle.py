@@ -238,3 +238,10 @@ def test_the_command_writes_a_bundle(bundles, tmp_path, monkeypatch):
 def test_help_needs_no_torch():
     code = "import sys; from zoo.export.cli import main; main(['--help'], standalone_mode=False); assert 'torch' not in sys.modules"
     assert "RUN_OR_NAME" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(("missing", "name"), [("onnxscript", "export"), ("onnxruntime", "load")])
+def test_without_the_onnx_packages(missing, name):
+    code = f"import sys; sys.modules['{missing}'] = None; import zoo; zoo.export.{name}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.strip().splitlines()[-1].endswith("ZooError: export: needs pip install 'sleep-zoo[onnx]'")
