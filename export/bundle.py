@@ -1,0 +1,85 @@
+"""A model as a folder of files that run without PyTorch's modules: two graphs, their weights, and bundle.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.export import graphs
+from zoo.export.manifest import CONSOLIDATION, PREDICTION, WEIGHTS, Bundle, GraphSpec, TensorSpec, digest
+from zoo.export.runtime import OnnxModel
+from zoo.export.verify import Parity, verify
+from zoo.files import new_folder, refuse_existing
+from zoo.kernels.registry import Registry, ZooError
+from zoo.model import Model
+
+# a target writes the files of a bundle into an empty folder
+targets: Registry[Callable[[Model, Path], None]] = Registry("export target", "targets")
+
+
+def export(model: Model, out: str | Path, *, target: str = "onnx") -> Parity:
+    """Write `model` as a bundle to the new folder `out`, after it has been run against PyTorch.
+
+    Args:
+        model: on the CPU, in float32, with a window that `hard` or `sliding` bounds.
+    Returns:
+        How far the graphs are from PyTorch.
+    Raises:
+        ZooError: `out` exists, a model or target that does not fit, or graphs that differ from PyTorch by more than
+            `zoo.export.verify.TOLERANCE`. Nothing is left behind.
+    """
+    refuse(target, Path(out))
+    _refuse_unfit(model)
+    with new_folder(Path(out)) as folder:
+        targets.get(target)(model, folder)
+        return verify(model, OnnxModel(folder))
+
+
+def refuse(target: str, out: Path) -> None:
+    """What `export` refuses before it looks at the model."""
+    targets.get(target)
+    refuse_existing(out)
+
+
+def _refuse_unfit(model: Model) -> None:
+    name, evict = model.config.name, model.config.evict
+    if evict not in ("hard", "sliding"):
+        raise ZooError(f"{name}: evict: '{evict}' bounds no window, and a graph's caches are of fixed size; allowed: hard, sliding")
+    for parameter, tensor in model.named_parameters():
+        if (tensor.dtype, tensor.device.type) != (torch.float32, "cpu"):
+            raise ZooError(f"{name}: {parameter} is {tensor.dtype} on {tensor.device}; allowed: torch.float32 on cpu (model.float().cpu())")
+
+
+def write_onnx(model: Model, folder: Path) -> None:
+    """ONNX graphs of standard operators, float32."""
+    made = {PREDICTION: graphs.prediction(model), CONSOLIDATION: graphs.consolidation(model)}
+    graphs.save(made, folder, WEIGHTS)
+    config = model.config
+    assert config.window is not None
+    Bundle(
+        config=config,
+        window=config.window,
+        loops=config.loops,
+        evict=config.evict,
+        opset=graphs.OPSET,
+        precision="float32",
+        graphs={name: GraphSpec(inputs=_specs(graph.graph.inputs), outputs=_specs(graph.graph.outputs)) for name, graph in made.items()},
+        versions={package: version(package) for package in ("sleep-zoo", "torch", "onnx-ir", "onnxscript", "onnxruntime")},
+        sha256={name: digest(folder / name) for name in (*made, WEIGHTS)},
+    ).write(folder)
+
+
+targets.register("onnx", write_onnx)
+
+
+def _specs(values: Iterable[Any]) -> list[TensorSpec]:
+    return [
+        TensorSpec(
+            name=value.name, dtype=str(value.dtype.numpy()), shape=[size if isinstance(size, int) else "batch" for size in value.shape]
+        )
+        for value in values
+    ]

@@ -1,0 +1,78 @@
+"""bundle.json: what a bundle is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from zoo.config import ModelConfig, validate
+from zoo.kernels.registry import ZooError
+
+MANIFEST, PREDICTION, CONSOLIDATION, WEIGHTS = "bundle.json", "prediction.onnx", "consolidation.onnx", "weights.bin"
+
+
+class TensorSpec(BaseModel):
+    """One input or output of a graph; a dimension that may vary is a word."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class GraphSpec(BaseModel):
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+class Bundle(BaseModel):
+    """What bundle.json says. `window`, `loops` and `evict` repeat the config for readers that know nothing of this package."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    config: ModelConfig
+    window: int
+    loops: int
+    evict: str
+    opset: int
+    precision: Literal["float32"]
+    graphs: dict[str, GraphSpec]
+    versions: dict[str, str]
+    sha256: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        fields = self.model_dump(mode="json", exclude={"config"}) | {"config": self.config.model_dump(mode="json", exclude_defaults=True)}
+        (folder / MANIFEST).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> Bundle:
+        """The bundle in `folder`, all of its files as they were written.
+
+        Raises:
+            ZooError: no bundle there, or a file that is missing, damaged, or of another bundle.
+        """
+        file = folder / MANIFEST
+        try:
+            fields: Any = json.loads(file.read_text(encoding="utf-8"))
+        except OSError:
+            raise ZooError(f"{folder}: no {MANIFEST} here; want a folder written by zoo-export") from None
+        except ValueError as error:
+            raise ZooError(f"{file}: not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ZooError(f"{file}: want a mapping of fields")
+        bundle = validate(Bundle, fields, str(file))
+        for name in (PREDICTION, CONSOLIDATION, WEIGHTS):
+            if not (folder / name).is_file():
+                raise ZooError(f"{folder / name}: is missing")
+            if digest(folder / name) != bundle.sha256.get(name):
+                raise ZooError(f"{folder / name}: is not the file that {MANIFEST} speaks of (sha256 differs)")
+        return bundle
+
+
+def digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,117 @@
+"""Window caches of fixed size, and the state of a stream as named tensors: what a graph can take in and give out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.blocks.attention import KV
+from zoo.blocks.steps import Steps
+from zoo.model import State
+
+PAST, PRESENT = "past_key_values", "present"  # what onnxruntime-genai calls the states that go in, and come out
+
+
+class RingKV(NamedTuple):
+    """Keys (after rotation) and values in a ring of L slots, [B, Hkv, L, D] each: position p lies in slot p mod L.
+
+    Serves the same attention layers as `KV`, while they are traced. Nothing is ever moved: a slot that `reach` hides
+    or that the stream has not come to counts as empty.
+    """
+
+    key: Tensor
+    value: Tensor
+
+    def empty(self) -> RingKV:
+        return RingKV(torch.zeros_like(self.key), torch.zeros_like(self.value))
+
+    def keep(self, tokens: int) -> RingKV:
+        return self
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, steps: Steps, reach: int | None) -> tuple[Tensor, RingKV]:
+        """Attention of q [B, H, T, D] to the cached and the new k, v [B, Hkv, T, D]; T is 1 awake and L asleep."""
+        if steps.valid is None:
+            return self._attend_token(q, k, v, steps, reach)
+        return self._attend_window(q, k, v, steps, steps.valid, reach)
+
+    def _attend_token(self, q: Tensor, k: Tensor, v: Tensor, steps: Steps, reach: int | None) -> tuple[Tensor, RingKV]:
+        slots = self.key.shape[2]
+        ring = RingKV(_scatter(self.key, k, steps.start), _scatter(self.value, v, steps.start))
+        age = (steps.start - torch.arange(slots)) % slots
+        return attention(q, *ring, _visible(age, steps.start, reach)), ring
+
+    def _attend_window(self, q: Tensor, k: Tensor, v: Tensor, steps: Steps, valid: Tensor, reach: int | None) -> tuple[Tensor, RingKV]:
+        slots = self.key.shape[2]
+        behind = steps.index[:, None] - steps.index  # padding stands at the end, so no token that counts sees it
+        visible = (behind >= 0) & _visible(behind, steps.index[:, None], reach)
+        keys, values = k, v
+        if isinstance(steps.start, Tensor):  # a window that starts at 0 finds nothing cached
+            age = 1 + steps.index[:, None] + (steps.start - 1 - torch.arange(slots)) % slots
+            visible = torch.cat([_visible(age, steps.start + steps.index[:, None], reach), visible], dim=-1)
+            keys, values = torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)
+        token = (torch.arange(slots) - steps.start) % slots  # which of the new tokens lands in each slot
+        lands = (token < valid)[:, None]
+        ring = RingKV(*(torch.where(lands, new.index_select(2, token), old) for new, old in ((k, self.key), (v, self.value))))
+        return attention(q, keys, values, visible), ring
+
+    def ordered(self, position: int, tokens: int) -> KV:
+        """The newest `tokens` tokens before `position`, oldest first."""
+        slot = torch.arange(position - tokens, position) % self.key.shape[2]
+        return KV(self.key[:, :, slot], self.value[:, :, slot])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Softmax attention of q [B, H, T, D] to k, v [B, Hkv, S, D] where visible [T, S], as matrix products.
+
+    Written out because TensorRT-RTX has no float32 kernel for ONNX Attention at T > 1.
+    """
+    groups = q.unflatten(1, (k.shape[1], -1))
+    scores = groups * q.shape[-1] ** -0.5 @ k[:, :, None].mT
+    mixed: Tensor = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v[:, :, None]
+    return mixed.flatten(1, 2)
+
+
+def _visible(age: Tensor, position: int | Tensor, reach: int | None) -> Tensor:
+    """Whether a token at `position` sees the one `age` tokens before it: it exists, and is within reach."""
+    exists = age <= position
+    return exists if reach is None else exists & (age < reach)
+
+
+def _scatter(cache: Tensor, new: Tensor, position: int | Tensor) -> Tensor:
+    """cache [B, Hkv, L, D] with new [B, Hkv, 1, D] in slot position mod L, as ONNX TensorScatter (graphs only)."""
+    slot = torch.as_tensor(position % cache.shape[2]).expand(new.shape[0])  # TensorRT has no circular mode
+    return torch.onnx.ops.symbolic("TensorScatter", (cache, new, slot), dtype=cache.dtype, shape=cache.shape, version=24)
+
+
+def with_rings(state: State, slots: int) -> State:
+    """The state of fresh streams with rings of `slots` slots in place of caches that grow."""
+
+    def ring(cache: KV) -> RingKV:
+        B, Hkv, _, D = cache.key.shape
+        return RingKV(cache.key.new_zeros(B, Hkv, slots, D), cache.value.new_zeros(B, Hkv, slots, D))
+
+    return state._replace(window=tuple(ring(cache) if isinstance(cache, KV) else cache for cache in state.window))
+
+
+def pack(state: State, prefix: str) -> dict[str, Tensor]:
+    """Tensors of a state by name, as in onnxruntime-genai: `<prefix>.<layer>.recurrent_state`, `.conv_state`, `.key`, ..."""
+    named = {}
+    for i, (fast, window) in enumerate(zip(state.fast, state.window, strict=True)):
+        if fast is not None:
+            named[f"{prefix}.{i}.recurrent_state"] = fast
+        if window is not None:
+            named |= {f"{prefix}.{i}.{field}": tensor for field, tensor in window._asdict().items()}
+    return named
+
+
+def unpack(named: Mapping[str, Tensor], prefix: str, like: State) -> State:
+    """The state whose tensors `named` holds; those it lacks, and the position, are `like`'s."""
+    fast = tuple(named.get(f"{prefix}.{i}.recurrent_state", fast) for i, fast in enumerate(like.fast))
+    window = tuple(
+        None if window is None else window._make(named.get(f"{prefix}.{i}.{field}", own) for field, own in window._asdict().items())
+        for i, window in enumerate(like.window)
+    )
+    return State(fast, window, like.position)

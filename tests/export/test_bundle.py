@@ -1,0 +1,247 @@
+"""What is in a bundle, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import AttributeProto
+
+import zoo
+from zoo.export import bundle as making
+from zoo.export import graphs
+from zoo.export.cli import main
+from zoo.kernels.registry import ZooError
+
+FILES = ["bundle.json", "consolidation.onnx", "prediction.onnx", "weights.bin"]
+
+
+def nodes(graph):
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from nodes(attribute.g)
+
+
+def load(bundle, file):
+    return onnx.load(bundle.folder / file, load_external_data=False)
+
+
+@pytest.mark.parametrize("file", ["prediction.onnx", "consolidation.onnx"])
+def test_standard_operators_without_traces(bundle, file):
+    onnx.checker.check_model(str(bundle.folder / file), full_check=True)
+    model = load(bundle, file)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
+    assert not model.functions
+    assert not model.metadata_props
+    assert not model.graph.metadata_props
+    for node in nodes(model.graph):
+        assert node.domain == ""
+        assert not node.metadata_props
+        assert not node.doc_string
+    loops = [node for node in nodes(model.graph) if node.op_type in ("Loop", "Scan", "If")]
+    assert len(loops) == (file == "consolidation.onnx")
+    # TensorRT reads TensorScatter in linear mode only
+    assert not any(
+        attribute.name == "mode" for node in nodes(model.graph) if node.op_type == "TensorScatter" for attribute in node.attribute
+    )
+    assert ("TensorScatter" in {node.op_type for node in nodes(model.graph)}) == (file == "prediction.onnx")
+
+
+def test_the_span_is_one_loop_of_constant_length(bundle):
+    graph = load(bundle, "consolidation.onnx").graph
+    loop = next(node for node in graph.node if node.op_type == "Loop")
+    constants = {node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t) for node in graph.node if node.op_type == "Constant"}
+    assert constants[loop.input[0]] == bundle.model.config.loops
+    assert loop.input[1] == ""
+    body = loop.attribute[0].g
+    assert not body.initializer
+    assert onnx.numpy_helper.to_array(next(node for node in body.node if node.output[0] == body.output[0].name).attribute[0].t)
+
+
+def test_size_does_not_depend_on_loops(bundles, tmp_path):
+    model, folder, _ = bundles("hard")
+    more = zoo.create(model.config, device="meta", loops=model.config.loops + 4)
+    more.load_state_dict(model.state_dict(), assign=True)
+    making.write_onnx(more, tmp_path)
+    few, many = (onnx.load(where / "consolidation.onnx", load_external_data=False) for where in (folder, tmp_path))
+    assert len(list(nodes(few.graph))) == len(list(nodes(many.graph)))
+    assert few.ByteSize() == many.ByteSize()
+    assert few != many
+
+
+def test_every_parameter_is_stored_once(bundle):
+    parameters = dict(bundle.model.named_parameters())
+    assert (bundle.folder / "weights.bin").stat().st_size == sum(4 * tensor.numel() for tensor in parameters.values())
+    places = {}
+    for file in ("prediction.onnx", "consolidation.onnx"):
+        for tensor in load(bundle, file).graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                place = {entry.key: entry.value for entry in tensor.external_data}
+                assert place["location"] == "weights.bin"
+                assert places.setdefault(tensor.name, place) == place
+                stored = onnx.numpy_helper.to_array(tensor, str(bundle.folder))
+                assert torch.equal(torch.tensor(stored), parameters[tensor.name])
+            else:
+                assert tensor.ByteSize() < 4096
+    assert places.keys() == parameters.keys()
+
+
+def test_names_and_shapes(bundles):
+    model, folder, _ = bundles("sliding")
+    said = json.loads((folder / "bundle.json").read_text())
+    assert (said["window"], said["loops"], said["evict"], said["opset"], said["precision"]) == (5, 3, "sliding", 24, "float32")
+    assert zoo.create(said["config"], device="meta").config == model.config
+    prediction, consolidation = said["graphs"]["prediction.onnx"], said["graphs"]["consolidation.onnx"]
+    given = {tensor["name"]: (tensor["dtype"], tensor["shape"]) for tensor in prediction["inputs"]}
+    assert given["input_ids"] == ("int64", ["batch", 1])
+    assert given["position"] == ("int64", [])
+    assert given["past_key_values.3.key"] == ("float32", ["batch", 1, 5, 8])
+    assert given["past_key_values.0.recurrent_state"] == ("float32", ["batch", 2, 8, 16])
+    assert given["past_key_values.2.conv_state"] == ("float32", ["batch", 64, 3])
+    states = [name for name in given if name.startswith("past_key_values.")]
+    assert len(states) == 8
+    assert [tensor["name"] for tensor in consolidation["inputs"]] == ["input_ids", "n_valid", "position", *states]
+    present = [name.replace("past_key_values", "present") for name in states]
+    assert [tensor["name"] for tensor in prediction["outputs"]] == ["logits", *present]
+    assert [tensor["name"] for tensor in consolidation["outputs"]] == present
+
+
+def test_a_window_that_restarts_brings_only_fast_weights(bundles):
+    graph = load(bundles("hard"), "consolidation.onnx").graph
+    assert [value.name for value in graph.input] == ["input_ids", "n_valid", "past_key_values.1.recurrent_state"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_changed_file_is_refused(bundles, tmp_path, file):
+    folder = shutil.copytree(bundles("hard").folder, tmp_path / "bundle")
+    content = bytearray((folder / file).read_bytes())
+    content[len(content) // 2] ^= 255
+    (folder / file).write_bytes(content)
+    with pytest.raises(ZooError, match=file) as caught:
+        zoo.export.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", FILES[1:])
+def test_a_file_of_another_bundle_is_refused(bundles, tmp_path, file):
+    folder = shutil.copytree(bundles("hard").folder, tmp_path / "bundle")
+    shutil.copy(bundles("once").folder / file, folder / file)
+    with pytest.raises(ZooError, match=file):
+        zoo.export.load(folder)
+    (folder / file).unlink()
+    with pytest.raises(ZooError, match=f"{file}: is missing"):
+        zoo.export.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "no bundle.json here"), ("{", "not JSON"), ("[]", "want a mapping"), ("{}", "config: is missing")]
+)
+def test_a_broken_manifest(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "bundle.json").write_text(content)
+    with pytest.raises(ZooError, match=said):
+        zoo.export.load(tmp_path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gdn4-sleep2", "--target", "nonsense"], "unknown export target 'nonsense'; "),
+        (["gdn4"], "evict: 'none' .* allowed: hard, sliding"),
+        (["gdn5-sleep2"], "unknown model 'gdn5-sleep2'; did you mean 'gdn4'?"),
+        (["gdn4-sleep2", "loops"], "want field=value"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, said):
+    result = run(*arguments, "--out", tmp_path / "new")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("zoo-export: ")
+    assert result.stderr.count("\n") == 1
+    assert re.search(said, result.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_exists_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("untouched")
+    result = run("gdn4-sleep2", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "already exists" in result.stderr
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("mine", "untouched")]
+
+
+def test_graphs_that_differ_leave_nothing(bundles, tmp_path, monkeypatch):
+    model, folder, _ = bundles("hard")
+
+    def write_another(model, out):
+        shutil.copytree(folder, out, dirs_exist_ok=True)
+
+    monkeypatch.setattr(making.targets, "get", lambda name: write_another)
+    making.export(model, tmp_path / "same")
+    with pytest.raises(ZooError, match="from PyTorch"):
+        making.export(zoo.create(model.config, seed=1), tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["same"]
+
+
+def test_only_float32_on_the_cpu(bundles, tmp_path):
+    config = bundles("hard").model.config
+    for model in (zoo.create(config, dtype=torch.bfloat16), zoo.create(config, device="meta")):
+        with pytest.raises(ZooError, match=r"embed.weight is torch.* allowed: torch.float32 on cpu"):
+            zoo.export.export(model, tmp_path / "new")
+
+
+def test_a_saved_model_against_its_bundle(bundles, tmp_path):
+    model, folder, _ = bundles("hard")
+    zoo.save(model, tmp_path / "run")
+    result = run(tmp_path / "run", "--verify-only", folder)
+    assert result.exit_code == 0, result.output
+    assert "same greedy token 100.00%" in result.output
+    result = run(tmp_path / "run", "loops=2", "--verify-only", folder)
+    assert result.exit_code == 2
+    assert "from PyTorch" in result.stderr
+    result = run(tmp_path / "run", "d_model=32", "--verify-only", folder)
+    assert "its weights do not fit d_model=32" in result.stderr
+
+
+def test_a_folder_in_use_is_found_before_any_work(bundles, tmp_path, monkeypatch):
+    model, folder, _ = bundles("hard")
+    zoo.save(model, tmp_path / "run")
+    monkeypatch.setattr(graphs, "prediction", lambda model: pytest.fail("work"))
+    result = run(tmp_path / "run", "--out", folder)
+    assert result.exit_code == 2
+    assert "already exists" in result.stderr
+
+
+def test_the_command_writes_a_bundle(bundles, tmp_path, monkeypatch):
+    model, folder, _ = bundles("hard")
+    monkeypatch.setattr(making.targets, "get", lambda name: lambda model, out: shutil.copytree(folder, out, dirs_exist_ok=True))
+    zoo.save(model, tmp_path / "run")
+    result = run(tmp_path / "run", "--out", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    assert "same greedy token 100.00%" in result.output
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == FILES
+    assert zoo.export.load(tmp_path / "new").generate(torch.zeros(1, 1, dtype=torch.int64), 3).shape == (1, 3)
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from zoo.export.cli import main; main(['--help'], standalone_mode=False); assert 'torch' not in sys.modules"
+    assert "RUN_OR_NAME" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(("missing", "name"), [("onnxscript", "export"), ("onnxruntime", "load")])
+def test_without_the_onnx_packages(missing, name):
+    code = f"import sys; sys.modules['{missing}'] = None; import zoo; zoo.export.{name}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.strip().splitlines()[-1].endswith("ZooError: export: needs pip install 'sleep-zoo[onnx]'")
