@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from zoo.cli import CONTEXT, one_line_errors
+
 if TYPE_CHECKING:
     from zoo.model import Model
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=CONTEXT)
 @click.argument("model", metavar="RUN_OR_NAME")
 @click.argument("overrides", metavar="[FIELD=VALUE]...", nargs=-1)
 @click.option("--target", default="onnx", show_default=True, help="What to write.")
@@ -29,16 +30,11 @@ def main(model: str, overrides: tuple[str, ...], target: str, out: Path | None, 
     """
     if (out is None) == (verify_only is None):
         raise click.UsageError("want either --out DIR or --verify-only DIR")
-    from zoo.kernels.registry import ZooError
-
-    try:
+    with one_line_errors():
         if out is not None:
             _write(model, overrides, seed, target, out)
         elif verify_only is not None:
             _compare(model, overrides, seed, verify_only)
-    except ZooError as error:
-        print(f"zoo-export: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _write(name: str, overrides: tuple[str, ...], seed: int, target: str, out: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,20 @@ from zoo.kernels.registry import ZooError
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class Group(click.Group):
-    """Answers bad input with one line and exit status 2."""
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input is answered with one line and exit status 2."""
+    try:
+        yield
+    except ZooError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
 
+
+class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with one_line_errors():
             return super().invoke(ctx)
-        except ZooError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(2)
 
 
 @click.group(cls=Group, context_settings=CONTEXT)

@@ -38,7 +38,7 @@ def run(out: Path) -> None:
         ZooError: `out` exists already, or onnxruntime is not installed: before any work.
     """
     import_module("zoo.export.runtime")
-    plan = read_config(str(files("zoo.configs").joinpath("train", "cycle.yaml")))
+    plan = read_config(str(files("zoo.configs").joinpath("train").joinpath("cycle.yaml")))
     task = new_task(plan.task)
     with new_folder(out) as folder:
         console.print(f"[bold]{task}[/]: the same tokens and seed at N = {', '.join(map(str, LOOPS))} passes of sleep")
@@ -120,7 +120,15 @@ def _seconds(work: Callable[[], object]) -> float:
 def _table(rows: dict[int, dict[str, Any]], task: Task) -> Table:
     table = Table(title=f"{task}: {next(iter(rows.values()))['answers']} held-out questions, best guess {task.chance():.1%}")
     levels = list(next(iter(rows.values()))["by_level"])
-    for name in ("N", *(f"{level} {task.level_name}" for level in levels), "all", "all, onnxruntime", "logits differ by", "s per sleep", "ms per token"):
+    for name in (
+        "N",
+        *(f"{level} {task.level_name}" for level in levels),
+        "all",
+        "all, onnxruntime",
+        "logits differ by",
+        "s per sleep",
+        "ms per token",
+    ):
         table.add_column(name, justify="right")
     for n, row in rows.items():
         table.add_row(

@@ -40,7 +40,11 @@ class Description:
             ("layers", f"{len(config.pattern)}: {config.layers}"),
             ("parameters", f"{self.parameters:,}"),
             ("fast weights", f"{_bytes(self.state_bytes)} per stream"),
-            ("window cache", f"{_bytes(self.kv_bytes_per_token)} per token" + (f", {_bytes(self.window_bytes)} when full" if self.window_bytes is not None else "")),
+            (
+                "window cache",
+                f"{_bytes(self.kv_bytes_per_token)} per token"
+                + (f", {_bytes(self.window_bytes)} when full" if self.window_bytes is not None else ""),
+            ),
             ("awake", f"{self.flops_per_token:,} FLOPs per token"),
         ]
         if self.flops_per_sleep is None:

@@ -72,7 +72,9 @@ class Model(nn.Module):
         if config.inject:
             self.inject = nn.Parameter(torch.empty(config.d_model))
         if self.eviction.restarts and all(fast is None for fast in self.init_state().fast):
-            raise ZooError(f"{config.name}: evict: '{config.evict}' empties the window, and no block of '{config.layers}' has fast weights to remember it")
+            raise ZooError(
+                f"{config.name}: evict: '{config.evict}' empties the window, and no block of '{config.layers}' has fast weights to remember it"
+            )
         self.prelude = range(config.looped.start)
         self.span = config.looped
         self.coda = range(config.looped.stop, len(self.blocks))

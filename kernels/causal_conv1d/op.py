@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,4 +31,3 @@ def causal_conv1d(x: Tensor, weight: Tensor, *, tail: Tensor | None = None) -> T
     elif tail.shape != (B, C, K - 1):
         raise ValueError(f"tail {list(tail.shape)}: want {[B, C, K - 1]}")
     return F.silu(choose("causal_conv1d", "chunked")(x, weight, tail.to(x.dtype)))
-

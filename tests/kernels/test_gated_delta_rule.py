@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
+import zoo
 from zoo.kernels.gated_delta_rule.chunked import unit_lower_inverse
 from zoo.kernels.gated_delta_rule.op import gated_delta_rule
 from zoo.kernels.gated_delta_rule.reference import recurrent
-
-import zoo
 
 
 def inputs(T, *, B=2, H=2, HV=None, K=16, V=24, correlated=0.0, beta=None, decay=0.05, seed=0):
@@ -39,7 +39,9 @@ def test_recurrence_is_the_equation():
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 16, 24, 63, 64, 65, 200])
-@pytest.mark.parametrize("case", [{}, {"HV": 6, "H": 2}, {"correlated": 0.95, "beta": 0.9, "decay": 1e-3}, {"decay": 30.0}, {"decay": 0.0, "beta": 2.0}])
+@pytest.mark.parametrize(
+    "case", [{}, {"HV": 6, "H": 2}, {"correlated": 0.95, "beta": 0.9, "decay": 1e-3}, {"decay": 30.0}, {"decay": 0.0, "beta": 2.0}]
+)
 def test_chunked_equals_recurrence_in_float64(T, case):
     given = inputs(T, **case)
     for found, wanted in zip(run("chunked", *given), run("reference", *given), strict=True):
@@ -99,7 +101,9 @@ def test_arithmetic_is_float32_in_bfloat16():
     assert (o.double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()  # one rounding of the result
 
 
-@pytest.mark.parametrize("change", [{"v": (2, 7, 3, 24)}, {"k": (2, 6, 2, 16)}, {"g": (2, 7, 1)}, {"beta": (2, 6, 2)}, {"state": (2, 2, 24, 16)}])
+@pytest.mark.parametrize(
+    "change", [{"v": (2, 7, 3, 24)}, {"k": (2, 6, 2, 16)}, {"g": (2, 7, 1)}, {"beta": (2, 6, 2)}, {"state": (2, 2, 24, 16)}]
+)
 def test_shapes_that_do_not_fit(change):
     given = dict(zip(["q", "k", "v", "g", "beta", "state"], inputs(7), strict=True))
     given.update({name: torch.zeros(shape) for name, shape in change.items()})

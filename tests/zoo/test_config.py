@@ -5,10 +5,10 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zoo.config import merge, parse_overrides, resolve
-from zoo.pattern import expand
 
 import zoo
+from zoo.config import merge, parse_overrides, resolve
+from zoo.pattern import expand
 
 
 @pytest.mark.parametrize(

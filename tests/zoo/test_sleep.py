@@ -3,11 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.naive import NaiveStream
 
 import zoo
+from tests.naive import NaiveStream
 
-TINY = {"d_model": 16, "d_ff": 24, "vocab_size": 11, "blocks": {"attn": {"heads": 2}, "swa": {"heads": 2, "window": 3}, "gdn": {"heads": 2}}}
+TINY = {
+    "d_model": 16,
+    "d_ff": 24,
+    "vocab_size": 11,
+    "blocks": {"attn": {"heads": 2}, "swa": {"heads": 2, "window": 3}, "gdn": {"heads": 2}},
+}
 
 
 def tiny(name="gdn4-sleep3-hard6", seed=0, dtype=torch.float64, **overrides):
@@ -26,7 +31,9 @@ def tokens(*shape, seed=0):
 def same(a, b):
     """Equal bit for bit."""
     leaves = [torch.utils._pytree.tree_leaves(tree) for tree in (a, b)]
-    return len(leaves[0]) == len(leaves[1]) and all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*leaves, strict=True))
+    return len(leaves[0]) == len(leaves[1]) and all(
+        torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*leaves, strict=True)
+    )
 
 
 def assert_same_stream(model, naive_streams, state):
@@ -45,7 +52,13 @@ def assert_same_stream(model, naive_streams, state):
         {"layers": "gdn swa*2", "span": (0, 1)},
         {"inject": True},
         {"loop_norm": True, "tie_embeddings": True},
-        {"blocks": {**TINY["blocks"], "attn": {"heads": 4, "kv_heads": 2, "head_dim": 6}, "gdn": {"heads": 3, "head_dim": 4, "expand_v": 1.5, "conv_size": 2}}},
+        {
+            "blocks": {
+                **TINY["blocks"],
+                "attn": {"heads": 4, "kv_heads": 2, "head_dim": 6},
+                "gdn": {"heads": 3, "head_dim": 4, "expand_v": 1.5, "conv_size": 2},
+            }
+        },
     ],
 )
 def test_stream_equals_the_equations(evict, overrides):
@@ -181,7 +194,15 @@ def test_the_first_token_after_a_sleep_carries_no_loss():
 @pytest.mark.parametrize("overrides", [{}, {"span": (1, 1), "inject": True, "loop_norm": True}])
 def test_gradient_of_the_loss(evict, overrides):
     """Three chunks, three loops: the gradient of every parameter against numerical differentiation."""
-    model = tiny(f"gdn4-sleep3-{evict}", d_model=4, d_ff=6, vocab_size=5, layers="attn gdn", blocks={"attn": {"heads": 1}, "gdn": {"heads": 1}}, **overrides)
+    model = tiny(
+        f"gdn4-sleep3-{evict}",
+        d_model=4,
+        d_ff=6,
+        vocab_size=5,
+        layers="attn gdn",
+        blocks={"attn": {"heads": 1}, "gdn": {"heads": 1}},
+        **overrides,
+    )
     ids, mask = tokens(1, 9) % 5, torch.zeros(1, 9, dtype=torch.bool)
     mask[:, 7:] = True
     names = [name for name, _ in model.named_parameters()]

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from zoo.tasks import new_task, tasks
 
 import zoo
+from zoo.tasks import new_task, tasks
 
 
 def test_cycle_labels():

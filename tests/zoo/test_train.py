@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+
+import zoo
 from zoo.config import validate
 from zoo.tasks import new_task
 from zoo.train import TrainConfig, evaluate, make_optimizers, read_config, schedule, train
-
-import zoo
 
 SMALL = {
     "model": "gdn4-sleep2",
@@ -40,8 +40,13 @@ def test_a_run_repeats_itself_and_loads(tmp_path, muon_lr):
     lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("first", "second")]
     assert [line["step"] for line in lines[0]] == [2, 4, 6]
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
-    assert evaluate(first, new_task(SMALL["task"]), 40) == results == json.loads(
-        (tmp_path / "second" / "results.json").read_text(), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()}
+    assert (
+        evaluate(first, new_task(SMALL["task"]), 40)
+        == results
+        == json.loads(
+            (tmp_path / "second" / "results.json").read_text(),
+            object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()},
+        )
     )
     assert read_config(tmp_path / "first" / "train.yaml") == plan(muon_lr=muon_lr)
 

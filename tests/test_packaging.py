@@ -1,0 +1,173 @@
+"""The package as users install it: a wheel in a new environment, from outside the checkout, beside other people's packages."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ("blocks", "configs", "export", "kernels")
+
+TOY = {
+    "pyproject.toml": """
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "toy-mixer"
+version = "1"
+[project.entry-points.zoo_blocks]
+decay = "toy_mixer:Decay"
+[project.entry-points.zoo_models]
+toy4 = "toy_mixer:TOY4"
+[tool.setuptools]
+py-modules = ["toy_mixer"]
+""",
+    "toy_mixer.py": '''
+import torch
+from pydantic import Field
+from zoo.blocks.mixer import Mixer, Options
+
+class DecayOptions(Options):
+    rate: float = Field(0.5, gt=0, lt=1)
+
+class Decay(Mixer):
+    """A running average of the tokens; the average is the fast weight."""
+    Options = DecayOptions
+    def __init__(self, d_model, options, reach):
+        super().__init__(d_model, options, reach)
+        self.rate = options.rate
+        self.o_proj = torch.nn.Linear(d_model, d_model, bias=False)
+    def new_fast(self, batch):
+        return self._zeros(batch, self.o_proj.in_features, fast=True)
+    def forward(self, x, fast, window, steps):
+        out = []
+        for t in range(x.shape[1]):
+            fast = self.rate * fast + (1 - self.rate) * x[:, t]
+            out.append(fast)
+        return self.o_proj(torch.stack(out, 1).to(x.dtype)), fast, window
+
+TOY4 = {"name": "toy4", "vocab_size": 5, "d_model": 16, "layers": "(attn decay)*2", "sleep": {"evict": "hard", "window": 8}}
+''',
+}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A new environment that holds the wheel, Hugging Face's `kernels`, the toy package, and sees our dependencies."""
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, with_pip=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(home)}))
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch is too large to install again
+    toy = tmp_path_factory.mktemp("toy")
+    for name, text in TOY.items():
+        (toy / name).write_text(text)
+    for arguments in (["--no-deps", str(ROOT), str(toy)], ["kernels"]):
+        subprocess.run(
+            [home / "bin/python", "-m", "pip", "install", "--quiet", "--no-warn-script-location", *arguments],
+            check=True,
+            cwd=home,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        )
+    return home
+
+
+def run(environment, *command, status=0):
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    result = subprocess.run([environment / "bin" / command[0], *command[1:]], cwd=environment, env=clean, capture_output=True, text=True)
+    assert result.returncode == status, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_wheel_is_what_runs(environment):
+    where = run(environment, "python", "-c", "import zoo, zoo.blocks.gdn; print(zoo.__file__, zoo.blocks.gdn.__file__)").split()
+    assert all(str(environment) in path for path in where)
+
+
+def test_no_generic_name_is_installed(environment):
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
+    for floor in FLOORS:
+        if floor != "kernels":
+            assert not (site / floor).exists()
+    assert "get_kernel" in run(environment, "python", "-c", "import zoo.blocks.gdn, kernels; print(dir(kernels))")
+
+
+def test_the_commands(environment):
+    code = "import zoo; print(zoo.describe(zoo.create('gdn4-sleep4')))"
+    assert "3,702,800" in run(environment, "python", "-c", code)
+    assert "gdn4" in run(environment, "zoo", "list", "gdn*")
+    for command in (["zoo"], ["zoo", "list"], ["zoo", "describe"], ["zoo", "train"], ["zoo", "eval"], ["zoo", "demo"], ["zoo-export"]):
+        assert "Usage:" in run(environment, *command, "--help")
+    (environment / "run.yaml").write_text(
+        "model: gdn4-sleep2\noverrides: {layers: attn gdn, d_model: 16, window: 10}\ntask: {name: cycle, nodes: 5, hops: 1}\n"
+        "steps: 2\nbatch_size: 4\neval_sequences: 4\n"
+    )
+    run(environment, "zoo", "train", "run.yaml", "--out", "run")
+    run(environment, "zoo", "eval", "run", "--sequences", "4")
+    run(environment, "zoo-export", "run", "--target", "onnx", "--out", "bundle")
+    assert {p.name for p in (environment / "bundle").iterdir()} == {"bundle.json", "prediction.onnx", "consolidation.onnx", "weights.bin"}
+
+
+def test_a_mixer_of_another_package(environment):
+    """An entry point is all it takes: the mixer works in any pattern, and sleeps."""
+    code = """
+import torch, zoo
+model = zoo.create("gdn4-sleep3-hard8", layers="attn decay gdn decay", d_model=16, blocks={"decay": {"rate": 0.9}})
+state = model.consolidate(torch.zeros(2, 8, dtype=torch.long))
+assert state.fast[1].abs().sum() > 0
+mask = torch.zeros(2, 12, dtype=torch.bool); mask[:, 9:] = True
+model.loss(torch.zeros(2, 12, dtype=torch.long), mask).backward()
+assert "toy4" in zoo.list_models()
+assert zoo.create("toy4-sleep2").config.window == 8
+try:
+    zoo.create("gdn4", layers="decai")
+except zoo.ZooError as error:
+    assert "did you mean 'decay'" in str(error)
+else:
+    raise AssertionError
+"""
+    run(environment, "python", "-c", code)
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floor_is_a_link_without_an_init(floor):
+    """An __init__.py would make `kernels` in the checkout hide Hugging Face's package."""
+    assert (ROOT / "zoo" / floor).resolve() == ROOT / floor
+    assert not (ROOT / floor / "__init__.py").exists()
+
+
+def test_every_folder_with_code_is_packaged():
+    import tomllib
+
+    packaged = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    for top in ("zoo", "blocks", "export", "kernels"):
+        for file in (ROOT / top).rglob("*.py"):
+            if not any(part.startswith((".", "__pycache__")) for part in file.relative_to(ROOT).parts):
+                package = ".".join(file.relative_to(ROOT).parent.parts)
+                assert (package if top == "zoo" else f"zoo.{package}") in packaged
+
+
+@pytest.mark.parametrize(("floor", "below"), [("kernels", ()), ("blocks", ("kernels",)), ("zoo", ("kernels", "blocks"))])
+def test_a_floor_imports_only_from_those_below(floor, below):
+    floors = {"kernels", "blocks", "export", "zoo"}
+    for file in (ROOT / floor).rglob("*.py"):
+        if any((ROOT / floor / other).resolve() in file.resolve().parents for other in FLOORS) or file.name == "__init__.py":
+            continue
+        for line in file.read_text().splitlines():
+            words = line.strip().split()
+            if len(words) > 1 and words[0] in ("import", "from") and words[1].startswith("zoo"):
+                parts = words[1].split(".")
+                used = parts[1] if len(parts) > 1 and parts[1] in floors else "zoo"
+                allowed = {floor, *below}
+                lazily = line.startswith(" ") and used == "export"  # the demo exports; it stands on top
+                assert used in allowed or file.name == "demo.py" or lazily, f"{file}: {line.strip()}"
+
+
+def test_readme_example_runs():
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

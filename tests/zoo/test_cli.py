@@ -1,0 +1,93 @@
+"""The commands, run in this process: what they print, and how they refuse."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import zoo
+from zoo.cli import main
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == status, result.output + repr(result.exception)
+    return result
+
+
+SMALL = {
+    "model": "gdn4-sleep2",
+    "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16, "window": 10},
+    "task": {"name": "cycle", "nodes": 5, "hops": 2},
+    "steps": 3,
+    "batch_size": 4,
+    "eval_sequences": 8,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+def test_list():
+    assert run("list", "gdn*").output.split() == zoo.list_models("gdn*")
+
+
+def test_describe_prints_a_table_or_yaml(tmp_path):
+    assert "3,702,800" in run("describe", "gdn4-sleep4").output
+    path = tmp_path / "mine.yaml"
+    path.write_text(run("describe", "gdn4-sleep4", "d_model=32", "blocks.gdn.heads=2", "--yaml").output)
+    assert run("describe", path).output == run("describe", "gdn4-sleep4", "d_model=32", "blocks.gdn.heads=2").output
+
+
+def test_train_then_eval(tmp_path, config):
+    run("train", config, "steps=4", "log_every=2", "--out", tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "metrics.jsonl",
+        "model.safetensors",
+        "results.json",
+        "train.yaml",
+        "zoo.yaml",
+    ]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    output = run("eval", tmp_path / "run", "--sequences", 8, "--loops", 3).output
+    assert "hops" in output
+    assert "best guess" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list", "jett*"], "no model matches 'jett*'"),
+        (["describe", "gdn5"], "unknown model 'gdn5'; did you mean 'gdn4'"),
+        (["describe", "gdn4", "d_model"], "want field=value"),
+        (["describe", "gdn4-sleep0"], "loops: 0"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["train", "{config}", "stepz=4"], "stepz: unknown field; did you mean 'steps'"),
+        (["train", "{config}", "model=gdn4-slep4"], "unknown suffix '-slep4'"),
+        (["train", "{config}", "--out", "{config}"], "already exists"),
+        (["eval", "nowhere"], "nowhere"),
+        (["demo", "--out", "{config}"], "already exists"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(config, arguments, message):
+    before = config.read_text()
+    result = run(*(a.format(config=config) for a in arguments), status=2)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("Error: ")
+    assert config.read_text() == before
+
+
+@pytest.mark.parametrize("module", ["zoo.cli", "zoo.export.cli"])
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["train", "--help"]])
+def test_names_and_help_do_not_import_torch(module, arguments):
+    if module == "zoo.export.cli" and arguments != ["--help"]:
+        pytest.skip("zoo-export is a single command")
+    code = f"import sys; from {module} import main; main({arguments}, standalone_mode=False); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
