@@ -32,4 +32,3 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tail
         raise ValueError(f"tail {list(tail.shape)}: want {[B, C, K - 1]}")
     y = choose("causal_conv1d", "chunked")(x, weight, tail.to(x.dtype))
     return F.silu(y if bias is None else y + bias)
-

@@ -41,7 +41,9 @@ def gated_delta_rule(
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     if k.shape != q.shape or v.shape[:2] != (B, T) or HV % H:
-        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}: want [B, T, H, K] twice and [B, T, HV, V], HV a multiple of H")
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}: want [B, T, H, K] twice and [B, T, HV, V], HV a multiple of H"
+        )
     if g.shape != (B, T, HV) or beta.shape != (B, T, HV):
         raise ValueError(f"g {list(g.shape)} and beta {list(beta.shape)}: want {[B, T, HV]}")
     dtype = torch.promote_types(v.dtype, torch.float32)
