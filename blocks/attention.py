@@ -38,7 +38,7 @@ class KV(NamedTuple):
         gqa = q.shape[1] != k.shape[1]
         if T == 1 and (reach is None or past < reach):
             y = F.scaled_dot_product_attention(q, *cache, enable_gqa=gqa)
-        elif past == 0 and (reach is None or T <= reach):
+        elif past == 0 and (reach is None or reach >= T):
             y = F.scaled_dot_product_attention(q, *cache, is_causal=True, enable_gqa=gqa)
         else:
             y = F.scaled_dot_product_attention(q, *cache, attn_mask=steps.band(past, reach), enable_gqa=gqa)
