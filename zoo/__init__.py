@@ -16,7 +16,7 @@ import zoo.kernels
 if TYPE_CHECKING:
     from zoo.config import ModelConfig as ModelConfig
     from zoo.config import list_models as list_models
-    from zoo.describe import describe as describe
+    from zoo.costs import describe as describe
     from zoo.kernels.registry import ZooError as ZooError
     from zoo.model import Answers as Answers
     from zoo.model import Model as Model
@@ -53,7 +53,7 @@ _hand_on(
         "State": "zoo.model",
         "ZooError": "zoo.kernels.registry",
         "create": "zoo.weights",
-        "describe": "zoo.describe",
+        "describe": "zoo.costs",
         "list_models": "zoo.config",
         "load": "zoo.weights",
         "save": "zoo.weights",

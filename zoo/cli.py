@@ -63,7 +63,7 @@ def describe(model: str, overrides: tuple[str, ...], as_yaml: bool) -> None:
 
         click.echo(resolve(model, parse_overrides(overrides)).yaml(), nl=False)
     else:
-        from zoo.describe import describe as describe_model
+        from zoo.costs import describe as describe_model
 
         click.echo(describe_model(model, **parse_overrides(overrides)))
 

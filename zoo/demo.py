@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -65,7 +66,7 @@ def _train_all(plans: dict[int, TrainConfig], out: Path) -> dict[int, dict[str, 
         bars = {n: add_run(progress, f"N = {n}", plan.steps) for n, plan in plans.items()}
         order = sorted(plans, reverse=True)
         runs = {pool.submit(_train_one, plans[n], out / f"sleep{n}", n, queue): n for n in order}
-        finished = {}
+        finished: dict[int, dict[str, Any]] = {}
         while len(finished) < len(runs):
             while not queue.empty():
                 n, metrics = queue.get()
@@ -87,7 +88,7 @@ def _in_onnxruntime(model: Model, bundle: Path, task: Task, seed: int) -> dict[s
     """Accuracy of the exported graphs on held-out questions, and how far their logits are from PyTorch's."""
     ids, mask, _ = (torch.from_numpy(x) for x in task.batch(seed, 0, ONNX_SEQUENCES, "test"))
     answers = model.answers(ids, mask)
-    logits = zoo.export.load(bundle, batch_size=len(ids)).feed(ids).roll(1, dims=1).flatten(0, 1)[answers.index]
+    logits = zoo.export.load(bundle, batch_size=len(ids)).feed(ids).roll(1, dims=1).flatten(0, 1)[answers.place]
     return {
         "onnx_accuracy": (logits.argmax(-1) == answers.target).float().mean().item(),
         "pytorch_accuracy_same_questions": answers.right().float().mean().item(),
@@ -103,11 +104,11 @@ def _costs(models: dict[int, Model], task: Task) -> dict[int, dict[str, float]]:
     tokens: dict[int, list[float]] = {n: [] for n in models}
     for _ in range(30):
         for n, model in models.items():
-            sleeps[n].append(_seconds(lambda model=model: model.consolidate(window)))
+            sleeps[n].append(_seconds(partial(model.consolidate, window)))
             session = Session(model)
             session.feed(window)
             session.sleep()
-            tokens[n].append(_seconds(lambda session=session: session.generate(window[:, :1], task.window - 1)) / (task.window - 1))
+            tokens[n].append(_seconds(partial(session.generate, window[:, :1], task.window - 1)) / (task.window - 1))
     return {n: {"seconds_per_sleep": statistics.median(sleeps[n]), "seconds_per_token": statistics.median(tokens[n])} for n in models}
 
 

@@ -36,9 +36,8 @@ def training_bar(steps: int, name: str) -> Iterator[Report]:
     """The `report` of one training run."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda m: print(
-            f"{name} step {m['step']}/{steps} loss {m['loss']:.3f} accuracy {m['accuracy']:.3f} {m['tokens_per_second']:,} tokens/s"
-        )
+        line = "{name} step {step}/{steps} loss {loss:.3f} accuracy {accuracy:.3f} {tokens_per_second:,} tokens/s"
+        yield lambda metrics: print(line.format(name=name, steps=steps, **metrics))
         return
     with new_progress() as progress:
         bar = add_run(progress, name, steps)

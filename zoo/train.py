@@ -95,7 +95,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
                     "tokens": (step + 1) * ids.numel(),
                     "loss": round(loss.item(), 5),
                     "accuracy": round(right.float().mean().item(), 5),
-                    "by_level": _by_level(right, level.flatten()[answers.index]),
+                    "by_level": _by_level(right, level.flatten()[answers.place]),
                     "grad_norm": round(norm.item(), 4),
                     "lr": rate * config.lr,
                     "tokens_per_second": round(seen / (now - since)),
@@ -156,8 +156,8 @@ def evaluate(model: Model, task: Task, sequences: int, *, seed: int = 0, loops: 
         hit = answers.right()
         losses.append(answers.losses())
         right.append(hit)
-        levels.append(level.flatten()[answers.index])
-        wrong = torch.zeros(ids.numel(), dtype=torch.bool).index_copy(0, answers.index, ~hit)
+        levels.append(level.flatten()[answers.place])
+        wrong = torch.zeros(ids.numel(), dtype=torch.bool).index_copy(0, answers.place, ~hit)
         exact.append(~wrong.view_as(ids).any(1))
     hits = torch.cat(right)
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,7 @@ BASE = 8  # rows inverted by the nilpotent series; larger blocks lose digits on 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
     """Same result as `reference.recurrent`, up to rounding; same shapes and arguments."""
-    B, T, H, K = q.shape
+    T = q.shape[1]
     C = min(CHUNK, max(BASE, 1 << (T - 1).bit_length()))
     pad = -T % C
 
@@ -59,13 +61,13 @@ class _UnitLowerInverse(torch.autograd.Function):
     """dA = -X^T dX X^T: two products instead of the backward pass of every merge."""
 
     @staticmethod
-    def forward(ctx, A: Tensor) -> Tensor:
+    def forward(ctx: Any, A: Tensor) -> Tensor:
         X = _invert(A)
         ctx.save_for_backward(X)
         return X
 
     @staticmethod
-    def backward(ctx, dX: Tensor) -> Tensor:
+    def backward(ctx: Any, dX: Tensor) -> Tensor:
         (X,) = ctx.saved_tensors
         return -(X.mT @ dX @ X.mT).tril(-1)
 

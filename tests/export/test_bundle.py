@@ -168,7 +168,7 @@ def run(*arguments):
 def test_bad_input_is_one_line(tmp_path, arguments, said):
     result = run(*arguments, "--out", tmp_path / "new")
     assert result.exit_code == 2
-    assert result.stderr.startswith("zoo-export: ")
+    assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert re.search(said, result.stderr)
     assert not list(tmp_path.iterdir())

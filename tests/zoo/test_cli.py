@@ -91,3 +91,16 @@ def test_names_and_help_do_not_import_torch(module, arguments):
         pytest.skip("zoo-export is a single command")
     code = f"import sys; from {module} import main; main({arguments}, standalone_mode=False); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_no_module_hides_a_public_name():
+    """`import zoo.x` sets the attribute x of zoo, so a module must not be called like a function that zoo hands on."""
+    code = """
+import importlib, pkgutil, types, zoo
+public = {name: getattr(zoo, name) for name in zoo.__all__}
+for module in pkgutil.iter_modules(zoo.__path__):
+    importlib.import_module(f"zoo.{module.name}")
+for name, item in public.items():
+    assert getattr(zoo, name) is item and not isinstance(item, types.ModuleType), name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

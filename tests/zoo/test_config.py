@@ -31,7 +31,9 @@ def test_pattern(pattern, names):
 _patterns = st.recursive(
     st.sampled_from(["attn", "gdn", "swa"]).map(lambda n: (n, [n])),
     lambda items: st.one_of(
-        st.lists(items, min_size=1, max_size=3).map(lambda xs: ("(" + " ".join(x[0] for x in xs) + ")", sum((x[1] for x in xs), []))),
+        st.lists(items, min_size=1, max_size=3).map(
+            lambda xs: ("(" + " ".join(x[0] for x in xs) + ")", [name for x in xs for name in x[1]])
+        ),
         st.tuples(items, st.integers(1, 3)).map(lambda x: (f"({x[0][0]})*{x[1]}", x[0][1] * x[1])),
     ),
     max_leaves=8,

@@ -174,7 +174,7 @@ def test_sleep_on_every_chunk_is_what_a_session_does(evict):
     stream = NaiveStream(model)
     naive = []
     for piece in ids[0].split(4):
-        before = dict(S=dict(stream.S), cache=dict(stream.cache), position=stream.position)
+        before = {"S": dict(stream.S), "cache": dict(stream.cache), "position": stream.position}
         naive.append(stream.awake(piece))
         vars(stream).update(before)
         stream.asleep(piece)

@@ -92,7 +92,8 @@ def test_batches_are_reproducible_and_held_out(name):
         if name == "cycle":  # the same cycle may be shown in any order
             ids = np.array([sorted(zip(row[::2], row[1::2], strict=True)) for row in ids])
         contexts[split] = {row.tobytes() for row in ids}
-    assert contexts["train"] and contexts["test"]
+    assert contexts["train"]
+    assert contexts["test"]
     assert not contexts["train"] & contexts["test"]
 
 
