@@ -13,7 +13,7 @@ from zoo.export import graphs
 from zoo.export.manifest import CONSOLIDATION, PREDICTION, WEIGHTS, Bundle, GraphSpec, TensorSpec, digest
 from zoo.export.runtime import OnnxModel
 from zoo.export.verify import Parity, verify
-from zoo.files import new_folder, refuse_existing
+from zoo.files import new_folder
 from zoo.kernels.registry import Registry, ZooError
 from zoo.model import Model
 
@@ -32,17 +32,11 @@ def export(model: Model, out: str | Path, *, target: str = "onnx") -> Parity:
         ZooError: `out` exists, a model or target that does not fit, or graphs that differ from PyTorch by more than
             `zoo.export.verify.TOLERANCE`. Nothing is left behind.
     """
-    refuse(target, Path(out))
+    write = targets.get(target)
     _refuse_unfit(model)
     with new_folder(Path(out)) as folder:
-        targets.get(target)(model, folder)
+        write(model, folder)
         return verify(model, OnnxModel(folder))
-
-
-def refuse(target: str, out: Path) -> None:
-    """What `export` refuses before it looks at the model."""
-    targets.get(target)
-    refuse_existing(out)
 
 
 def _refuse_unfit(model: Model) -> None:

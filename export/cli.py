@@ -40,9 +40,11 @@ def main(model: str, overrides: tuple[str, ...], target: str, out: Path | None, 
 def _write(name: str, overrides: tuple[str, ...], seed: int, target: str, out: Path) -> None:
     from rich.console import Console
 
-    from zoo.export.bundle import export, refuse
+    from zoo.export.bundle import export, targets
+    from zoo.files import refuse_existing
 
-    refuse(target, out)
+    targets.get(target)
+    refuse_existing(out)
     console = Console()
     console.print(export(_model(name, overrides, seed), out, target=target).table())
     for file in sorted(out.iterdir()):
