@@ -8,7 +8,7 @@ from typing import Any
 
 from zoo.kernels.registry import Registry, ZooError, nearest
 
-OPERATORS = ("gated_delta_rule", "causal_conv1d")
+OPERATORS = ("causal_conv1d", "dynamic_conv1d", "gated_delta_rule", "selective_scan", "ssd")
 
 
 def _import_operators() -> None:

@@ -13,11 +13,11 @@ kernels.register("causal_conv1d.chunked", chunked)
 kernels.register("causal_conv1d.reference", stepwise)
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, *, tail: Tensor | None = None) -> Tensor:
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tail: Tensor | None = None) -> Tensor:
     """Depthwise causal convolution with SiLU (Mamba, arXiv 2312.00752, section 3.4).
 
     Args:
-        x: [B, T, C]. weight: [C, K], the last tap is the current token's.
+        x: [B, T, C]. weight: [C, K], the last tap is the current token's. bias: [C].
         tail: the K-1 inputs before x, oldest first, [B, C, K-1]; default zeros.
     Returns:
         [B, T, C] in x's dtype.
@@ -30,4 +30,5 @@ def causal_conv1d(x: Tensor, weight: Tensor, *, tail: Tensor | None = None) -> T
         tail = x.new_zeros(B, C, K - 1)
     elif tail.shape != (B, C, K - 1):
         raise ValueError(f"tail {list(tail.shape)}: want {[B, C, K - 1]}")
-    return F.silu(choose("causal_conv1d", "chunked")(x, weight, tail.to(x.dtype)))
+    y = choose("causal_conv1d", "chunked")(x, weight, tail.to(x.dtype))
+    return F.silu(y if bias is None else y + bias)

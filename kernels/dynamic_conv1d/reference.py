@@ -1,0 +1,17 @@
+"""Depthwise causal convolution with a kernel per token, one output at a time: the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stepwise(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+    """y_t = sum_j weight_t[:, j] x_{t-K+1+j}, with `tail` in place of what came before x.
+
+    Args:
+        x: [B, T, C]. weight: [B, T, C, K], the last tap is the current token's. tail: [B, C, K-1].
+    """
+    window = torch.cat([tail, x.mT], dim=-1)
+    K = weight.shape[-1]
+    return torch.stack([(window[..., t : t + K] * weight[:, t]).sum(-1) for t in range(x.shape[1])], dim=1)

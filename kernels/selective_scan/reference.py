@@ -1,0 +1,25 @@
+"""The selective scan, one token at a time: the definition every other form is checked against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def recurrent(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Step recurrence (Mamba, arXiv 2312.00752, eq. 2 and 4; Euler's rule for B as in the released models).
+
+        S <- exp(dt_t A) S + dt_t u_t B_t^T;  y_t = S C_t
+
+    Args:
+        u, dt: [B, T, D]. A: [D, N]. B, C: [B, T, N]. state: [B, D, N].
+            All of one floating dtype, in which the arithmetic is done.
+    Returns:
+        y [B, T, D] and the final state [B, D, N].
+    """
+    outputs = []
+    for t in range(u.shape[1]):
+        step = dt[:, t, :, None]
+        state = (step * A).exp() * state + step * u[:, t, :, None] * B[:, t, None, :]
+        outputs.append((state * C[:, t, None, :]).sum(-1))
+    return torch.stack(outputs, dim=1), state

@@ -1,0 +1,24 @@
+"""State-space duality, one token at a time: the definition every other form is checked against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def recurrent(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Step recurrence (Mamba-2, arXiv 2405.21060, eq. 1 with a scalar decay per head).
+
+        S <- exp(g_t) S + B_t x_t^T;  y_t = S^T C_t
+
+    Args:
+        x: [B, T, H, P]. g (log decay): [B, T, H]. B, C: [B, T, H, N]. state: [B, H, N, P].
+            All of one floating dtype, in which the arithmetic is done.
+    Returns:
+        y [B, T, H, P] and the final state [B, H, N, P].
+    """
+    outputs = []
+    for t in range(x.shape[1]):
+        state = g[:, t].exp()[..., None, None] * state + B[:, t, :, :, None] * x[:, t, :, None, :]
+        outputs.append((state * C[:, t, :, :, None]).sum(-2))
+    return torch.stack(outputs, dim=1), state
