@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zoo.blocks import mixer
 from zoo.blocks.mixer import Mixer, mixers
+from zoo.blocks.norm import norms
 from zoo.blocks.steps import Steps
 
 
@@ -49,6 +50,11 @@ class AttentionOptions(mixer.Options):
     kv_heads: int | None = Field(None, ge=1, description="default: heads")
     head_dim: int | None = Field(None, ge=2, description="default: d_model / heads")
     rope_theta: float = Field(10_000.0, gt=0)
+    rotary: float = Field(1.0, ge=0, le=1, description="part of the head that is rotated; 0: no positions")
+    bias: bool = Field(False, description="of q, k and v")
+    qk_norm: Literal["plain", "wide", "centred"] | None = Field(None, description="RMSNorm of every query and key before rotation")
+    norm_eps: float = Field(1e-6, gt=0, description="of qk_norm")
+    gate: bool = Field(False, description="multiply the output by sigmoid(W_g x)")
 
     @model_validator(mode="after")
     def _divides(self) -> AttentionOptions:
@@ -61,7 +67,7 @@ class AttentionOptions(mixer.Options):
 
 @mixers.register("attn")
 class Attention(Mixer):
-    """Causal grouped-query attention (arXiv 2305.13245), rotary positions on all of the head (arXiv 2104.09864)."""
+    """Causal grouped-query attention (arXiv 2305.13245), rotary positions (arXiv 2104.09864)."""
 
     Options = AttentionOptions
 
@@ -70,11 +76,15 @@ class Attention(Mixer):
         self.heads = options.heads
         self.kv_heads = options.kv_heads or options.heads
         self.head_dim = options.head_dim or mixer.split_evenly(d_model, options.heads, even=True)
+        self.rotated = 2 * int(options.rotary * self.head_dim / 2)
         self.theta = options.rope_theta
         self.reach = reach
-        self.q_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(d_model, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, self.kv_heads * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=options.bias)
+        self.k_proj = nn.Linear(d_model, self.kv_heads * self.head_dim, bias=options.bias)
+        self.v_proj = nn.Linear(d_model, self.kv_heads * self.head_dim, bias=options.bias)
+        self.q_norm = norms[options.qk_norm](self.head_dim, eps=options.norm_eps) if options.qk_norm else nn.Identity()
+        self.k_norm = norms[options.qk_norm](self.head_dim, eps=options.norm_eps) if options.qk_norm else nn.Identity()
+        self.g_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=False) if options.gate else None
         self.o_proj = nn.Linear(self.heads * self.head_dim, d_model, bias=False)
 
     def new_window(self, batch: int) -> KV:
@@ -83,9 +93,11 @@ class Attention(Mixer):
 
     def forward(self, x: Tensor, fast: None, window: KV, steps: Steps) -> tuple[Tensor, None, KV]:
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = steps.rotary(self.head_dim, self.theta, x.dtype)
-        y, window = window.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, steps, self.reach)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), None, window
+        cos, sin = steps.rotary(self.rotated, self.theta, x.dtype)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        y, window = window.attend(q, k, v, steps, self.reach)
+        y = y.transpose(1, 2).flatten(2)
+        return self.o_proj(y if self.g_proj is None else y * self.g_proj(x).sigmoid()), None, window
 
 
 class SlidingAttentionOptions(AttentionOptions):
@@ -103,6 +115,7 @@ class SlidingAttention(Attention):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (x_i, x_{i + D/2}) of x: [B, H, T, D] by the angles cos, sin: [T, D/2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Rotate pairs (x_i, x_{i + R/2}) of the first R entries of x: [B, H, T, D] by the angles cos, sin: [T, R/2]."""
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

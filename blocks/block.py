@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.blocks.mixer import Mixer
+from zoo.blocks.mixer import Mixer, Options
 from zoo.blocks.mlp import SwiGLU
 from zoo.blocks.norm import RMSNorm
 from zoo.blocks.steps import Steps
 
 
 class Block(nn.Module):
-    """Pre-norm block around any mixer. x: [B, T, D]; `fast` and `window` are the mixer's own."""
+    """Block around any mixer. x: [B, T, D]; `fast` and `window` are the mixer's own."""
 
-    def __init__(self, mixer: Mixer, d_model: int, d_ff: int, norm_eps: float) -> None:
+    def __init__(self, mixer: Mixer, options: Options, d_model: int, d_ff: int, norm: Callable[[int], RMSNorm]) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
+        self.inserted = options.inserted
+        self.mixer_norm = norm(d_model)
         self.mixer = mixer
-        self.mlp_norm = RMSNorm(d_model, eps=norm_eps)
-        self.mlp = SwiGLU(d_model, d_ff)
+        self.mixer_post_norm = norm(d_model) if options.post_norm else nn.Identity()
+        self.mlp = SwiGLU(d_model, d_ff) if options.mlp else None
+        if options.mlp:
+            self.mlp_norm = norm(d_model)
+            self.mlp_post_norm = norm(d_model) if options.post_norm else nn.Identity()
 
     def forward(self, x: Tensor, fast: Any, window: Any, steps: Steps) -> tuple[Tensor, Any, Any]:
         y, fast, window = self.mixer(self.mixer_norm(x), fast, window, steps)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), fast, window
+        x = x + self.mixer_post_norm(y)
+        if self.mlp is not None:
+            x = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        return x, fast, window

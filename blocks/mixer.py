@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 import zoo.blocks
@@ -19,6 +20,10 @@ class Options(BaseModel):
     """What a config may say about one kind of mixer under `blocks: {kind: {...}}`. Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mlp: bool = Field(True, description="whether the block has an MLP after its mixer")
+    post_norm: bool = Field(False, description="norm also what the mixer and the MLP add (sandwich norms)")
+    inserted: bool = Field(False, description="not in the upstream model: starts with a zero output projection, so it changes nothing")
 
 
 class WindowCache(Protocol):
@@ -63,10 +68,10 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Set the parameters that are not the weights of a Linear."""
+        """Set the parameters that are not the weights of a Linear, and those weights that start differently."""
 
     def _zeros(self, *shape: int, fast: bool = False) -> Tensor:
-        weight = next(self.parameters())
+        weight = next(module for module in self.modules() if isinstance(module, nn.Linear)).weight
         return weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32) if fast else weight.dtype)
 
 
@@ -75,6 +80,19 @@ def split_evenly(d_model: int, heads: int, even: bool = False) -> int:
     if d_model % heads or (even and d_model // heads % 2):
         raise ZooError(f"heads: {heads} does not divide d_model: {d_model}{' into even heads' if even else ''}; set head_dim")
     return d_model // heads
+
+
+@torch.no_grad()
+def init_conv(weight: Tensor, taps: int, generator: torch.Generator) -> None:
+    """Uniform in +-taps^-0.5, as torch starts convolutions of `taps` inputs per output."""
+    nn.init.uniform_(weight, -(taps**-0.5), taps**-0.5, generator=generator)
+
+
+@torch.no_grad()
+def init_step_bias(bias: Tensor, generator: torch.Generator) -> None:
+    """softplus(bias) log-uniform in [0.001, 0.1] (Mamba, arXiv 2312.00752, section 3.6)."""
+    step = nn.init.uniform_(bias, math.log(1e-3), math.log(1e-1), generator=generator).exp().clamp(min=1e-4)
+    bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 
 def _import_blocks() -> None:

@@ -20,6 +20,16 @@ from zoo.pattern import expand
 M = TypeVar("M", bound=BaseModel)
 
 
+class Exit(BaseModel):
+    """Which wake loop's states the head reads; see `zoo.blocks.exit`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    loop: int | None = Field(None, ge=0, description="this one, from 0")
+    threshold: float | None = Field(1.0, gt=0, description="the first by which the chance to have left reaches this")
+    weighted: bool = Field(False, description="without a threshold: the mean, weighted by the chance to leave")
+
+
 class ModelConfig(BaseModel):
     """Everything that decides what a model computes. `configs/models/*.yaml` holds one of these per file."""
 
@@ -32,6 +42,7 @@ class ModelConfig(BaseModel):
     layers: str = Field(description="layer pattern, for example 'jet*14 attn (jet*4 swa)*2'")
     blocks: dict[str, dict[str, Any]] = Field({}, description="options of each kind of block in the pattern")
     d_ff: int | None = Field(None, ge=1, description="MLP width; default 8/3 d_model, rounded up to a multiple of 16")
+    norm: Literal["plain", "wide", "centred"] = Field("plain", description="kind of RMSNorm; see `zoo.blocks.norm`")
     norm_eps: float = Field(1e-6, gt=0)
     tie_embeddings: bool = False
 
@@ -42,6 +53,10 @@ class ModelConfig(BaseModel):
     sleep_on: Literal["unsupervised", "every"] = Field("unsupervised", description="chunks that are slept on in training")
     inject: bool = Field(False, description="add the span's first input, times a learned gate, before every later pass")
     loop_norm: bool = Field(False, description="apply the final norm between passes")
+    wake_loops: int = Field(1, ge=1, description="passes of every layer while awake, each with a window cache of its own")
+    exit: Exit | None = Field(None, description="exit gate of the wake loops")
+
+    upstream: dict[str, Any] = Field({}, description="config.json of the checkpoint family; its `model_type` names the family")
 
     @property
     def pattern(self) -> tuple[str, ...]:
@@ -111,6 +126,10 @@ def _check(config: ModelConfig, label: str) -> None:
         raise ZooError(f"{label}: window: evict '{config.evict}' needs the tokens a window holds, at least 1")
     if not eviction.uses_window and config.window is not None:
         raise ZooError(f"{label}: window: {config.window} has no meaning under evict '{config.evict}'")
+    if config.wake_loops > 1 and (config.loops > 1 or config.evict != "none" or len(config.looped) < layers):
+        raise ZooError(f"{label}: wake_loops: {config.wake_loops} loops while awake; want loops 1, evict 'none' and every layer in the span")
+    if config.exit is not None and config.exit.loop is not None and config.exit.loop >= config.wake_loops > 1:
+        raise ZooError(f"{label}: exit.loop: {config.exit.loop} is not one of the {config.wake_loops} wake loops, counted from 0")
 
 
 def _from_name(name: str) -> dict[str, Any]:

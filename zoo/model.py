@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.blocks.block import Block
+from zoo.blocks.exit import ExitGate
 from zoo.blocks.mixer import Mixer, mixers
-from zoo.blocks.norm import RMSNorm
+from zoo.blocks.norm import RMSNorm, norms
 from zoo.blocks.steps import Steps
 from zoo.config import ModelConfig, validate
 from zoo.eviction import evictions
@@ -24,7 +26,7 @@ class State(NamedTuple):
     fast: tuple[Tensor | None, ...]
     """Fast weights S of each layer, float32 (float64 in a float64 model); None where the mixer has none."""
     window: tuple[Any, ...]
-    """Window cache of each layer, a NamedTuple of tensors."""
+    """Window cache of each layer, a NamedTuple of tensors; with wake loops, of each loop's layers in turn."""
     position: int
     """Position of the next token: in the window under `hard`, in the stream otherwise."""
 
@@ -67,10 +69,13 @@ class Model(nn.Module):
         self.eviction = evictions.get(config.evict)(config.window)
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(_build_blocks(config, self.eviction.reach))
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = norms[config.norm](config.d_model, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.exit = None if config.exit is None else ExitGate(config.d_model, **config.exit.model_dump())
         if config.inject:
             self.inject = nn.Parameter(torch.empty(config.d_model))
+        if config.wake_loops > 1 and any(fast is not None for fast in self.init_state().fast):
+            raise ZooError(f"{config.name}: wake_loops: {config.wake_loops} needs blocks without fast weights, which would read tokens ahead")
         if self.eviction.restarts and all(fast is None for fast in self.init_state().fast):
             raise ZooError(
                 f"{config.name}: evict: '{config.evict}' empties the window, and no block of '{config.layers}' has fast weights to remember it"
@@ -81,25 +86,33 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Set every parameter: normal weights of deviation fan_in^-0.5, block outputs smaller by sqrt(2 x layers)."""
-        for name, module in self.named_modules():
-            if isinstance(module, Mixer):
+        """Set every parameter: normal weights of deviation fan_in^-0.5, block outputs smaller by sqrt(number of residual branches)."""
+        branches = sum(1 if block.mlp is None else 2 for block in self.blocks)
+        # children first: a mixer has the last word on its projections
+        for name, module in reversed(list(self.named_modules())):
+            if isinstance(module, Block):
+                if module.inserted:
+                    nn.init.zeros_(module.mixer.o_proj.weight)
+            elif isinstance(module, Mixer):
                 module.init_weights(generator)
             elif isinstance(module, nn.Linear):
-                scale = (2 * len(self.blocks)) ** -0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
+                scale = branches**-0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
                 nn.init.normal_(module.weight, std=scale * module.in_features**-0.5, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 std = self.config.d_model**-0.5 if self.config.tie_embeddings else 1.0
                 nn.init.normal_(module.weight, std=std, generator=generator)
             elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
+                nn.init.constant_(module.weight, module.neutral)
         if self.config.inject:
             nn.init.zeros_(self.inject)
 
     def init_state(self, batch_size: int = 1) -> State:
         """The state of `batch_size` streams before their first token."""
         layers = [block.mixer for block in self.blocks]
-        return State(tuple(m.new_fast(batch_size) for m in layers), tuple(m.new_window(batch_size) for m in layers), 0)
+        window = tuple(m.new_window(batch_size) for _ in range(self.config.wake_loops) for m in layers)
+        return State(tuple(m.new_fast(batch_size) for m in layers), window, 0)
 
     def forward(self, ids: Tensor, state: State | None = None) -> Output:
         """One wake pass over ids: [B, T] int64, continuing the stream at `state` (default: a new stream).
@@ -111,8 +124,11 @@ class Model(nn.Module):
         return Output(self.logits(h), state)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Final norm and head: h [..., D] -> [..., V]."""
-        return F.linear(self.norm(h), self.embed.weight if self.head is None else self.head.weight)
+        """Final norm and head: h [..., D] -> [..., V]; with wake loops, h [..., loops, D] holds the states after each."""
+        h = self.norm(h)
+        if self.config.wake_loops > 1:
+            h = h[..., -1, :] if self.exit is None else self.exit(h)
+        return F.linear(h, self.embed.weight if self.head is None else self.head.weight)
 
     def consolidate(self, ids: Tensor, state: State | None = None, *, loops: int | None = None) -> State:
         """Sleep on one whole chunk, then evict.
@@ -133,7 +149,7 @@ class Model(nn.Module):
         if self.config.window is not None and ids.shape[-1] > self.config.window:
             raise ZooError(f"ids: {ids.shape[-1]} tokens are more than one window of {self.config.window}")
         state, steps = self._open(ids, state)
-        return self.evict(self._passes(self.embed(ids), state, steps, loops)[1])
+        return self.evict(self._passes(self.embed(ids), state, steps, loops * self.config.wake_loops)[1])
 
     def evict(self, state: State) -> State:
         """The state after the eviction that ends a chunk."""
@@ -198,7 +214,7 @@ class Model(nn.Module):
 
     def _wake(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
         state, steps = self._open(ids, state)
-        return self._passes(self.embed(ids), state, steps, loops=1)
+        return self._passes(self.embed(ids), state, steps, self.config.wake_loops)
 
     def _open(self, ids: Tensor, state: State | None) -> tuple[State, Steps]:
         if ids.ndim != 2 or ids.shape[1] == 0:
@@ -214,17 +230,20 @@ class Model(nn.Module):
         """Prelude, `loops` passes of the span, coda, over embedded tokens h: [B, T, D]."""
         fast, window = list(state.fast), list(state.window)
 
-        def run(layers: range, h: Tensor) -> Tensor:
+        def run(layers: range, h: Tensor, first_cache: int = 0) -> Tensor:
             for i in layers:
-                h, fast[i], window[i] = self.blocks[i](h, fast[i], state.window[i], steps)
+                at = first_cache + i
+                h, fast[i], window[at] = self.blocks[i](h, fast[i], state.window[at], steps)
             return h
 
         h = first = run(self.prelude, h)
+        after = []
         for n in range(loops):
             if n:
                 h = self.between_passes(h, first)
-            h = run(self.span, h)
-        h = run(self.coda, h)
+            h = run(self.span, h, n % self.config.wake_loops * len(self.blocks))
+            after.append(h)
+        h = torch.stack(after, dim=-2) if self.config.wake_loops > 1 else run(self.coda, h)
         return h, State(tuple(fast), tuple(window), state.position + steps.length)
 
     def between_passes(self, h: Tensor, first: Tensor) -> Tensor:
@@ -240,5 +259,7 @@ def _build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:
     options = {}
     for kind, fields in {**dict.fromkeys(config.pattern, {}), **config.blocks}.items():
         options[kind] = validate(mixers.get(kind).Options, fields, f"{config.name}: blocks.{kind}")
+    norm = partial(norms[config.norm], eps=config.norm_eps)
     for kind in config.pattern:
-        yield Block(mixers.get(kind)(config.d_model, options[kind], reach), config.d_model, config.mlp_width, config.norm_eps)
+        mixer = mixers.get(kind)(config.d_model, options[kind], reach)
+        yield Block(mixer, options[kind], config.d_model, config.mlp_width, norm)

@@ -1,7 +1,7 @@
 """The selective scan over many tokens at once.
 
-Every channel and state has its own decay, so no matrix product does it. A segment of up to 256 tokens is cut into
-about 16 runs of about 16 tokens: all runs advance together from zero, token by token; then the state at each run's
+Every channel and state has its own decay, so no matrix product does it. A segment of up to 64 tokens is cut into
+about 8 runs of about 8 tokens: all runs advance together from zero, token by token; then the state at each run's
 start is carried through them. Decays are only ever multiplied, never divided by, so strong ones vanish safely.
 """
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SEGMENT = 256  # tokens whose states are held at once
+SEGMENT = 64  # tokens whose states are held at once
 
 
 def chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

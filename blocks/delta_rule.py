@@ -1,0 +1,70 @@
+"""What Gated DeltaNet and the JetBlock share: gates, fast weights and the normed, gated output of the gated delta rule."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from zoo.blocks import mixer
+from zoo.blocks.mixer import Mixer
+from zoo.blocks.norm import RMSNorm, l2norm
+from zoo.blocks.steps import Steps
+from zoo.kernels.gated_delta_rule.op import gated_delta_rule
+
+
+class DeltaRuleOptions(mixer.Options):
+    heads: int = Field(4, ge=1, description="of keys and queries")
+    head_dim: int | None = Field(None, ge=1, description="of keys and queries; default: d_model / heads")
+    expand_v: float = Field(2.0, gt=0, description="value head size / key head size")
+    conv_size: int = Field(4, ge=2, description="taps of the short convolution")
+    norm_eps: float = Field(1e-5, gt=0, description="of the output norm")
+    decay_init: float = Field(16.0, gt=0, description="exp(A_log) starts uniform in (0, decay_init): smaller remembers longer")
+
+
+class DeltaRule(Mixer):
+    """Gated delta rule over the q, k, v that a subclass makes. Fast weights S: [B, HV, K, V], float32.
+
+    Gates as in Mamba-2: log decay g = -exp(A_log) softplus(W_a x + dt_bias), write strength beta = sigmoid(W_b x).
+    """
+
+    def __init__(self, d_model: int, options: DeltaRuleOptions, reach: int | None, value_heads: int, gated: bool = True) -> None:
+        super().__init__(d_model, options, reach)
+        self.heads, self.value_heads, self.decay_init = options.heads, value_heads, options.decay_init
+        self.key_dim = options.head_dim or mixer.split_evenly(d_model, options.heads)
+        self.value_dim = round(self.key_dim * options.expand_v)
+        self.keys, self.values = self.heads * self.key_dim, value_heads * self.value_dim
+        self.q_proj = nn.Linear(d_model, self.keys, bias=False)
+        self.k_proj = nn.Linear(d_model, self.keys, bias=False)
+        self.v_proj = nn.Linear(d_model, self.values, bias=False)
+        self.g_proj = nn.Linear(d_model, self.values, bias=False) if gated else None
+        self.a_proj = nn.Linear(d_model, value_heads, bias=False)
+        self.b_proj = nn.Linear(d_model, value_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(value_heads))
+        self.o_norm = RMSNorm(self.value_dim, eps=options.norm_eps)
+        self.o_proj = nn.Linear(self.values, d_model, bias=False)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        nn.init.uniform_(self.A_log, 1e-3 * self.decay_init, self.decay_init, generator=generator).log_()
+        mixer.init_step_bias(self.dt_bias, generator)
+
+    def new_fast(self, batch: int) -> Tensor:
+        return self._zeros(batch, self.value_heads, self.key_dim, self.value_dim, fast=True)
+
+    def update(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, fast: Tensor, steps: Steps, beta_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Write k: [B, T, keys] and v: [B, T, values] into the fast weights and read them with q; x: [B, T, D] sets the gates.
+
+        Returns y [B, T, D] and the fast weights.
+        """
+        q, k = l2norm(q.unflatten(-1, (self.heads, -1))), l2norm(k.unflatten(-1, (self.heads, -1)))
+        g = -self.A_log.to(fast.dtype).exp() * F.softplus(self.a_proj(x).to(fast.dtype) + self.dt_bias)
+        beta = beta_scale * self.b_proj(x).to(fast.dtype).sigmoid()
+        # padding neither decays nor writes
+        g, beta = steps.without_padding(g), steps.without_padding(beta)
+        v = v.unflatten(-1, (self.value_heads, -1))
+        o, final = gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=fast, output_final_state=True)
+        assert final is not None
+        o = self.o_norm(o).flatten(2)
+        return self.o_proj(o if self.g_proj is None else o * F.silu(self.g_proj(x))), final

@@ -1,0 +1,71 @@
+"""Mamba (arXiv 2312.00752)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from zoo.blocks import mixer
+from zoo.blocks.conv_tail import ConvTail
+from zoo.blocks.mixer import Mixer, mixers
+from zoo.blocks.steps import Steps
+from zoo.kernels.causal_conv1d.op import causal_conv1d
+from zoo.kernels.selective_scan.op import selective_scan
+
+
+class MambaOptions(mixer.Options):
+    expand: float = Field(2, gt=0, description="inner channels / d_model")
+    state_dim: int = Field(16, ge=1, description="N, fast weights per channel")
+    dt_rank: int | None = Field(None, ge=1, description="default: d_model / 16, rounded up")
+    conv_size: int = Field(4, ge=2, description="taps of the short convolution")
+    conv_bias: bool = True
+    bias: bool = Field(False, description="of the projections in and out")
+
+
+@mixers.register("mamba")
+class Mamba(Mixer):
+    """Selective state space with a gate (section 3.4, figure 3). Fast weights S: [B, C, N] for C inner channels, float32."""
+
+    Options = MambaOptions
+
+    def __init__(self, d_model: int, options: MambaOptions, reach: int | None) -> None:
+        super().__init__(d_model, options, reach)
+        self.inner = int(options.expand * d_model)
+        self.state_dim, self.taps = options.state_dim, options.conv_size
+        self.dt_rank = options.dt_rank or -(-d_model // 16)
+        self.in_proj = nn.Linear(d_model, 2 * self.inner, bias=options.bias)
+        self.conv_weight = nn.Parameter(torch.empty(self.inner, self.taps))
+        self.conv_bias = nn.Parameter(torch.empty(self.inner)) if options.conv_bias else None
+        self.x_proj = nn.Linear(self.inner, self.dt_rank + 2 * self.state_dim, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.inner)
+        self.A_log = nn.Parameter(torch.empty(self.inner, self.state_dim))
+        self.D = nn.Parameter(torch.empty(self.inner))
+        self.o_proj = nn.Linear(self.inner, d_model, bias=options.bias)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        mixer.init_conv(self.conv_weight, self.taps, generator)
+        if self.conv_bias is not None:
+            mixer.init_conv(self.conv_bias, self.taps, generator)
+        mixer.init_conv(self.dt_proj.weight, self.dt_rank, generator)
+        mixer.init_step_bias(self.dt_proj.bias, generator)
+        self.A_log.copy_(torch.arange(1, self.state_dim + 1).log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+
+    def new_fast(self, batch: int) -> Tensor:
+        return self._zeros(batch, self.inner, self.state_dim, fast=True)
+
+    def new_window(self, batch: int) -> ConvTail:
+        return ConvTail(self._zeros(batch, self.inner, self.taps - 1))
+
+    def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
+        mixed, gate = self.in_proj(x).chunk(2, dim=-1)
+        u = causal_conv1d(mixed, self.conv_weight, self.conv_bias, tail=window.conv_state)
+        low, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
+        # padding takes a step of zero: it neither decays nor writes
+        dt = steps.without_padding(F.softplus(self.dt_proj(low).to(fast.dtype)))
+        A = -self.A_log.to(fast.dtype).exp()
+        y, final = selective_scan(u.to(fast.dtype), dt, A, B, C, initial_state=fast, output_final_state=True)
+        y = (y + self.D * u).to(x.dtype) * F.silu(gate)
+        return self.o_proj(y), final, ConvTail(steps.tail(mixed, window.conv_state))

@@ -1,0 +1,91 @@
+"""Mamba-2 (arXiv 2405.21060)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from zoo.blocks import mixer
+from zoo.blocks.conv_tail import ConvTail
+from zoo.blocks.mixer import Mixer, mixers
+from zoo.blocks.steps import Steps
+from zoo.kernels.causal_conv1d.op import causal_conv1d
+from zoo.kernels.registry import ZooError
+from zoo.kernels.ssd.op import ssd
+
+
+class Mamba2Options(mixer.Options):
+    expand: float = Field(2, gt=0, description="inner channels / d_model")
+    head_dim: int = Field(64, ge=1, description="P, inner channels per head")
+    state_dim: int = Field(128, ge=1, description="N, fast weights per channel")
+    groups: int = Field(1, ge=1, description="of heads that share B and C, and of channels normed together")
+    conv_size: int = Field(4, ge=2, description="taps of the short convolution")
+    conv_bias: bool = True
+    bias: bool = Field(False, description="of the projections in and out")
+    dt_limit: tuple[float, float] = Field((0.0, math.inf), description="steps are clamped into this range")
+    norm_eps: float = Field(1e-5, gt=0, description="of the output norm")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Mamba2Options:
+        if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
+            raise ValueError(f"dt_limit: {list(self.dt_limit)} must be a range of steps >= 0")
+        return self
+
+
+@mixers.register("mamba2")
+class Mamba2(Mixer):
+    """State-space duality with one decay per head (section 7, figure 6). Fast weights S: [B, H, N, P], float32."""
+
+    Options = Mamba2Options
+
+    def __init__(self, d_model: int, options: Mamba2Options, reach: int | None) -> None:
+        super().__init__(d_model, options, reach)
+        self.inner = int(options.expand * d_model)
+        self.heads, rest = divmod(self.inner, options.head_dim)
+        self.groups, self.state_dim, self.taps, self.dt_limit = options.groups, options.state_dim, options.conv_size, options.dt_limit
+        if rest or not self.heads:
+            raise ZooError(f"head_dim: {options.head_dim} does not divide the {self.inner} inner channels (expand * d_model)")
+        if self.heads % self.groups:
+            raise ZooError(f"groups: {self.groups} does not divide the {self.heads} heads")
+        self.convolved = self.inner + 2 * self.groups * self.state_dim
+        self.in_proj = nn.Linear(d_model, self.inner + self.convolved + self.heads, bias=options.bias)
+        self.conv_weight = nn.Parameter(torch.empty(self.convolved, self.taps))
+        self.conv_bias = nn.Parameter(torch.empty(self.convolved)) if options.conv_bias else None
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.norm_weight = nn.Parameter(torch.empty(self.inner))
+        self.norm_eps = options.norm_eps
+        self.o_proj = nn.Linear(self.inner, d_model, bias=options.bias)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        mixer.init_conv(self.conv_weight, self.taps, generator)
+        if self.conv_bias is not None:
+            mixer.init_conv(self.conv_bias, self.taps, generator)
+        nn.init.uniform_(self.A_log, 1, 16, generator=generator).log_()
+        mixer.init_step_bias(self.dt_bias, generator)
+        nn.init.ones_(self.D)
+        nn.init.ones_(self.norm_weight)
+
+    def new_fast(self, batch: int) -> Tensor:
+        return self._zeros(batch, self.heads, self.state_dim, self.inner // self.heads, fast=True)
+
+    def new_window(self, batch: int) -> ConvTail:
+        return ConvTail(self._zeros(batch, self.convolved, self.taps - 1))
+
+    def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
+        gate, mixed, dt = self.in_proj(x).split([self.inner, self.convolved, self.heads], dim=-1)
+        convolved = causal_conv1d(mixed, self.conv_weight, self.conv_bias, tail=window.conv_state).to(fast.dtype)
+        grouped = self.groups * self.state_dim
+        u, B, C = convolved.split([self.inner, grouped, grouped], dim=-1)
+        u, B, C = u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
+        # padding takes a step of zero: it neither decays nor writes
+        dt = steps.without_padding(F.softplus(dt.to(fast.dtype) + self.dt_bias).clamp(*self.dt_limit))
+        y, final = ssd(u, dt, -self.A_log.to(fast.dtype).exp(), B, C, initial_state=fast, output_final_state=True)
+        y = (y + self.D[:, None] * u).flatten(2) * F.silu(gate.to(fast.dtype))
+        normed = F.rms_norm(y.unflatten(-1, (self.groups, -1)), [self.inner // self.groups], eps=self.norm_eps).flatten(2)
+        return self.o_proj(normed.to(x.dtype) * self.norm_weight), final, ConvTail(steps.tail(mixed, window.conv_state))
