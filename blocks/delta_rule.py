@@ -53,7 +53,9 @@ class DeltaRule(Mixer):
     def new_fast(self, batch: int) -> Tensor:
         return self._zeros(batch, self.value_heads, self.key_dim, self.value_dim, fast=True)
 
-    def update(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, fast: Tensor, steps: Steps, beta_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    def update(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, fast: Tensor, steps: Steps, beta_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Write k: [B, T, keys] and v: [B, T, values] into the fast weights and read them with q; x: [B, T, D] sets the gates.
 
         Returns y [B, T, D] and the fast weights.

@@ -67,5 +67,6 @@ class Mamba(Mixer):
         dt = steps.without_padding(F.softplus(self.dt_proj(low).to(fast.dtype)))
         A = -self.A_log.to(fast.dtype).exp()
         y, final = selective_scan(u.to(fast.dtype), dt, A, B, C, initial_state=fast, output_final_state=True)
+        assert final is not None
         y = (y + self.D * u).to(x.dtype) * F.silu(gate)
         return self.o_proj(y), final, ConvTail(steps.tail(mixed, window.conv_state))

@@ -86,6 +86,7 @@ class Mamba2(Mixer):
         # padding takes a step of zero: it neither decays nor writes
         dt = steps.without_padding(F.softplus(dt.to(fast.dtype) + self.dt_bias).clamp(*self.dt_limit))
         y, final = ssd(u, dt, -self.A_log.to(fast.dtype).exp(), B, C, initial_state=fast, output_final_state=True)
+        assert final is not None
         y = (y + self.D[:, None] * u).flatten(2) * F.silu(gate.to(fast.dtype))
         normed = F.rms_norm(y.unflatten(-1, (self.groups, -1)), [self.inner // self.groups], eps=self.norm_eps).flatten(2)
         return self.o_proj(normed.to(x.dtype) * self.norm_weight), final, ConvTail(steps.tail(mixed, window.conv_state))

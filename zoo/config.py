@@ -56,6 +56,7 @@ class ModelConfig(BaseModel):
     wake_loops: int = Field(1, ge=1, description="passes of every layer while awake, each with a window cache of its own")
     exit: Exit | None = Field(None, description="exit gate of the wake loops")
 
+    hub: str | None = Field(None, description="Hugging Face repository of pretrained weights")
     upstream: dict[str, Any] = Field({}, description="config.json of the checkpoint family; its `model_type` names the family")
 
     @property
@@ -127,7 +128,9 @@ def _check(config: ModelConfig, label: str) -> None:
     if not eviction.uses_window and config.window is not None:
         raise ZooError(f"{label}: window: {config.window} has no meaning under evict '{config.evict}'")
     if config.wake_loops > 1 and (config.loops > 1 or config.evict != "none" or len(config.looped) < layers):
-        raise ZooError(f"{label}: wake_loops: {config.wake_loops} loops while awake; want loops 1, evict 'none' and every layer in the span")
+        raise ZooError(
+            f"{label}: wake_loops: {config.wake_loops} loops while awake; want loops 1, evict 'none' and every layer in the span"
+        )
     if config.exit is not None and config.exit.loop is not None and config.exit.loop >= config.wake_loops > 1:
         raise ZooError(f"{label}: exit.loop: {config.exit.loop} is not one of the {config.wake_loops} wake loops, counted from 0")
 

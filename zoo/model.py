@@ -75,7 +75,9 @@ class Model(nn.Module):
         if config.inject:
             self.inject = nn.Parameter(torch.empty(config.d_model))
         if config.wake_loops > 1 and any(fast is not None for fast in self.init_state().fast):
-            raise ZooError(f"{config.name}: wake_loops: {config.wake_loops} needs blocks without fast weights, which would read tokens ahead")
+            raise ZooError(
+                f"{config.name}: wake_loops: {config.wake_loops} needs blocks without fast weights, which read ahead"
+            )
         if self.eviction.restarts and all(fast is None for fast in self.init_state().fast):
             raise ZooError(
                 f"{config.name}: evict: '{config.evict}' empties the window, and no block of '{config.layers}' has fast weights to remember it"
@@ -92,7 +94,7 @@ class Model(nn.Module):
         for name, module in reversed(list(self.named_modules())):
             if isinstance(module, Block):
                 if module.inserted:
-                    nn.init.zeros_(module.mixer.o_proj.weight)
+                    nn.init.zeros_(module.mixer.get_parameter("o_proj.weight"))
             elif isinstance(module, Mixer):
                 module.init_weights(generator)
             elif isinstance(module, nn.Linear):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from zoo.checkpoints import upstream
+from zoo.checkpoints.stored import WEIGHTS, open_folder
 from zoo.config import ModelConfig, resolve
 from zoo.files import new_folder, replacing
 from zoo.kernels.registry import ZooError
 from zoo.model import Model
 
-WEIGHTS = "model.safetensors"
 CONFIG = "zoo.yaml"
 
 
@@ -25,30 +25,60 @@ def create(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    pretrained: bool | str | Path = False,
     **overrides: Any,
 ) -> Model:
-    """A model with fresh weights.
+    """A model with fresh weights, or with those of an upstream checkpoint.
 
     Args:
         model: a name with suffixes ("gdn4-sleep4"), the path of a YAML file, or a config.
         device: "meta" makes the modules without memory.
         dtype: of the weights and activations; fast weights are float32 or wider.
         seed: of the weights; the same on every run of one device type.
+        pretrained: an upstream folder to take the weights from; True: download the one that the config names.
+            Inserted blocks keep their fresh weights.
         overrides: config fields, for example `layers="attn gdn", d_model=128, blocks={"gdn": {"heads": 2}}`.
     Raises:
-        ZooError: an unknown name or field, or a value that does not fit.
+        ZooError: an unknown name or field, or a value that does not fit; a checkpoint of another architecture.
     """
     config = resolve(model, overrides)
+    checkpoint = _download(config) if pretrained is True else Path(pretrained) if pretrained else None
     with torch.device("meta"):
         made = Model(config).to(dtype)
     if torch.device(device).type != "meta":
         made = made.to_empty(device=device)
         made.init_weights(torch.Generator(device).manual_seed(seed))
+    if checkpoint is not None:
+        upstream.fill(made, checkpoint, device, dtype)
     return made
 
 
-def save(model: Model, path: str | Path) -> None:
-    """Write `model` to the new folder `path`. Raises ZooError if it exists."""
+def _download(config: ModelConfig) -> Path:
+    if config.hub is None:
+        raise ZooError(f"{config.name}: pretrained: no published weights are known; give the path of a folder instead")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(config.hub, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]))
+    except ImportError:
+        raise ZooError(f"{config.name}: pretrained: downloading {config.hub} needs huggingface_hub; install it, or give a folder") from None
+    except Exception as error:  # whatever the network or the hub raises
+        why = str(error).strip().partition("\n")[0]
+        raise ZooError(f"{config.name}: pretrained: {config.hub} cannot be downloaded: {why}; give the path of a folder instead") from None
+
+
+def save(model: Model, path: str | Path, *, format: Literal["zoo", "hf"] = "zoo") -> None:
+    """Write `model` to the new folder `path`.
+
+    Args:
+        format: "zoo" for this package, "hf" for config.json and tensor names of the upstream project.
+    Raises:
+        ZooError: the folder exists, or the upstream project has no place for what the model holds.
+    """
+    if format not in ("zoo", "hf"):
+        raise ZooError(f"format: {format!r}; allowed: 'zoo', 'hf'")
+    if format == "hf":
+        return upstream.save(model, Path(path))
     with new_folder(Path(path)) as folder:
         write(model, folder)
 
@@ -62,7 +92,7 @@ def write(model: Model, folder: Path) -> None:
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """The model in a folder that `save` or `zoo train` wrote.
+    """The model in a folder that `save` or `zoo train` wrote, or that an upstream project did.
 
     Args:
         dtype: of the weights; default as stored.
@@ -71,21 +101,15 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     """
     folder = Path(path)
     if not (folder / CONFIG).is_file():
-        raise ZooError(f"{folder}: no {CONFIG} here; want a folder written by zoo.save or zoo train")
+        if (folder / upstream.CONFIG).is_file():
+            return upstream.load(folder, device=device, dtype=dtype)
+        raise ZooError(
+            f"{folder}: neither {CONFIG} nor {upstream.CONFIG} is here; want a folder of zoo.save, zoo train or upstream"
+        )
     model = create(folder / CONFIG, device="meta")
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    file = folder / WEIGHTS
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as stored:
-            if missing := sorted(wanted.keys() - stored.keys()):
-                raise ZooError(f"{file}: tensor '{missing[0]}' is missing ({len(missing)} in all)")
-            if unexpected := sorted(stored.keys() - wanted.keys()):
-                raise ZooError(f"{file}: tensor '{unexpected[0]}' is not part of {model.config.name} ({len(unexpected)} in all)")
-            for name, shape in wanted.items():
-                if (found := stored.get_slice(name).get_shape()) != list(shape):
-                    raise ZooError(f"{file}: tensor '{name}' is {found}, the config wants {list(shape)}")
-            tensors = {name: stored.get_tensor(name).to(dtype) for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise ZooError(f"{file}: cannot be read: {error}") from None
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    with open_folder(folder, device) as stored:
+        stored.check(folder, wanted, model.config.name)
+        tensors = {name: stored.read(name).to(dtype) for name in wanted}
     model.load_state_dict(tensors, assign=True)
     return model

@@ -17,13 +17,14 @@ SEGMENT = 64  # tokens whose states are held at once
 def chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Same result as `reference.recurrent`, up to rounding; same shapes and arguments."""
     outputs = []
-    for piece in zip(*(x.split(SEGMENT, dim=1) for x in (u, dt, B, C)), strict=True):
-        y, state = _segment(*piece, A, state)
+    for start in range(0, u.shape[1], SEGMENT):
+        piece = slice(start, start + SEGMENT)
+        y, state = _segment(u[:, piece], dt[:, piece], A, B[:, piece], C[:, piece], state)
         outputs.append(y)
     return torch.cat(outputs, dim=1), state
 
 
-def _segment(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _segment(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     T = u.shape[1]
     length = 1 << (T.bit_length() + 1) // 2
     # zeros past the end neither decay nor write; [B, runs, length, D or N]

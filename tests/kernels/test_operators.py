@@ -72,8 +72,8 @@ def test_gradients_of_the_chunked_form(operator: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("T", (1, 2, 3, 20))
-@pytest.mark.parametrize("operator", (causal_conv1d, dynamic_conv1d))
+@pytest.mark.parametrize("T", [1, 2, 3, 20])
+@pytest.mark.parametrize("operator", [causal_conv1d, dynamic_conv1d])
 def test_convolution(operator, T: int) -> None:
     x, tail = random(2, T, 3), random(2, 3, 3)
     weight = random(3, 4) if operator is causal_conv1d else random(2, T, 3, 4)

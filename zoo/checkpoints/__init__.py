@@ -1,0 +1,1 @@
+"""Folders as other projects write them: config.json and tensors under their own names, read and written."""

@@ -1,0 +1,93 @@
+"""Dense Qwen3-Next and Qwen3.5: Gated DeltaNet and gated attention in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from zoo.checkpoints.family import Family, Names, Stacked, Taps, compact, expect, families, options, rope
+from zoo.checkpoints.llama import ATTENTION, BLOCK, LAYER, TOP, heads, size, write_heads, write_size
+from zoo.config import ModelConfig
+from zoo.kernels.registry import ZooError
+
+GATED_ATTENTION: Names = {**ATTENTION, "self_attn.q_proj.weight": Stacked(("q_proj.weight", "g_proj.weight"), per="heads")}
+SHARED: Names = {
+    "linear_attn.conv1d.weight": Taps(("q_conv", "k_conv", "v_conv")),
+    "linear_attn.A_log": "A_log",
+    "linear_attn.dt_bias": "dt_bias",
+    "linear_attn.norm.weight": "o_norm.weight",
+    "linear_attn.out_proj.weight": "o_proj.weight",
+}
+QWEN3_NEXT: Names = {
+    **SHARED,
+    "linear_attn.in_proj_qkvz.weight": Stacked(("q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight"), per="heads"),
+    "linear_attn.in_proj_ba.weight": Stacked(("b_proj.weight", "a_proj.weight"), per="heads"),
+}
+QWEN3_5: Names = {
+    **SHARED,
+    "linear_attn.in_proj_qkv.weight": Stacked(("q_proj.weight", "k_proj.weight", "v_proj.weight")),
+    "linear_attn.in_proj_z.weight": "g_proj.weight",
+    "linear_attn.in_proj_b.weight": "b_proj.weight",
+    "linear_attn.in_proj_a.weight": "a_proj.weight",
+}
+KINDS = {"linear_attention": "gdn", "full_attention": "attn"}
+
+
+def read(config: Mapping[str, Any]) -> dict[str, Any]:
+    expect(config, "attention_bias", False, None)
+    layers = config["num_hidden_layers"]
+    if config.get("num_experts") and not set(range(layers)) <= set(config.get("mlp_only_layers") or ()):
+        raise ZooError(f"num_experts: {config['num_experts']}: mixtures of experts are not supported; want every layer in mlp_only_layers")
+    every = config.get("full_attention_interval") or 4
+    types = config.get("layer_types") or ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+    eps = config.get("rms_norm_eps", 1e-6)
+    key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    attention = {**heads(config), **rope(config, part=0.25), "qk_norm": "centred", "norm_eps": eps, "gate": True}
+    gdn = {
+        "heads": config["linear_num_key_heads"],
+        "value_heads": config["linear_num_value_heads"],
+        "head_dim": key_dim,
+        "expand_v": value_dim / key_dim,
+        "conv_size": config.get("linear_conv_kernel_dim", 4),
+        "norm_eps": eps,
+    }
+    kinds = [KINDS[expect({"layer_types": name}, "layer_types", *KINDS)] for name in types]
+    blocks = {"attn": attention, "gdn": gdn}
+    return {**size(config), "norm": "centred", "layers": compact(kinds), "blocks": {kind: blocks[kind] for kind in set(kinds)}}
+
+
+def write(config: ModelConfig, model_type: str, architecture: str) -> dict[str, Any]:
+    gdn, attention = options(config, "gdn"), options(config, "attn")
+    key_dim = gdn.head_dim or config.d_model // gdn.heads
+    words = {ours: theirs for theirs, ours in KINDS.items()}
+    dense = {"num_experts": 0, "mlp_only_layers": list(range(len(config.pattern)))} if model_type == "qwen3_next" else {}
+    return {
+        **write_size(config, model_type, architecture),
+        **write_heads(config),
+        "partial_rotary_factor": attention.rotary,
+        "layer_types": [words[kind] for kind in config.pattern],
+        "linear_num_key_heads": gdn.heads,
+        "linear_num_value_heads": gdn.value_heads or gdn.heads,
+        "linear_key_head_dim": key_dim,
+        "linear_value_head_dim": round(key_dim * gdn.expand_v),
+        "linear_conv_kernel_dim": gdn.conv_size,
+        **dense,
+    }
+
+
+for _type, _architecture, _names in (
+    ("qwen3_next", "Qwen3NextForCausalLM", QWEN3_NEXT),
+    ("qwen3_5_text", "Qwen3_5ForCausalLM", QWEN3_5),
+):
+    families.register(
+        _type,
+        Family(
+            read=read,
+            write=partial(write, model_type=_type, architecture=_architecture),
+            top=TOP,
+            layer=LAYER,
+            block=BLOCK,
+            mixers={"attn": GATED_ATTENTION, "gdn": _names},
+        ),
+    )

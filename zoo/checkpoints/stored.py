@@ -1,0 +1,138 @@
+"""The tensors in a folder, whatever files hold them, checked by name and shape before any is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from zoo.kernels.registry import ZooError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Stored:
+    """Tensors by name, read one at a time. Files are mapped, so nothing is copied before it is used."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, list[int]] = {}
+        self.files: dict[str, Path] = {}
+        self._sources: dict[str, Any] = {}
+
+    def add(self, file: Path, source: Any, shapes: Mapping[str, list[int]]) -> None:
+        for name, shape in shapes.items():
+            if name in self.files:
+                raise ZooError(f"{file}: tensor '{name}' is also in {self.files[name]}")
+            self.shapes[name], self.files[name], self._sources[name] = shape, file, source
+
+    def read(self, name: str) -> Tensor:
+        source = self._sources[name]
+        try:
+            tensor: Tensor = source[name] if isinstance(source, dict) else source.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ZooError(f"{self.files[name]}: tensor '{name}' cannot be read: {error}") from None
+        return tensor
+
+    def check(self, folder: Path, wanted: Mapping[str, list[int]], owner: str) -> None:
+        """ZooError unless these tensors, of these shapes, are what is stored."""
+        if missing := sorted(wanted.keys() - self.shapes.keys()):
+            raise ZooError(f"{folder}: tensor '{missing[0]}' of {owner} is missing ({len(missing)} in all)")
+        if unexpected := sorted(self.shapes.keys() - wanted.keys()):
+            name = unexpected[0]
+            raise ZooError(f"{self.files[name]}: tensor '{name}' is not part of {owner} ({len(unexpected)} in all)")
+        for name, shape in wanted.items():
+            if self.shapes[name] != shape:
+                raise ZooError(f"{self.files[name]}: tensor '{name}' is {self.shapes[name]}, the config wants {shape}")
+
+
+@contextmanager
+def open_folder(folder: Path, device: str | torch.device = "cpu") -> Iterator[Stored]:
+    """The tensors of model.safetensors, of the shards that its index names, or of the only *.safetensors or *.pth here.
+
+    Raises:
+        ZooError: no such file, a damaged one, or an index that does not match its shards; names the file.
+    """
+    stored = Stored()
+    with ExitStack() as stack:
+        if (folder / INDEX).is_file():
+            _add_shards(stored, folder, stack, device)
+        else:
+            file = _only_file(folder)
+            if file.suffix == ".pth":
+                tensors = _read_pth(file, device)
+                stored.add(file, tensors, {name: list(tensor.shape) for name, tensor in tensors.items()})
+            else:
+                _add_safetensors(stored, file, stack, device)
+        yield stored
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ZooError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ZooError(f"{file}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ZooError(f"{file}: want an object of fields")
+    return content
+
+
+def _only_file(folder: Path) -> Path:
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    for pattern in ("*.safetensors", "*.pth"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ZooError(f"{folder}: {len(found)} files {pattern} without {INDEX}; want {WEIGHTS}, or the index of the shards")
+    raise ZooError(f"{folder}: no weights; want {WEIGHTS}, {INDEX} or one *.pth")
+
+
+def _add_shards(stored: Stored, folder: Path, stack: ExitStack, device: str | torch.device) -> None:
+    index = folder / INDEX
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise ZooError(f"{index}: weight_map: want the shard of every tensor")
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard or "\\" in shard:
+            raise ZooError(f"{index}: weight_map: '{shard}' lies outside the folder; want the name of a file beside the index")
+        if not (folder / shard).is_file():
+            lost = min(name for name, place in places.items() if place == shard)
+            raise ZooError(
+                f"{folder / shard}: the shard is missing; {index.name} puts '{lost}' there"
+            )
+        _add_safetensors(stored, folder / shard, stack, device)
+    for name, shard in places.items():
+        if stored.files.get(name) != folder / shard:
+            raise ZooError(
+                f"{folder / shard}: tensor '{name}' is missing, though {index.name} puts it there"
+            )
+
+
+def _add_safetensors(stored: Stored, file: Path, stack: ExitStack, device: str | torch.device) -> None:
+    try:
+        source = stack.enter_context(safe_open(file, framework="pt", device=str(device)))
+        shapes = {name: source.get_slice(name).get_shape() for name in source.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{file}: cannot be read: {error}") from None
+    stored.add(file, source, shapes)
+
+
+def _read_pth(file: Path, device: str | torch.device) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location=device, weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises whatever a damaged file makes it raise
+        raise ZooError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    tensors = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ZooError(f"{file}: want tensors by name, under 'model' or by themselves")
+    return tensors

@@ -1,0 +1,154 @@
+"""Reading and writing folders in the form of their upstream project."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zoo.blocks.mixer import mixers
+from zoo.checkpoints.family import Family, Link, families, links
+from zoo.checkpoints.stored import WEIGHTS, open_folder, read_json
+from zoo.config import ModelConfig, validate
+from zoo.files import new_folder
+from zoo.kernels.registry import ZooError, nearest
+from zoo.model import Model
+
+CONFIG = "config.json"
+COMPUTES = ("vocab_size", "d_model", "pattern", "mlp_width", "norm", "norm_eps", "tie_embeddings")
+"""What a model and the checkpoint it takes its weights from must agree on, beside the options of its blocks."""
+LOOPS = ("loop_norm", "wake_loops", "exit")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config that a folder's config.json stands for.
+
+    Raises:
+        ZooError: no config.json, an unknown `model_type`, or a field that is missing or not supported.
+    """
+    file = folder / CONFIG
+    return _translate(read_json(file), str(file), folder.absolute().name)
+
+
+def load(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
+    """The model in an upstream folder. Arguments and errors as `zoo.load`."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Model(config)
+    fill(model, folder, device, dtype)
+    return model
+
+
+def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
+    """Give every parameter of `model` but those of its inserted blocks the tensors in an upstream folder.
+
+    Raises:
+        ZooError: files that are missing or damaged, tensors that are missing, unexpected or of another shape, or a
+            config.json of another architecture; names the file and the tensor. `model` is unchanged then.
+    """
+    config = read_config(folder)
+    _same_architecture(config, model.config, folder)
+    family = _family(config.upstream, str(folder / CONFIG))
+    ours = model.state_dict()
+    with open_folder(folder, device) as stored:
+        wanted = links(family, model)
+        if model.head is None and "lm_head.weight" in stored.shapes:
+            wanted = list({link.theirs: link for link in [*wanted, Link("lm_head.weight", ("embed.weight",))]}.values())
+        stored.check(folder, {link.theirs: _stored_shape(link, ours) for link in wanted}, config.name)
+        tensors: dict[str, Tensor] = {}
+        for link in wanted:
+            parts = link.unpack(stored.read(link.theirs), [ours[name].shape[0] for name in link.ours])
+            for name, part in zip(link.ours, parts, strict=True):
+                if name in tensors and not torch.equal(tensors[name], part.to(dtype)):
+                    raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' differs from the embedding, the config ties them")
+                tensors[name] = part.to(dtype)
+    model.load_state_dict(tensors, assign=True, strict=False)
+
+
+def save(model: Model, path: Path) -> None:
+    """Write `model` as its upstream project would: config.json and model.safetensors. Errors as `zoo.save`."""
+    family = _family(model.config.upstream, f"{model.config.name}: upstream")
+    if inserted := [i for i, block in enumerate(model.blocks) if block.inserted]:
+        raise ZooError(f"{model.config.name}: layers {inserted} are not part of the upstream model; save it without format='hf'")
+    written = _written_config(model.config, family)
+    with new_folder(path) as folder:
+        ours = model.state_dict()
+        tensors = {link.theirs: link.pack([ours[name] for name in link.ours]).contiguous() for link in links(family, model)}
+        if family.stores_tied_head and model.head is None:
+            tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()  # the file holds no aliases
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def _translate(upstream: dict[str, Any], label: str, name: str) -> ModelConfig:
+    family = _family(upstream, label)
+    try:
+        fields = family.read(upstream)
+    except KeyError as error:
+        raise ZooError(f"{label}: {error.args[0]}: is missing") from None
+    except ZooError as error:
+        raise ZooError(f"{label}: {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ZooError(f"{label}: a field is not of the kind it should be: {error}") from None
+    return validate(ModelConfig, {"name": name, **fields, "upstream": upstream}, label)
+
+
+def _family(upstream: Mapping[str, Any], label: str) -> Family:
+    kind = upstream.get("model_type", "lit_gpt" if "_mlp_class" in upstream else None)
+    if not isinstance(kind, str) or kind not in families.names():
+        raise ZooError(f"{label}: model_type: {kind!r} is unknown; {nearest(str(kind), families.names())}")
+    return families.get(kind)
+
+
+def _written_config(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """config.json: what was read, while it still means this model, since it also holds what we have no use for."""
+    try:
+        read = _translate(config.upstream, config.name, config.name)
+        if not _differences(read, config, (*COMPUTES, *LOOPS)):
+            return config.upstream
+    except ZooError:
+        pass
+    return family.write(config)
+
+
+def _same_architecture(stored: ModelConfig, wanted: ModelConfig, folder: Path) -> None:
+    if differences := _differences(stored, wanted, COMPUTES):
+        field, theirs, ours = differences[0]
+        raise ZooError(f"{folder / CONFIG}: {field}: the checkpoint has {theirs}, {wanted.name} has {ours}")
+
+
+def _differences(a: ModelConfig, b: ModelConfig, fields: tuple[str, ...]) -> list[tuple[str, Any, Any]]:
+    """Field and both values, wherever two configs differ; inserted blocks of `b` aside."""
+    facts = _facts(a, fields), _facts(b, fields)
+    return [(key, facts[0].get(key), facts[1].get(key)) for key in {**facts[0], **facts[1]} if facts[0].get(key) != facts[1].get(key)]
+
+
+def _facts(config: ModelConfig, fields: tuple[str, ...]) -> dict[str, Any]:
+    options = {kind: mixers.get(kind).Options(**config.blocks.get(kind, {})) for kind in set(config.pattern)}
+    kept = [kind for kind in config.pattern if not options[kind].inserted]
+    facts = {field: getattr(config, field) for field in fields} | {"pattern": kept}
+    for kind in sorted(set(kept)):
+        for name, value in options[kind].model_dump().items():
+            value = _default(config, options[kind], name) if value is None else value
+            # upstream rounds ratios such as 8/3
+            facts[f"blocks.{kind}.{name}"] = float(f"{value:.6g}") if isinstance(value, float) else value
+    return facts
+
+
+def _default(config: ModelConfig, options: Any, name: str) -> Any:
+    """What an option that is not given stands for."""
+    if name == "head_dim":
+        return config.d_model // options.heads
+    if name in ("kv_heads", "value_heads"):
+        return options.heads
+    return -(-config.d_model // 16) if name == "dt_rank" else None
+
+
+def _stored_shape(link: Link, ours: Mapping[str, Tensor]) -> list[int]:
+    rows, *rest = (sum(ours[name].shape[0] for name in link.ours), *ours[link.ours[0]].shape[1:])
+    return [rows, 1, *rest] if link.depthwise else [rows, *rest]
