@@ -16,7 +16,7 @@ from zoo.kernels.selective_scan.op import selective_scan
 
 
 class MambaOptions(mixer.Options):
-    expand: float = Field(2, gt=0, description="inner channels / d_model")
+    expand: int = Field(2, ge=1, description="inner channels / d_model")
     state_dim: int = Field(16, ge=1, description="N, fast weights per channel")
     dt_rank: int | None = Field(None, ge=1, description="default: d_model / 16, rounded up")
     conv_size: int = Field(4, ge=2, description="taps of the short convolution")
@@ -32,7 +32,7 @@ class Mamba(Mixer):
 
     def __init__(self, d_model: int, options: MambaOptions, reach: int | None) -> None:
         super().__init__(d_model, options, reach)
-        self.inner = int(options.expand * d_model)
+        self.inner = options.expand * d_model
         self.state_dim, self.taps = options.state_dim, options.conv_size
         self.dt_rank = options.dt_rank or -(-d_model // 16)
         self.in_proj = nn.Linear(d_model, 2 * self.inner, bias=options.bias)

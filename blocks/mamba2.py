@@ -19,7 +19,7 @@ from zoo.kernels.ssd.op import ssd
 
 
 class Mamba2Options(mixer.Options):
-    expand: float = Field(2, gt=0, description="inner channels / d_model")
+    expand: int = Field(2, ge=1, description="inner channels / d_model")
     head_dim: int = Field(64, ge=1, description="P, inner channels per head")
     state_dim: int = Field(128, ge=1, description="N, fast weights per channel")
     groups: int = Field(1, ge=1, description="of heads that share B and C, and of channels normed together")
@@ -44,7 +44,7 @@ class Mamba2(Mixer):
 
     def __init__(self, d_model: int, options: Mamba2Options, reach: int | None) -> None:
         super().__init__(d_model, options, reach)
-        self.inner = int(options.expand * d_model)
+        self.inner = options.expand * d_model
         self.heads, rest = divmod(self.inner, options.head_dim)
         self.groups, self.state_dim, self.taps, self.dt_limit = options.groups, options.state_dim, options.conv_size, options.dt_limit
         if rest or not self.heads:

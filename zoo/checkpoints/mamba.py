@@ -69,8 +69,8 @@ def read2(config: Mapping[str, Any]) -> dict[str, Any]:
         "groups": config["n_groups"],
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
     }
-    if config["num_heads"] * config["head_dim"] != int(fields["expand"] * config["hidden_size"]):
-        expect(config, "num_heads", int(fields["expand"] * config["hidden_size"]) // config["head_dim"])
+    if config["num_heads"] * config["head_dim"] != fields["expand"] * config["hidden_size"]:
+        expect(config, "num_heads", fields["expand"] * config["hidden_size"] // config["head_dim"])
     limit = [_number(bound) for bound in config.get("time_step_limit", [0.0, math.inf])]
     if limit != [0.0, math.inf]:
         fields["dt_limit"] = limit
@@ -105,7 +105,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
     made = options(config, "mamba")
     return {
         **_write(config, "mamba", "MambaForCausalLM"),
-        "intermediate_size": int(made.expand * config.d_model),
+        "intermediate_size": made.expand * config.d_model,
         "time_step_rank": made.dt_rank or -(-config.d_model // 16),
     }
 
@@ -114,7 +114,7 @@ def write2(config: ModelConfig) -> dict[str, Any]:
     made = options(config, "mamba2")
     return {
         **_write(config, "mamba2", "Mamba2ForCausalLM"),
-        "num_heads": int(made.expand * config.d_model) // made.head_dim,
+        "num_heads": made.expand * config.d_model // made.head_dim,
         "head_dim": made.head_dim,
         "n_groups": made.groups,
         "time_step_limit": list(made.dt_limit),

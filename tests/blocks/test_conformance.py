@@ -1,0 +1,200 @@
+"""What every registered mixer must do. A new mixer is tested with its default options by registering."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from zoo.blocks.mixer import Mixer, mixers
+from zoo.blocks.steps import Steps
+
+CPU = torch.device("cpu")
+D = 32
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {}) for kind in mixers.names()},
+    "attn gated": ("attn", {"kv_heads": 2, "head_dim": 12, "rotary": 0.5, "bias": True, "qk_norm": "centred", "gate": True}),
+    "attn without positions": ("attn", {"rotary": 0}),
+    "swa of 5": ("swa", {"window": 5, "kv_heads": 1}),
+    "swa of 1": ("swa", {"window": 1}),
+    "gdn grouped": ("gdn", {"heads": 2, "head_dim": 6, "value_heads": 4, "expand_v": 1.5, "gate": False, "neg_eigval": True, "conv_size": 2}),
+    "jet narrow": ("jet", {"heads": 3, "head_dim": 5, "expand_v": 1.4, "conv_size": 3, "generator_reduction": 4}),
+    "mamba odd": ("mamba", {"expand": 3, "state_dim": 5, "dt_rank": 3, "conv_size": 3, "conv_bias": False, "bias": True}),
+    "mamba2 grouped": ("mamba2", {"head_dim": 8, "state_dim": 5, "groups": 4, "conv_size": 3, "bias": True, "dt_limit": [0.01, 0.5]}),
+}
+
+
+def make(variant: str, **fields: Any) -> zoo.Model:
+    kind, options = VARIANTS[variant]
+    config = {"name": variant, "vocab_size": 17, "d_model": D, "layers": kind, "blocks": {kind: options}}
+    return zoo.create(config, dtype=torch.float64, **fields)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def mixer(variant: str) -> Mixer:
+    return make(variant).blocks[0].mixer
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, length, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def run(mixer: Mixer, x: torch.Tensor, pieces: list[int] | None = None) -> tuple[torch.Tensor, Any, Any]:
+    fast, window, at, outputs = mixer.new_fast(len(x)), mixer.new_window(len(x)), 0, []
+    for piece in x.split(pieces or [x.shape[1]], dim=1):
+        y, fast, window = mixer(piece, fast, window, Steps(at, piece.shape[1], CPU))
+        at += piece.shape[1]
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), fast, window
+
+
+def assert_same(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_prefill_cut_anywhere(mixer: Mixer) -> None:
+    x = tokens(2, 12)
+    whole = run(mixer, x)
+    assert whole[0].abs().max() > 1e-3
+    for cut in range(1, 12):
+        assert_same(run(mixer, x, [cut, 12 - cut]), whole)
+
+
+@torch.no_grad()
+def test_decode_is_prefill(mixer: Mixer) -> None:
+    x = tokens(2, 70)  # longer than a chunk of any operator
+    assert_same(run(mixer, x, [1] * 70), run(mixer, x))
+
+
+@torch.no_grad()
+def test_no_token_sees_the_future(mixer: Mixer) -> None:
+    x, changed = tokens(1, 9), tokens(1, 9)
+    changed[:, 6:] += 1
+    before, after = run(mixer, x)[0], run(mixer, changed)[0]
+    assert_same(after[:, :6], before[:, :6])
+    assert not torch.allclose(after[:, 6:], before[:, 6:])
+
+
+@torch.no_grad()
+def test_rows_are_independent(mixer: Mixer) -> None:
+    x = tokens(3, 10)
+    y, fast, _ = run(mixer, x)
+    for row in range(3):
+        alone, alone_fast, _ = run(mixer, x[row : row + 1])
+        assert_same(alone, y[row : row + 1])
+        if fast is not None:
+            assert_same(alone_fast, fast[row : row + 1])
+
+
+@torch.no_grad()
+def test_state_size(mixer: Mixer, variant: str) -> None:
+    kind, options = VARIANTS[variant]
+    _, fast, window = run(mixer, tokens(1, 20))
+    if kind == "attn":
+        assert window.key.shape[2] == window.value.shape[2] == 20
+    elif kind == "swa":
+        assert window.key.shape[2] == window.value.shape[2] == min(20, options.get("window", 2048) - 1)
+    else:
+        assert fast.shape == mixer.new_fast(1).shape
+        assert [x.shape for x in window] == [x.shape for x in mixer.new_window(1)]
+        assert fast.count_nonzero() > 0
+
+
+def test_inputs_are_not_changed(mixer: Mixer) -> None:
+    x = tokens(2, 5)
+    _, fast, window = run(mixer, x)
+    before = [x.clone() for x in (*(window or ()), *([] if fast is None else [fast]))]
+    with torch.no_grad():
+        mixer(x, fast, window, Steps(5, 5, CPU))
+    assert_same([*(window or ()), *([] if fast is None else [fast])], before)
+
+
+def test_gradients(mixer: Mixer) -> None:
+    names, parameters = zip(*mixer.named_parameters(), strict=True)
+    fast, window = mixer.new_fast(2), mixer.new_window(2)
+    start = [] if fast is None else [torch.randn_like(fast).requires_grad_()]
+
+    def outputs(x: torch.Tensor, *rest: torch.Tensor) -> list[torch.Tensor]:
+        weights = dict(zip(names, rest[len(start) :], strict=True))
+        y, new, _ = torch.func.functional_call(mixer, weights, (x, rest[0] if start else None, window, Steps(0, 6, CPU)))
+        return [y] if new is None else [y, new]
+
+    assert torch.autograd.gradcheck(outputs, (tokens(2, 6).requires_grad_(), *start, *parameters), fast_mode=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("valid", [1, 2, 5, 8])
+def test_padding_changes_nothing(mixer: Mixer, valid: int) -> None:
+    x, first = tokens(2, 8), tokens(2, 3, seed=1)
+    fast, window = run(mixer, first)[1:]
+    want, want_fast, want_window = mixer(x[:, :valid], fast, window, Steps(3, valid, CPU))
+    got, got_fast, got_window = mixer(x, fast, window, Steps(3, 8, CPU, valid=torch.tensor(valid)))
+    assert_same(got[:, :valid], want)
+    if fast is not None:  # a KV cache is cut by whoever padded it
+        assert_same((got_fast, got_window), (want_fast, want_window))
+
+
+@torch.no_grad()
+def test_fast_weights_stay_float32(variant: str) -> None:
+    model = make(variant).to(torch.bfloat16)
+    out = model(torch.arange(6)[None])
+    assert out.logits.dtype == torch.bfloat16
+    assert out.logits.isfinite().all()
+    assert all(fast is None or fast.dtype == torch.float32 for fast in out.state.fast)
+    assert all(x.dtype == torch.bfloat16 for cache in out.state.window for x in cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_consolidate_in_prelude_span_and_coda(variant: str, place: int) -> None:
+    """The mixer under test stands in every layer; `place` is looped."""
+    kind, options = VARIANTS[variant]
+    layers = " ".join([kind] * 3 + ["gdn"])
+    blocks = {kind: options} if kind != "gdn" else {"gdn": options}
+    fields = {"layers": layers, "blocks": blocks, "evict": "hard", "window": 9, "span": (place, place)}
+    model = make(variant, **fields)
+    ids = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(3))
+    start = model.evict(model(ids.flip(1)).state)
+
+    awake, once, thrice = model.evict(model(ids, start).state), model.consolidate(ids, start, loops=1), model.consolidate(ids, start, loops=3)
+    for a, b in zip(awake.fast, once.fast, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    for layer, (a, b) in enumerate(zip(once.fast, thrice.fast, strict=True)):
+        if a is not None:
+            assert torch.equal(a, b) == (layer < place)  # the prelude runs once, whatever the loops
+    assert awake.position == once.position == thrice.position == 0
+
+
+class Piece(nn.Module):
+    def __init__(self, mixer: Mixer, length: int) -> None:
+        super().__init__()
+        self.mixer, self.length = mixer, length
+
+    def forward(self, x: torch.Tensor, fast: Any, window: Any, start: torch.Tensor, valid: torch.Tensor) -> Any:
+        return self.mixer(x, fast, window, Steps(start, self.length, x.device, valid))
+
+
+def traced_inputs(mixer: Mixer) -> tuple[Any, ...]:
+    _, fast, window = run(mixer, tokens(2, 3))
+    return tokens(2, 20, seed=1), fast, window, torch.tensor(3), torch.tensor(18)
+
+
+@torch.no_grad()
+def test_export(mixer: Mixer) -> None:
+    piece, inputs = Piece(mixer, 20), traced_inputs(mixer)
+    program = torch.export.export(piece, inputs)
+    assert_same(program.module()(*inputs), piece(*inputs))
+
+
+@torch.no_grad()
+def test_compile(mixer: Mixer) -> None:
+    torch.compiler.reset()
+    piece, inputs = Piece(mixer, 20), traced_inputs(mixer)
+    assert_same(torch.compile(piece, fullgraph=True, backend="aot_eager")(*inputs), piece(*inputs))
