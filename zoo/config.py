@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -228,7 +228,8 @@ def validate(form: type[M], fields: Mapping[str, Any], label: str) -> M:
 
 def _fields_at(form: Any, path: tuple[int | str, ...]) -> list[str]:
     for part in path:
-        form = form.model_fields[part].annotation
+        annotation = form.model_fields[part].annotation
+        form = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
     return list(form.model_fields)
 
 

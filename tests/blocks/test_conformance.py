@@ -18,7 +18,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "attn without positions": ("attn", {"rotary": 0}),
     "swa of 5": ("swa", {"window": 5, "kv_heads": 1}),
     "swa of 1": ("swa", {"window": 1}),
-    "gdn grouped": ("gdn", {"heads": 2, "head_dim": 6, "value_heads": 4, "expand_v": 1.5, "gate": False, "neg_eigval": True, "conv_size": 2}),
+    "gdn grouped": (
+        "gdn",
+        {"heads": 2, "head_dim": 6, "value_heads": 4, "expand_v": 1.5, "gate": False, "neg_eigval": True, "conv_size": 2},
+    ),
     "jet narrow": ("jet", {"heads": 3, "head_dim": 5, "expand_v": 1.4, "conv_size": 3, "generator_reduction": 4}),
     "mamba odd": ("mamba", {"expand": 3, "state_dim": 5, "dt_rank": 3, "conv_size": 3, "conv_bias": False, "bias": True}),
     "mamba2 grouped": ("mamba2", {"head_dim": 8, "state_dim": 5, "groups": 4, "conv_size": 3, "bias": True, "dt_limit": [0.01, 0.5]}),
@@ -163,13 +166,26 @@ def test_consolidate_in_prelude_span_and_coda(variant: str, place: int) -> None:
     ids = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(3))
     start = model.evict(model(ids.flip(1)).state)
 
-    awake, once, thrice = model.evict(model(ids, start).state), model.consolidate(ids, start, loops=1), model.consolidate(ids, start, loops=3)
+    awake, once, thrice = (
+        model.evict(model(ids, start).state),
+        model.consolidate(ids, start, loops=1),
+        model.consolidate(ids, start, loops=3),
+    )
     for a, b in zip(awake.fast, once.fast, strict=True):
         assert a is b is None or torch.equal(a, b)
     for layer, (a, b) in enumerate(zip(once.fast, thrice.fast, strict=True)):
         if a is not None:
             assert torch.equal(a, b) == (layer < place)  # the prelude runs once, whatever the loops
+    for got, want in zip(thrice.window, model.init_state(2).window, strict=True):
+        assert_same(tuple(got), tuple(want))
     assert awake.position == once.position == thrice.position == 0
+
+
+@torch.no_grad()
+def test_negative_eigenvalues_write_twice_as_strongly() -> None:
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    usual, twice = (make("gdn", blocks={"gdn": {"neg_eigval": flag}})(ids).state.fast[0] for flag in (False, True))
+    assert_same(twice, 2 * usual)
 
 
 class Piece(nn.Module):

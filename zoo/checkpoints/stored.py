@@ -107,15 +107,11 @@ def _add_shards(stored: Stored, folder: Path, stack: ExitStack, device: str | to
             raise ZooError(f"{index}: weight_map: '{shard}' lies outside the folder; want the name of a file beside the index")
         if not (folder / shard).is_file():
             lost = min(name for name, place in places.items() if place == shard)
-            raise ZooError(
-                f"{folder / shard}: the shard is missing; {index.name} puts '{lost}' there"
-            )
+            raise ZooError(f"{folder / shard}: the shard is missing; {index.name} puts '{lost}' there")
         _add_safetensors(stored, folder / shard, stack, device)
     for name, shard in places.items():
         if stored.files.get(name) != folder / shard:
-            raise ZooError(
-                f"{folder / shard}: tensor '{name}' is missing, though {index.name} puts it there"
-            )
+            raise ZooError(f"{folder / shard}: tensor '{name}' is missing, though {index.name} puts it there")
 
 
 def _add_safetensors(stored: Stored, file: Path, stack: ExitStack, device: str | torch.device) -> None:

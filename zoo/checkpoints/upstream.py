@@ -22,7 +22,8 @@ from zoo.model import Model
 CONFIG = "config.json"
 COMPUTES = ("vocab_size", "d_model", "pattern", "mlp_width", "norm", "norm_eps", "tie_embeddings")
 """What a model and the checkpoint it takes its weights from must agree on, beside the options of its blocks."""
-LOOPS = ("loop_norm", "wake_loops", "exit")
+AWAKE = ("wake_loops", "exit")
+"""What upstream's config.json also says."""
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -38,8 +39,11 @@ def read_config(folder: Path) -> ModelConfig:
 def load(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
     """The model in an upstream folder. Arguments and errors as `zoo.load`."""
     config = read_config(folder)
-    with torch.device("meta"):
-        model = Model(config)
+    try:
+        with torch.device("meta"):
+            model = Model(config)
+    except ZooError as error:
+        raise ZooError(f"{folder / CONFIG}: {error}") from None
     fill(model, folder, device, dtype)
     return model
 
@@ -75,10 +79,10 @@ def save(model: Model, path: Path) -> None:
     family = _family(model.config.upstream, f"{model.config.name}: upstream")
     if inserted := [i for i, block in enumerate(model.blocks) if block.inserted]:
         raise ZooError(f"{model.config.name}: layers {inserted} are not part of the upstream model; save it without format='hf'")
+    wanted, ours = links(family, model), model.state_dict()
     written = _written_config(model.config, family)
     with new_folder(path) as folder:
-        ours = model.state_dict()
-        tensors = {link.theirs: link.pack([ours[name] for name in link.ours]).contiguous() for link in links(family, model)}
+        tensors = {link.theirs: link.pack([ours[name] for name in link.ours]).contiguous() for link in wanted}
         if family.stores_tied_head and model.head is None:
             tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()  # the file holds no aliases
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -109,11 +113,15 @@ def _written_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     """config.json: what was read, while it still means this model, since it also holds what we have no use for."""
     try:
         read = _translate(config.upstream, config.name, config.name)
-        if not _differences(read, config, (*COMPUTES, *LOOPS)):
+        if not _differences(read, config, (*COMPUTES, *AWAKE)):
             return config.upstream
     except ZooError:
-        pass
-    return family.write(config)
+        pass  # it only names the family, or no longer fits
+    written = family.write(config)
+    if differences := _differences(_translate(written, config.name, config.name), config, (*COMPUTES, *AWAKE)):
+        field, theirs, ours = differences[0]
+        raise ZooError(f"{config.name}: {field}: {ours}: upstream has {theirs} and no way to say otherwise")
+    return written
 
 
 def _same_architecture(stored: ModelConfig, wanted: ModelConfig, folder: Path) -> None:

@@ -1,0 +1,240 @@
+"""Folders that cannot be what they say: a clear error naming file and tensor. Shards, lit-gpt files, tied heads."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import zoo
+from zoo.checkpoints.stored import INDEX
+
+ORACLES = Path(__file__).parents[1] / "data" / "oracles"
+
+
+@pytest.fixture
+def jet(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ORACLES / "jet-nemotron-a", tmp_path / "jet", ignore=shutil.ignore_patterns("io*", "README*")))
+
+
+def shard(folder: Path, count: int = 3) -> dict[str, str]:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name, place in places.items() if place == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return places
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in fields.items():
+        if value is ...:
+            del config[key]
+        else:
+            config[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, **changed: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors") | changed
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+
+
+def refuses(folder: Path, *words: str) -> None:
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(zoo.ZooError) as caught:
+        zoo.load(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    assert sorted(folder.rglob("*")) == before
+
+
+@torch.no_grad()
+def test_shards(jet: Path) -> None:
+    ids = torch.arange(9)[None]
+    want = zoo.load(jet)(ids).logits
+    shard(jet)
+    assert torch.equal(zoo.load(jet)(ids).logits, want)
+
+
+def test_missing_shard(jet: Path) -> None:
+    places = shard(jet)
+    (jet / places["model.norm.weight"]).unlink()
+    refuses(jet, places["model.norm.weight"], "missing")
+
+
+def test_shard_without_its_tensor(jet: Path) -> None:
+    places = shard(jet)
+    edit = load_file(jet / places["model.norm.weight"])
+    save_file({name: x for name, x in edit.items() if name != "model.norm.weight"}, jet / places["model.norm.weight"])
+    refuses(jet, places["model.norm.weight"], "'model.norm.weight' is missing")
+
+
+@pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ""])
+def test_index_that_points_outside(jet: Path, outside: str) -> None:
+    places = shard(jet)
+    (jet / INDEX).write_text(json.dumps({"weight_map": {**places, "model.norm.weight": outside}}))
+    refuses(jet, INDEX)
+
+
+def test_index_that_is_none(jet: Path) -> None:
+    shard(jet)
+    (jet / INDEX).write_text("[]")
+    refuses(jet, INDEX, "want an object")
+    (jet / INDEX).write_text('{"weight_map": 3}')
+    refuses(jet, INDEX, "weight_map")
+
+
+def test_wrong_shape(jet: Path) -> None:
+    edit_tensors(jet, **{"model.layers.0.self_attn.A_log": torch.zeros(4)})
+    refuses(jet, "model.safetensors", "model.layers.0.self_attn.A_log", "[4]", "[3]")
+
+
+def test_missing_and_unexpected_tensors(jet: Path) -> None:
+    edit_tensors(jet, **{"model.layers.0.self_attn.A_log": None})
+    refuses(jet, "model.layers.0.self_attn.A_log", "missing")
+    edit_tensors(jet, **{"model.layers.0.self_attn.A_log": torch.zeros(3), "model.extra": torch.zeros(3)})
+    refuses(jet, "model.safetensors", "model.extra", "not part of")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 5000, -3])
+def test_truncated_file(jet: Path, kept: int) -> None:
+    file = jet / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    refuses(jet, "model.safetensors", "cannot be read")
+
+
+def test_corrupt_header(jet: Path) -> None:
+    file = jet / "model.safetensors"
+    file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+    refuses(jet, "model.safetensors", "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "jet_nemotrom"}, ("model_type", "did you mean 'jet_nemotron'")),
+        ({"model_type": ...}, ("model_type", "None")),
+        ({"hidden_size": ...}, ("config.json", "hidden_size", "missing")),
+        ({"hidden_size": 128}, ("embed_tokens",)),
+        ({"hidden_act": "gelu"}, ("hidden_act", "'gelu'", "'silu'")),
+        ({"hidden_size": "wide"}, ("config.json",)),
+        ({"layer_types": ["jet"] * 4 + ["mamba"]}, ("layer_types", "'mamba'")),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ("rope_type", "'yarn'")),
+        ({"num_attention_heads": 5}, ("config.json",)),
+        ({"efficient_attention_config": {}}, ("config.json", "swa")),
+    ],
+)
+def test_bad_config(jet: Path, fields: dict, words: tuple[str, ...]) -> None:
+    edit_config(jet, **fields)
+    refuses(jet, *words)
+
+
+def test_folder_without_files(tmp_path: Path, jet: Path) -> None:
+    refuses(tmp_path / "nothing", "config.json")
+    (jet / "model.safetensors").unlink()
+    refuses(jet, "no weights")
+    (jet / "config.json").write_text("{")
+    refuses(jet, "config.json", "not JSON")
+
+
+def test_tied_heads_must_be_equal(jet: Path) -> None:
+    embedding = load_file(jet / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(jet, **{"lm_head.weight": embedding.clone()})
+    zoo.load(jet)
+    edit_tensors(jet, **{"lm_head.weight": embedding + 1})
+    refuses(jet, "lm_head.weight", "differs")
+
+
+@torch.no_grad()
+def test_lit_gpt_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((ORACLES / "samba-a" / "config.json").read_bytes())
+    tensors = load_file(ORACLES / "samba-a" / "model.safetensors")
+    torch.save({"model": tensors, "step": 3}, tmp_path / "iter-3-ckpt.pth")
+    ids = torch.arange(9)[None]
+    assert torch.equal(zoo.load(tmp_path)(ids).logits, zoo.load(ORACLES / "samba-a")(ids).logits)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_bytes((ORACLES / "samba-a" / "config.json").read_bytes())
+    torch.save({"model": Evil()}, tmp_path / "x.pth")
+    refuses(tmp_path, "x.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+@torch.no_grad()
+def test_samba_of_flash_linear_attention(tmp_path: Path) -> None:
+    """The same weights under the names of the other port."""
+    samba = zoo.load(ORACLES / "samba-a")
+    fields = {**samba.config.model_dump(), "d_ff": 256, "upstream": {"model_type": "samba"}}
+    model = zoo.create(fields)
+    zoo.save(model, tmp_path / "fla", format="hf")
+    names = load_file(tmp_path / "fla" / "model.safetensors").keys()
+    assert {"backbone.embeddings.weight", "backbone.layers.0.mixer.x_proj.weight", "backbone.layers.1.mixer.q_proj.weight"} <= names
+    ids = torch.arange(20)[None]
+    assert torch.equal(zoo.load(tmp_path / "fla")(ids).logits, model(ids).logits)
+
+
+def test_parent_of_another_architecture() -> None:
+    with pytest.raises(zoo.ZooError, match=r"config.json: vocab_size: the checkpoint has 256, jet2b-sleep6 has 151936"):
+        zoo.create("jet2b-sleep6", device="meta", pretrained=ORACLES / "jet-nemotron-a")
+    parent = zoo.load(ORACLES / "jet-nemotron-a").config
+    with pytest.raises(zoo.ZooError, match=r"blocks.swa.window: the checkpoint has 16, jet has 8"):
+        zoo.create(parent, name="jet", blocks={"swa": {"window": 8}}, pretrained=ORACLES / "jet-nemotron-a")
+
+
+@torch.no_grad()
+def test_parent_of_a_sleeping_model() -> None:
+    folder = ORACLES / "jet-nemotron-a"
+    parent = zoo.load(folder)
+    model = zoo.create(parent.config, evict="hard", window=8, loops=2, span=(1, 3), pretrained=folder)
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(ids).logits, parent(ids).logits)
+    assert model.consolidate(ids).position == 0
+
+
+def test_saving_what_upstream_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(zoo.ZooError, match="model_type: None is unknown"):
+        zoo.save(zoo.create("gdn4"), tmp_path / "x", format="hf")
+    ouro = zoo.load(ORACLES / "ouro-a").config
+    jet = {"heads": 2, "head_dim": 16, "mlp": False, "inserted": True}
+    with pytest.raises(zoo.ZooError, match=r"layers \[4\] are not part of the upstream model"):
+        zoo.save(zoo.create(ouro, layers="attn*4 jet", wake_loops=1, blocks={"jet": jet}), tmp_path / "x", format="hf")
+    with pytest.raises(zoo.ZooError, match="has no 'jet'"):
+        zoo.save(zoo.create(ouro, layers="attn*4 jet", wake_loops=1, blocks={"jet": {"heads": 2}}), tmp_path / "x", format="hf")
+    llama = zoo.load(ORACLES / "llama-swa-a").config
+    with pytest.raises(zoo.ZooError, match=r"blocks.attn.rotary: 0.5: upstream has 1.0"):
+        zoo.save(zoo.create(llama, blocks={"attn": {"rotary": 0.5}}), tmp_path / "x", format="hf")
+    with pytest.raises(zoo.ZooError, match=r"norm: wide: upstream has plain"):
+        zoo.save(zoo.create(llama, norm="wide"), tmp_path / "x", format="hf")
+    with pytest.raises(zoo.ZooError, match="no place for"):
+        zoo.save(zoo.create(zoo.load(ORACLES / "llama-swa-a").config, inject=True, loops=2), tmp_path / "x", format="hf")
+    assert not (tmp_path / "x").exists()
+
+
+@torch.no_grad()
+def test_dtype(tmp_path: Path) -> None:
+    model = zoo.load(ORACLES / "mamba2-a", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    zoo.save(model, tmp_path / "x", format="hf")
+    assert {p.dtype for p in zoo.load(tmp_path / "x").parameters()} == {torch.bfloat16}
+
+
+def test_pretrained_without_published_weights_or_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(zoo.ZooError, match="gdn4: pretrained: no published weights"):
+        zoo.create("gdn4", pretrained=True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(zoo.ZooError, match=r"jet2b: pretrained: .*jet-ai/Jet-Nemotron-2B"):
+        zoo.create("jet2b", device="meta", pretrained=True)

@@ -1,0 +1,132 @@
+"""Every config makes a model of the published size; loops, exits and bad fields of the config."""
+
+import pytest
+import torch
+
+import zoo
+
+PARAMETERS = {
+    "jet2b": 1_964_806_208,
+    "jet4b": 3_960_424_768,
+    "ouro1.4b": 1_434_652_673,
+    "ouro2.6b": 2_667_974_657,
+    "samba421m": 421.8e6,
+    "samba1.3b": 1330.2e6,
+    "samba1.7b": 1742.2e6,
+    "samba3.8b": 3864.3e6,
+    "mamba130m": 129_135_360,
+    "mamba370m": 371_516_416,
+    "mamba790m": 793_204_224,
+    "mamba1.4b": 1_372_178_432,
+    "mamba2.8b": 2_768_345_600,
+}
+
+
+def parameters(name: str) -> int:
+    return sum(p.numel() for p in zoo.create(name, device="meta").parameters())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters(name: str) -> None:
+    want = PARAMETERS[name]
+    assert parameters(name) == want if isinstance(want, int) else round(parameters(name) / 1e5) == round(want / 1e5)
+
+
+def test_inserted_blocks_are_less_than_a_tenth_of_ouro() -> None:
+    assert parameters("ouro1.4b") < parameters("ourojet1.4b") < 1.1 * parameters("ouro1.4b")
+    assert [i for i, kind in enumerate(zoo.create("ourojet1.4b", device="meta").config.pattern) if kind == "jet"] == [4, 9, 14, 19, 24, 29]
+
+
+@pytest.mark.parametrize("name", zoo.list_models())
+def test_every_model_sleeps(name: str) -> None:
+    model = zoo.create(f"{name}-sleep3", device="meta")
+    assert model.config.loops == 3
+    assert model.config.window is not None
+    state = model.consolidate(torch.zeros(1, 4, dtype=torch.int64, device="meta"))
+    assert len(state.fast) == len(model.blocks)
+
+
+def tiny_ouro(**fields) -> zoo.Model:
+    base = {"name": "tiny", "vocab_size": 11, "d_model": 16, "layers": "attn swa", "loop_norm": True, "wake_loops": 3}
+    blocks = {"attn": {"heads": 2, "post_norm": True}, "swa": {"heads": 2, "window": 3, "post_norm": True}}
+    return zoo.create({**base, "blocks": blocks, **fields}, dtype=torch.float64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exit", [None, {"threshold": 0.4}, {"threshold": None, "weighted": True}])
+def test_every_wake_loop_has_its_own_cache(exit) -> None:
+    model = tiny_ouro(exit=exit)
+    ids = torch.randint(0, 11, (2, 9), generator=torch.Generator().manual_seed(0))
+    whole = model(ids)
+    assert len(whole.state.window) == 3 * 2
+    logits, state = [], None
+    for token in ids.split(1, dim=1):
+        out = model(token, state)
+        logits.append(out.logits)
+        state = out.state
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits)
+    torch.testing.assert_close(model.consolidate(ids), whole.state)
+    model.loss(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def test_the_exit_gate_is_read_in_order() -> None:
+    model = tiny_ouro(exit={"threshold": None, "weighted": True})
+    states = torch.randn(5, 3, 16, dtype=torch.float64)
+    chances = model.exit.chances(states)
+    torch.testing.assert_close(chances.sum(-1), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(model.exit(states), (chances[..., None] * states).sum(1))
+    assert torch.equal(tiny_ouro(exit={"loop": 1}).exit(states), states[:, 1])
+    assert torch.equal(tiny_ouro(exit={"threshold": None}).exit(states), states[:, 2])
+    gate = tiny_ouro(exit={"threshold": 0.5}).exit
+    first = (gate.chances(states).cumsum(-1) >= 0.5).int().argmax(-1)
+    assert torch.equal(gate(states), states[torch.arange(5), first])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers": "attn gdn"}, "wake_loops: 3 needs blocks without fast weights"),
+        ({"loops": 2}, "wake_loops: 3 loops while awake"),
+        ({"span": (0, 0)}, "wake_loops: 3 loops while awake"),
+        ({"evict": "sliding", "window": 4}, "wake_loops: 3 loops while awake"),
+        ({"exit": {"loop": 3}}, "exit.loop: 3 is not one of the 3 wake loops"),
+        ({"exit": {"steps": 3}}, "exit.steps: unknown field"),
+        ({"norm": "layer"}, "norm: 'layer'"),
+        ({"blocks": {"attn": {"heads": 3}}}, "heads: 3 does not divide d_model: 16"),
+        ({"blocks": {"attn": {"rotary": 2}}}, "rotary: 2"),
+    ],
+)
+def test_bad_fields(fields: dict, message: str) -> None:
+    with pytest.raises(zoo.ZooError, match=message):
+        tiny_ouro(**fields)
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "message"),
+    [
+        ("mamba2", {"head_dim": 7}, "head_dim: 7 does not divide the 32 inner channels"),
+        ("mamba2", {"head_dim": 8, "groups": 3}, "groups: 3 does not divide the 4 heads"),
+        ("mamba2", {"head_dim": 8, "dt_limit": [1, 0]}, "dt_limit"),
+        ("gdn", {"heads": 2, "value_heads": 3}, "value_heads: 3 is not a multiple of heads: 2"),
+        ("jet", {"head": 2}, "blocks.jet: head: unknown field; did you mean 'heads'"),
+    ],
+)
+def test_bad_options(layers: str, options: dict, message: str) -> None:
+    with pytest.raises(zoo.ZooError, match=message):
+        zoo.create({"name": "tiny", "vocab_size": 11, "d_model": 16, "layers": layers, "blocks": {layers: options}})
+
+
+def test_init() -> None:
+    model = zoo.create(
+        {"name": "tiny", "vocab_size": 11, "d_model": 64, "layers": "jet mamba mamba2", "blocks": {"jet": {"inserted": True}}}
+    )
+    jet, mamba, mamba2 = (block.mixer for block in model.blocks)
+    assert not jet.o_proj.weight.any()
+    assert not jet.kernel_out.weight.any()
+    torch.testing.assert_close(mamba.A_log.exp(), torch.arange(1.0, 17).expand(128, 16))
+    for bias in (jet.dt_bias, mamba.dt_proj.bias, mamba2.dt_bias):
+        step = torch.nn.functional.softplus(bias)
+        assert 0.9e-3 <= step.min() <= step.max() <= 0.11
+    assert mamba.dt_proj.weight.abs().max() <= 0.5  # dt_rank ** -0.5
+    again = zoo.create(model.config)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
