@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ class AttentionOptions(mixer.Options):
 class Attention(Mixer):
     """Causal grouped-query attention (arXiv 2305.13245), rotary positions (arXiv 2104.09864)."""
 
-    Options = AttentionOptions
+    Options: ClassVar[type[mixer.Options]] = AttentionOptions
 
     def __init__(self, d_model: int, options: AttentionOptions, reach: int | None) -> None:
         super().__init__(d_model, options, reach)

@@ -42,11 +42,12 @@ def attention(x, p, heads, kv_heads, theta, cache, start, reach):
 def gated_deltanet(x, p, heads, S, tail):
     """x: [T, D]; S: [H, K, V]; tail: the K-1 earlier inputs of the convolution."""
     out, tail = [], list(tail)
-    taps = p["conv_weight"].shape[1]
+    conv = torch.cat([p["q_conv"], p["k_conv"], p["v_conv"]])
+    taps = conv.shape[1]
     keys = p["q_proj.weight"].shape[0]
     for row in x:
         tail.append(torch.cat([p[f"{n}_proj.weight"] @ row for n in "qkv"]))
-        mixed = sum(p["conv_weight"][:, j] * tail[len(tail) - taps + j] for j in range(taps))
+        mixed = sum(conv[:, j] * tail[len(tail) - taps + j] for j in range(taps))
         mixed = mixed * torch.sigmoid(mixed)
         q, k, v = (part.view(heads, -1) for part in (mixed[:keys], mixed[keys : 2 * keys], mixed[2 * keys :]))
         q, k = (u / torch.sqrt((u * u).sum(-1, keepdim=True) + 1e-6) for u in (q, k))
@@ -88,7 +89,8 @@ class NaiveStream:
         self.cache = {}
         for i, kind in enumerate(self.c.pattern):
             if kind == "gdn":
-                channels, taps = self.p[f"blocks.{i}.mixer.conv_weight"].shape
+                channels = sum(self.p[f"blocks.{i}.mixer.{x}_conv"].shape[0] for x in "qkv")
+                taps = self.p[f"blocks.{i}.mixer.q_conv"].shape[1]
                 self.cache[i] = [torch.zeros(channels, dtype=torch.float64)] * (taps - 1)
             else:
                 self.cache[i] = {}

@@ -15,7 +15,8 @@ def chunked(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[
     size = min(CHUNK, T)
 
     def by_chunk(x: Tensor) -> Tensor:  # [B, T, H, D] -> [B, H, T/size, size, D]; zeros past the end change nothing
-        return F.pad(x, (0, 0, 0, 0, 0, -T % size)).transpose(1, 2).unflatten(2, (-1, size))
+        padded: Tensor = F.pad(x, (0, 0, 0, 0, 0, -T % size)).transpose(1, 2).unflatten(2, (-1, size))
+        return padded
 
     x, B, C = by_chunk(x), by_chunk(B), by_chunk(C)
     g = by_chunk(g[..., None])
