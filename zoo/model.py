@@ -87,11 +87,15 @@ class Model(nn.Module):
         self.coda = range(config.looped.stop, len(self.blocks))
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Set every parameter: normal weights of deviation fan_in^-0.5, block outputs smaller by sqrt(number of residual branches)."""
+    def init_weights(self, generator: torch.Generator, *, inserted_only: bool = False) -> None:
+        """Set every parameter, or only those of inserted blocks and injection.
+
+        Normal weights of deviation fan_in^-0.5, block outputs smaller by sqrt(number of residual branches).
+        """
         branches = sum(1 if block.mlp is None else 2 for block in self.blocks)
         # children first: a mixer has the last word on its projections
-        for name, module in reversed(list(self.named_modules())):
+        chosen = [block for block in self.blocks if block.inserted] if inserted_only else [self]
+        for name, module in reversed([named for part in chosen for named in part.named_modules()]):
             if isinstance(module, Block):
                 if module.inserted:
                     nn.init.zeros_(module.mixer.get_parameter("o_proj.weight"))

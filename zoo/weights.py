@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from zoo.checkpoints import upstream
 from zoo.checkpoints.stored import WEIGHTS, open_folder
@@ -45,12 +46,20 @@ def create(
     checkpoint = _download(config) if pretrained is True else Path(pretrained) if pretrained else None
     with torch.device("meta"):
         made = Model(config).to(dtype)
-    if torch.device(device).type != "meta":
-        made = made.to_empty(device=device)
-        made.init_weights(torch.Generator(device).manual_seed(seed))
     if checkpoint is not None:
         upstream.fill(made, checkpoint, device, dtype)
+    if torch.device(device).type != "meta":
+        _materialise(made, torch.device(device))
+        made.init_weights(torch.Generator(device).manual_seed(seed), inserted_only=checkpoint is not None)
     return made
+
+
+def _materialise(model: Model, device: torch.device) -> None:
+    """Give memory to the parameters that have none."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
 
 
 def _download(config: ModelConfig) -> Path:

@@ -81,7 +81,7 @@ class Link(NamedTuple):
 
 
 def links(family: Family, model: Model) -> list[Link]:
-    """Every upstream tensor of `model` (on any device) but for its inserted blocks. Covers each parameter of the others."""
+    """Every upstream tensor of `model` (on any device) but for what was added to it. Covers each parameter of the others."""
     shapes = dict(model.state_dict())
 
     def of(names: Names, theirs: str, ours: str, counts: object = None) -> Iterator[Link]:
@@ -101,9 +101,9 @@ def links(family: Family, model: Model) -> list[Link]:
             raise ZooError(f"{model.config.name}: layer {i}: this form of checkpoint has no '{kind}'; it has {', '.join(family.mixers)}")
         found += of(family.block, prefix, f"blocks.{i}.")
         found += of(family.mixers[kind], prefix, f"blocks.{i}.mixer.", model.blocks[i].mixer)
-    inserted = tuple(f"blocks.{i}." for i, block in enumerate(model.blocks) if block.inserted)
+    added = ("inject", *(f"blocks.{i}." for i, block in enumerate(model.blocks) if block.inserted))
     covered = {name for link in found for name in link.ours}
-    if left := [name for name in shapes if name not in covered and not name.startswith(inserted)]:
+    if left := [name for name in shapes if name not in covered and not name.startswith(added)]:
         raise ZooError(f"{model.config.name}: this form of checkpoint has no place for '{left[0]}' ({len(left)} such tensors)")
     if model.head is None and family.stores_tied_head:
         found.append(Link("lm_head.weight", ("embed.weight",)))

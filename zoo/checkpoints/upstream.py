@@ -79,6 +79,8 @@ def save(model: Model, path: Path) -> None:
     family = _family(model.config.upstream, f"{model.config.name}: upstream")
     if inserted := [i for i, block in enumerate(model.blocks) if block.inserted]:
         raise ZooError(f"{model.config.name}: layers {inserted} are not part of the upstream model; save it without format='hf'")
+    if model.config.inject:
+        raise ZooError(f"{model.config.name}: inject: True is not part of the upstream model; save it without format='hf'")
     wanted, ours = links(family, model), model.state_dict()
     written = _written_config(model.config, family)
     with new_folder(path) as folder:
