@@ -187,6 +187,16 @@ def test_samba_of_flash_linear_attention(tmp_path: Path) -> None:
     assert torch.equal(zoo.load(tmp_path / "fla")(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("name", ["gdn-fla-a", "jet-nemotron-a"])
+def test_value_heads_of_any_ratio(name: str, tmp_path: Path) -> None:
+    """Upstream cuts off the fraction of head_dim * expand_v; 28 * (244 / 28) is less than 244 in floating point."""
+    config = zoo.load(ORACLES / name).config
+    kind = "gdn" if "gdn" in config.blocks else "jet"
+    model = zoo.create(config, blocks={kind: {"head_dim": 28, "expand_v": 244 / 28}})
+    zoo.save(model, tmp_path / "x", format="hf")
+    assert zoo.load(tmp_path / "x").blocks[0].mixer.value_dim == 244
+
+
 def test_parent_of_another_architecture() -> None:
     with pytest.raises(zoo.ZooError, match=r"config.json: vocab_size: the checkpoint has 256, jet2b-sleep6 has 151936"):
         zoo.create("jet2b-sleep6", device="meta", pretrained=ORACLES / "jet-nemotron-a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -136,6 +137,11 @@ def options(config: ModelConfig, kind: str) -> Any:
     """The options of a kind of block, defaults filled in."""
     made: Options = mixers.get(kind).Options(**config.blocks.get(kind, {}))
     return made
+
+
+def truncated_ratio(ratio: float) -> float:
+    """A ratio for upstream code that cuts off the fraction of its product, where rounding may have left it just too small."""
+    return math.ceil(ratio * 1e10) / 1e10
 
 
 def rope(config: Mapping[str, Any], theta: float = 10_000.0, part: float = 1.0) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.checkpoints import mamba
-from zoo.checkpoints.family import Family, Names, Taps, compact, expect, families, options
+from zoo.checkpoints.family import Family, Names, Taps, compact, expect, families, options, truncated_ratio
 from zoo.checkpoints.llama import MLP
 from zoo.config import ModelConfig
 from zoo.kernels.registry import ZooError
@@ -109,7 +109,7 @@ def write_gdn(config: ModelConfig) -> dict[str, Any]:
         "num_heads": gdn.heads,
         "num_v_heads": gdn.value_heads,
         "head_dim": gdn.head_dim or config.d_model // gdn.heads,
-        "expand_v": gdn.expand_v,
+        "expand_v": truncated_ratio(gdn.expand_v),
         "conv_size": gdn.conv_size,
         "use_short_conv": True,
         "use_gate": gdn.gate,

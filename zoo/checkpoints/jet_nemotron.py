@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.checkpoints.family import Family, Names, compact, expect, families, options
+from zoo.checkpoints.family import Family, Names, compact, expect, families, options, truncated_ratio
 from zoo.checkpoints.llama import ATTENTION, BLOCK, LAYER, TOP, heads, size, write_heads, write_size
 from zoo.config import ModelConfig
 
@@ -52,7 +52,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
             "dconv_implementation": "triton",
             "num_heads": jet.heads,
             "head_dim": jet.head_dim or config.d_model // jet.heads,
-            "expand_v": jet.expand_v,
+            "expand_v": truncated_ratio(jet.expand_v),
             "conv_size": jet.conv_size,
             "dconv_generator_reduction": jet.generator_reduction,
             "norm_eps": str(jet.norm_eps),
