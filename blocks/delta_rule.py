@@ -19,8 +19,8 @@ class DeltaRuleOptions(mixer.Options):
     head_dim: int | None = Field(None, ge=1, description="of keys and queries; default: d_model / heads")
     expand_v: float = Field(2.0, gt=0, description="value head size / key head size")
     conv_size: int = Field(4, ge=2, description="taps of the short convolution")
-    decay_init: float = Field(16.0, gt=0, description="exp(A_log) starts uniform in (0, decay_init): smaller remembers longer")
     norm_eps: float = Field(1e-5, gt=0, description="of the output norm")
+    decay_init: float = Field(16.0, gt=0, description="exp(A_log) starts uniform in (0, decay_init): smaller remembers longer")
 
 
 class DeltaRule(Mixer):
@@ -31,7 +31,7 @@ class DeltaRule(Mixer):
 
     def __init__(self, d_model: int, options: DeltaRuleOptions, reach: int | None, value_heads: int, gated: bool = True) -> None:
         super().__init__(d_model, options, reach)
-        self.heads, self.value_heads = options.heads, value_heads
+        self.heads, self.value_heads, self.decay_init = options.heads, value_heads, options.decay_init
         self.key_dim = options.head_dim or mixer.split_evenly(d_model, options.heads)
         self.value_dim = round(self.key_dim * options.expand_v)
         self.keys, self.values = self.heads * self.key_dim, value_heads * self.value_dim
@@ -41,7 +41,6 @@ class DeltaRule(Mixer):
         self.g_proj = nn.Linear(d_model, self.values, bias=False) if gated else None
         self.a_proj = nn.Linear(d_model, value_heads, bias=False)
         self.b_proj = nn.Linear(d_model, value_heads, bias=False)
-        self.decay_init = options.decay_init
         self.A_log = nn.Parameter(torch.empty(value_heads))
         self.dt_bias = nn.Parameter(torch.empty(value_heads))
         self.o_norm = RMSNorm(self.value_dim, eps=options.norm_eps)

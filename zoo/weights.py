@@ -112,7 +112,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     if not (folder / CONFIG).is_file():
         if (folder / upstream.CONFIG).is_file():
             return upstream.load(folder, device=device, dtype=dtype)
-        raise ZooError(f"{folder}: neither {CONFIG} nor {upstream.CONFIG} is here; want a folder of zoo.save, zoo train or upstream")
+        raise ZooError(f"{folder}: no {CONFIG} here, nor an upstream {upstream.CONFIG}; want a folder of zoo.save, zoo train or upstream")
     model = create(folder / CONFIG, device="meta")
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     with open_folder(folder, device) as stored:

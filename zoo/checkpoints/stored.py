@@ -43,7 +43,7 @@ class Stored:
     def check(self, folder: Path, wanted: Mapping[str, list[int]], owner: str) -> None:
         """ZooError unless these tensors, of these shapes, are what is stored."""
         if missing := sorted(wanted.keys() - self.shapes.keys()):
-            raise ZooError(f"{folder}: tensor '{missing[0]}' of {owner} is missing ({len(missing)} in all)")
+            raise ZooError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all of {owner})")
         if unexpected := sorted(self.shapes.keys() - wanted.keys()):
             name = unexpected[0]
             raise ZooError(f"{self.files[name]}: tensor '{name}' is not part of {owner} ({len(unexpected)} in all)")
