@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from zoo.kernels.causal_conv1d.op import causal_conv1d
 class GatedDeltaNetOptions(DeltaRuleOptions):
     value_heads: int | None = Field(None, ge=1, description="a multiple of heads; default: heads")
     gate: bool = Field(True, description="multiply the normed output by silu(W_g x)")
+    conv_init: Literal["uniform", "identity"] = Field(
+        "uniform", description="whether the convolution starts as a mixture or passes tokens on"
+    )
     neg_eigval: bool = Field(False, description="write strength up to 2, so a write can flip the sign of what it reads (arXiv 2411.12537)")
 
     @model_validator(mode="after")
@@ -34,6 +39,7 @@ class GatedDeltaNet(DeltaRule):
 
     def __init__(self, d_model: int, options: GatedDeltaNetOptions, reach: int | None) -> None:
         super().__init__(d_model, options, reach, options.value_heads or options.heads, options.gate)
+        self.conv_init = options.conv_init
         self.beta_scale = 2.0 if options.neg_eigval else 1.0
         self.q_conv = nn.Parameter(torch.empty(self.keys, options.conv_size))
         self.k_conv = nn.Parameter(torch.empty(self.keys, options.conv_size))
@@ -42,7 +48,10 @@ class GatedDeltaNet(DeltaRule):
     def init_weights(self, generator: torch.Generator) -> None:
         super().init_weights(generator)
         for conv in (self.q_conv, self.k_conv, self.v_conv):
-            mixer.init_conv(conv, conv.shape[1], generator)
+            if self.conv_init == "identity":
+                mixer.init_conv_as_identity(conv, generator)
+            else:
+                mixer.init_conv(conv, conv.shape[1], generator)
 
     def new_window(self, batch: int) -> ConvTail:
         return ConvTail(self._zeros(batch, 2 * self.keys + self.values, self.q_conv.shape[1] - 1))

@@ -89,6 +89,13 @@ def init_conv(weight: Tensor, taps: int, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
+def init_conv_as_identity(weight: Tensor, generator: torch.Generator) -> None:
+    """Little more than the current token: 1 on the last tap of weight [C, K], and a tenth of `init_conv` on all."""
+    init_conv(weight, weight.shape[1], generator)
+    weight.mul_(0.1)[:, -1] += 1
+
+
+@torch.no_grad()
 def init_step_bias(bias: Tensor, generator: torch.Generator) -> None:
     """softplus(bias) log-uniform in [0.001, 0.1] (Mamba, arXiv 2312.00752, section 3.6)."""
     step = nn.init.uniform_(bias, math.log(1e-3), math.log(1e-1), generator=generator).exp().clamp(min=1e-4)

@@ -58,7 +58,7 @@ class Prediction(Graph):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         ids = inputs["input_ids"]
         state, steps = unpack(inputs, PAST, self.fresh(ids.shape[0])), Steps(inputs["position"], 1, ids.device)
-        h, state = self.run(range(len(self.model.blocks)), self.model.embed(ids), state, steps)
+        h, state = self.run(range(len(self.model.blocks)), self.model.embedded(ids, steps), state, steps)
         return {"logits": self.model.logits(h), **pack(state, PRESENT)}
 
 
@@ -117,7 +117,7 @@ class Consolidation(Asleep):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         ids, steps = inputs["input_ids"], self.steps(inputs)
         fresh = self.fresh(ids.shape[0])
-        h, state = self.run(self.model.prelude, self.model.embed(ids), unpack(inputs, PAST, fresh), steps)
+        h, state = self.run(self.model.prelude, self.model.embedded(ids, steps), unpack(inputs, PAST, fresh), steps)
         h, state = self._loop(h, state, inputs)
         h, state = self.run(self.model.coda, h, state, steps)
         kept = fresh.window if self.restarts else self.model.evict(state).window

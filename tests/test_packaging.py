@@ -103,7 +103,7 @@ def test_the_commands(environment):
     for command in (["zoo"], ["zoo", "list"], ["zoo", "describe"], ["zoo", "train"], ["zoo", "eval"], ["zoo", "demo"], ["zoo-export"]):
         assert "Usage:" in run(environment, *command, "--help")
     (environment / "run.yaml").write_text(
-        "model: gdn4-sleep2\noverrides: {layers: attn gdn, d_model: 16, window: 10}\ntask: {name: cycle, nodes: 5, hops: 1}\n"
+        "model: gdn4-sleep2\noverrides: {layers: attn gdn, d_model: 16, window: 5}\ntask: {name: cycle, nodes: 5, hops: 1}\n"
         "steps: 2\nbatch_size: 4\neval_sequences: 4\n"
     )
     run(environment, "zoo", "train", "run.yaml", "--out", "run")

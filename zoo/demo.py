@@ -44,7 +44,7 @@ def run(out: Path) -> None:
     with new_folder(out) as folder:
         console.print(f"[bold]{task}[/]: the same tokens and seed at N = {', '.join(map(str, LOOPS))} passes of sleep")
         started = time.perf_counter()
-        results = _train_all({n: plan.model_copy(update={"model": f"gdn4-sleep{n}"}) for n in LOOPS}, folder)
+        results = _train_all({n: plan.model_copy(update={"model": f"gdn4-sleep{n}-hard{task.window}"}) for n in LOOPS}, folder)
         console.print(f"trained in {time.perf_counter() - started:.0f} s; now the same questions through ONNX graphs in onnxruntime")
         models = {n: load(folder / f"sleep{n}") for n in LOOPS}
         costs = _costs(models, task)

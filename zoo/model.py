@@ -68,6 +68,10 @@ class Model(nn.Module):
         self.config = config
         self.eviction = evictions.get(config.evict)(config.window)
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        if config.learned_positions:
+            if not self.eviction.restarts:
+                raise ZooError(f"{config.name}: learned_positions: windows under evict '{config.evict}' do not restart; allowed: hard")
+            self.positions = nn.Embedding(config.window or 0, config.d_model)
         self.blocks = nn.ModuleList(_build_blocks(config, self.eviction.reach))
         self.norm = norms[config.norm](config.d_model, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -103,7 +107,8 @@ class Model(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                std = self.config.d_model**-0.5 if self.config.tie_embeddings else 1.0
+                # a token and its place start apart in size, so that neither hides the other
+                std = 0.5 if name == "positions" else self.config.d_model**-0.5 if self.config.tie_embeddings else 1.0
                 nn.init.normal_(module.weight, std=std, generator=generator)
             elif isinstance(module, RMSNorm):
                 nn.init.constant_(module.weight, module.neutral)
@@ -151,7 +156,7 @@ class Model(nn.Module):
         if self.config.window is not None and ids.shape[-1] > self.config.window:
             raise ZooError(f"ids: {ids.shape[-1]} tokens are more than one window of {self.config.window}")
         state, steps = self._open(ids, state)
-        return self.evict(self._passes(self.embed(ids), state, steps, loops * self.config.wake_loops)[1])
+        return self.evict(self._passes(self.embedded(ids, steps), state, steps, loops * self.config.wake_loops)[1])
 
     def evict(self, state: State) -> State:
         """The state after the eviction that ends a chunk."""
@@ -216,7 +221,7 @@ class Model(nn.Module):
 
     def _wake(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
         state, steps = self._open(ids, state)
-        return self._passes(self.embed(ids), state, steps, self.config.wake_loops)
+        return self._passes(self.embedded(ids, steps), state, steps, self.config.wake_loops)
 
     def _open(self, ids: Tensor, state: State | None) -> tuple[State, Steps]:
         if ids.ndim != 2 or ids.shape[1] == 0:
@@ -227,6 +232,11 @@ class Model(nn.Module):
                 f"ids: {ids.shape[1]} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first"
             )
         return state, Steps(state.position, ids.shape[1], ids.device)
+
+    def embedded(self, ids: Tensor, steps: Steps) -> Tensor:
+        """What the first block reads: ids [B, T] -> [B, T, D]."""
+        h = self.embed(ids)
+        return h + self.positions(steps.start + steps.index) if self.config.learned_positions else h
 
     def _passes(self, h: Tensor, state: State, steps: Steps, loops: int) -> tuple[Tensor, State]:
         """Prelude, `loops` passes of the span, coda, over embedded tokens h: [B, T, D]."""

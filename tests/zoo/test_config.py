@@ -179,6 +179,7 @@ def test_creating_leaves_the_global_generator_alone():
         ("gdn4", {"evict": "hard"}, "window: evict 'hard' needs"),
         ("gdn4", {"window": 8}, "window: 8 has no meaning under evict 'none'"),
         ("gdn4", {"evict": "slide"}, "unknown eviction policy 'slide'; did you mean 'sliding'"),
+        ("gdn4-sleep2-slide8", {"learned_positions": True}, "learned_positions: windows under evict 'sliding' do not restart"),
         ("gdn4-sleep2", {"layers": "attn*2"}, "evict: 'hard' empties the window, and no block of 'attn\\*2' has fast weights"),
         ("nowhere.yaml", {}, "nowhere.yaml: No such file"),
     ],

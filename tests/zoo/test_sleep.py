@@ -42,25 +42,25 @@ def assert_same_stream(model, naive_streams, state):
             torch.testing.assert_close(fast, torch.stack([n.S[i] for n in naive_streams]), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("evict", ["hard6", "slide6"])
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"span": (1, 2)},
-        {"span": (1, 1), "layers": "swa gdn attn gdn"},
-        {"layers": "gdn swa*2", "span": (0, 1)},
-        {"inject": True},
-        {"loop_norm": True, "tie_embeddings": True},
-        {
-            "blocks": {
-                **TINY["blocks"],
-                "attn": {"heads": 4, "kv_heads": 2, "head_dim": 6},
-                "gdn": {"heads": 3, "head_dim": 4, "expand_v": 1.5, "conv_size": 2},
-            }
-        },
-    ],
-)
+VARIANTS = [
+    {},
+    {"span": (1, 2)},
+    {"span": (1, 1), "layers": "swa gdn attn gdn"},
+    {"layers": "gdn swa*2", "span": (0, 1)},
+    {"inject": True},
+    {"loop_norm": True, "tie_embeddings": True},
+    {
+        "blocks": {
+            **TINY["blocks"],
+            "attn": {"heads": 4, "kv_heads": 2, "head_dim": 6},
+            "gdn": {"heads": 3, "head_dim": 4, "expand_v": 1.5, "conv_size": 2},
+        }
+    },
+]
+RESTARTING = {"learned_positions": True, "blocks": {**TINY["blocks"], "gdn": {"heads": 2, "conv_init": "identity", "decay_init": 1}}}
+
+
+@pytest.mark.parametrize(("evict", "overrides"), [("hard6", v) for v in (*VARIANTS, RESTARTING)] + [("slide6", v) for v in VARIANTS])
 def test_stream_equals_the_equations(evict, overrides):
     model = tiny(f"gdn4-sleep3-{evict}", **overrides)
     ids = tokens(2, 20)

@@ -12,8 +12,15 @@ from zoo.train import TrainConfig, evaluate, make_optimizers, read_config, sched
 
 SMALL = {
     "model": "gdn4-sleep2",
-    "overrides": {"layers": "attn gdn", "d_model": 32, "d_ff": 48, "window": 10, "blocks": {"attn": {"heads": 2}, "gdn": {"heads": 2}}},
-    "task": {"name": "cycle", "nodes": 5, "hops": 1},
+    "overrides": {
+        "layers": "attn gdn",
+        "learned_positions": True,
+        "d_model": 32,
+        "d_ff": 48,
+        "window": 6,
+        "blocks": {"attn": {"heads": 2}, "gdn": {"heads": 2}},
+    },
+    "task": {"name": "cycle", "nodes": 6, "hops": 1},
     "steps": 6,
     "batch_size": 16,
     "log_every": 2,
@@ -52,16 +59,16 @@ def test_a_run_repeats_itself_and_loads(tmp_path, muon_lr):
 
 
 def test_evaluate_counts_like_a_loop_over_answers():
-    task = new_task({"name": "cycle", "nodes": 5, "hops": 2})
-    model = zoo.create("gdn4-sleep2-hard10", layers="attn gdn", d_model=16, vocab_size=task.vocab_size)
+    task = new_task({"name": "cycle", "nodes": 9, "hops": 2})
+    model = zoo.create("gdn4-sleep2-hard9", layers="attn gdn", d_model=16, vocab_size=task.vocab_size)
     results = evaluate(model, task, 30, batch_size=30)
     ids, mask, level = (torch.from_numpy(x) for x in task.batch(0, 0, 30, "test"))
     right = {1: [], 2: []}
     exact = []
     for row, supervised, hops in zip(ids, mask, level, strict=True):
-        state = model.consolidate(row[None, :10])
-        predicted = model(row[None, 10:], state).logits[0].argmax(-1)
-        hits = [(int(hops[t]), bool(predicted[t - 11] == row[t])) for t in range(10, len(row)) if supervised[t]]
+        state = model.consolidate(row[None, :9])
+        predicted = model(row[None, 9:], state).logits[0].argmax(-1)
+        hits = [(int(hops[t]), bool(predicted[t - 10] == row[t])) for t in range(9, len(row)) if supervised[t]]
         exact.append(all(hit for _, hit in hits))
         for k, hit in hits:
             right[k].append(hit)
@@ -107,8 +114,8 @@ def test_nothing_is_overwritten(tmp_path):
     [
         ({"steps": 0}, "steps: 0"),
         ({"stepz": 5}, "stepz: unknown field; did you mean 'steps'"),
-        ({"model": "gdn4-sleep2-hard9", "overrides": {}}, "window: 9, but the task lays its sequences out for windows of 10"),
-        ({"overrides": {"vocab_size": 3, "window": 10}}, "vocab_size: 3 is less than the 11 tokens of the task"),
+        ({"model": "gdn4-sleep2-hard9", "overrides": {}}, "window: 9, but the task lays its sequences out for windows of 6"),
+        ({"overrides": {"vocab_size": 3, "window": 6}}, "vocab_size: 3 is less than the 7 tokens of the task"),
         ({"task": {"name": "cycle", "nodes": 1}}, "nodes: 1"),
         ({"model": "gdn9"}, "unknown model 'gdn9'"),
     ],

@@ -143,7 +143,7 @@ def _facts(config: ModelConfig, fields: tuple[str, ...]) -> dict[str, Any]:
     kept = [kind for kind in config.pattern if not options[kind].inserted]
     facts = {field: getattr(config, field) for field in fields} | {"pattern": kept}
     for kind in sorted(set(kept)):
-        for name, value in options[kind].model_dump(exclude={"inserted", "decay_init"}).items():
+        for name, value in options[kind].model_dump(exclude={"inserted", "decay_init", "conv_init"}).items():
             value = _default(config, options[kind], name) if value is None else value
             # upstream rounds ratios such as 8/3
             facts[f"blocks.{kind}.{name}"] = float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""`cycle`: one random cycle over m nodes is shown in a window; later, where do k hops from a node lead?"""
+"""`cycle`: a permutation with one cycle is shown in a window; later, where do k hops from a node lead?"""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from zoo.tasks.task import Batch, Task, tasks
 
 @tasks.register("cycle")
 class Cycle(Task):
-    """The window shows every edge `x f(x)` once, in random order; the prediction chunk asks `(k, x)` and answers f^k(x).
+    """The window shows f(0) ... f(m - 1), so the place of a token is the node it follows; the prediction chunk asks `k x`
+    and answers f^k(x).
 
-    Tokens: node x is x; the question "k hops from x" is the one token nodes * k + x. All questions of a sequence differ.
-    The edges are gone from attention when the questions come, so the walk must have been done while asleep.
+    Tokens: node x is x, "k hops" is m - 1 + k. All questions of a sequence differ. f is gone from attention when the
+    questions come, so the walk must have been done while asleep.
     """
 
     name = "cycle"
@@ -27,17 +28,17 @@ class Cycle(Task):
     def _fits(self) -> Cycle:
         if self.hops >= self.nodes:
             raise ValueError(f"hops: {self.hops} must be less than nodes: {self.nodes}")
-        if self.questions is not None and self.questions > self.nodes // 2:
-            raise ValueError(f"questions: {self.questions} of two tokens each do not fit into a window of {self.window}")
+        if self.questions is not None and self.questions > self.nodes // 3:
+            raise ValueError(f"questions: {self.questions} of three tokens each do not fit into a window of {self.window}")
         return self
 
     @property
     def vocab_size(self) -> int:
-        return 2 * self.nodes + self.hops
+        return self.nodes + self.hops
 
     @property
     def window(self) -> int:
-        return 2 * self.nodes
+        return self.nodes
 
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
         """f of each cycle: [count, nodes]."""
@@ -48,20 +49,18 @@ class Cycle(Task):
 
     def pose(self, rng: np.random.Generator, contexts: NDArray[np.int64]) -> Batch:
         count, m = contexts.shape
-        asked = self.questions or 2 * m // 3
-        start = rng.permuted(np.tile(np.arange(m), (count, 1)), axis=1)
-        edges = np.stack([start, m + np.take_along_axis(contexts, start, axis=1)], axis=2).reshape(count, 2 * m)
+        asked = self.questions or m // 3
         question = rng.permuted(np.tile(np.arange(m * self.hops), (count, 1)), axis=1)[:, :asked]
         hops, node = question // m + 1, question % m
         answer = node
         for hop in range(self.hops):
             answer = np.where(hop < hops, np.take_along_axis(contexts, answer, axis=1), answer)
-        asking = np.stack([2 * m - 1 + hops, node, m + answer], axis=2).reshape(count, 3 * asked)
+        asking = np.stack([m - 1 + hops, node, answer], axis=2).reshape(count, 3 * asked)
         supervised = np.tile([False, False, True], (count, asked))
-        silent = np.zeros((count, 2 * m), dtype=bool)
+        silent = np.zeros((count, m), dtype=bool)
         level = np.where(supervised, np.repeat(hops, 3, axis=1), 0)
         return Batch(
-            np.concatenate([edges, asking], axis=1),
+            np.concatenate([contexts, asking], axis=1),
             np.concatenate([silent, supervised], axis=1),
             np.concatenate([silent.astype(np.int64), level], axis=1),
         )
