@@ -23,7 +23,8 @@ try:
 except ImportError:
     raise ZooError("export: needs pip install 'sleep-zoo[onnx]'") from None
 
-logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not there
+for noisy in ("torch.onnx", "onnx_ir"):  # they warn that torchvision is not there, and that parameters have no value while we trace
+    logging.getLogger(noisy).setLevel(logging.ERROR)
 
 OPSET = 24
 IR_VERSION = 12  # the oldest that has opset 24

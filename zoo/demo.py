@@ -28,7 +28,7 @@ from zoo.train import TrainConfig, read_config, train
 from zoo.weights import load
 
 LOOPS = (1, 2, 4)
-ONNX_SEQUENCES = 512
+SEQUENCES = 1024
 console = Console()
 
 
@@ -44,54 +44,53 @@ def run(out: Path) -> None:
     with new_folder(out) as folder:
         console.print(f"[bold]{task}[/]: the same tokens and seed at N = {', '.join(map(str, LOOPS))} passes of sleep")
         started = time.perf_counter()
-        results = _train_all({n: plan.model_copy(update={"model": f"gdn4-sleep{n}-hard{task.window}"}) for n in LOOPS}, folder)
+        _train_all({n: plan.model_copy(update={"model": f"gdn4-sleep{n}-hard{task.window}"}) for n in LOOPS}, folder)
         console.print(f"trained in {time.perf_counter() - started:.0f} s; now the same questions through ONNX graphs in onnxruntime")
         models = {n: load(folder / f"sleep{n}") for n in LOOPS}
         costs = _costs(models, task)
         rows = {}
         for n, model in models.items():
             zoo.export.export(model, folder / f"sleep{n}-onnx")
-            rows[n] = {**results[n], **costs[n], **_in_onnxruntime(model, folder / f"sleep{n}-onnx", task, plan.seed)}
+            rows[n] = {**_answer(model, folder / f"sleep{n}-onnx", task, plan.seed), **costs[n]}
         (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        draw(folder, task)
+        draw(rows, folder, task)
     console.print(_table(rows, task))
     console.print(f"plot: {out / 'demo.png'}   models, graphs and metrics: {out}/")
 
 
-def _train_all(plans: dict[int, TrainConfig], out: Path) -> dict[int, dict[str, Any]]:
+def _train_all(plans: dict[int, TrainConfig], out: Path) -> None:
     """Train in two processes of one thread each, the longest run first."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, new_progress() as progress, ProcessPoolExecutor(2, context) as pool:
         queue = manager.Queue()
         bars = {n: add_run(progress, f"N = {n}", plan.steps) for n, plan in plans.items()}
-        order = sorted(plans, reverse=True)
-        runs = {pool.submit(_train_one, plans[n], out / f"sleep{n}", n, queue): n for n in order}
-        finished: dict[int, dict[str, Any]] = {}
-        while len(finished) < len(runs):
+        runs = [pool.submit(_train_one, plans[n], out / f"sleep{n}", n, queue) for n in sorted(plans, reverse=True)]
+        while not (all(run.done() for run in runs) and queue.empty()):
             while not queue.empty():
                 n, metrics = queue.get()
                 advance(progress, bars[n], metrics)
-            for future, n in runs.items():
-                if future.done() and n not in finished:
-                    finished[n] = future.result()
             time.sleep(0.2)
-    return finished
+        for run in runs:
+            run.result()
 
 
-def _train_one(plan: TrainConfig, out: Path, n: int, queue: Any) -> dict[str, Any]:
+def _train_one(plan: TrainConfig, out: Path, n: int, queue: Any) -> None:
     torch.set_num_threads(1)
-    return train(plan, out, report=lambda metrics: queue.put((n, metrics)))
+    train(plan, out, report=lambda metrics: queue.put((n, metrics)))
 
 
 @torch.no_grad()
-def _in_onnxruntime(model: Model, bundle: Path, task: Task, seed: int) -> dict[str, float]:
-    """Accuracy of the exported graphs on held-out questions, and how far their logits are from PyTorch's."""
-    ids, mask, _ = (torch.from_numpy(x) for x in task.batch(seed, 0, ONNX_SEQUENCES, "test"))
+def _answer(model: Model, bundle: Path, task: Task, seed: int) -> dict[str, Any]:
+    """The same held-out questions to PyTorch and to the exported graphs: how many are right, and how far the logits are apart."""
+    ids, mask, level = (torch.from_numpy(x) for x in task.batch(seed, 0, SEQUENCES, "test"))
     answers = model.answers(ids, mask)
+    right, levels = answers.right(), level.flatten()[answers.place]
     logits = zoo.export.load(bundle, batch_size=len(ids)).feed(ids).roll(1, dims=1).flatten(0, 1)[answers.place]
     return {
+        "answers": len(right),
+        "by_level": {int(n): right[levels == n].float().mean().item() for n in levels.unique()},
+        "accuracy": right.float().mean().item(),
         "onnx_accuracy": (logits.argmax(-1) == answers.target).float().mean().item(),
-        "pytorch_accuracy_same_questions": answers.right().float().mean().item(),
         "onnx_logit_difference": (logits - answers.logits).abs().max().item(),
     }
 
@@ -124,7 +123,7 @@ def _table(rows: dict[int, dict[str, Any]], task: Task) -> Table:
     for name in (
         "N",
         *(f"{level} {task.level_name}" for level in levels),
-        "all",
+        "all, PyTorch",
         "all, onnxruntime",
         "logits differ by",
         "s per sleep",
@@ -144,17 +143,16 @@ def _table(rows: dict[int, dict[str, Any]], task: Task) -> Table:
     return table
 
 
-def draw(out: Path, task: Task) -> None:
+def draw(rows: dict[int, dict[str, Any]], out: Path, task: Task) -> None:
     """Accuracy against hops and against tokens seen, one line for each N, into demo.png."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure, (by_level, by_tokens) = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for n, color in zip(LOOPS, ("#9aa5b1", "#e0a458", "#2a6f97"), strict=True):
-        folder = out / f"sleep{n}"
-        levels = json.loads((folder / "results.json").read_text())["by_level"]
-        by_level.plot([int(k) for k in levels], list(levels.values()), "o-", color=color, label=f"N = {n}")
-        curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        levels = rows[n]["by_level"]
+        by_level.plot(list(levels), list(levels.values()), "o-", color=color, label=f"N = {n}")
+        curve = [json.loads(line) for line in (out / f"sleep{n}" / "metrics.jsonl").read_text().splitlines()]
         by_tokens.plot([m["tokens"] / 1e6 for m in curve], [m["accuracy"] for m in curve], color=color)
     for axes in (by_level, by_tokens):
         axes.axhline(task.chance(), color="#555555", linestyle=":", linewidth=1)
