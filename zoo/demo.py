@@ -44,13 +44,12 @@ def run(out: Path) -> None:
     with new_folder(out) as folder:
         console.print(f"[bold]{task}[/]: the same tokens and seed at N = {', '.join(map(str, LOOPS))} passes of sleep")
         started = time.perf_counter()
-        _train_all({n: plan.model_copy(update={"model": f"gdn4-sleep{n}-hard{task.window}"}) for n in LOOPS}, folder)
-        console.print(f"trained in {time.perf_counter() - started:.0f} s; now the same questions through ONNX graphs in onnxruntime")
+        _train_and_export_all({n: plan.model_copy(update={"model": f"gdn4-sleep{n}-hard{task.window}"}) for n in LOOPS}, folder)
+        console.print(f"trained and exported in {time.perf_counter() - started:.0f} s; asking PyTorch and onnxruntime the same questions")
         models = {n: load(folder / f"sleep{n}") for n in LOOPS}
         costs = _costs(models, task)
         rows = {}
         for n, model in models.items():
-            zoo.export.export(model, folder / f"sleep{n}-onnx")
             rows[n] = {**_answer(model, folder / f"sleep{n}-onnx", task, plan.seed), **costs[n]}
         (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         draw(rows, folder, task)
@@ -58,13 +57,13 @@ def run(out: Path) -> None:
     console.print(f"plot: {out / 'demo.png'}   models, graphs and metrics: {out}/")
 
 
-def _train_all(plans: dict[int, TrainConfig], out: Path) -> None:
-    """Train in two processes of one thread each, the longest run first."""
+def _train_and_export_all(plans: dict[int, TrainConfig], out: Path) -> None:
+    """Train and export in two processes of one thread each, the longest run first."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, new_progress() as progress, ProcessPoolExecutor(2, context) as pool:
         queue = manager.Queue()
         bars = {n: add_run(progress, f"N = {n}", plan.steps) for n, plan in plans.items()}
-        runs = [pool.submit(_train_one, plans[n], out / f"sleep{n}", n, queue) for n in sorted(plans, reverse=True)]
+        runs = [pool.submit(_train_and_export, plans[n], out, n, queue) for n in sorted(plans, reverse=True)]
         while not (all(run.done() for run in runs) and queue.empty()):
             while not queue.empty():
                 n, metrics = queue.get()
@@ -74,9 +73,10 @@ def _train_all(plans: dict[int, TrainConfig], out: Path) -> None:
             run.result()
 
 
-def _train_one(plan: TrainConfig, out: Path, n: int, queue: Any) -> None:
+def _train_and_export(plan: TrainConfig, out: Path, n: int, queue: Any) -> None:
     torch.set_num_threads(1)
-    train(plan, out, report=lambda metrics: queue.put((n, metrics)))
+    train(plan, out / f"sleep{n}", report=lambda metrics: queue.put((n, metrics)))
+    zoo.export.export(load(out / f"sleep{n}"), out / f"sleep{n}-onnx")
 
 
 @torch.no_grad()
