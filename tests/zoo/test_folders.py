@@ -139,7 +139,7 @@ def test_bad_config(jet: Path, fields: dict, words: tuple[str, ...]) -> None:
 def test_folder_without_files(tmp_path: Path, jet: Path) -> None:
     refuses(tmp_path / "nothing", "config.json")
     (jet / "model.safetensors").unlink()
-    refuses(jet, "no weights")
+    refuses(jet, "model.safetensors: cannot be read")
     (jet / "config.json").write_text("{")
     refuses(jet, "config.json", "not JSON")
 

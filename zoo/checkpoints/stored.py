@@ -94,7 +94,7 @@ def _only_file(folder: Path) -> Path:
             return found[0]
         if found:
             raise ZooError(f"{folder}: {len(found)} files {pattern} without {INDEX}; want {WEIGHTS}, or the index of the shards")
-    raise ZooError(f"{folder}: no weights; want {WEIGHTS}, {INDEX} or one *.pth")
+    raise ZooError(f"{folder / WEIGHTS}: cannot be read: no such file, nor {INDEX}, nor one *.pth")
 
 
 def _add_shards(stored: Stored, folder: Path, stack: ExitStack, device: str | torch.device) -> None:
