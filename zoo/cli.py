@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -100,6 +100,24 @@ def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
     plan = read_config(run / "train.yaml")
     model = load(run)
     _show(evaluate(model, new_task(plan.task), sequences, seed=seed, loops=loops))
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--to", "form", type=click.Choice(["zoo", "hf"]), default="zoo", show_default=True, help="Names and config of the copy.")
+def convert(source: Path, destination: Path, form: Literal["zoo", "hf"]) -> None:
+    """Copy the model in the folder SOURCE, of this package or of an upstream project, to the new folder DESTINATION.
+
+    The tensors stay as they are, bit for bit; `--to hf` writes config.json and the names of the upstream project.
+    """
+    from zoo.files import refuse_existing
+    from zoo.weights import load, save
+
+    refuse_existing(destination)
+    model = load(source)
+    save(model, destination, format=form)
+    click.echo(f"{model.config.name}: {source} -> {destination}")
 
 
 @main.command()

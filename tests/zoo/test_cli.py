@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import zoo
 from zoo.cli import main
@@ -58,6 +61,17 @@ def test_train_then_eval(tmp_path, config):
     output = run("eval", tmp_path / "run", "--sequences", 8, "--loops", 3).output
     assert "hops" in output
     assert "best guess" in output
+
+
+def test_convert_there_and_back(tmp_path):
+    oracle = Path(__file__).parents[1] / "data" / "oracles" / "jet-nemotron-a"
+    run("convert", oracle, tmp_path / "ours")
+    run("convert", tmp_path / "ours", tmp_path / "theirs", "--to", "hf")
+    before, after = load_file(oracle / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "already exists" in run("convert", oracle, tmp_path / "ours", status=2).stderr
+    assert "no zoo.yaml here" in run("convert", tmp_path, tmp_path / "new", status=2).stderr
 
 
 @pytest.mark.parametrize(
