@@ -123,7 +123,7 @@ def convert(source: Path, destination: Path, form: Literal["zoo", "hf"]) -> None
 @main.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="New folder for the results.")
 def demo(out: Path) -> None:
-    """Train one small model at N = 1, 2 and 4, export it, and compare: about seven minutes on two cores."""
+    """Train one small model at N = 1, 2 and 4, export it, and compare: about eight minutes on two cores."""
     from zoo.demo import run
 
     run(out)

@@ -29,7 +29,7 @@ from zoo.weights import load
 
 LOOPS = (1, 2, 4)
 SEQUENCES = 1024
-console = Console()
+console = Console(width=None if Console().is_terminal else 120)  # a log takes lines of any length
 
 
 def run(out: Path) -> None:
@@ -123,11 +123,11 @@ def _table(rows: dict[int, dict[str, Any]], task: Task) -> Table:
     for name in (
         "N",
         *(f"{level} {task.level_name}" for level in levels),
-        "all, PyTorch",
-        "all, onnxruntime",
-        "logits differ by",
-        "s per sleep",
-        "ms per token",
+        "PyTorch",
+        "onnxruntime",
+        "logits differ",
+        "s / sleep",
+        "ms / token",
     ):
         table.add_column(name, justify="right")
     for n, row in rows.items():
