@@ -74,5 +74,5 @@ def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(zoo.ZooError, match=r"no zoo\.yaml here"):
         zoo.load(tmp_path)
     (tmp_path / "zoo.yaml").write_text("name: x\nvocab_size: 3\nd_model: 8\nlayers: gdn\n")
-    with pytest.raises(zoo.ZooError, match=r"no weights; want model\.safetensors"):
+    with pytest.raises(zoo.ZooError, match=r"model\.safetensors: cannot be read: no such file"):
         zoo.load(tmp_path)

@@ -1,0 +1,45 @@
+"""Costs against real tensors, real parameters and a count by hand."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import zoo
+
+
+def size(tree):
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if torch.is_tensor(leaf))
+
+
+@pytest.mark.parametrize("layers", ["attn gdn", "jet swa", "mamba attn", "mamba2 swa", "gdn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_a_real_stream(layers, dtype):
+    model = zoo.create("gdn4-sleep2-hard12", layers=layers, d_model=32, dtype=dtype)
+    described = zoo.describe(model)
+    state = model(torch.zeros(1, 12, dtype=torch.long)).state
+    assert described.parameters == sum(p.numel() for p in model.parameters())
+    assert described.state_bytes == size(state.fast)
+    assert described.window_bytes == size(state.window)
+    one, two = (size(model(torch.zeros(1, n, dtype=torch.long)).state.window) for n in (1, 2))
+    assert described.kv_bytes_per_token == two - one
+
+
+def test_operations_by_hand():
+    """One attention block, one head of 8, MLP of 16, 5 words: products only, a multiply-add counted twice."""
+    d = zoo.describe("gdn4-slide4", layers="attn", d_model=8, d_ff=16, vocab_size=5, blocks={"attn": {"heads": 1}})
+    projections, mlp, head = 2 * 4 * 8 * 8, 2 * 3 * 8 * 16, 2 * 8 * 5
+    assert d.flops_per_token == projections + mlp + head + 2 * 2 * 2 * 8  # the token sees itself and one before it
+
+
+def test_a_sleep_costs_its_passes():
+    once, thrice = (zoo.describe(f"gdn4-sleep{n}", d_model=32, span=(1, 2)).flops_per_sleep for n in (1, 3))
+    half = zoo.describe("gdn4-sleep1", d_model=32, layers="gdn attn").flops_per_sleep
+    assert thrice - once == 2 * half
+    assert zoo.describe("gdn4").flops_per_sleep is None
+
+
+def test_a_table_says_what_it_found():
+    text = str(zoo.describe("gdn4-sleep4-slide512"))
+    assert "4 passes of layers 0-3" in text
+    assert "sliding" in text
+    assert "never (evict: none)" in str(zoo.describe("gdn4"))
