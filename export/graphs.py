@@ -66,7 +66,7 @@ class Prediction(Graph):
 class Asleep(Graph):
     """What the sleep and its loop share.
 
-    A window that restarts is empty, and at position 0, when a sleep starts and when it ends: only fast weights come in.
+    A window that restarts is empty, and at position 0, when a sleep starts and when it ends: only fast weights are read.
     """
 
     def __init__(self, model: Model) -> None:
@@ -113,12 +113,15 @@ class Consolidation(Asleep):
 
     def example(self) -> dict[str, Tensor]:
         ids = torch.zeros(2, self.window, dtype=torch.int64)
-        return {"input_ids": ids, **self.place(), **pack(self.carried(self.fresh(2), range(len(self.model.blocks))), PAST)}
+        return {"input_ids": ids, **self.place(), **pack(self.fresh(2), PAST)}
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         ids, steps = inputs["input_ids"], self.steps(inputs)
         fresh = self.fresh(ids.shape[0])
-        h, state = self.run(self.model.prelude, self.model.embedded(ids, steps), unpack(inputs, PAST, fresh), steps)
+        state = unpack(inputs, PAST, fresh)
+        if self.restarts:  # whatever is left in the window it is given
+            state = state._replace(window=fresh.window)
+        h, state = self.run(self.model.prelude, self.model.embedded(ids, steps), state, steps)
         h, state = self._loop(h, state, inputs)
         h, state = self.run(self.model.coda, h, state, steps)
         kept = fresh.window if self.restarts else self.model.evict(state).window

@@ -107,6 +107,7 @@ def test_the_commands(environment):
         "steps: 2\nbatch_size: 4\neval_sequences: 4\n"
     )
     run(environment, "zoo", "train", "run.yaml", "--out", "run")
+    run(environment, "zoo", "train", "cycle", "steps=1", "batch_size=2", "eval_sequences=2")
     run(environment, "zoo", "eval", "run", "--sequences", "4")
     run(environment, "zoo-export", "run", "--target", "onnx", "--out", "bundle")
     assert {p.name for p in (environment / "bundle").iterdir()} == {"bundle.json", "prediction.onnx", "consolidation.onnx", "weights.bin"}

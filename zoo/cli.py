@@ -69,17 +69,17 @@ def describe(model: str, overrides: tuple[str, ...], as_yaml: bool) -> None:
 
 
 @main.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder for the run.  [default: runs/<name of CONFIG>]")
-def train(config: Path, overrides: tuple[str, ...], out: Path | None) -> None:
-    """Train as the YAML file CONFIG says, for example configs/train/cycle-sleep4.yaml steps=100 task.hops=2."""
+def train(config: str, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Train as CONFIG says: a YAML file, or the name of a shipped one, for example `cycle steps=100 task.hops=2`."""
     from zoo.progress import training_bar
     from zoo.train import read_config
     from zoo.train import train as run
 
     plan = read_config(config, parse_overrides(overrides))
-    out = out or Path("runs") / config.stem
+    out = out or Path("runs") / Path(config).stem
     with training_bar(plan.steps, plan.model) as report:
         results = run(plan, out, report=report)
     _show(results)

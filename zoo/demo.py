@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def run(out: Path) -> None:
         ZooError: `out` exists already, or onnxruntime is not installed: before any work.
     """
     import_module("zoo.export.runtime")
-    plan = read_config(str(files("zoo.configs").joinpath("train").joinpath("cycle.yaml")))
+    plan = read_config("cycle")
     task = new_task(plan.task)
     with new_folder(out) as folder:
         console.print(f"[bold]{task}[/]: the same tokens and seed at N = {', '.join(map(str, LOOPS))} passes of sleep")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.config import merge, read_yaml, validate
 from zoo.files import refuse_existing, replacing
-from zoo.kernels.registry import ZooError
+from zoo.kernels.registry import ZooError, nearest
 from zoo.model import Model
 from zoo.tasks import Task, new_task
 from zoo.weights import create, write
@@ -45,9 +46,12 @@ class TrainConfig(BaseModel):
     eval_sequences: int = Field(512, ge=1)
 
 
-def read_config(path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
-    """The run that a YAML file describes, with overrides. Raises ZooError."""
-    return validate(TrainConfig, merge(read_yaml(Path(path)), overrides or {}), str(path))
+def read_config(source: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
+    """The run that a YAML file describes, or one that this package brings ("cycle"), with overrides. Raises ZooError."""
+    shipped = {file.name.removesuffix(".yaml"): file for file in files("zoo.configs").joinpath("train").iterdir()}
+    if Path(source).suffix not in (".yaml", ".yml") and str(source) not in shipped:
+        raise ZooError(f"unknown run '{source}'; a YAML file, or {nearest(str(source), shipped)}")
+    return validate(TrainConfig, merge(read_yaml(shipped.get(str(source), Path(source))), overrides or {}), str(source))
 
 
 def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metrics: None) -> dict[str, Any]:
