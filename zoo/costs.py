@@ -30,9 +30,9 @@ class Description:
     window_bytes: int | None
     """Window cache of a full window; None without a window."""
     flops_per_token: int
-    """One predicted token, awake, early in a window."""
+    """One predicted token, awake, the first of its window: matrix products alone."""
     flops_per_sleep: int | None
-    """Consolidation of one full window; None if the model never sleeps."""
+    """Consolidation of one full window, matrix products alone; None if the model never sleeps."""
 
     def __str__(self) -> str:
         config = self.config
@@ -68,19 +68,17 @@ def describe(model: str | Path | Mapping[str, Any] | ModelConfig | Model, **over
     config = blank.config
     token = torch.zeros(1, 1, dtype=torch.long, device="meta")
     fresh = blank.init_state()
-    one, two = blank(token).state, None
-    two = blank(token, one).state
-    window = full = None
-    if config.window is not None:
-        window = token.expand(1, config.window)
-        full = _size(blank(window).state.window)
+    window = None if config.window is None else token.expand(1, config.window)
+    with torch.no_grad():
+        first = blank(token).state
+        full = None if window is None else _size(blank(window).state.window)
     return Description(
         config=config,
         parameters=sum(p.numel() for p in blank.parameters()),
         state_bytes=_size(fresh.fast),
-        kv_bytes_per_token=_size(two.window) - _size(one.window),
+        kv_bytes_per_token=_size(first.window) - _size(fresh.window),
         window_bytes=full,
-        flops_per_token=_flops(lambda: blank(token, one)),
+        flops_per_token=_flops(lambda: blank(token)),
         flops_per_sleep=None if window is None else _flops(lambda: blank.consolidate(window)),
     )
 

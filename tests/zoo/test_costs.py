@@ -28,7 +28,7 @@ def test_operations_by_hand():
     """One attention block, one head of 8, MLP of 16, 5 words: products only, a multiply-add counted twice."""
     d = zoo.describe("gdn4-slide4", layers="attn", d_model=8, d_ff=16, vocab_size=5, blocks={"attn": {"heads": 1}})
     projections, mlp, head = 2 * 4 * 8 * 8, 2 * 3 * 8 * 16, 2 * 8 * 5
-    assert d.flops_per_token == projections + mlp + head + 2 * 2 * 2 * 8  # the token sees itself and one before it
+    assert d.flops_per_token == projections + mlp + head + 2 * 2 * 8  # scores and values of the one token it sees
 
 
 def test_a_sleep_costs_its_passes():
@@ -36,6 +36,7 @@ def test_a_sleep_costs_its_passes():
     half = zoo.describe("gdn4-sleep1", d_model=32, layers="gdn attn").flops_per_sleep
     assert thrice - once == 2 * half
     assert zoo.describe("gdn4").flops_per_sleep is None
+    assert zoo.describe("gdn4-sleep3-hard1").window_bytes == zoo.describe("gdn4-sleep3-hard1").kv_bytes_per_token + 2 * 3 * 1024 * 4
 
 
 def test_a_table_says_what_it_found():
