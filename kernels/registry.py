@@ -66,12 +66,13 @@ class Registry(Generic[T]):
     def _look_around(self) -> dict[str, EntryPoint]:
         """Once, before the first look-up: register what is ours and find what other packages offer."""
         if self._others is None:
-            self._others = {point.name: point for point in entry_points(group=self.group)}
             if self._populate is not None:
                 self._populate()
-            for name in self._others:
+            others = {point.name: point for point in entry_points(group=self.group)}
+            for name, point in others.items():
                 if name in self._own:
-                    raise ZooError(f"{self.kind} '{name}' is registered twice: here and by {self._others[name].value}")
+                    raise ZooError(f"{self.kind} '{name}' is registered twice: here and by {point.value}")
+            self._others = others
         return self._others
 
 

@@ -35,9 +35,9 @@ def run(out: Path) -> None:
     """Train the same model at each N on the same tokens, export each, compare, and write everything to the new folder `out`.
 
     Raises:
-        ZooError: `out` exists already, or onnxruntime is not installed: before any work.
+        ZooError: `out` exists already, or the packages of the exporter are not installed: before any work.
     """
-    import_module("zoo.export.runtime")
+    import_module("zoo.export.bundle")
     plan = read_config("cycle")
     task = new_task(plan.task)
     with new_folder(out) as folder:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zoo.kernels.causal_conv1d.chunked import chunked
 from zoo.kernels.causal_conv1d.reference import stepwise
+from zoo.kernels.checks import given_or_zeros
 from zoo.kernels.dispatch import choose, kernels
 
 kernels.register("causal_conv1d.chunked", chunked)
@@ -26,9 +27,6 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tail
     if weight.ndim != 2 or weight.shape[0] != C:
         raise ValueError(f"weight {list(weight.shape)}: want [C, K] with C = {C}")
     K = weight.shape[1]
-    if tail is None:
-        tail = x.new_zeros(B, C, K - 1)
-    elif tail.shape != (B, C, K - 1):
-        raise ValueError(f"tail {list(tail.shape)}: want {[B, C, K - 1]}")
-    y = choose("causal_conv1d", "chunked")(x, weight, tail.to(x.dtype))
+    tail = given_or_zeros("tail", tail, (B, C, K - 1), x, x.dtype)
+    y = choose("causal_conv1d", "chunked")(x, weight, tail)
     return F.silu(y if bias is None else y + bias)

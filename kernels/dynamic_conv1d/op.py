@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.checks import given_or_zeros
 from zoo.kernels.dispatch import choose, kernels
 from zoo.kernels.dynamic_conv1d.chunked import chunked
 from zoo.kernels.dynamic_conv1d.reference import stepwise
@@ -28,8 +29,5 @@ def dynamic_conv1d(x: Tensor, weight: Tensor, *, tail: Tensor | None = None) -> 
     if weight.ndim != 4 or weight.shape[:3] != x.shape:
         raise ValueError(f"weight {list(weight.shape)}: want [B, T, C, K] for x {list(x.shape)}")
     K = weight.shape[3]
-    if tail is None:
-        tail = x.new_zeros(B, C, K - 1)
-    elif tail.shape != (B, C, K - 1):
-        raise ValueError(f"tail {list(tail.shape)}: want {[B, C, K - 1]}")
-    return F.silu(choose("dynamic_conv1d", "chunked")(x, weight.to(x.dtype), tail.to(x.dtype)))
+    tail = given_or_zeros("tail", tail, (B, C, K - 1), x, x.dtype)
+    return F.silu(choose("dynamic_conv1d", "chunked")(x, weight.to(x.dtype), tail))

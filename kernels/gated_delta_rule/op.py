@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.checks import given_or_zeros
 from zoo.kernels.dispatch import choose, kernels
 from zoo.kernels.gated_delta_rule.chunked import chunked
 from zoo.kernels.gated_delta_rule.reference import recurrent
@@ -47,13 +48,10 @@ def gated_delta_rule(
     if g.shape != (B, T, HV) or beta.shape != (B, T, HV):
         raise ValueError(f"g {list(g.shape)} and beta {list(beta.shape)}: want {[B, T, HV]}")
     dtype = torch.promote_types(v.dtype, torch.float32)
-    if initial_state is None:
-        initial_state = v.new_zeros(B, HV, K, V, dtype=dtype)
-    elif initial_state.shape != (B, HV, K, V):
-        raise ValueError(f"initial_state {list(initial_state.shape)}: want {[B, HV, K, V]}")
+    state = given_or_zeros("initial_state", initial_state, (B, HV, K, V), v, dtype)
     if HV != H:
         q, k = (x.repeat_interleave(HV // H, dim=2) for x in (q, k))
     # one token is one step of the recurrence; a chunk would be padding
     kernel = choose("gated_delta_rule", "reference" if T == 1 else "chunked")
-    o, final = kernel(*(x.to(dtype) for x in (q, k, v, g, beta)), K**-0.5 if scale is None else scale, initial_state.to(dtype))
+    o, final = kernel(*(x.to(dtype) for x in (q, k, v, g, beta)), K**-0.5 if scale is None else scale, state)
     return o.to(v.dtype), final if output_final_state else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.checks import given_or_zeros
 from zoo.kernels.dispatch import choose, kernels
 from zoo.kernels.ssd.chunked import chunked
 from zoo.kernels.ssd.reference import recurrent
@@ -42,12 +43,9 @@ def ssd(
     if B.shape[:2] != (batch, T) or C.shape != B.shape or H % G:
         raise ValueError(f"B {list(B.shape)} and C {list(C.shape)}: want [B, T, G, N] twice, and G to divide {H} heads")
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if initial_state is None:
-        initial_state = x.new_zeros(batch, H, N, P, dtype=dtype)
-    elif initial_state.shape != (batch, H, N, P):
-        raise ValueError(f"initial_state {list(initial_state.shape)}: want {[batch, H, N, P]}")
+    state = given_or_zeros("initial_state", initial_state, (batch, H, N, P), x, dtype)
     step = dt.to(dtype)
     B, C = (y.to(dtype).repeat_interleave(H // G, dim=2) for y in (B, C))
     kernel = choose("ssd", "reference" if T == 1 else "chunked")
-    y, final = kernel(x.to(dtype) * step[..., None], step * A.to(dtype), B, C, initial_state.to(dtype))
+    y, final = kernel(x.to(dtype) * step[..., None], step * A.to(dtype), B, C, state)
     return y.to(x.dtype), final if output_final_state else None
