@@ -61,7 +61,7 @@ class Mamba(Mixer):
 
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
         mixed, gate = self.in_proj(x).chunk(2, dim=-1)
-        u = causal_conv1d(mixed, self.conv_weight, self.conv_bias, tail=window.conv_state)
+        u = causal_conv1d(mixed, self.conv_weight, self.conv_bias, initial_state=window.conv_state)[0]
         low, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         # padding takes a step of zero: it neither decays nor writes
         dt = steps.without_padding(F.softplus(self.dt_proj(low).to(fast.dtype)))

@@ -79,7 +79,7 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
         gate, mixed, dt = self.in_proj(x).split([self.inner, self.convolved, self.heads], dim=-1)
-        convolved = causal_conv1d(mixed, self.conv_weight, self.conv_bias, tail=window.conv_state).to(fast.dtype)
+        convolved = causal_conv1d(mixed, self.conv_weight, self.conv_bias, initial_state=window.conv_state)[0].to(fast.dtype)
         grouped = self.groups * self.state_dim
         u, B, C = convolved.split([self.inner, grouped, grouped], dim=-1)
         u, B, C = u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))

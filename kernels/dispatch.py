@@ -1,14 +1,24 @@
-"""Which form of an operator runs: the fastest that fits, or the one a user forces."""
+"""Which form of an operator runs: Triton where it can, the PyTorch form that is fastest elsewhere, or the one a user forces."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import logging
+import os
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from zoo.kernels.registry import Registry, ZooError, nearest
 
 OPERATORS = ("causal_conv1d", "dynamic_conv1d", "gated_delta_rule", "selective_scan", "ssd")
+ENVIRONMENT = "ZOO_KERNELS"
+
+log = logging.getLogger("zoo.kernels")
 
 
 def _import_operators() -> None:
@@ -19,10 +29,13 @@ def _import_operators() -> None:
 kernels: Registry[Callable[..., Any]] = Registry("kernel", "kernels", _import_operators)  # "<operator>.<form>"
 
 _forced: str | None = None
+_told: set[tuple[str, str]] = set()
 
 
 class use:
-    """Run every operator in one form ("reference", "chunked"), from now on or within a `with` block; None undoes it.
+    """Run every operator in one form ("reference", "chunked", "triton"), from now on or within a `with` block; None undoes it.
+
+    The environment variable ZOO_KERNELS does the same for a whole process, an operator's own argument `form` for one call.
 
     Raises:
         ZooError: no operator has such a form.
@@ -30,9 +43,8 @@ class use:
 
     def __init__(self, form: str | None) -> None:
         global _forced
-        forms = {name.split(".")[1] for name in kernels.names()}
-        if form is not None and form not in forms:
-            raise ZooError(f"unknown kernel form '{form}'; {nearest(form, forms)}")
+        if form is not None:
+            _check("use", form, {name.split(".")[1] for name in kernels.names()})
         self._before, _forced = _forced, form
 
     def __enter__(self) -> None:
@@ -43,7 +55,75 @@ class use:
         _forced = self._before
 
 
-def choose(operator: str, default: str) -> Callable[..., Any]:
-    """The form that serves this call of `operator`: the forced one if the operator has it, else `default`."""
-    forced = f"{operator}.{_forced}"
-    return kernels.get(forced if _forced and forced in kernels.names() else f"{operator}.{default}")
+def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Callable[..., Any]:
+    """The form that serves this call of `operator`.
+
+    Args:
+        x: an input that decides where it runs.
+        plain: the PyTorch form to fall back on.
+        form: what the caller asks for; what `use` or ZOO_KERNELS force counts only if the operator has it.
+    Raises:
+        ZooError: `form` does not exist, or Triton is forced where it cannot run.
+    """
+    forms = _forms(operator)
+    if form is not None:
+        _check(f"{operator}: form", form, forms)
+        chosen, reason = form, "the caller's choice"
+    elif (forced := _forced or os.environ.get(ENVIRONMENT)) in forms:
+        chosen, reason = str(forced), "forced"
+    elif forced and not _forced:
+        _check(ENVIRONMENT, forced, {name.split(".")[1] for name in kernels.names()})
+        chosen, reason = plain, f"no form '{forced}'"
+    elif "triton" in forms and x.is_cuda and (problem := triton_problem(x)) is None:
+        chosen, reason = "triton", "the tensors are on a GPU"
+    else:
+        chosen, reason = plain, f"the tensors are on {x.device.type}" if not x.is_cuda else str(problem)
+    if chosen == "triton" and (problem := triton_problem(x)) is not None:
+        others = ", ".join(sorted(forms - {"triton"}))
+        raise ZooError(f"{operator}: form 'triton' cannot run: {problem}; allowed here: {others}")
+    if not torch.compiler.is_compiling() and (operator, chosen) not in _told:
+        _told.add((operator, chosen))
+        log.info("%s: %s (%s)", operator, chosen, reason)
+    return kernels.get(f"{operator}.{chosen}")
+
+
+def triton_problem(x: Tensor) -> str | None:
+    """Why Triton cannot serve tensors like x; None if it can. Touches no driver unless x is on a GPU."""
+    if not _has_triton():
+        return "triton is not installed (pip install 'sleep-zoo[triton]')"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not x.is_cuda:
+        return f"the tensors are on {x.device.type} (TRITON_INTERPRET=1 interprets kernels there, for tests)"
+    if (capability := torch.cuda.get_device_capability(x.device)) < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return None
+
+
+def triton_form(operator: str) -> Callable[..., Any]:
+    """`run` of the operator's triton.py, imported at the first call: a machine may lack triton."""
+
+    def run(*args: Any) -> Any:
+        return _triton_module(operator).run(*args)
+
+    return run
+
+
+@functools.cache
+def _triton_module(operator: str) -> Any:
+    return importlib.import_module(f"zoo.kernels.{operator}.triton")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _forms(operator: str) -> set[str]:
+    return {name.split(".")[1] for name in kernels.names() if name.startswith(f"{operator}.")}
+
+
+def _check(field: str, form: str, forms: set[str]) -> None:
+    if form not in forms:
+        raise ZooError(f"{field}: unknown kernel form '{form}'; {nearest(form, forms)}")

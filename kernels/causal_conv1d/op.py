@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels import packed
 from zoo.kernels.causal_conv1d.chunked import chunked
 from zoo.kernels.causal_conv1d.reference import stepwise
 from zoo.kernels.checks import given_or_zeros
 from zoo.kernels.dispatch import choose, kernels
 
-kernels.register("causal_conv1d.chunked", chunked)
-kernels.register("causal_conv1d.reference", stepwise)
 
-
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tail: Tensor | None = None) -> Tensor:
-    """Depthwise causal convolution with SiLU (Mamba, arXiv 2312.00752, section 3.4).
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = "silu",
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Depthwise causal convolution, then SiLU (Mamba, arXiv 2312.00752, section 3.4).
 
     Args:
         x: [B, T, C]. weight: [C, K], the last tap is the current token's. bias: [C].
-        tail: the K-1 inputs before x, oldest first, [B, C, K-1]; default zeros.
+        initial_state: the K-1 inputs before x, oldest first, [S, C, K-1], S the number of sequences (B, or as many as
+            `cu_seqlens` marks); default zeros.
+        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in one row (B = 1).
+        form: "reference", "chunked" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
     Returns:
-        [B, T, C] in x's dtype.
+        y [B, T, C] in x's dtype, and the newest K-1 inputs of each sequence [S, C, K-1] if `output_final_state`, else None.
+    Raises:
+        ValueError: shapes that do not fit, or an activation that does not exist.
+        ZooError: a form that does not exist or cannot run here.
     """
-    B, _, C = x.shape
+    B, T, C = x.shape
     if weight.ndim != 2 or weight.shape[0] != C:
         raise ValueError(f"weight {list(weight.shape)}: want [C, K] with C = {C}")
-    K = weight.shape[1]
-    tail = given_or_zeros("tail", tail, (B, C, K - 1), x, x.dtype)
-    y = choose("causal_conv1d", "chunked")(x, weight, tail)
-    return F.silu(y if bias is None else y + bias)
+    if bias is not None and bias.shape != (C,):
+        raise ValueError(f"bias {list(bias.shape)}: want {[C]}")
+    if activation not in ("silu", None):
+        raise ValueError(f"activation: '{activation}' is not one of: silu, None")
+    S, K = packed.streams(B, T, cu_seqlens), weight.shape[1]
+    state = given_or_zeros("initial_state", initial_state, (S, C, K - 1), x, x.dtype)
+    y = choose("causal_conv1d", x, "chunked", form)(x, weight, bias, activation == "silu", state, cu_seqlens)
+    return y, packed.newest(x, state, cu_seqlens) if output_final_state else None
+
+
+def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A form that wants a row for every sequence and leaves out bias and activation."""
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        y = form(packed.unpack(x, cu_seqlens), weight, state)
+        y = y if bias is None else y + bias
+        return packed.pack(F.silu(y) if silu else y, cu_seqlens)
+
+    return run
+
+
+kernels.register("causal_conv1d.chunked", _in_pytorch(chunked))
+kernels.register("causal_conv1d.reference", _in_pytorch(stepwise))

@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels import packed
 from zoo.kernels.checks import given_or_zeros
 from zoo.kernels.dispatch import choose, kernels
 from zoo.kernels.dynamic_conv1d.chunked import chunked
 from zoo.kernels.dynamic_conv1d.reference import stepwise
 
-kernels.register("dynamic_conv1d.chunked", chunked)
-kernels.register("dynamic_conv1d.reference", stepwise)
 
-
-def dynamic_conv1d(x: Tensor, weight: Tensor, *, tail: Tensor | None = None) -> Tensor:
+def dynamic_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Depthwise causal convolution with a kernel of its own for every token and channel, then SiLU (arXiv 2508.15884, section 2.3).
 
     Args:
         x: [B, T, C]. weight: [B, T, C, K], the last tap is the current token's.
-        tail: the K-1 inputs before x, oldest first, [B, C, K-1]; default zeros.
+        initial_state: the K-1 inputs before x, oldest first, [S, C, K-1], S the number of sequences (B, or as many as
+            `cu_seqlens` marks); default zeros.
+        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in one row (B = 1).
+        form: "reference", "chunked" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
     Returns:
-        [B, T, C] in x's dtype.
+        y [B, T, C] in x's dtype, and the newest K-1 inputs of each sequence [S, C, K-1] if `output_final_state`, else None.
     Raises:
         ValueError: shapes that do not fit.
+        ZooError: a form that does not exist or cannot run here.
     """
-    B, _, C = x.shape
+    B, T, C = x.shape
     if weight.ndim != 4 or weight.shape[:3] != x.shape:
         raise ValueError(f"weight {list(weight.shape)}: want [B, T, C, K] for x {list(x.shape)}")
-    K = weight.shape[3]
-    tail = given_or_zeros("tail", tail, (B, C, K - 1), x, x.dtype)
-    return F.silu(choose("dynamic_conv1d", "chunked")(x, weight.to(x.dtype), tail))
+    S, K = packed.streams(B, T, cu_seqlens), weight.shape[3]
+    state = given_or_zeros("initial_state", initial_state, (S, C, K - 1), x, x.dtype)
+    y = choose("dynamic_conv1d", x, "chunked", form)(x, weight.to(x.dtype), state, cu_seqlens)
+    return y, packed.newest(x, state, cu_seqlens) if output_final_state else None
+
+
+def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A form that wants a row for every sequence and leaves out the activation."""
+
+    def run(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return packed.pack(F.silu(form(packed.unpack(x, cu_seqlens), packed.unpack(weight, cu_seqlens), state)), cu_seqlens)
+
+    return run
+
+
+kernels.register("dynamic_conv1d.chunked", _in_pytorch(chunked))
+kernels.register("dynamic_conv1d.reference", _in_pytorch(stepwise))

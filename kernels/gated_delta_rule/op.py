@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from zoo.kernels import packed
 from zoo.kernels.checks import given_or_zeros
 from zoo.kernels.dispatch import choose, kernels
 from zoo.kernels.gated_delta_rule.chunked import chunked
 from zoo.kernels.gated_delta_rule.reference import recurrent
-
-kernels.register("gated_delta_rule.chunked", chunked)
-kernels.register("gated_delta_rule.reference", recurrent)
 
 
 def gated_delta_rule(
@@ -24,6 +24,8 @@ def gated_delta_rule(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule (Gated Delta Networks, arXiv 2412.06464, section 3).
 
@@ -32,12 +34,15 @@ def gated_delta_rule(
             key head j serves the value heads j*HV/H .. (j+1)*HV/H - 1.
         g: log decay <= 0, [B, T, HV]. beta: write strength in [0, 2], [B, T, HV].
         scale: of the queries, default K ** -0.5.
-        initial_state: [B, HV, K, V], default zeros.
+        initial_state: [S, HV, K, V], S the number of sequences (B, or as many as `cu_seqlens` marks); default zeros.
+        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in one row (B = 1).
+        form: "reference", "chunked" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
     Returns:
-        o [B, T, HV, V] in v's dtype, and the final state [B, HV, K, V] if `output_final_state`, else None.
+        o [B, T, HV, V] in v's dtype, and the final state [S, HV, K, V] if `output_final_state`, else None.
         State and arithmetic are float32, or float64 for float64 input.
     Raises:
         ValueError: shapes that do not fit.
+        ZooError: a form that does not exist or cannot run here.
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -48,10 +53,26 @@ def gated_delta_rule(
     if g.shape != (B, T, HV) or beta.shape != (B, T, HV):
         raise ValueError(f"g {list(g.shape)} and beta {list(beta.shape)}: want {[B, T, HV]}")
     dtype = torch.promote_types(v.dtype, torch.float32)
-    state = given_or_zeros("initial_state", initial_state, (B, HV, K, V), v, dtype)
-    if HV != H:
-        q, k = (x.repeat_interleave(HV // H, dim=2) for x in (q, k))
+    state = given_or_zeros("initial_state", initial_state, (packed.streams(B, T, cu_seqlens), HV, K, V), v, dtype)
     # one token is one step of the recurrence; a chunk would be padding
-    kernel = choose("gated_delta_rule", "reference" if T == 1 else "chunked")
-    o, final = kernel(*(x.to(dtype) for x in (q, k, v, g, beta)), K**-0.5 if scale is None else scale, state)
-    return o.to(v.dtype), final if output_final_state else None
+    kernel = choose("gated_delta_rule", v, "reference" if T == 1 else "chunked", form)
+    o, final = kernel(q, k, v, g, beta, K**-0.5 if scale is None else scale, state, cu_seqlens)
+    return o, final if output_final_state else None
+
+
+def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A form that wants the state's dtype, a key head for every value head and a row for every sequence."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if (repeats := v.shape[2] // q.shape[2]) > 1:
+            q, k = (x.repeat_interleave(repeats, dim=2) for x in (q, k))
+        o, final = form(*(packed.unpack(x.to(state.dtype), cu_seqlens) for x in (q, k, v, g, beta)), scale, state)
+        return packed.pack(o.to(v.dtype), cu_seqlens), final
+
+    return run
+
+
+kernels.register("gated_delta_rule.chunked", _in_pytorch(chunked))
+kernels.register("gated_delta_rule.reference", _in_pytorch(recurrent))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from zoo.kernels import packed
 from zoo.kernels.checks import given_or_zeros
 from zoo.kernels.dispatch import choose, kernels
 from zoo.kernels.selective_scan.chunked import chunked
 from zoo.kernels.selective_scan.reference import recurrent
-
-kernels.register("selective_scan.chunked", chunked)
-kernels.register("selective_scan.reference", recurrent)
 
 
 def selective_scan(
@@ -23,18 +23,23 @@ def selective_scan(
     *,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Selective scan of Mamba (arXiv 2312.00752, algorithm 2), without the skip connection D u.
 
     Args:
         u: [B, T, D]. dt: step sizes >= 0, [B, T, D]; a step of 0 leaves the state alone.
         A: < 0, [D, N]. B, C: [B, T, N].
-        initial_state: [B, D, N], default zeros.
+        initial_state: [S, D, N], S the number of sequences (B, or as many as `cu_seqlens` marks); default zeros.
+        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in one row (B = 1).
+        form: "reference", "chunked" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
     Returns:
-        y [B, T, D] in u's dtype, and the final state [B, D, N] if `output_final_state`, else None.
+        y [B, T, D] in u's dtype, and the final state [S, D, N] if `output_final_state`, else None.
         State and arithmetic are float32, or float64 for float64 input.
     Raises:
         ValueError: shapes that do not fit.
+        ZooError: a form that does not exist or cannot run here.
     """
     batch, T, D = u.shape
     N = A.shape[-1]
@@ -43,9 +48,24 @@ def selective_scan(
     if B.shape != (batch, T, N) or C.shape != B.shape:
         raise ValueError(f"B {list(B.shape)} and C {list(C.shape)}: want {[batch, T, N]}")
     dtype = torch.promote_types(u.dtype, torch.float32)
-    state = given_or_zeros("initial_state", initial_state, (batch, D, N), u, dtype)
+    state = given_or_zeros("initial_state", initial_state, (packed.streams(batch, T, cu_seqlens), D, N), u, dtype)
     # the steps of a large state keep it in a CPU's cache, 3 times faster; a traced graph must not grow with T
     steps_are_faster = T == 1 or (u.is_cpu and not torch.compiler.is_compiling() and state.numel() >= 2**15)
-    kernel = choose("selective_scan", "reference" if steps_are_faster else "chunked")
-    y, final = kernel(*(x.to(dtype) for x in (u, dt, A, B, C)), state)
-    return y.to(u.dtype), final if output_final_state else None
+    kernel = choose("selective_scan", u, "reference" if steps_are_faster else "chunked", form)
+    y, final = kernel(u, dt, A, B, C, state, cu_seqlens)
+    return y, final if output_final_state else None
+
+
+def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A form that wants the state's dtype and a row for every sequence."""
+
+    def run(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        steps = [packed.unpack(x.to(state.dtype), cu_seqlens) for x in (u, dt, B, C)]
+        y, final = form(steps[0], steps[1], A.to(state.dtype), steps[2], steps[3], state)
+        return packed.pack(y.to(u.dtype), cu_seqlens), final
+
+    return run
+
+
+kernels.register("selective_scan.chunked", _in_pytorch(chunked))
+kernels.register("selective_scan.reference", _in_pytorch(recurrent))

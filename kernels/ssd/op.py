@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from zoo.kernels import packed
 from zoo.kernels.checks import given_or_zeros
 from zoo.kernels.dispatch import choose, kernels
 from zoo.kernels.ssd.chunked import chunked
 from zoo.kernels.ssd.reference import recurrent
-
-kernels.register("ssd.chunked", chunked)
-kernels.register("ssd.reference", recurrent)
 
 
 def ssd(
@@ -23,18 +23,23 @@ def ssd(
     *,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The scan of Mamba-2 (arXiv 2405.21060, section 6), without the skip connection D x.
 
     Args:
         x: [B, T, H, P]. dt: step sizes >= 0, [B, T, H]; a step of 0 leaves the state alone.
         A: < 0, [H]. B, C: [B, T, G, N], H a multiple of G; group j serves the heads j*H/G .. (j+1)*H/G - 1.
-        initial_state: [B, H, N, P], default zeros.
+        initial_state: [S, H, N, P], S the number of sequences (B, or as many as `cu_seqlens` marks); default zeros.
+        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in one row (B = 1).
+        form: "reference", "chunked" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
     Returns:
-        y [B, T, H, P] in x's dtype, and the final state [B, H, N, P] if `output_final_state`, else None.
+        y [B, T, H, P] in x's dtype, and the final state [S, H, N, P] if `output_final_state`, else None.
         State and arithmetic are float32, or float64 for float64 input.
     Raises:
         ValueError: shapes that do not fit.
+        ZooError: a form that does not exist or cannot run here.
     """
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
@@ -43,9 +48,24 @@ def ssd(
     if B.shape[:2] != (batch, T) or C.shape != B.shape or H % G:
         raise ValueError(f"B {list(B.shape)} and C {list(C.shape)}: want [B, T, G, N] twice, and G to divide {H} heads")
     dtype = torch.promote_types(x.dtype, torch.float32)
-    state = given_or_zeros("initial_state", initial_state, (batch, H, N, P), x, dtype)
-    step = dt.to(dtype)
-    B, C = (y.to(dtype).repeat_interleave(H // G, dim=2) for y in (B, C))
-    kernel = choose("ssd", "reference" if T == 1 else "chunked")
-    y, final = kernel(x.to(dtype) * step[..., None], step * A.to(dtype), B, C, state)
-    return y.to(x.dtype), final if output_final_state else None
+    state = given_or_zeros("initial_state", initial_state, (packed.streams(batch, T, cu_seqlens), H, N, P), x, dtype)
+    kernel = choose("ssd", x, "reference" if T == 1 else "chunked", form)
+    y, final = kernel(x, dt, A, B, C, state, cu_seqlens)
+    return y, final if output_final_state else None
+
+
+def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A form of (dt x, dt A, B, C, state) that wants the state's dtype, B and C of every head and a row for every sequence."""
+
+    def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        step = dt.to(state.dtype)
+        B, C = (y.to(state.dtype).repeat_interleave(x.shape[2] // B.shape[2], dim=2) for y in (B, C))
+        inputs = (x.to(state.dtype) * step[..., None], step * A.to(state.dtype), B, C)
+        y, final = form(*(packed.unpack(value, cu_seqlens) for value in inputs), state)
+        return packed.pack(y.to(x.dtype), cu_seqlens), final
+
+    return run
+
+
+kernels.register("ssd.chunked", _in_pytorch(chunked))
+kernels.register("ssd.reference", _in_pytorch(recurrent))

@@ -1,5 +1,7 @@
 """Every chunked form against the float64 step recurrence, at lengths that do not fit, with strong and without any decay."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -78,8 +80,73 @@ def test_convolution(operator, T: int) -> None:
     x, tail = random(2, T, 3), random(2, 3, 3)
     weight = random(3, 4) if operator is causal_conv1d else random(2, T, 3, 4)
     with zoo.kernels.use("reference"):
-        want = operator(x, weight, tail=tail)
-    torch.testing.assert_close(operator(x, weight, tail=tail), want)
+        want, _ = operator(x, weight, initial_state=tail)
+    got, newest = operator(x, weight, initial_state=tail, output_final_state=True)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(newest, torch.cat([tail, x.mT], dim=-1)[..., -3:])
+
+
+def test_convolution_with_bias_and_without_activation() -> None:
+    x, weight, bias = random(2, 5, 3), random(3, 4), random(3)
+    padded = torch.nn.functional.pad(x.mT, (3, 0))
+    want = torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=3).mT
+    torch.testing.assert_close(causal_conv1d(x, weight, bias, activation=None)[0], want)
+    torch.testing.assert_close(causal_conv1d(x, weight, bias)[0], torch.nn.functional.silu(want))
+    with pytest.raises(ValueError, match="activation: 'gelu' is not one of: silu, None"):
+        causal_conv1d(x, weight, activation="gelu")  # type: ignore[arg-type]
+
+
+ENDS = (0, 1, 66, 68, 130)  # sequences of 1, 65, 2 and 62 tokens
+SHARED = {"A", "weight"}  # inputs without a token dimension
+
+
+def conv_inputs(T: int, _: float) -> dict[str, torch.Tensor]:
+    return {"x": random(2, T, 3), "weight": random(3, 4), "initial_state": random(2, 3, 3)}
+
+
+def dynamic_inputs(T: int, _: float) -> dict[str, torch.Tensor]:
+    return {"x": random(2, T, 3), "weight": random(2, T, 3, 4), "initial_state": random(2, 3, 3)}
+
+
+PACKED = CASES | {"causal_conv1d": (causal_conv1d, conv_inputs), "dynamic_conv1d": (dynamic_conv1d, dynamic_inputs)}
+
+
+@pytest.mark.parametrize("form", ["reference", "chunked"])
+@pytest.mark.parametrize("operator", PACKED)
+def test_packed_sequences_do_not_see_each_other(operator: str, form: str) -> None:
+    run, inputs = PACKED[operator]
+    values = inputs(ENDS[-1], 0.5)
+    state = values.pop("initial_state")
+    states = torch.cat([state, -state])
+    shared = {name for name in values if name in SHARED and values[name].ndim <= 2}
+    row = {name: (x if name in shared else x[:1]).requires_grad_() for name, x in values.items()}
+    states.requires_grad_()
+    y, final = run(**row, initial_state=states, output_final_state=True, cu_seqlens=torch.tensor(ENDS), form=form)
+    alone = []
+    for i, (start, end) in enumerate(itertools.pairwise(ENDS)):
+        piece = {name: x if name in shared else x[:, start:end] for name, x in row.items()}
+        alone.append(run(**piece, initial_state=states[i : i + 1], output_final_state=True, form=form))
+    want, want_final = torch.cat([y for y, _ in alone], dim=1), torch.cat([state for _, state in alone])
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(final, want_final, rtol=1e-10, atol=1e-10)
+    leaves = [*row.values(), states]
+    grads = [torch.autograd.grad(a.square().sum() + b.square().sum(), leaves) for a, b in ((y, final), (want, want_final))]
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-8)
+
+
+def test_bad_cu_seqlens_are_refused() -> None:
+    values = scan_inputs(6, 0.5)
+    del values["initial_state"]
+    row = {name: x if name == "A" else x[:1] for name, x in values.items()}
+    for bad in ([0, 4], [1, 6], [0, 4, 2, 6], [0, 3, 3, 6]):
+        with pytest.raises(ValueError, match="strictly increasing from 0 to 6"):
+            selective_scan(**row, cu_seqlens=torch.tensor(bad))
+    with pytest.raises(ValueError, match="the batch has 2"):
+        selective_scan(**values, cu_seqlens=torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match="int32 or int64"):
+        selective_scan(**row, cu_seqlens=torch.tensor([0.0, 6.0]))
+    with pytest.raises(ValueError, match=r"initial_state \[1, 6, 5\]: want \[2, 6, 5\]"):
+        selective_scan(**row, cu_seqlens=torch.tensor([0, 2, 6]), initial_state=random(1, 6, 5))
 
 
 def test_wrong_shapes_are_refused() -> None:

@@ -1,0 +1,117 @@
+"""A hand-written forward and backward pair as one differentiable operator, for eager code and for traced code."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int": "SymInt", "bool": "bool"}
+
+
+class Fused:
+    """Calls `forward` so that autograd, torch.compile and torch.export see one operator, `torch.ops.zoo.<name>`.
+
+    Eager calls take torch.autograd.Function; traced ones torch.library, whose dispatch costs three times as much.
+
+    Args:
+        name: of the operator.
+        allocate: (*inputs) -> empty tensors for all that `forward` writes: the results, then what only `backward` reads.
+            It is also the operator's shape function, so it looks at shapes, dtypes and devices alone.
+        forward: (outputs, *inputs) -> None fills them. Its annotated inputs are the operator's signature.
+        backward: (grads, outputs, *inputs) -> the gradients of `differentiable`, in that order; `grads` are those of the
+            results, None for a result that nothing used. For an optional input that is absent any tensor will do.
+        results: how many of the outputs are results.
+        differentiable: names of the inputs that have a gradient.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        allocate: Callable[..., tuple[Tensor, ...]],
+        forward: Callable[..., None],
+        backward: Callable[..., tuple[Tensor, ...]],
+        results: int,
+        differentiable: tuple[str, ...],
+    ) -> None:
+        signature = list(inspect.signature(forward).parameters.values())[1:]
+        self.allocate, self.launch, self.backward, self.results = allocate, forward, backward, results
+        self.slots = tuple([parameter.name for parameter in signature].index(field) for field in differentiable)
+        self.function = _autograd_function(self)
+        self.op = _library_op(self, name, ", ".join(f"{_TYPES[parameter.annotation]} {parameter.name}" for parameter in signature))
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        run = self.op if torch.compiler.is_compiling() else self.function.apply
+        return tuple(run(*inputs)[: self.results])
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs = self.allocate(*inputs)
+        self.launch(outputs, *inputs)
+        return outputs
+
+    def one_per_input(self, grads: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * len(inputs)
+        for slot, grad in zip(self.slots, grads, strict=True):
+            found[slot] = None if inputs[slot] is None else grad
+        return tuple(found)
+
+
+def _save(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    is_tensor = [isinstance(value, Tensor) for value in inputs]
+    ctx.save_for_backward(*(value for value, kept in zip(inputs, is_tensor, strict=True) if kept), *outputs)
+    ctx.rest = [None if kept else value for value, kept in zip(inputs, is_tensor, strict=True)]
+    ctx.is_tensor = is_tensor
+    ctx.set_materialize_grads(False)
+
+
+def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+    saved = list(ctx.saved_tensors)
+    inputs = [saved.pop(0) if kept else value for kept, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
+    return inputs, saved
+
+
+def _autograd_function(fused: Fused) -> type[torch.autograd.Function]:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+            outputs = fused.forward(*inputs)
+            _save(ctx, inputs, outputs)
+            return outputs[: fused.results]
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            inputs, outputs = _saved(ctx)
+            return fused.one_per_input(fused.backward(grads, outputs, *inputs), inputs)
+
+    return Function
+
+
+def _library_op(fused: Fused, name: str, fields: str) -> Callable[..., list[Tensor]]:
+    def forward(*inputs: Any) -> list[Tensor]:
+        return list(fused.forward(*inputs))
+
+    def backward(grads: list[Tensor | None], outputs: list[Tensor], *inputs: Any) -> list[Tensor]:
+        return list(fused.backward(grads, outputs, *inputs))
+
+    def backward_shapes(grads: list[Tensor | None], outputs: list[Tensor], *inputs: Any) -> list[Tensor]:
+        present = (inputs[slot] for slot in fused.slots)
+        return [outputs[0].new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in present]
+
+    op = torch.library.custom_op(f"zoo::{name}", forward, mutates_args=(), schema=f"({fields}) -> Tensor[]")
+    op.register_fake(lambda *inputs: list(fused.allocate(*inputs)))
+    gradient = torch.library.custom_op(
+        f"zoo::{name}_backward", backward, mutates_args=(), schema=f"(Tensor?[] grads, Tensor[] outputs, {fields}) -> Tensor[]"
+    )
+    gradient.register_fake(backward_shapes)
+
+    def differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+        inputs, outputs = _saved(ctx)
+        return fused.one_per_input(gradient(list(grads[: fused.results]), outputs, *inputs), inputs)
+
+    op.register_autograd(differentiate, setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output))
+    return op

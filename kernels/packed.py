@@ -1,0 +1,59 @@
+"""Sequences of different lengths laid end to end in one row, as `cu_seqlens` marks them, and back to one row each.
+
+`cu_seqlens` [S + 1] int32 or int64: sequence s is tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the only row. None: every
+row is a sequence, and these functions change nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def streams(batch: int, total: int, cu_seqlens: Tensor | None) -> int:
+    """How many sequences there are, which is how many states. Raises ValueError for a `cu_seqlens` that does not fit."""
+    if cu_seqlens is None:
+        return batch
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} {cu_seqlens.dtype}: want [S + 1] int32 or int64, S at least 1")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: packed sequences stand in one row, the batch has {batch}")
+    # reading a tensor on a GPU would make every launch wait
+    if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != total or sorted(set(ends)) != ends:
+            raise ValueError(f"cu_seqlens {ends}: want strictly increasing from 0 to {total}, the number of tokens")
+    return len(cu_seqlens) - 1
+
+
+def unpack(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[1, total, ...] -> [S, longest, ...], zeros after the end of each sequence."""
+    if cu_seqlens is None:
+        return x
+    place, inside = _layout(cu_seqlens)
+    return torch.where(inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), x[0, place], 0)
+
+
+def pack(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[S, longest, ...] -> [1, total, ...]: what `unpack` spread."""
+    return x if cu_seqlens is None else x[_layout(cu_seqlens)[1]][None]
+
+
+def newest(x: Tensor, before: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last K-1 tokens of each sequence of x [B, T, C], `before` [S, C, K-1] preceding it: [S, C, K-1], oldest first."""
+    size = before.shape[-1]
+    if cu_seqlens is None:
+        return torch.cat([before, x.mT.to(before.dtype)], dim=-1)[..., x.shape[1] :]
+    length = cu_seqlens.diff()
+    back = torch.arange(-size, 0, device=x.device) + length[:, None]  # [S, K-1], place in the sequence; negative: in `before`
+    fresh = x[0, (cu_seqlens[:-1, None] + back).clamp(min=0)].mT.to(before.dtype)
+    kept = before.gather(-1, (back + size).clamp(max=size - 1)[:, None].expand_as(before))
+    return torch.where((back >= 0)[:, None], fresh, kept)
+
+
+def _layout(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """For each place of a padded batch, the packed token that stands there and whether one does: [S, longest] twice."""
+    length = cu_seqlens.diff()
+    column = torch.arange(int(length.max()), device=cu_seqlens.device)
+    inside = column < length[:, None]
+    return torch.where(inside, cu_seqlens[:-1, None] + column, 0), inside

@@ -1,0 +1,53 @@
+"""Which form of an operator serves a call."""
+
+import logging
+
+import pytest
+import torch
+
+import zoo
+from zoo.kernels import dispatch
+from zoo.kernels.dispatch import choose, kernels
+from zoo.kernels.registry import ZooError
+
+CPU = torch.zeros(1)
+
+
+def test_the_callers_choice_beats_use_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose("ssd", CPU, "chunked") is kernels.get("ssd.chunked")
+    monkeypatch.setenv("ZOO_KERNELS", "reference")
+    assert choose("ssd", CPU, "chunked") is kernels.get("ssd.reference")
+    with zoo.kernels.use("chunked"):
+        assert choose("ssd", CPU, "reference") is kernels.get("ssd.chunked")
+        assert choose("ssd", CPU, "chunked", form="reference") is kernels.get("ssd.reference")
+    assert choose("ssd", CPU, "chunked") is kernels.get("ssd.reference")
+
+
+def test_unknown_forms_name_where_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZooError, match=r"use: unknown kernel form 'chunk'; did you mean 'chunked'\?"):
+        zoo.kernels.use("chunk")
+    with pytest.raises(ZooError, match=r"ssd: form: unknown kernel form .cuda.;.* allowed: chunked, reference"):
+        choose("ssd", CPU, "chunked", form="cuda")
+    monkeypatch.setenv("ZOO_KERNELS", "cuda")
+    with pytest.raises(ZooError, match="ZOO_KERNELS: unknown kernel form 'cuda'"):
+        choose("ssd", CPU, "chunked")
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "_forms", lambda operator: {"chunked", "reference", "triton"})
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    with pytest.raises(ZooError, match=r"ssd: form 'triton' cannot run: the tensors are on cpu .* allowed here: chunked, reference"):
+        choose("ssd", CPU, "chunked", form="triton")
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    with pytest.raises(ZooError, match=r"triton is not installed \(pip install 'sleep-zoo\[triton\]'\)"):
+        choose("ssd", CPU, "chunked", form="triton")
+
+
+def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_told", set())
+    with caplog.at_level(logging.INFO, "zoo.kernels"):
+        for _ in range(2):
+            choose("ssd", CPU, "chunked")
+        choose("ssd", CPU, "chunked", form="reference")
+    assert caplog.messages == ["ssd: chunked (the tensors are on cpu)", "ssd: reference (the caller's choice)"]
