@@ -91,6 +91,14 @@ class Attention(Mixer):
         empty = self._zeros(batch, self.kv_heads, 0, self.head_dim)
         return KV(empty, empty)
 
+    def window_bytes(self, tokens: int) -> int:
+        kept = tokens if self.reach is None else min(tokens, self.reach - 1)
+        return 2 * self.kv_heads * self.head_dim * kept * self.k_proj.weight.element_size()
+
+    def flops(self, tokens: int, past: int) -> int:
+        seen = tokens + (past if self.reach is None else min(past, self.reach - 1))
+        return super().flops(tokens, past) + tokens * seen * 4 * self.heads * self.head_dim  # scores and values
+
     def forward(self, x: Tensor, fast: None, window: KV, steps: Steps) -> tuple[Tensor, None, KV]:
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = steps.rotary(self.rotated, self.theta, x.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.blocks.mixer import Mixer, Options
+from zoo.blocks.mixer import Mixer, Options, linear_flops
 from zoo.blocks.mlp import SwiGLU
 from zoo.blocks.norm import RMSNorm
 from zoo.blocks.steps import Steps
@@ -26,6 +26,10 @@ class Block(nn.Module):
         if options.mlp:
             self.mlp_norm = norm(d_model)
             self.mlp_post_norm = norm(d_model) if options.post_norm else nn.Identity()
+
+    def flops(self, tokens: int, past: int) -> int:
+        """Operations on `tokens` new tokens after `past` cached ones; see `Mixer.flops`."""
+        return self.mixer.flops(tokens, past) + (0 if self.mlp is None else tokens * linear_flops(self.mlp))
 
     def forward(self, x: Tensor, fast: Any, window: Any, steps: Steps) -> tuple[Tensor, Any, Any]:
         y, fast, window = self.mixer(self.mixer_norm(x), fast, window, steps)

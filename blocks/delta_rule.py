@@ -53,6 +53,10 @@ class DeltaRule(Mixer):
     def new_fast(self, batch: int) -> Tensor:
         return self._zeros(batch, self.value_heads, self.key_dim, self.value_dim, fast=True)
 
+    def flops(self, tokens: int, past: int) -> int:
+        # predict, write, read
+        return super().flops(tokens, past) + tokens * 6 * self.value_heads * self.key_dim * self.value_dim
+
     def update(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, fast: Tensor, steps: Steps, beta_scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,9 @@ class GatedDeltaNet(DeltaRule):
     def new_window(self, batch: int) -> ConvTail:
         return ConvTail(self._zeros(batch, 2 * self.keys + self.values, self.q_conv.shape[1] - 1))
 
+    def flops(self, tokens: int, past: int) -> int:
+        return super().flops(tokens, past) + tokens * 2 * sum(conv.numel() for conv in (self.q_conv, self.k_conv, self.v_conv))
+
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
         mixed = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         weight = torch.cat([self.q_conv, self.k_conv, self.v_conv])

@@ -44,6 +44,9 @@ class Jet(DeltaRule):
     def new_window(self, batch: int) -> ConvTail:
         return ConvTail(self._zeros(batch, self.values, self.taps - 1))
 
+    def flops(self, tokens: int, past: int) -> int:
+        return super().flops(tokens, past) + tokens * 2 * self.values * self.taps
+
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
         values = self.v_proj(x)
         kernel = self.kernel_out(F.silu(self.kernel_in(x))).unflatten(-1, (-1, self.taps))

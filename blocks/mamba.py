@@ -59,6 +59,10 @@ class Mamba(Mixer):
     def new_window(self, batch: int) -> ConvTail:
         return ConvTail(self._zeros(batch, self.inner, self.taps - 1))
 
+    def flops(self, tokens: int, past: int) -> int:
+        # the convolution; write and read
+        return super().flops(tokens, past) + tokens * self.inner * (2 * self.taps + 4 * self.state_dim)
+
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
         mixed, gate = self.in_proj(x).chunk(2, dim=-1)
         u = causal_conv1d(mixed, self.conv_weight, self.conv_bias, initial_state=window.conv_state)[0]

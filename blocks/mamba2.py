@@ -77,6 +77,10 @@ class Mamba2(Mixer):
     def new_window(self, batch: int) -> ConvTail:
         return ConvTail(self._zeros(batch, self.convolved, self.taps - 1))
 
+    def flops(self, tokens: int, past: int) -> int:
+        # the convolution; write and read
+        return super().flops(tokens, past) + tokens * (2 * self.convolved * self.taps + 4 * self.inner * self.state_dim)
+
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
         gate, mixed, dt = self.in_proj(x).split([self.inner, self.convolved, self.heads], dim=-1)
         convolved = causal_conv1d(mixed, self.conv_weight, self.conv_bias, initial_state=window.conv_state)[0].to(fast.dtype)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import zoo.blocks
 from zoo.blocks.steps import Steps
@@ -67,12 +68,29 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def window_bytes(self, tokens: int) -> int:
+        """Bytes of one stream's window cache after `tokens` tokens. Here: of a cache that does not grow."""
+        return sum(tensor.nbytes for tensor in tree_leaves(self.new_window(1)) if isinstance(tensor, Tensor))
+
+    def flops(self, tokens: int, past: int) -> int:
+        """Operations on `tokens` new tokens of one stream that has `past` cached, a multiply-add counted as two.
+
+        Matrix and outer products, convolutions and the products of a recurrence's steps; nothing element-wise. Here: the
+        Linear layers; a mixer that multiplies more adds it.
+        """
+        return tokens * linear_flops(self)
+
     def init_weights(self, generator: torch.Generator) -> None:
         """Set the parameters that are not the weights of a Linear, and those weights that start differently."""
 
     def _zeros(self, *shape: int, fast: bool = False) -> Tensor:
         weight = next(module for module in self.modules() if isinstance(module, nn.Linear)).weight
         return weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32) if fast else weight.dtype)
+
+
+def linear_flops(module: nn.Module) -> int:
+    """Operations of the Linear layers of `module` on one token."""
+    return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def split_evenly(d_model: int, heads: int, even: bool = False) -> int:

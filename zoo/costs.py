@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.blocks.block import Block
+from zoo.blocks.mixer import linear_flops
 from zoo.config import ModelConfig
 from zoo.model import Model
 from zoo.weights import create
@@ -30,9 +30,9 @@ class Description:
     window_bytes: int | None
     """Window cache of a full window; None without a window."""
     flops_per_token: int
-    """One predicted token, awake, the first of its window: matrix products alone."""
+    """One predicted token, awake, the first of its stream; what counts is said at `zoo.blocks.mixer.Mixer.flops`."""
     flops_per_sleep: int | None
-    """Consolidation of one full window, matrix products alone; None if the model never sleeps."""
+    """Consolidation of a stream's first full window; None if the model never sleeps."""
 
     def __str__(self) -> str:
         config = self.config
@@ -66,31 +66,40 @@ def describe(model: str | Path | Mapping[str, Any] | ModelConfig | Model, **over
     config = model.config if isinstance(model, Model) else model
     blank = create(config, device="meta", dtype=dtype, **overrides)
     config = blank.config
-    token = torch.zeros(1, 1, dtype=torch.long, device="meta")
-    fresh = blank.init_state()
-    window = None if config.window is None else token.expand(1, config.window)
-    with torch.no_grad():
-        first = blank(token).state
-        full = None if window is None else _size(blank(window).state.window)
+    one = _window_bytes(blank, 1)
     return Description(
         config=config,
         parameters=sum(p.numel() for p in blank.parameters()),
-        state_bytes=_size(fresh.fast),
-        kv_bytes_per_token=_size(first.window) - _size(fresh.window),
-        window_bytes=full,
-        flops_per_token=_flops(lambda: blank(token)),
-        flops_per_sleep=None if window is None else _flops(lambda: blank.consolidate(window)),
+        state_bytes=sum(fast.nbytes for fast in blank.init_state().fast if fast is not None),
+        kv_bytes_per_token=one - _window_bytes(blank, 0),
+        window_bytes=None if config.window is None else _window_bytes(blank, config.window),
+        flops_per_token=_awake(blank),
+        flops_per_sleep=None if config.window is None else _asleep(blank, config.window),
     )
 
 
-def _size(tree: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+def _awake(model: Model) -> int:
+    """Operations of the first token of a stream."""
+    loops, exit = model.config.wake_loops, model.exit
+    gate = loops * linear_flops(exit) if loops > 1 and exit is not None and exit.loop is None else 0
+    return loops * sum(_blocks(model, model.span)) + sum(_blocks(model, model.prelude, model.coda)) + gate + 2 * model.embed.weight.numel()
 
 
-def _flops(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
-    return int(counter.get_total_flops())
+def _asleep(model: Model, window: int) -> int:
+    """Operations of a sleep on a stream's first window."""
+    loops = model.config.loops * model.config.wake_loops
+    return loops * sum(_blocks(model, model.span, tokens=window)) + sum(_blocks(model, model.prelude, model.coda, tokens=window))
+
+
+def _blocks(model: Model, *layers: range, tokens: int = 1) -> Iterator[int]:
+    for i in chain(*layers):
+        block: Block = model.blocks[i]  # type: ignore[assignment]
+        yield block.flops(tokens, past=0)
+
+
+def _window_bytes(model: Model, tokens: int) -> int:
+    """Window caches that hold so many tokens."""
+    return model.config.wake_loops * sum(block.mixer.window_bytes(tokens) for block in model.blocks)  # type: ignore[union-attr, operator]
 
 
 def _bytes(count: int) -> str:

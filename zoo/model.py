@@ -67,11 +67,11 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.eviction = evictions.get(config.evict)(config.window)
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = _embedding(config.vocab_size, config.d_model)
         if config.learned_positions:
             if not self.eviction.restarts:
                 raise ZooError(f"{config.name}: learned_positions: windows under evict '{config.evict}' do not restart; allowed: hard")
-            self.positions = nn.Embedding(config.window or 0, config.d_model)
+            self.positions = _embedding(config.window or 0, config.d_model)
         self.blocks = nn.ModuleList(_build_blocks(config, self.eviction.reach))
         self.norm = norms[config.norm](config.d_model, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -265,6 +265,11 @@ class Model(nn.Module):
         if self.config.inject:
             h = h + self.inject * first
         return h
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Without the usual initial values, which on the meta device take seconds of imports."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def _build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.blocks.mixer import Mixer, mixers
@@ -100,6 +102,9 @@ def test_rows_are_independent(mixer: Mixer) -> None:
 def test_state_size(mixer: Mixer, variant: str) -> None:
     kind, options = VARIANTS[variant]
     _, fast, window = run(mixer, tokens(1, 20))
+    for length in (0, 1, 7, 20):
+        cache = run(mixer, tokens(1, length))[2] if length else mixer.new_window(1)
+        assert mixer.window_bytes(length) == sum(x.nbytes for x in cache)
     if kind == "attn":
         assert window.key.shape[2] == window.value.shape[2] == 20
     elif kind == "swa":
@@ -108,6 +113,42 @@ def test_state_size(mixer: Mixer, variant: str) -> None:
         assert fast.shape == mixer.new_fast(1).shape
         assert [x.shape for x in window] == [x.shape for x in mixer.new_window(1)]
         assert fast.count_nonzero() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("length", "past"), [(1, 0), (1, 9), (6, 0), (6, 9)])
+def test_flops(mixer: Mixer, variant: str, length: int, past: int) -> None:
+    """The counter sees Linear layers and attention; in the step form of the operators it sees nothing else."""
+    _, fast, window = run(mixer, tokens(1, past)) if past else (None, mixer.new_fast(1), mixer.new_window(1))
+    # torch counts the products of attention in this form alone on a CPU
+    with sdpa_kernel(SDPBackend.MATH), zoo.kernels.use("reference"), FlopCounterMode(display=False) as counter:
+        mixer(tokens(1, length), fast, window, Steps(past, length, CPU))
+    counted = counter.get_total_flops()
+    assert counted > 0
+    assert mixer.flops(length, past) == counted + length * STEPS.get(VARIANTS[variant][0], lambda mixer: 0)(mixer)
+
+
+def products(*shapes: tuple[int, int, int, int]) -> int:
+    """Operations of batched products [B, n, k] [B, k, m], counted by torch."""
+    with FlopCounterMode(display=False) as counter:
+        for B, n, k, m in shapes:
+            torch.bmm(torch.empty(B, n, k, device="meta"), torch.empty(B, k, m, device="meta"))
+    return counter.get_total_flops()
+
+
+def delta_rule_step(mixer: Any) -> int:
+    H, K, V = mixer.new_fast(1).shape[1:]
+    channels, taps = mixer.new_window(1).conv_state.shape[1], mixer.new_window(1).conv_state.shape[2] + 1
+    return products((channels, 1, taps, 1), (H, V, K, 1), (H, K, 1, V), (H, V, K, 1))  # convolve, predict, write, read
+
+
+def ssm_step(mixer: Any) -> int:
+    states = mixer.new_fast(1).numel()
+    channels, taps = mixer.new_window(1).conv_state.shape[1], mixer.new_window(1).conv_state.shape[2] + 1
+    return products((channels, 1, taps, 1), (states, 1, 1, 1), (states, 1, 1, 1))  # convolve, write, read
+
+
+STEPS = {"gdn": delta_rule_step, "jet": delta_rule_step, "mamba": ssm_step, "mamba2": ssm_step}
 
 
 def test_inputs_are_not_changed(mixer: Mixer) -> None:

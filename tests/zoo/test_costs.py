@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+from zoo.blocks.mixer import Mixer, mixers
 
 
 def size(tree):
@@ -29,6 +32,43 @@ def test_operations_by_hand():
     d = zoo.describe("gdn4-slide4", layers="attn", d_model=8, d_ff=16, vocab_size=5, blocks={"attn": {"heads": 1}})
     projections, mlp, head = 2 * 4 * 8 * 8, 2 * 3 * 8 * 16, 2 * 8 * 5
     assert d.flops_per_token == projections + mlp + head + 2 * 2 * 8  # scores and values of the one token it sees
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers": "attn swa*2 attn", "blocks": {"swa": {"window": 7, "kv_heads": 2}}},
+        {"evict": "none", "loops": 1, "wake_loops": 3, "exit": {"threshold": 0.5}, "layers": "attn"},
+        {"evict": "none", "loops": 1, "wake_loops": 3, "exit": {"loop": 1}, "layers": "attn"},
+        {"layers": "swa*3", "loops": 4, "span": (1, 1), "tie_embeddings": True},
+    ],
+)
+def test_operations_as_torch_counts_them(fields):
+    """Attention and MLPs hold nothing but products that torch counts."""
+    model = zoo.create("gdn4-sleep2-slide12", d_model=32, **fields)
+    described = zoo.describe(model)
+
+    def counted(run, length):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the form whose products it sees
+            run(torch.zeros(1, length, dtype=torch.long))
+        return counter.get_total_flops()
+
+    assert described.flops_per_token == counted(model, 1)
+    if model.config.window:
+        assert described.flops_per_sleep == counted(model.consolidate, 12)
+
+
+def test_a_block_of_another_package_is_counted_by_its_linear_layers(monkeypatch):
+    class Plain(Mixer):
+        def __init__(self, d_model, options, reach):
+            super().__init__(d_model, options, reach)
+            self.o_proj = torch.nn.Linear(d_model, d_model)
+
+    monkeypatch.setattr(mixers, "get", lambda kind: Plain)
+    described = zoo.describe({"name": "other", "layers": "plain", "d_model": 8, "d_ff": 16, "vocab_size": 5})
+    assert described.flops_per_token == 2 * (8 * 8 + 3 * 8 * 16 + 8 * 5)
+    assert described.state_bytes == described.kv_bytes_per_token == 0
 
 
 def test_a_sleep_costs_its_passes():
