@@ -29,7 +29,9 @@ class DeltaRule(Mixer):
     Gates as in Mamba-2: log decay g = -exp(A_log) softplus(W_a x + dt_bias), write strength beta = sigmoid(W_b x).
     """
 
-    def __init__(self, d_model: int, options: DeltaRuleOptions, reach: int | None, value_heads: int, gated: bool = True) -> None:
+    def __init__(
+        self, d_model: int, options: DeltaRuleOptions, reach: int | None, value_heads: int, gated: bool = True, write_bias: bool = False
+    ) -> None:
         super().__init__(d_model, options, reach)
         self.heads, self.value_heads, self.decay_init = options.heads, value_heads, options.decay_init
         self.key_dim = options.head_dim or mixer.split_evenly(d_model, options.heads)
@@ -40,7 +42,7 @@ class DeltaRule(Mixer):
         self.v_proj = nn.Linear(d_model, self.values, bias=False)
         self.g_proj = nn.Linear(d_model, self.values, bias=False) if gated else None
         self.a_proj = nn.Linear(d_model, value_heads, bias=False)
-        self.b_proj = nn.Linear(d_model, value_heads, bias=False)
+        self.b_proj = nn.Linear(d_model, value_heads, bias=write_bias)
         self.A_log = nn.Parameter(torch.empty(value_heads))
         self.dt_bias = nn.Parameter(torch.empty(value_heads))
         self.o_norm = RMSNorm(self.value_dim, eps=options.norm_eps)

@@ -19,6 +19,7 @@ from zoo.kernels.causal_conv1d.op import causal_conv1d
 class GatedDeltaNetOptions(DeltaRuleOptions):
     value_heads: int | None = Field(None, ge=1, description="a multiple of heads; default: heads")
     gate: bool = Field(True, description="multiply the normed output by silu(W_g x)")
+    write_bias: bool = Field(False, description="of the write strength")
     conv_init: Literal["uniform", "identity"] = Field(
         "uniform", description="whether the convolution starts as a mixture or passes tokens on"
     )
@@ -38,7 +39,7 @@ class GatedDeltaNet(DeltaRule):
     Options = GatedDeltaNetOptions
 
     def __init__(self, d_model: int, options: GatedDeltaNetOptions, reach: int | None) -> None:
-        super().__init__(d_model, options, reach, options.value_heads or options.heads, options.gate)
+        super().__init__(d_model, options, reach, options.value_heads or options.heads, options.gate, options.write_bias)
         self.conv_init = options.conv_init
         self.beta_scale = 2.0 if options.neg_eigval else 1.0
         self.q_conv = nn.Parameter(torch.empty(self.keys, options.conv_size))

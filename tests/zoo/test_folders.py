@@ -1,6 +1,7 @@
 """Folders that cannot be what they say: a clear error naming file and tensor. Shards, lit-gpt files, tied heads."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
+from zoo.checkpoints.family import families
 from zoo.checkpoints.stored import INDEX
 
 ORACLES = Path(__file__).parents[1] / "data" / "oracles"
@@ -249,3 +251,140 @@ def test_pretrained_without_published_weights_or_a_network(monkeypatch: pytest.M
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(zoo.ZooError, match=r"jet2b: pretrained: .*jet-ai/Jet-Nemotron-2B"):
         zoo.create("jet2b", device="meta", pretrained=True)
+
+
+def rename(name: str, folder: Path, config: dict, names: dict[str, str], **extra: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of an oracle under other names, beside another config.json."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(ORACLES / name / "model.safetensors")
+    return {re.sub("|".join(names), lambda match: names[match[0]], key): value for key, value in tensors.items()} | extra
+
+
+@torch.no_grad()
+def test_the_language_model_of_a_multimodal_folder(tmp_path: Path) -> None:
+    text = json.loads((ORACLES / "gdn-qwen3_5-a" / "config.json").read_text())
+    tied = text.pop("tie_word_embeddings")
+    config = {"model_type": "qwen3_5", "text_config": text, "vision_config": {"depth": 1}, "tie_word_embeddings": tied}
+    other = {"model.visual.patch_embed.weight": torch.ones(3), "mtp.norm.weight": torch.ones(3)}
+    tensors = rename("gdn-qwen3_5-a", tmp_path / "x", config, {"model.": "model.language_model."}, **other)
+    save_file(tensors, tmp_path / "x" / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"2 tensors are no part of the language model and left out: model.visual.\*, mtp.\*"):
+        model = zoo.load(tmp_path / "x")
+    io = load_file(ORACLES / "gdn-qwen3_5-a" / "io.safetensors")
+    assert torch.equal(model(io["input_ids"]).logits, zoo.load(ORACLES / "gdn-qwen3_5-a")(io["input_ids"]).logits)
+    zoo.save(model, tmp_path / "text", format="hf")
+    written = json.loads((tmp_path / "text" / "config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("qwen3_5_text", ["Qwen3_5ForCausalLM"])
+    assert load_file(tmp_path / "text" / "model.safetensors").keys() == load_file(ORACLES / "gdn-qwen3_5-a" / "model.safetensors").keys()
+    assert torch.equal(zoo.load(tmp_path / "text")(io["input_ids"]).logits, model(io["input_ids"]).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mamba1-a", "mamba2-a"])
+def test_folders_of_the_authors_of_mamba(name: str, tmp_path: Path) -> None:
+    stated = {"d_state": 16, "dt_rank": 4} if name == "mamba1-a" else {"layer": "Mamba2", "d_state": 16, "headdim": 16, "chunk_size": 16}
+    tied = name == "mamba1-a"
+    config = {"d_model": 64, "n_layer": 4, "vocab_size": 250, "ssm_cfg": stated, "pad_vocab_size_multiple": 16, "tie_embeddings": tied}
+    tensors = rename(name, tmp_path / "x", config, {"backbone.embeddings": "backbone.embedding"})
+    tensors.setdefault("lm_head.weight", tensors["backbone.embedding.weight"])
+    torch.save(tensors, tmp_path / "x" / "pytorch_model.bin")
+    model, io = zoo.load(tmp_path / "x"), load_file(ORACLES / name / "io.safetensors")
+    assert torch.equal(model(io["input_ids"]).logits, zoo.load(ORACLES / name)(io["input_ids"]).logits)
+    zoo.save(model, tmp_path / "hf", format="hf")
+    assert torch.equal(zoo.load(tmp_path / "hf")(io["input_ids"]).logits, model(io["input_ids"]).logits)
+    for fields, words in (
+        ({"attn_layer_idx": [1]}, ("attn_layer_idx", "[1]")),
+        ({"d_intermediate": 128}, ("d_intermediate", "128")),
+        ({"rms_norm": False}, ("rms_norm",)),
+        ({"ssm_cfg": {**stated, "layer": "Mamba3"}}, ("ssm_cfg.layer", "'Mamba3'")),
+        ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, ("D_has_hdim",)),
+        ({"ssm_cfg": {**stated, "d_stat": 3}}, ("d_stat",)),
+    ):
+        (tmp_path / "x" / "config.json").write_text(json.dumps({**config, **fields}))
+        refuses(tmp_path / "x", *words)
+
+
+@torch.no_grad()
+def test_folders_of_the_authors_of_gated_delta_net(tmp_path: Path) -> None:
+    """Nine heads of 0.75 and 1.5 times the width, a bias on the write strength, and a D that nothing reads."""
+    block = {"mixer_norm": "norm_1", "mlp_norm": "norm_2"}
+    block |= {"mlp.gate_proj": "mlp.swiglu.w1", "mlp.up_proj": "mlp.swiglu.w2", "mlp.down_proj": "mlp.swiglu.w3"}
+    gdn = {"a_proj": "gk_proj", "o_norm": "g_norm_swish_gate", **{f"{x}_conv": f"{x}_conv1d.weight" for x in "qkv"}}
+    config = {"name": "x", "vocab_size": 61, "padding_multiple": 64, "padded_vocab_size": 64, "n_layer": 3, "n_embd": 48, "n_head": 4}
+    config |= {"rotary_percentage": 1.0, "parallel_residual": False, "bias": False, "local_window": 5, "mlp": True, "norm_eps": 1e-5}
+    config |= {"gated_delta_per_layer": 2, "mb_per_layer": -1, "mamba_init": True, "n_query_groups": 2, "intermediate_size": 96}
+    config |= {"_norm_class": "FusedRMSNorm", "_mlp_class": "LLaMAMLP", "attn_layer_pos": None}
+    made = zoo.create(
+        {
+            **{"name": "x", "vocab_size": 64, "d_model": 48, "d_ff": 96, "layers": "gdn swa gdn", "norm_eps": 1e-5, "tie_embeddings": True},
+            "blocks": {
+                "gdn": {"heads": 9, "head_dim": 4, "expand_v": 2, "write_bias": True},
+                "swa": {"heads": 4, "kv_heads": 2, "window": 5},
+            },
+        }
+    )
+    for index in (0, 2):
+        made.blocks[index].mixer.b_proj.bias.copy_(torch.linspace(-1, 1, 9))
+    ours = made.state_dict()
+    theirs = {"transformer.wte.weight": ours["embed.weight"], "lm_head.weight": ours["embed.weight"]}
+    theirs["transformer.ln_f.weight"] = ours["norm.weight"]
+    for name, tensor in ours.items():
+        if name.startswith("blocks."):
+            _, layer, inner = name.split(".", 2)
+            if layer == "1" and inner.startswith("mixer."):
+                continue
+            for old, new in {**block, **gdn, "mixer.": "attn."}.items():
+                inner = inner.replace(old, new)
+            theirs[f"transformer.h.{layer}.{inner}"] = tensor[:, None] if "conv1d" in inner else tensor
+    q, k, v = (ours[f"blocks.1.mixer.{x}_proj.weight"].unflatten(0, (2, -1)) for x in "qkv")
+    theirs["transformer.h.1.attn.attn.weight"] = torch.cat([q, k, v], dim=1).flatten(0, 1)
+    theirs["transformer.h.1.attn.proj.weight"] = ours["blocks.1.mixer.o_proj.weight"]
+    theirs |= {f"transformer.h.{layer}.attn.D": torch.ones(9) for layer in (0, 2)}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    torch.save({"model": theirs, "hparams": {"lr": 1e-3}, "iter_num": 7}, tmp_path / "x" / "iter-000007-model-ckpt.pth")
+    loaded, ids = zoo.load(tmp_path / "x"), torch.arange(20)[None]
+    assert torch.equal(loaded(ids).logits, made(ids).logits)
+    zoo.save(loaded, tmp_path / "back", format="hf")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+    again = zoo.Model(loaded.config.model_copy(update={"upstream": {"model_type": "lit_gpt"}}))
+    again.load_state_dict(loaded.state_dict())
+    zoo.save(again, tmp_path / "again", format="hf")
+    assert torch.equal(zoo.load(tmp_path / "again")(ids).logits, made(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("llama-swa-a", {"use_sliding_window": False}, ("layer_types", "use_sliding_window")),
+        ("llama-swa-a", {"layer_types": ["full_attention"]}, ("layer_types", "1 entries", "num_hidden_layers is 5")),
+        ("llama-swa-a", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ("type", "'linear'")),
+        ("llama-swa-a", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5")),
+        ("llama-swa-a", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ("rope_parameters", "full_attention")),
+        ("llama-swa-a", {"quantization_config": {"bits": 4}}, ("quantization_config",)),
+        ("gdn-qwen3next-a", {"mlp_only_layers": [0, 1]}, ("num_experts", "layer 2")),
+        ("gdn-qwen3next-a", {"num_experts": ..., "mlp_only_layers": None}, ("num_experts: 512",)),
+        ("gdn-fla-a", {"attnres_block_size": 4}, ("attnres_block_size", "4")),
+        ("gdn-fla-a", {"attn": {"layers": [9], "num_heads": 2}}, ("attn: layers: 9",)),
+        ("mamba1-a", {"intermediate_size": 100}, ("intermediate_size", "100")),
+        ("jet-nemotron-a", {"efficient_attention_config": {"jet": {"window": 3}, "swa": {"window_size": 16}}}, ("jet: window",)),
+    ],
+)
+def test_fields_that_change_what_is_computed(name: str, fields: dict, words: tuple[str, ...], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ORACLES / name, tmp_path / "x"))
+    edit_config(folder, **fields)
+    refuses(folder, "config.json", *words)
+
+
+def test_defaults_of_upstream_where_a_field_is_absent() -> None:
+    """As the config classes of transformers 5 say."""
+    base = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 30, "num_attention_heads": 32}
+    read = {kind: families.get(kind).read({**base, "use_sliding_window": True}) for kind in ("llama", "mistral", "qwen2", "qwen3")}
+    assert [fields["layers"] for fields in read.values()] == ["attn*30", "swa*30", "attn*28 swa*2", "attn*28 swa*2"]
+    options = {kind: next(iter(fields["blocks"].values())) for kind, fields in read.items()}
+    assert [x["kv_heads"] for x in options.values()] == [32, 8, 32, 32]
+    assert [x["head_dim"] for x in options.values()] == [2, 2, 2, 128]
+    assert read["mistral"]["blocks"]["swa"]["window"] == read["qwen2"]["blocks"]["swa"]["window"] == 4096

@@ -28,13 +28,19 @@ class Stacked(NamedTuple):
     """Attribute of the mixer that counts those heads."""
 
 
+class Ones(NamedTuple):
+    """A vector that upstream stores and never uses: ones, as many as this attribute of the mixer says."""
+
+    attribute: str
+
+
 class Taps(NamedTuple):
     """Kernels of a depthwise convolution, stacked: ours [C, K], theirs [C, 1, K]."""
 
     ours: tuple[str, ...]
 
 
-Names = Mapping[str, str | Stacked | Taps]
+Names = Mapping[str, str | Stacked | Taps | Ones]
 """Upstream's name to ours. Entries whose tensor of ours a model does not have are left out."""
 
 
@@ -44,8 +50,8 @@ class Family:
 
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     """config.json to fields of ModelConfig. A KeyError names a field that config.json must have."""
-    write: Callable[[ModelConfig], dict[str, Any]]
-    """The way back."""
+    write: Callable[[ModelConfig], dict[str, Any]] | None
+    """The way back; None: `read` names the family in whose form such a model is written."""
     top: Names
     layer: str
     """Prefix of a layer's names, `{}` its number."""
@@ -53,6 +59,8 @@ class Family:
     mixers: Mapping[str, Names]
     """By kind of mixer, the names within a layer; ours are relative to the mixer."""
     stores_tied_head: bool = False
+    unused: str = r"(?!)"
+    """Regular expression of names that upstream stores and a language model has no use for."""
 
 
 class Link(NamedTuple):
@@ -62,9 +70,12 @@ class Link(NamedTuple):
     ours: tuple[str, ...]
     groups: int = 1
     depthwise: bool = False
+    ones: int = 0
 
     def pack(self, ours: list[Tensor]) -> Tensor:
         """Our tensors as upstream's one."""
+        if self.ones:
+            return torch.ones(self.ones)
         if self.depthwise:
             ours = [x[:, None] for x in ours]
         if self.groups == 1:
@@ -73,6 +84,8 @@ class Link(NamedTuple):
 
     def unpack(self, theirs: Tensor, rows: list[int]) -> list[Tensor]:
         """Upstream's tensor as our tensors of so many rows each."""
+        if self.ones:
+            return []
         if self.depthwise:
             theirs = theirs.squeeze(1)
         if len(rows) == 1:
@@ -87,6 +100,9 @@ def links(family: Family, model: Model) -> list[Link]:
 
     def of(names: Names, theirs: str, ours: str, counts: object = None) -> Iterator[Link]:
         for their_name, our_names in names.items():
+            if isinstance(our_names, Ones):
+                yield Link(theirs + their_name, (), ones=getattr(counts, our_names.attribute))
+                continue
             if isinstance(our_names, str):
                 our_names = Stacked((our_names,))
             whole = tuple(ours + name for name in our_names.ours)
@@ -144,21 +160,42 @@ def truncated_ratio(ratio: float) -> float:
     return math.ceil(ratio * 1e10) / 1e10
 
 
-def rope(config: Mapping[str, Any], theta: float = 10_000.0, part: float = 1.0) -> dict[str, Any]:
-    """Rotary options from either spelling: fields of their own (transformers 4), or `rope_parameters` (transformers 5)."""
-    stated = config.get("rope_parameters") or {}
-    scaling = stated if "rope_type" in stated else config.get("rope_scaling") or {}
-    expect(scaling, "rope_type", "default", default=scaling.get("type", "default"))
+def rope(config: Mapping[str, Any], theta: float = 10_000.0, part: float | None = None) -> dict[str, Any]:
+    """Rotary options from either spelling: fields of their own (transformers 4), or `rope_parameters` (transformers 5).
+
+    Args:
+        theta: upstream's default.
+        part: upstream's default for the part of a head that is rotated; None: upstream always rotates whole heads.
+    """
+    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    for key in ("rope_type", "type"):
+        expect(stated, key, "default", default="default")
+    if nested := [key for key, value in stated.items() if isinstance(value, Mapping)]:
+        raise ZooError(f"rope_parameters: {', '.join(nested)}: angles of their own for some layers are not supported")
     find = {**config, **stated}
     fields = {"rope_theta": find.get("rope_theta", theta)}
-    return fields if (part := find.get("partial_rotary_factor", part)) == 1 else {**fields, "rotary": part}
+    if part is None:
+        expect(find, "partial_rotary_factor", 1, None)
+        return fields
+    return {**fields, "rotary": find.get("partial_rotary_factor", part)}
 
 
-def attention_kinds(config: Mapping[str, Any], windowed: bool) -> list[str]:
+def layer_kinds(config: Mapping[str, Any], words: Mapping[str, str], default: Callable[[int], str]) -> list[str]:
+    """The kind of mixer of every layer: `layer_types`, word for word, or the default of each layer."""
+    count = config["num_hidden_layers"]
+    types = config.get("layer_types")
+    if types is None:
+        return [default(i) for i in range(count)]
+    if len(types) != count:
+        raise ZooError(f"layer_types: has {len(types)} entries, num_hidden_layers is {count}")
+    return [words[expect({"layer_types": name}, "layer_types", *words)] for name in types]
+
+
+def attention_kinds(config: Mapping[str, Any], window: int | None) -> list[str]:
     """`attn` or `swa` of each layer, from `layer_types` or, without them, from `max_window_layers`."""
-    if not windowed:
-        return ["attn"] * config["num_hidden_layers"]
-    if types := config.get("layer_types"):
-        return [{"full_attention": "attn", "sliding_attention": "swa"}[name] for name in types]
-    full = config.get("max_window_layers", 0)
-    return ["attn" if i < full else "swa" for i in range(config["num_hidden_layers"])]
+    full = config.get("max_window_layers", 28)
+    words = {"full_attention": "attn", "sliding_attention": "swa"}
+    kinds = layer_kinds(config, words, lambda i: "attn" if window is None or i < full else "swa")
+    if "swa" in kinds and window is None:
+        raise ZooError("layer_types: 'sliding_attention' needs use_sliding_window and a sliding_window")
+    return kinds

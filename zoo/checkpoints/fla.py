@@ -39,22 +39,30 @@ def mlp_width(hidden_size: int, ratio: float) -> int:
     return -(-int(hidden_size * ratio * 2 / 3) // 256) * 256
 
 
-def read_layers(config: Mapping[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
+def read_layers(config: Mapping[str, Any], kind: str, attn: Any) -> tuple[str, dict[str, Any]]:
     """The layer pattern, and the options of the attention layers that `attn` places among those of `kind`."""
-    attn = config.get("attn")
-    if not attn:
-        return f"{kind}*{config['num_hidden_layers']}", {}
-    other = "swa" if attn.get("window_size") else "attn"
-    fields = {"heads": attn["num_heads"], "kv_heads": attn.get("num_kv_heads") or attn["num_heads"], "bias": attn.get("qkv_bias", False)}
-    fields["rope_theta"] = attn.get("rope_theta", 10_000.0)
-    if other == "swa":
-        fields["window"] = attn["window_size"]
-    return compact([other if i in attn["layers"] else kind for i in range(config["num_hidden_layers"])]), {other: fields}
+    expect(config, "attnres_block_size", None)
+    count, specs = config["num_hidden_layers"], [attn] if isinstance(attn, Mapping) else attn or []
+    kinds = [kind] * count
+    blocks: dict[str, Any] = {}
+    for spec in specs:
+        other = "swa" if spec.get("window_size") else "attn"
+        fields = {"heads": spec["num_heads"], "kv_heads": spec.get("num_kv_heads") or spec["num_heads"]}
+        fields |= {"bias": spec.get("qkv_bias", False), "rope_theta": spec.get("rope_theta", 10_000.0)}
+        if other == "swa":
+            fields["window"] = spec["window_size"]
+        if blocks.setdefault(other, fields) != fields:
+            raise ZooError(f"attn: layers {spec['layers']} differ from other '{other}' layers; one kind has one set of options")
+        for i in spec["layers"]:
+            if not 0 <= i < count:
+                raise ZooError(f"attn: layers: {i} is not one of the {count} layers")
+            kinds[i] = other
+    return compact(kinds), blocks
 
 
 def read_gdn(config: Mapping[str, Any]) -> dict[str, Any]:
     expect(config, "use_short_conv", True, default=True)
-    layers, blocks = read_layers(config, "gdn")
+    layers, blocks = read_layers(config, "gdn", config.get("attn"))
     blocks["gdn"] = {
         "heads": config["num_heads"],
         "value_heads": config.get("num_v_heads"),
@@ -69,9 +77,10 @@ def read_gdn(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_samba(config: Mapping[str, Any]) -> dict[str, Any]:
-    layers, blocks = read_layers(config, "mamba")
+    layers, blocks = read_layers(config, "mamba", config["attn"])
     rank = config.get("time_step_rank", "auto")
-    blocks["mamba"] = {**mamba.inner(config), "mlp": True, "dt_rank": None if rank == "auto" else rank}
+    # its use_conv_bias never reaches the layers
+    blocks["mamba"] = {**mamba.inner(config), "mlp": True, "conv_bias": True, "dt_rank": None if rank == "auto" else rank}
     # here intermediate_size is that of Mamba
     return {**read_size({**config, "intermediate_size": None}), "layers": layers, "blocks": blocks}
 
@@ -87,18 +96,21 @@ def _write(config: ModelConfig, model_type: str, architecture: str) -> dict[str,
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "swish",
     }
-    kind = next((kind for kind in ("swa", "attn") if kind in config.pattern), None)
-    if kind is not None:
-        attention = options(config, kind)
-        fields["attn"] = {
-            "layers": [i for i, name in enumerate(config.pattern) if name == kind],
-            "num_heads": attention.heads,
-            "num_kv_heads": attention.kv_heads or attention.heads,
-            "qkv_bias": attention.bias,
-            "rope_theta": attention.rope_theta,
-            "window_size": attention.window if kind == "swa" else None,
-        }
-    return fields
+    specs = []
+    for kind in ("attn", "swa"):
+        if kind in config.pattern:
+            attention = options(config, kind)
+            specs.append(
+                {
+                    "layers": [i for i, name in enumerate(config.pattern) if name == kind],
+                    "num_heads": attention.heads,
+                    "num_kv_heads": attention.kv_heads or attention.heads,
+                    "qkv_bias": attention.bias,
+                    "rope_theta": attention.rope_theta,
+                    "window_size": attention.window if kind == "swa" else None,
+                }
+            )
+    return {**fields, "attn": specs[0] if len(specs) == 1 else specs or None}
 
 
 def write_gdn(config: ModelConfig) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.checkpoints.family import Family, Names, compact, expect, families, options, truncated_ratio
+from zoo.checkpoints.family import Family, Names, compact, families, layer_kinds, options, truncated_ratio
 from zoo.checkpoints.llama import ATTENTION, BLOCK, LAYER, TOP, heads, size, write_heads, write_size
 from zoo.config import ModelConfig
+from zoo.kernels.registry import ZooError
 
 JET: Names = {
     **{f"self_attn.{name}_proj.weight": f"{name}_proj.weight" for name in "qkvgabo"},
@@ -19,19 +20,31 @@ JET: Names = {
     "self_attn.o_norm.weight": "o_norm.weight",
 }
 
+JET_DEFAULTS: dict[str, Any] = {
+    "mode": "chunk",
+    "dconv_implementation": "triton",
+    "num_heads": 6,
+    "head_dim": 256,
+    "expand_v": 2.0,
+    "conv_size": 4,
+    "dconv_generator_reduction": 8,
+    "norm_eps": 1e-5,
+}
+
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
-    for kind in (kinds := list(config["layer_types"])):
-        expect({"layer_types": kind}, "layer_types", "jet", "attn", "swa")
+    kinds = layer_kinds(config, {kind: kind for kind in ("jet", "attn", "swa")}, lambda i: "attn")
     efficient = config.get("efficient_attention_config") or {}
-    attention = {**heads(config), "bias": True}
+    attention = {**heads(config, kv_heads=2, theta=1e6), "bias": True}
     blocks: dict[str, Any] = {}
     if "attn" in kinds:
         blocks["attn"] = attention
     if "swa" in kinds:
         blocks["swa"] = {**attention, "window": efficient["swa"]["window_size"]}
     if "jet" in kinds:
-        jet = efficient["jet"]
+        jet = JET_DEFAULTS | efficient["jet"]
+        if unknown := jet.keys() - JET_DEFAULTS.keys():
+            raise ZooError(f"efficient_attention_config.jet: {min(unknown)} is not a field that upstream has")
         blocks["jet"] = {
             "heads": jet["num_heads"],
             "head_dim": jet["head_dim"],
@@ -40,7 +53,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
             "generator_reduction": jet["dconv_generator_reduction"],
             "norm_eps": float(jet["norm_eps"]),
         }
-    return {**size(config), "norm": "wide", "layers": compact(kinds), "blocks": blocks}
+    return {**size(config, tied=True), "norm": "wide", "layers": compact(kinds), "blocks": blocks}
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
@@ -48,8 +61,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
     del attention["head_dim"]
     efficient: dict[str, Any] = {
         "jet": {
-            "mode": "chunk",
-            "dconv_implementation": "triton",
+            **JET_DEFAULTS,
             "num_heads": jet.heads,
             "head_dim": jet.head_dim or config.d_model // jet.heads,
             "expand_v": truncated_ratio(jet.expand_v),

@@ -1,4 +1,4 @@
-"""Samba as its authors' lit-gpt writes it."""
+"""Samba and Gated DeltaNet as their authors' lit-gpt writes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.checkpoints.family import Family, Names, Stacked, compact, expect, families, options
+from zoo.checkpoints import fla
+from zoo.checkpoints.family import Family, Names, Ones, Stacked, compact, expect, families, options
 from zoo.checkpoints.mamba import MAMBA, under
 from zoo.config import ModelConfig
 from zoo.kernels.registry import ZooError
@@ -23,6 +24,13 @@ ATTENTION: Names = {
     "attn.attn.weight": Stacked(("q_proj.weight", "k_proj.weight", "v_proj.weight"), per="kv_heads"),
     "attn.proj.weight": "o_proj.weight",
 }
+GDN: Names = {
+    **{name: ours for name, ours in fla.GDN.items() if not name.startswith(("a_", "o_norm"))},
+    "gk_proj.weight": "a_proj.weight",
+    "b_proj.bias": "b_proj.bias",
+    "g_norm_swish_gate.weight": "o_norm.weight",
+    "D": Ones("value_heads"),
+}
 OFF = ("parallel_residual", "bias", "mamba", "sc_attn", "use_mega", "abl_mamba", "mamba_swa_mlp", "shared_attention_norm")
 
 
@@ -38,10 +46,14 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
 
     placed = config.get("attn_layer_pos")
     placed = json.loads(placed) if isinstance(placed, str) else placed
-    full = config.get("full_per_layer", 1_000_000)
+    full, every = config.get("full_per_layer", 1_000_000), config.get("mb_per_layer", -1)
+
+    delta = config.get("gated_delta_per_layer", -1)
 
     def kind(i: int) -> str:
-        mamba = i not in placed if placed is not None else config["mb_per_layer"] > 0 and i % config["mb_per_layer"] == 0
+        if delta > 0 and i % delta == 0:
+            return "gdn"
+        mamba = i not in placed if placed is not None else every > 0 and i % every == 0
         return "mamba" if mamba else "swa" if i % full < full - 1 and config["local_window"] > 0 else "attn"
 
     kinds = [kind(i) for i in range(config["n_layer"])]
@@ -51,7 +63,10 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": config["n_embd"] // config["n_head"],
         "rotary": 0.0 if config.get("nope") else config.get("rotary_percentage", 1.0),
     }
-    blocks = {"mamba": {}, "swa": {**attention, "window": config["local_window"]}, "attn": attention}
+    # the sizes that GatedDeltaNet's authors give every model
+    keys, values = int(0.75 * config["n_embd"]) // 9, int(1.5 * config["n_embd"]) // 9
+    gdn = {"heads": 9, "head_dim": keys, "expand_v": values / keys, "write_bias": True}
+    blocks = {"mamba": {}, "gdn": gdn, "swa": {**attention, "window": config["local_window"]}, "attn": attention}
     return {
         "vocab_size": config["padded_vocab_size"],
         "d_model": config["n_embd"],
@@ -79,8 +94,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "nope": not attention.rotary,
         "mamba_init": config.tie_embeddings,
         "local_window": attention.window if "swa" in config.pattern else -1,
-        "mb_per_layer": 2,
-        "attn_layer_pos": json.dumps([i for i, kind in enumerate(config.pattern) if kind != "mamba"]),
+        **_places(config),
         "full_per_layer": _full_every(config),
         "parallel_residual": False,
         "bias": False,
@@ -89,11 +103,21 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _places(config: ModelConfig) -> dict[str, Any]:
+    """Which layers are recurrent."""
+    if "gdn" in config.pattern:
+        return {
+            "mb_per_layer": -1,
+            "gated_delta_per_layer": next((i for i, kind in enumerate(config.pattern) if i and kind == "gdn"), len(config.pattern)),
+        }
+    return {"mb_per_layer": 2, "attn_layer_pos": json.dumps([i for i, kind in enumerate(config.pattern) if kind != "mamba"])}
+
+
 def _full_every(config: ModelConfig) -> int:
     """Upstream's count n for which every n-th layer that attends does so fully."""
     counts: list[int] = [1_000_000, *range(1, len(config.pattern) + 1)]
     for every in counts:
-        if all((i % every == every - 1) == (kind == "attn") for i, kind in enumerate(config.pattern) if kind != "mamba"):
+        if all((i % every == every - 1) == (kind == "attn") for i, kind in enumerate(config.pattern) if kind in ("attn", "swa")):
             return every
     raise ZooError(f"layers: '{config.layers}': this form of checkpoint places full attention at every n-th layer only")
 
@@ -106,7 +130,7 @@ families.register(
         top=TOP,
         layer="transformer.h.{}.",
         block=BLOCK,
-        mixers={"mamba": under("attn.", MAMBA), "swa": ATTENTION, "attn": ATTENTION},
+        mixers={"mamba": under("attn.", MAMBA), "gdn": under("attn.", GDN), "swa": ATTENTION, "attn": ATTENTION},
         stores_tied_head=True,
     ),
 )

@@ -18,6 +18,9 @@ ATTENTION: Names = {
     **{f"self_attn.{name}_norm.weight": f"{name}_norm.weight" for name in "qk"},
 }
 
+DEFAULTS = {"llama": (None, None), "mistral": (8, None), "qwen2": (32, None), "qwen3": (32, 128)}
+"""Upstream's num_key_value_heads and head_dim where config.json has neither."""
+
 
 def size(config: Mapping[str, Any], tied: bool = False) -> dict[str, Any]:
     """Fields that most families of transformers spell alike."""
@@ -31,14 +34,20 @@ def size(config: Mapping[str, Any], tied: bool = False) -> dict[str, Any]:
     }
 
 
-def heads(config: Mapping[str, Any]) -> dict[str, Any]:
+def heads(config: Mapping[str, Any], kv_heads: int | None = None, head_dim: int | None = None, **defaults: float) -> dict[str, Any]:
+    """Options of attention. The other arguments are upstream's defaults, those of `rope` among them."""
     count = config["num_attention_heads"]
     fields = {
         "heads": count,
-        "kv_heads": config.get("num_key_value_heads") or count,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // count,
+        "kv_heads": config.get("num_key_value_heads", kv_heads) or count,
+        "head_dim": config.get("head_dim", head_dim) or config["hidden_size"] // count,
     }
-    return {**fields, **rope(config)}
+    return {**fields, **rope(config, **defaults)}
+
+
+def sliding_window(config: Mapping[str, Any]) -> int | None:
+    """The window of Qwen's sliding layers, if there are any."""
+    return config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
 
 
 def write_size(config: ModelConfig, model_type: str, architecture: str) -> dict[str, Any]:
@@ -76,11 +85,17 @@ def write_window(config: ModelConfig) -> dict[str, Any]:
 
 
 def read(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
-    expect(config, "attention_bias", False, None)
-    window = config.get("sliding_window")
-    windowed = bool(window) and (model_type == "mistral" or bool(config.get("use_sliding_window")))
-    kinds = attention_kinds(config, windowed)
-    fields: dict[str, Any] = heads(config)
+    if model_type in ("llama", "qwen3"):
+        expect(config, "attention_bias", False, None)
+    if model_type == "llama":
+        expect(config, "mlp_bias", False, None)
+        window, kinds = None, ["attn"] * config["num_hidden_layers"]
+    elif model_type == "mistral":
+        window = config.get("sliding_window", 4096)
+        kinds = ["swa" if window else "attn"] * config["num_hidden_layers"]
+    else:
+        kinds = attention_kinds(config, window := sliding_window(config))
+    fields: dict[str, Any] = heads(config, *DEFAULTS[model_type])
     if model_type == "qwen2":
         fields["bias"] = True
     if model_type == "qwen3":

@@ -1,13 +1,15 @@
-"""Mamba and Mamba-2 as transformers writes them."""
+"""Mamba and Mamba-2 as transformers writes them, and as their authors did."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from zoo.checkpoints.family import Family, Names, Taps, expect, families, options
 from zoo.config import ModelConfig
+from zoo.kernels.registry import ZooError
 
 TOP: Names = {"backbone.embeddings.weight": "embed.weight", "backbone.norm_f.weight": "norm.weight", "lm_head.weight": "head.weight"}
 LAYER = "backbone.layers.{}."
@@ -46,9 +48,11 @@ def size(config: Mapping[str, Any], kind: str, tied: bool) -> dict[str, Any]:
 
 
 def inner(config: Mapping[str, Any]) -> dict[str, Any]:
+    expand = config.get("expand", 2)
+    expect(config, "intermediate_size", expand * config["hidden_size"], None)
     return {
         "mlp": False,
-        "expand": config.get("expand", 2),
+        "expand": expand,
         "state_dim": config["state_size"],
         "conv_size": config.get("conv_kernel", 4),
         "conv_bias": config.get("use_conv_bias", True),
@@ -75,6 +79,61 @@ def read2(config: Mapping[str, Any]) -> dict[str, Any]:
     if limit != [0.0, math.inf]:
         fields["dt_limit"] = limit
     return {**size(config, "mamba2", tied=False), "blocks": {"mamba2": fields}}
+
+
+SSM_DEFAULTS: dict[str, Any] = {
+    "Mamba1": {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto", "conv_bias": True, "bias": False},
+    "Mamba2": {
+        **{"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "conv_bias": True, "bias": False},
+        **{"dt_limit": [0.0, math.inf], "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False},
+    },
+}
+# how a layer starts, and how fast it runs
+SSM_OTHER = [
+    "dt_min",
+    "dt_max",
+    "dt_init",
+    "dt_scale",
+    "dt_init_floor",
+    "A_init_range",
+    "conv_init",
+    "chunk_size",
+    "use_fast_path",
+    "use_mem_eff_path",
+]
+
+
+def read_ssm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The form of Mamba's authors (mamba_ssm). What is read is written back as transformers does."""
+    expect(config, "attn_layer_idx", [], None)
+    expect(config, "d_intermediate", 0, None)
+    expect(config, "rms_norm", True, default=True)
+    stated = dict(config.get("ssm_cfg") or {})
+    layer = expect({"ssm_cfg.layer": stated.pop("layer", "Mamba1")}, "ssm_cfg.layer", *SSM_DEFAULTS)
+    if unknown := stated.keys() - SSM_DEFAULTS[layer].keys() - set(SSM_OTHER):
+        raise ZooError(f"ssm_cfg: {min(unknown)} is not a field that {layer} has")
+    ssm = SSM_DEFAULTS[layer] | stated
+    made = {"mlp": False, "expand": ssm["expand"], "state_dim": ssm["d_state"], "conv_size": ssm["d_conv"]}
+    made |= {"conv_bias": ssm["conv_bias"], "bias": ssm["bias"]}
+    if layer == "Mamba1":
+        kind = "mamba"
+        made["dt_rank"] = None if ssm["dt_rank"] == "auto" else ssm["dt_rank"]
+    else:
+        kind = "mamba2"
+        inner = ssm["expand"] * config["d_model"]
+        for name, *allowed in (("d_ssm", None, inner), ("D_has_hdim", False), ("rmsnorm", True), ("norm_before_gate", False)):
+            expect(ssm, name, *allowed)
+        made |= {"head_dim": ssm["headdim"], "groups": ssm["ngroups"], "dt_limit": ssm["dt_limit"], "norm_eps": 1e-5}
+    multiple = config.get("pad_vocab_size_multiple", 8)
+    return {
+        "vocab_size": -(-config["vocab_size"] // multiple) * multiple,
+        "d_model": config["d_model"],
+        "layers": f"{kind}*{config['n_layer']}",
+        "norm_eps": 1e-5,
+        "tie_embeddings": config.get("tie_embeddings", True),
+        "blocks": {kind: made},
+        "upstream": {"model_type": kind},
+    }
 
 
 def _number(value: Any) -> float:
@@ -121,15 +180,24 @@ def write2(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-for _kind, _read, _write_config, _names in (("mamba", read, write, MAMBA), ("mamba2", read2, write2, MAMBA2)):
-    families.register(
-        _kind,
-        Family(
-            read=_read,
-            write=_write_config,
-            top=TOP,
-            layer=LAYER,
-            block={"norm.weight": "mixer_norm.weight"},
-            mixers={_kind: under("mixer.", _names)},
-        ),
-    )
+MAMBA_FAMILY = Family(
+    read=read,
+    write=write,
+    top=TOP,
+    layer=LAYER,
+    block={"norm.weight": "mixer_norm.weight"},
+    mixers={"mamba": under("mixer.", MAMBA)},
+)
+MAMBA2_FAMILY = replace(MAMBA_FAMILY, read=read2, write=write2, mixers={"mamba2": under("mixer.", MAMBA2)})
+families.register("mamba", MAMBA_FAMILY)
+families.register("mamba2", MAMBA2_FAMILY)
+families.register(
+    "mamba_ssm",
+    replace(
+        MAMBA_FAMILY,
+        read=read_ssm,
+        write=None,
+        top={name.replace("embeddings", "embedding"): ours for name, ours in TOP.items()},
+        mixers={**MAMBA_FAMILY.mixers, **MAMBA2_FAMILY.mixers},
+    ),
+)

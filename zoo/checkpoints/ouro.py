@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.checkpoints.family import Family, Names, attention_kinds, compact, families
-from zoo.checkpoints.llama import ATTENTION, LAYER, MLP, TOP, heads, size, write_heads, write_size, write_window
+from zoo.checkpoints.llama import ATTENTION, LAYER, MLP, TOP, heads, size, sliding_window, write_heads, write_size, write_window
 from zoo.config import ModelConfig
 
 # the norm called post_attention stands before the MLP
@@ -21,9 +21,9 @@ GATE: Names = {"model.early_exit_gate.weight": "exit.gate.weight", "model.early_
 
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
-    window = config.get("sliding_window")
-    kinds = attention_kinds(config, bool(window) and bool(config.get("use_sliding_window")))
-    attention = {**heads(config), "post_norm": True}
+    window = sliding_window(config)
+    kinds = attention_kinds(config, window)
+    attention = {**heads(config, kv_heads=32), "post_norm": True}
     return {
         **size(config),
         "layers": compact(kinds),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from zoo.checkpoints.family import Family, Names, Stacked, Taps, compact, expect, families, options, rope
+from zoo.checkpoints.family import Family, Names, Stacked, Taps, compact, expect, families, layer_kinds, options
 from zoo.checkpoints.llama import ATTENTION, BLOCK, LAYER, TOP, heads, size, write_heads, write_size
 from zoo.config import ModelConfig
 from zoo.kernels.registry import ZooError
@@ -34,16 +35,13 @@ QWEN3_5: Names = {
 KINDS = {"linear_attention": "gdn", "full_attention": "attn"}
 
 
-def read(config: Mapping[str, Any]) -> dict[str, Any]:
+def read(config: Mapping[str, Any], kv_heads: int = 4) -> dict[str, Any]:
     expect(config, "attention_bias", False, None)
-    layers = config["num_hidden_layers"]
-    if config.get("num_experts") and not set(range(layers)) <= set(config.get("mlp_only_layers") or ()):
-        raise ZooError(f"num_experts: {config['num_experts']}: mixtures of experts are not supported; want every layer in mlp_only_layers")
-    every = config.get("full_attention_interval") or 4
-    types = config.get("layer_types") or ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+    every = config.get("full_attention_interval", 4)
+    kinds = layer_kinds(config, KINDS, lambda i: "gdn" if (i + 1) % every else "attn")
     eps = config.get("rms_norm_eps", 1e-6)
     key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
-    attention = {**heads(config), **rope(config, part=0.25), "qk_norm": "centred", "norm_eps": eps, "gate": True}
+    attention = {**heads(config, kv_heads, head_dim=256, part=0.25), "qk_norm": "centred", "norm_eps": eps, "gate": True}
     gdn = {
         "heads": config["linear_num_key_heads"],
         "value_heads": config["linear_num_value_heads"],
@@ -52,9 +50,24 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         "conv_size": config.get("linear_conv_kernel_dim", 4),
         "norm_eps": eps,
     }
-    kinds = [KINDS[expect({"layer_types": name}, "layer_types", *KINDS)] for name in types]
     blocks = {"attn": attention, "gdn": gdn}
     return {**size(config), "norm": "centred", "layers": compact(kinds), "blocks": {kind: blocks[kind] for kind in set(kinds)}}
+
+
+def read_next(config: Mapping[str, Any]) -> dict[str, Any]:
+    experts, step, dense = config.get("num_experts", 512), config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    if experts and (sparse := [i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]):
+        raise ZooError(
+            f"num_experts: {experts}: mixtures of experts (layer {sparse[0]}) are not supported; list every layer in mlp_only_layers"
+        )
+    return read(config, kv_heads=2)
+
+
+def read_multimodal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen3.5 with a vision tower, which is left out: what is read is written back as the text model."""
+    text = {"tie_word_embeddings": config.get("tie_word_embeddings", False), **config["text_config"]}
+    expect(text, "model_type", "qwen3_5_text", default="qwen3_5_text")
+    return {**read(text), "upstream": {**text, "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]}}
 
 
 def write(config: ModelConfig, model_type: str, architecture: str) -> dict[str, Any]:
@@ -76,18 +89,32 @@ def write(config: ModelConfig, model_type: str, architecture: str) -> dict[str, 
     }
 
 
-for _type, _architecture, _names in (
-    ("qwen3_next", "Qwen3NextForCausalLM", QWEN3_NEXT),
-    ("qwen3_5_text", "Qwen3_5ForCausalLM", QWEN3_5),
-):
-    families.register(
-        _type,
-        Family(
-            read=read,
-            write=partial(write, model_type=_type, architecture=_architecture),
-            top=TOP,
-            layer=LAYER,
-            block=BLOCK,
-            mixers={"attn": GATED_ATTENTION, "gdn": _names},
-        ),
-    )
+TEXT = Family(
+    read=read,
+    write=partial(write, model_type="qwen3_5_text", architecture="Qwen3_5ForCausalLM"),
+    top=TOP,
+    layer=LAYER,
+    block=BLOCK,
+    mixers={"attn": GATED_ATTENTION, "gdn": QWEN3_5},
+    unused=r"mtp\.|model\.visual\.",  # a second head that predicts further ahead; vision
+)
+families.register("qwen3_5_text", TEXT)
+families.register(
+    "qwen3_next",
+    replace(
+        TEXT,
+        read=read_next,
+        write=partial(write, model_type="qwen3_next", architecture="Qwen3NextForCausalLM"),
+        mixers={"attn": GATED_ATTENTION, "gdn": QWEN3_NEXT},
+    ),
+)
+families.register(
+    "qwen3_5",
+    replace(
+        TEXT,
+        read=read_multimodal,
+        write=None,
+        top={name.replace("model.", "model.language_model."): ours for name, ours in TOP.items()},
+        layer=LAYER.replace("model.", "model.language_model."),
+    ),
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,6 +33,13 @@ class Stored:
                 raise ZooError(f"{file}: tensor '{name}' is also in {self.files[name]}")
             self.shapes[name], self.files[name], self._sources[name] = shape, file, source
 
+    def drop(self, pattern: str) -> list[str]:
+        """Forget the tensors whose names start with a match of this regular expression; returns them."""
+        dropped = [name for name in self.shapes if re.match(pattern, name)]
+        for name in dropped:
+            del self.shapes[name], self.files[name], self._sources[name]
+        return dropped
+
     def read(self, name: str) -> Tensor:
         source = self._sources[name]
         try:
@@ -54,7 +62,7 @@ class Stored:
 
 @contextmanager
 def open_folder(folder: Path, device: str | torch.device = "cpu") -> Iterator[Stored]:
-    """The tensors of model.safetensors, of the shards that its index names, or of the only *.safetensors or *.pth here.
+    """The tensors of model.safetensors, of the shards that its index names, or of the only *.safetensors, *.pth or *.bin here.
 
     Raises:
         ZooError: no such file, a damaged one, or an index that does not match its shards; names the file.
@@ -65,8 +73,8 @@ def open_folder(folder: Path, device: str | torch.device = "cpu") -> Iterator[St
             _add_shards(stored, folder, stack, device)
         else:
             file = _only_file(folder)
-            if file.suffix == ".pth":
-                tensors = _read_pth(file, device)
+            if file.suffix != ".safetensors":
+                tensors = _read_zip(file, device)
                 stored.add(file, tensors, {name: list(tensor.shape) for name, tensor in tensors.items()})
             else:
                 _add_safetensors(stored, file, stack, device)
@@ -88,13 +96,13 @@ def read_json(file: Path) -> dict[str, Any]:
 def _only_file(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
-    for pattern in ("*.safetensors", "*.pth"):
+    for pattern in ("*.safetensors", "*.pth", "*.bin"):
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found[0]
         if found:
             raise ZooError(f"{folder}: {len(found)} files {pattern} without {INDEX}; want {WEIGHTS}, or the index of the shards")
-    raise ZooError(f"{folder / WEIGHTS}: cannot be read: no such file, nor {INDEX}, nor one *.pth")
+    raise ZooError(f"{folder / WEIGHTS}: cannot be read: no such file, nor {INDEX}, nor one *.pth or *.bin")
 
 
 def _add_shards(stored: Stored, folder: Path, stack: ExitStack, device: str | torch.device) -> None:
@@ -123,7 +131,7 @@ def _add_safetensors(stored: Stored, file: Path, stack: ExitStack, device: str |
     stored.add(file, source, shapes)
 
 
-def _read_pth(file: Path, device: str | torch.device) -> dict[str, Tensor]:
+def _read_zip(file: Path, device: str | torch.device) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location=device, weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises whatever a damaged file makes it raise

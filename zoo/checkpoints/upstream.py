@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zoo.blocks.mixer import mixers
-from zoo.checkpoints.family import Family, Link, families, links
+from zoo.checkpoints.family import Family, Link, expect, families, links
 from zoo.checkpoints.stored import WEIGHTS, open_folder, read_json
 from zoo.config import ModelConfig, validate
 from zoo.files import new_folder
@@ -57,9 +59,12 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
     """
     config = read_config(folder)
     _same_architecture(config, model.config, folder)
-    family = _family(config.upstream, str(folder / CONFIG))
+    family = _family(read_json(folder / CONFIG), str(folder / CONFIG))
     ours = model.state_dict()
     with open_folder(folder, device) as stored:
+        if unused := stored.drop(family.unused):
+            what = ", ".join(sorted({re.match(family.unused, name)[0] + "*" for name in unused}))  # type: ignore[index]
+            warnings.warn(f"{folder}: {len(unused)} tensors are no part of the language model and left out: {what}", stacklevel=4)
         wanted = links(family, model)
         if model.head is None and "lm_head.weight" in stored.shapes:
             wanted = list({link.theirs: link for link in [*wanted, Link("lm_head.weight", ("embed.weight",))]}.values())
@@ -81,6 +86,8 @@ def save(model: Model, path: Path) -> None:
         raise ZooError(f"{model.config.name}: layers {inserted} are not part of the upstream model; save it without format='hf'")
     if model.config.inject:
         raise ZooError(f"{model.config.name}: inject: True is not part of the upstream model; save it without format='hf'")
+    if family.write is None:
+        raise ZooError(f"{model.config.name}: upstream: checkpoints of '{model.config.upstream['model_type']}' are only read")
     wanted, ours = links(family, model), model.state_dict()
     written = _written_config(model.config, family)
     with new_folder(path) as folder:
@@ -94,6 +101,7 @@ def save(model: Model, path: Path) -> None:
 def _translate(upstream: dict[str, Any], label: str, name: str) -> ModelConfig:
     family = _family(upstream, label)
     try:
+        expect(upstream, "quantization_config", None)
         fields = family.read(upstream)
     except KeyError as error:
         raise ZooError(f"{label}: {error.args[0]}: is missing") from None
@@ -101,11 +109,12 @@ def _translate(upstream: dict[str, Any], label: str, name: str) -> ModelConfig:
         raise ZooError(f"{label}: {error}") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise ZooError(f"{label}: a field is not of the kind it should be: {error}") from None
-    return validate(ModelConfig, {"name": name, **fields, "upstream": upstream}, label)
+    return validate(ModelConfig, {"name": name, "upstream": upstream, **fields}, label)
 
 
 def _family(upstream: Mapping[str, Any], label: str) -> Family:
-    kind = upstream.get("model_type", "lit_gpt" if "_mlp_class" in upstream else None)
+    nameless = "lit_gpt" if "_mlp_class" in upstream else "mamba_ssm" if {"d_model", "n_layer"} <= upstream.keys() else None
+    kind = upstream.get("model_type", nameless)
     if not isinstance(kind, str) or kind not in families.names():
         raise ZooError(f"{label}: model_type: {kind!r} is unknown; {nearest(str(kind), families.names())}")
     return families.get(kind)
@@ -119,6 +128,7 @@ def _written_config(config: ModelConfig, family: Family) -> dict[str, Any]:
             return config.upstream
     except ZooError:
         pass  # it only names the family, or no longer fits
+    assert family.write is not None
     written = family.write(config)
     if differences := _differences(_translate(written, config.name, config.name), config, (*COMPUTES, *AWAKE)):
         field, theirs, ours = differences[0]
@@ -160,5 +170,7 @@ def _default(config: ModelConfig, options: Any, name: str) -> Any:
 
 
 def _stored_shape(link: Link, ours: Mapping[str, Tensor]) -> list[int]:
+    if link.ones:
+        return [link.ones]
     rows, *rest = (sum(ours[name].shape[0] for name in link.ours), *ours[link.ours[0]].shape[1:])
     return [rows, 1, *rest] if link.depthwise else [rows, *rest]
