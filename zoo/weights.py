@@ -63,17 +63,21 @@ def _materialise(model: Model, device: torch.device) -> None:
 
 
 def _download(config: ModelConfig) -> Path:
+    """The folder of the config's repository in the cache of huggingface_hub: config.json and the weights, in one format."""
     if config.hub is None:
         raise ZooError(f"{config.name}: pretrained: no published weights are known; give the path of a folder instead")
     try:
         from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(config.hub, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]))
     except ImportError:
         raise ZooError(f"{config.name}: pretrained: downloading {config.hub} needs huggingface_hub; install it, or give a folder") from None
+    try:
+        folder = Path(snapshot_download(config.hub, allow_patterns=["config.json", "model*.safetensors", "model.safetensors.index.json"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(config.hub, allow_patterns=["pytorch_model.bin"])
     except Exception as error:  # whatever the network or the hub raises
         why = str(error).strip().partition("\n")[0]
         raise ZooError(f"{config.name}: pretrained: {config.hub} cannot be downloaded: {why}; give the path of a folder instead") from None
+    return folder
 
 
 def save(model: Model, path: str | Path, *, format: Literal["zoo", "hf"] = "zoo") -> None:

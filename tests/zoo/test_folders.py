@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,55 @@ def test_dtype(tmp_path: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     zoo.save(model, tmp_path / "x", format="hf")
     assert {p.dtype for p in zoo.load(tmp_path / "x").parameters()} == {torch.bfloat16}
+
+
+class Hub:
+    """What zoo.create needs of huggingface_hub, over a folder of repositories: `snapshot_download` fills `cache`."""
+
+    def __init__(self, repositories: Path, cache: Path) -> None:
+        self.repositories, self.cache, self.fetched = repositories, cache, []
+
+    def snapshot_download(self, repo_id: str, *, allow_patterns: list[str]) -> str:
+        found = [file for file in sorted((self.repositories / repo_id).iterdir()) if any(map(file.match, allow_patterns))]
+        (self.cache / repo_id).mkdir(parents=True, exist_ok=True)
+        for file in found:
+            self.fetched.append(file.name)
+            shutil.copy(file, self.cache / repo_id / file.name)
+        return str(self.cache / repo_id)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", made := Hub(tmp_path / "hub", tmp_path / "cache"))
+    return made
+
+
+@torch.no_grad()
+def test_pretrained_downloads_one_format_of_the_weights(hub: Hub) -> None:
+    folder = hub.repositories / "jet-ai" / "tiny"
+    shutil.copytree(ORACLES / "jet-nemotron-a", folder, ignore=shutil.ignore_patterns("io*"))
+    shard(folder)
+    for other in ("pytorch_model.bin", "consolidated.safetensors", "tokenizer.json", "modeling_jet_nemotron.py", "flax_model.msgpack"):
+        (folder / other).write_bytes(b"x")
+    parent = zoo.load(folder)
+    model = zoo.create(parent.config, evict="hard", window=8, loops=2, hub="jet-ai/tiny", pretrained=True)
+    assert hub.fetched == ["config.json", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), INDEX]
+    for name, tensor in parent.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(ids).logits, parent(ids).logits)
+
+
+def test_pretrained_reads_pickled_weights_where_there_are_no_others(hub: Hub) -> None:
+    (hub.repositories / "state-spaces").mkdir(parents=True)
+    tensors = rename("mamba2-a", hub.repositories / "state-spaces" / "tiny", {}, {"backbone.embeddings": "backbone.embedding"})
+    config = {"d_model": 64, "n_layer": 4, "vocab_size": 256, "ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 16}}
+    (hub.repositories / "state-spaces" / "tiny" / "config.json").write_text(json.dumps({**config, "tie_embeddings": False}))
+    torch.save(tensors, hub.repositories / "state-spaces" / "tiny" / "pytorch_model.bin")
+    parent = zoo.load(hub.repositories / "state-spaces" / "tiny")
+    model = zoo.create(parent.config, hub="state-spaces/tiny", pretrained=True)
+    assert hub.fetched == ["config.json", "pytorch_model.bin"]
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in parent.state_dict().items())
 
 
 def test_pretrained_without_published_weights_or_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
