@@ -121,6 +121,6 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     with open_folder(folder, device) as stored:
         stored.check(folder, wanted, model.config.name)
-        tensors = {name: stored.read(name).to(dtype) for name in wanted}
+        tensors = {name: stored.read(name, dtype) for name in wanted}
     model.load_state_dict(tensors, assign=True)
     return model

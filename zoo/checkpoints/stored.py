@@ -22,13 +22,15 @@ INDEX = "model.safetensors.index.json"
 class Stored:
     """Tensors by name, read one at a time. Files are mapped, so nothing is copied before it is used."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | torch.device) -> None:
+        self._device = device
         self.shapes: dict[str, list[int]] = {}
         self.files: dict[str, Path] = {}
         self._sources: dict[str, Any] = {}
 
-    def add(self, file: Path, source: Any, shapes: Mapping[str, list[int]]) -> None:
-        for name, shape in shapes.items():
+    def add(self, file: Path, stack: ExitStack) -> None:
+        source = _open(file, stack, self._device)
+        for name, shape in _shapes(file, source).items():
             if name in self.files:
                 raise ZooError(f"{file}: tensor '{name}' is also in {self.files[name]}")
             self.shapes[name], self.files[name], self._sources[name] = shape, file, source
@@ -40,8 +42,19 @@ class Stored:
             del self.shapes[name], self.files[name], self._sources[name]
         return dropped
 
-    def read(self, name: str) -> Tensor:
-        source = self._sources[name]
+    def read(self, name: str, dtype: torch.dtype | None = None, *, passing: bool = False) -> Tensor:
+        """The tensor, as `dtype`; `passing`: it is only copied from, or compared.
+
+        What is kept as stored is a view of the file. What is not is read through a mapping of its own, so that the
+        pages of the file go when the tensor does, and a model takes no more memory than its parameters.
+        """
+        tensor = self._mapped(self._sources[name], name)
+        if tensor.is_cpu and (passing or dtype not in (None, tensor.dtype)):
+            with ExitStack() as stack:
+                tensor = self._mapped(_open(self.files[name], stack, self._device), name)
+        return tensor.to(dtype)
+
+    def _mapped(self, source: Any, name: str) -> Tensor:
         try:
             tensor: Tensor = source[name] if isinstance(source, dict) else source.get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -67,17 +80,12 @@ def open_folder(folder: Path, device: str | torch.device = "cpu") -> Iterator[St
     Raises:
         ZooError: no such file, a damaged one, or an index that does not match its shards; names the file.
     """
-    stored = Stored()
+    stored = Stored(device)
     with ExitStack() as stack:
         if (folder / INDEX).is_file():
-            _add_shards(stored, folder, stack, device)
+            _add_shards(stored, folder, stack)
         else:
-            file = _only_file(folder)
-            if file.suffix != ".safetensors":
-                tensors = _read_zip(file, device)
-                stored.add(file, tensors, {name: list(tensor.shape) for name, tensor in tensors.items()})
-            else:
-                _add_safetensors(stored, file, stack, device)
+            stored.add(_only_file(folder), stack)
         yield stored
 
 
@@ -105,7 +113,7 @@ def _only_file(folder: Path) -> Path:
     raise ZooError(f"{folder / WEIGHTS}: cannot be read: no such file, nor {INDEX}, nor one *.pth or *.bin")
 
 
-def _add_shards(stored: Stored, folder: Path, stack: ExitStack, device: str | torch.device) -> None:
+def _add_shards(stored: Stored, folder: Path, stack: ExitStack) -> None:
     index = folder / INDEX
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
@@ -116,19 +124,29 @@ def _add_shards(stored: Stored, folder: Path, stack: ExitStack, device: str | to
         if not (folder / shard).is_file():
             lost = min(name for name, place in places.items() if place == shard)
             raise ZooError(f"{folder / shard}: the shard is missing; {index.name} puts '{lost}' there")
-        _add_safetensors(stored, folder / shard, stack, device)
+        stored.add(folder / shard, stack)
     for name, shard in places.items():
         if stored.files.get(name) != folder / shard:
             raise ZooError(f"{folder / shard}: tensor '{name}' is missing, though {index.name} puts it there")
 
 
-def _add_safetensors(stored: Stored, file: Path, stack: ExitStack, device: str | torch.device) -> None:
+def _open(file: Path, stack: ExitStack, device: str | torch.device) -> Any:
+    """The mapped file: `safe_open`'s handle, or tensors by name."""
+    if file.suffix != ".safetensors":
+        return _read_zip(file, device)
     try:
-        source = stack.enter_context(safe_open(file, framework="pt", device=str(device)))
-        shapes = {name: source.get_slice(name).get_shape() for name in source.keys()}  # noqa: SIM118
+        return stack.enter_context(safe_open(file, framework="pt", device=str(device)))
     except (SafetensorError, OSError) as error:
         raise ZooError(f"{file}: cannot be read: {error}") from None
-    stored.add(file, source, shapes)
+
+
+def _shapes(file: Path, source: Any) -> dict[str, list[int]]:
+    if isinstance(source, dict):
+        return {name: list(tensor.shape) for name, tensor in source.items()}
+    try:
+        return {name: source.get_slice(name).get_shape() for name in source.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{file}: cannot be read: {error}") from None
 
 
 def _read_zip(file: Path, device: str | torch.device) -> dict[str, Tensor]:

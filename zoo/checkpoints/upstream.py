@@ -71,11 +71,12 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
         stored.check(folder, {link.theirs: _stored_shape(link, ours) for link in wanted}, config.name)
         tensors: dict[str, Tensor] = {}
         for link in wanted:
-            parts = link.unpack(stored.read(link.theirs), [ours[name].shape[0] for name in link.ours])
-            for name, part in zip(link.ours, parts, strict=True):
-                if name in tensors and not torch.equal(tensors[name], part.to(dtype)):
+            again = any(name in tensors for name in link.ours)
+            stacked = stored.read(link.theirs, dtype, passing=again or link.groups > 1)
+            for name, part in zip(link.ours, link.unpack(stacked, [ours[name].shape[0] for name in link.ours]), strict=True):
+                if again and not torch.equal(tensors[name], part):
                     raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' differs from the embedding, the config ties them")
-                tensors[name] = part.to(dtype)
+                tensors.setdefault(name, part)
     model.load_state_dict(tensors, assign=True, strict=False)
 
 
