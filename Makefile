@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo test test-all
 demo: demo/results.json
 	@echo "the demo is in demo/; remove that folder to run it again"
 
@@ -14,6 +14,9 @@ test: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+test-all: test  # and the tests that take minutes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m long
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

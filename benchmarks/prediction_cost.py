@@ -39,7 +39,7 @@ def main(name: str) -> None:
             started = time.perf_counter()
             session.sleep()
             slept = time.perf_counter()
-            session.generate(prompt[:, :1], TOKENS)
+            list(session.generate(prompt[:, :1], TOKENS))
             seconds["sleep"][n].append(slept - started)
             seconds["token"][n].append((time.perf_counter() - slept) / TOKENS)
     milliseconds = {kind: {n: 1000 * statistics.median(times) for n, times in by_n.items()} for kind, by_n in seconds.items()}

@@ -24,6 +24,8 @@ version = "1"
 decay = "toy_mixer:Decay"
 [project.entry-points.zoo_models]
 toy4 = "toy_mixer:TOY4"
+[project.entry-points.zoo_schedules]
+halves = "toy_mixer:Halves"
 [tool.setuptools]
 py-modules = ["toy_mixer"]
 """,
@@ -31,6 +33,7 @@ py-modules = ["toy_mixer"]
 import torch
 from pydantic import Field
 from zoo.blocks.mixer import Mixer, Options
+from zoo.schedule import Schedule
 
 class DecayOptions(Options):
     rate: float = Field(0.5, gt=0, lt=1)
@@ -50,6 +53,11 @@ class Decay(Mixer):
             fast = self.rate * fast + (1 - self.rate) * x[:, t]
             out.append(fast)
         return self.o_proj(torch.stack(out, 1).to(x.dtype)), fast, window
+
+class Halves(Schedule):
+    """When half of the window is full."""
+    def due(self, window):
+        return window // 2
 
 TOY4 = {"name": "toy4", "vocab_size": 5, "d_model": 16, "layers": "(attn decay)*2", "sleep": {"evict": "hard", "window": 8}}
 ''',
@@ -124,6 +132,9 @@ mask = torch.zeros(2, 12, dtype=torch.bool); mask[:, 9:] = True
 model.loss(torch.zeros(2, 12, dtype=torch.long), mask).backward()
 assert "toy4" in zoo.list_models()
 assert zoo.create("toy4-sleep2").config.window == 8
+session = zoo.Session(model, when="halves")
+session.feed(torch.zeros(1, 9, dtype=torch.long))
+assert session.stats().sleeps == 2
 try:
     zoo.create("gdn4", layers="decai")
 except zoo.ZooError as error:

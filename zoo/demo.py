@@ -106,7 +106,7 @@ def _costs(models: dict[int, Model], task: Task) -> dict[int, dict[str, float]]:
             session = Session(model)
             session.feed(window)
             session.sleep()
-            tokens[n].append(_seconds(partial(session.generate, window[:, :1], task.window - 1)) / (task.window - 1))
+            tokens[n].append(_seconds(partial(list, session.generate(window[:, :1], task.window - 1))) / (task.window - 1))
     return {n: {"seconds_per_sleep": statistics.median(sleeps[n]), "seconds_per_token": statistics.median(tokens[n])} for n in models}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -150,13 +150,24 @@ class Model(nn.Module):
         Raises:
             ZooError: more tokens than the window holds, or loops < 1.
         """
+        return self.evict(self._asleep(ids, state, loops).finish()[1])
+
+    def consolidation(self, ids: Tensor, state: State | None = None, *, loops: int | None = None) -> Generator[None, None, State]:
+        """`consolidate` bit by bit: yields after every block of every pass, so that something else may go first."""
+        passes = self._asleep(ids, state, loops)
+        for stage in passes.stages:
+            passes.run(*stage)
+            yield
+        return self.evict(passes.finish()[1])
+
+    def _asleep(self, ids: Tensor, state: State | None, loops: int | None) -> Passes:
         loops = self.config.loops if loops is None else loops
         if loops < 1:
             raise ZooError(f"loops: {loops} must be at least 1")
         if self.config.window is not None and ids.shape[-1] > self.config.window:
             raise ZooError(f"ids: {ids.shape[-1]} tokens are more than one window of {self.config.window}")
         state, steps = self._open(ids, state)
-        return self.evict(self._passes(self.embedded(ids, steps), state, steps, loops * self.config.wake_loops)[1])
+        return Passes(self, self.embedded(ids, steps), state, steps, loops * self.config.wake_loops)
 
     def evict(self, state: State) -> State:
         """The state after the eviction that ends a chunk."""
@@ -221,7 +232,7 @@ class Model(nn.Module):
 
     def _wake(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
         state, steps = self._open(ids, state)
-        return self._passes(self.embedded(ids, steps), state, steps, self.config.wake_loops)
+        return Passes(self, self.embedded(ids, steps), state, steps, self.config.wake_loops).finish()
 
     def _open(self, ids: Tensor, state: State | None) -> tuple[State, Steps]:
         if ids.ndim != 2 or ids.shape[1] == 0:
@@ -238,26 +249,6 @@ class Model(nn.Module):
         h = self.embed(ids)
         return h + self.positions(steps.start + steps.index) if self.config.learned_positions else h
 
-    def _passes(self, h: Tensor, state: State, steps: Steps, loops: int) -> tuple[Tensor, State]:
-        """Prelude, `loops` passes of the span, coda, over embedded tokens h: [B, T, D]."""
-        fast, window = list(state.fast), list(state.window)
-
-        def run(layers: range, h: Tensor, first_cache: int = 0) -> Tensor:
-            for i in layers:
-                at = first_cache + i
-                h, fast[i], window[at] = self.blocks[i](h, fast[i], state.window[at], steps)
-            return h
-
-        h = first = run(self.prelude, h)
-        after = []
-        for n in range(loops):
-            if n:
-                h = self.between_passes(h, first)
-            h = run(self.span, h, n % self.config.wake_loops * len(self.blocks))
-            after.append(h)
-        h = torch.stack(after, dim=-2) if self.config.wake_loops > 1 else run(self.coda, h)
-        return h, State(tuple(fast), tuple(window), state.position + steps.length)
-
     def between_passes(self, h: Tensor, first: Tensor) -> Tensor:
         """What one pass hands to the next: h: [B, T, D], and optionally the span's first input again."""
         if self.config.loop_norm:
@@ -270,6 +261,40 @@ class Model(nn.Module):
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """Without the usual initial values, which on the meta device take seconds of imports."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
+class Passes:
+    """Embedded tokens h: [B, T, D] on their way through prelude, `loops` passes of the span, and coda: one block at a time."""
+
+    def __init__(self, model: Model, h: Tensor, state: State, steps: Steps, loops: int) -> None:
+        self.model, self.h, self.start, self.steps = model, h, state, steps
+        self.fast, self.window = list(state.fast), list(state.window)
+        self.after: list[Tensor] = []
+        span = [(n, i) for n in range(loops) for i in model.span]
+        self.stages = [*((0, i) for i in model.prelude), *span, *((0, i) for i in model.coda)]
+        """Pass and block, in order."""
+        self._done = 0
+
+    def run(self, n: int, i: int) -> None:
+        """Block i in pass n: the next of `stages`."""
+        model = self.model
+        if i == model.span.start:
+            if n == 0:
+                self.first = self.h
+            else:
+                self.h = model.between_passes(self.h, self.first)
+        at = n % model.config.wake_loops * len(model.blocks) + i
+        self.h, self.fast[i], self.window[at] = model.blocks[i](self.h, self.fast[i], self.start.window[at], self.steps)
+        if model.config.wake_loops > 1 and i == model.span.stop - 1:
+            self.after.append(self.h)
+        self._done += 1
+
+    def finish(self) -> tuple[Tensor, State]:
+        """Whatever is left to run; then the hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state."""
+        for stage in self.stages[self._done :]:
+            self.run(*stage)
+        h = torch.stack(self.after, dim=-2) if self.after else self.h
+        return h, State(tuple(self.fast), tuple(self.window), self.start.position + self.steps.length)
 
 
 def _build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:

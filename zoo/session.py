@@ -1,74 +1,287 @@
-"""A stream of tokens that sleeps when its window is full."""
+"""Streams of tokens that sleep: feed, generate, sleep, fork, save, load."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from zoo.config import ModelConfig
+from zoo.background import Nap, Worker
+from zoo.config import validate
 from zoo.kernels.registry import ZooError
-from zoo.model import Output, State
+from zoo.model import State
+from zoo.sampling import Sampler, Sampling
+from zoo.schedule import Schedule, new_schedule
+from zoo.session_file import read_file, write_file
+from zoo.stream import Sleeper, opening, read, size
 
 
-class Sleeper(Protocol):
-    """What a session needs of a model: `zoo.Model`, or the exported graphs of one."""
+@dataclass(frozen=True)
+class Stats:
+    """What a session has done. Tokens and sleeps are those of each of its streams, bytes those of all."""
 
-    config: ModelConfig
-
-    def init_state(self, batch_size: int = 1) -> State: ...
-
-    def __call__(self, ids: Tensor, state: State) -> Output: ...
-
-    def consolidate(self, ids: Tensor, state: State) -> State: ...
+    tokens: int
+    window: int
+    """Tokens of the present window, which the next sleep is about."""
+    evicted: int
+    sleeps: int
+    seconds_awake: float
+    seconds_asleep: float
+    state_bytes: int
+    """Fast weights, whatever the stream's length."""
+    cache_bytes: int
+    """Window cache, as full as it is."""
 
 
 class Session:
-    """`batch_size` streams that advance together.
+    """`batch_size` streams that advance together. One thread at a time may use it; sleeps may run in another.
 
     Keeps the state at the window's start and the window's tokens, which is all that a sleep needs, beside the waking
     state that answers meanwhile.
+
+    Args:
+        model: a `zoo.Model`, or what `zoo.export.load` has.
+        when: a schedule such as "full", "interval(512)", "idle(0.5)", "manual"; see `zoo.schedule`.
+    Raises:
+        ZooError: an unknown schedule, or one that does not fit the model. The next call after a sleep in the background
+            has failed raises what it failed with; the stream is as it was before that sleep.
     """
 
-    def __init__(self, model: Sleeper, batch_size: int = 1) -> None:
+    def __init__(self, model: Sleeper, batch_size: int = 1, *, when: str | Schedule = "full") -> None:
+        if batch_size < 1:
+            raise ZooError(f"batch_size: {batch_size} must be at least 1")
         self.model = model
-        self.state = self._start = model.init_state(batch_size)
-        self._pending: list[Tensor] = []
-        self._held = 0
+        self.schedule = new_schedule(when) if isinstance(when, str) else when
+        self._due = self.schedule.due(model.config.window)
+        self._moment = opening(model, batch_size)
+        self._nap: Nap | None = None
+        self._worker: Worker | None = None
+
+    @property
+    def state(self) -> State:
+        """The waking state."""
+        self._settle()
+        return self._moment.state
 
     @torch.no_grad()
     def feed(self, ids: Tensor) -> Tensor:
-        """Read ids: [B, T] int64, any T. Sleeps whenever the window is full and a further token comes.
+        """Read ids: [B, T] int64, any T at least 1. Sleeps when the schedule says so and a further token comes.
 
         Returns logits [B, T, V]: after each token, those of the next.
+
+        Raises:
+            ZooError: ids of another shape or outside the vocabulary; under `manual`, more than the window has room for.
         """
-        logits = []
-        window = self.model.config.window or ids.shape[1]
+        self._check(ids, least=1)
+        said = self._moment.said.shape[1]
+        return torch.cat(self._read(ids), dim=1)[:, said:]
+
+    @torch.no_grad()
+    def sleep(self, loops: int | None = None, *, wait: bool = True) -> None:
+        """Consolidate the window's tokens and evict them. Does nothing if there are none.
+
+        Args:
+            loops: passes of the span, default as the model has.
+            wait: False: in the background. The session goes on from the state it has; once the sleep has ended, the
+                next call takes it up, as if it had happened at once.
+        """
+        self._interrupt()
+        self._wait()
+        if loops is not None and loops < 1:
+            raise ZooError(f"loops: {loops} must be at least 1")
+        if not self._held:
+            return
+        nap = Nap(self.model, self._moment, loops)
+        if wait:
+            nap.run()
+            self._nap = nap
+            self._settle()
+        else:
+            self._begin(nap)
+
+    def generate(
+        self,
+        prompt: Tensor | None,
+        tokens: int,
+        *,
+        stop: Sequence[int] = (),
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Read prompt: [B, T] and continue it: yields each token, [B] int64, as soon as it is known.
+
+        What has been yielded is part of the stream. The last token is read when the stream goes on.
+
+        Args:
+            prompt: None: goes on from what has been read.
+            tokens: at most so many.
+            stop: ends when every stream has said one of these; a stream that has repeats it meanwhile.
+            temperature: 0 for the likeliest token.
+            top_k, top_p: choose among the so many likeliest tokens; among the likeliest with so much of the probability.
+            repetition_penalty: above 1 for fewer tokens of the prompt and of what was generated (arXiv 1909.05858).
+            seed: for the same tokens every time.
+        Raises:
+            ZooError: a bad argument, at once and before anything is read.
+        """
+        how = {"stop": tuple(stop), "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        sampling = validate(Sampling, {"tokens": tokens, "repetition_penalty": repetition_penalty, **how}, "generate")
+        if prompt is None:
+            if self._moment.logits is None:
+                raise ZooError("prompt: nothing has been read yet, so there is nothing to go on from")
+            prompt = self._moment.ids[:, :0]
+        self._check(prompt, least=0 if self._moment.logits is not None else 1)
+        return self._generate(prompt, sampling)
+
+    def _generate(self, prompt: Tensor, sampling: Sampling) -> Iterator[Tensor]:
+        sampler = Sampler(sampling, prompt, self.model.config.vocab_size)
+        stop = torch.tensor(sampling.stop, dtype=torch.int64, device=prompt.device)
+        over = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+        token = over.long()
+        for _ in range(sampling.tokens):
+            with torch.no_grad():
+                self._read(prompt)
+                assert self._moment.logits is not None
+                token = torch.where(over, token, sampler(self._moment.logits))
+                over |= torch.isin(token, stop)
+            self._moment = self._moment._replace(said=token[:, None])
+            yield token
+            if over.all():
+                return
+            prompt = prompt[:, :0]
+
+    def fork(self) -> Session:
+        """A session that stands where this one does, with the same model. What either reads, the other does not see."""
+        self._settle()
+        twin = Session(self.model, self._moment.ids.shape[0], when=self.schedule)
+        twin._moment = self._moment  # states are never changed in place
+        return twin
+
+    def save(self, path: str | Path) -> None:
+        """Write the streams to the file `path`, whole or not at all; a file that is there is replaced. Raises ZooError."""
+        self._settle()
+        write_file(Path(path), self.model, self._moment)
+
+    def load(self, path: str | Path) -> Self:
+        """Go on with the streams that `save` wrote, in place of these.
+
+        Raises:
+            ZooError: the file is damaged, or of another model; the session stays as it was.
+        """
+        moment = read_file(Path(path), self.model)
+        if self._nap is not None:
+            self._nap.stop()
+        self._nap, self._moment = None, moment
+        return self
+
+    def stats(self) -> Stats:
+        """What has happened so far, and what memory the streams take."""
+        self._settle()
+        moment, counts = self._moment, self._moment.counts
+        return Stats(
+            tokens=counts.tokens,
+            window=moment.ids.shape[1],
+            evicted=counts.tokens - counts.cached,
+            sleeps=counts.sleeps,
+            seconds_awake=counts.awake,
+            seconds_asleep=counts.asleep,
+            state_bytes=size(moment.state.fast),
+            cache_bytes=size(moment.state.window),
+        )
+
+    def close(self) -> None:
+        """Leave off sleeping in the background. A session that is no longer used closes by itself."""
+        self._nap = None
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _read(self, ids: Tensor) -> list[Tensor]:
+        """Read what was said, then ids, piece by piece with sleeps between. The logits of each piece."""
+        self._interrupt()
+        ids, logits = torch.cat([self._moment.said, ids], dim=1), []
+        self._make_sure_of_room(ids.shape[1])
         while ids.shape[1]:
-            if self.model.config.window and self._held == window:
-                self.sleep()
-            piece, ids = ids[:, : window - self._held], ids[:, window - self._held :]
-            out, self.state = self.model(piece, self.state)
+            room = self._room() or ids.shape[1]
+            started = time.perf_counter()
+            out, moment = read(self.model, self._moment, ids[:, :room])
+            counts = moment.counts._replace(awake=moment.counts.awake + time.perf_counter() - started)
+            self._moment = moment._replace(said=moment.said[:, :0], counts=counts)
+            if self._nap is not None:
+                self._nap.latest = self._moment
+            ids = ids[:, room:]
             logits.append(out)
-            if self.model.config.window:
-                self._pending.append(piece)
-                self._held += piece.shape[1]
-        return torch.cat(logits, dim=1)
+        if self.schedule.pause is not None and self._nap is None and self._held:
+            self._begin(Nap(self.model, self._moment, yields_to_tokens=True), self.schedule.pause)
+        return logits
 
-    @torch.no_grad()
-    def sleep(self) -> None:
-        """Consolidate the tokens read since the last sleep and evict them. Does nothing if there are none."""
-        if self._pending:
-            self.state = self._start = self.model.consolidate(torch.cat(self._pending, dim=1), self._start)
-            self._pending, self._held = [], 0
+    def _room(self) -> int | None:
+        """How many tokens can be read before the next sleep, at least 1; None: any number. Sleeps if there is no room."""
+        window = self.model.config.window
+        if window is None:
+            return None
+        # while a sleep runs, the stream goes on until its window is full
+        while self._held >= (limit := window if self._nap is not None else self._due or window):
+            if self._nap is not None:
+                self._wait()
+            else:
+                self.sleep()
+        return limit - self._held
 
-    @torch.no_grad()
-    def generate(self, prompt: Tensor, tokens: int) -> Tensor:
-        """Read prompt: [B, T] and continue it greedily by `tokens` tokens, [B, tokens]."""
-        if tokens < 1:
-            raise ZooError(f"tokens: {tokens} must be at least 1")
-        made = [self.feed(prompt)[:, -1:].argmax(-1)]
-        while len(made) < tokens:
-            made.append(self.feed(made[-1])[:, -1:].argmax(-1))
-        return torch.cat(made, dim=1)
+    @property
+    def _held(self) -> int:
+        return self._moment.ids.shape[1]
+
+    def _make_sure_of_room(self, tokens: int) -> None:
+        window = self.model.config.window
+        if self._due is not None or window is None:
+            return
+        if tokens > window - self._held:
+            self._wait()
+        if tokens > (room := window - self._held):
+            raise ZooError(f"ids: {tokens} tokens; the window of {window} has room for {room}, and the schedule is manual: sleep first")
+
+    def _check(self, ids: Tensor, least: int = 0) -> None:
+        batch, vocabulary = self._moment.ids.shape[0], self.model.config.vocab_size
+        if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < least or ids.dtype != torch.int64:
+            raise ZooError(f"ids: {list(ids.shape)} {ids.dtype}; want [{batch}, T] torch.int64{' with T at least 1' if least else ''}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ZooError(f"ids: from {int(ids.min())} to {int(ids.max())}; the vocabulary is 0 to {vocabulary - 1}")
+
+    def _begin(self, nap: Nap, after: float = 0.0) -> None:
+        if self._worker is None:
+            self._worker = Worker()
+            weakref.finalize(self, self._worker.close)
+        self._nap = nap
+        self._worker.begin(nap, after)
+
+    def _settle(self) -> None:
+        """Take up a sleep that has ended in the background: its result, or what it failed with."""
+        nap = self._nap
+        if nap is not None and nap.ended.is_set():
+            self._nap = None
+            if nap.error is not None:
+                raise nap.error
+            if nap.after is not None:
+                self._moment = nap.commit()
+
+    def _interrupt(self) -> None:
+        """Somebody waits: leave off a sleep that was only there to use the time."""
+        self._settle()
+        if self._nap is not None and self._nap.yields_to_tokens:
+            self._nap.stop()
+            self._nap = None
+
+    def _wait(self) -> None:
+        """Until the sleep in the background has ended."""
+        if self._nap is not None:
+            self._nap.ended.wait()
+            self._settle()

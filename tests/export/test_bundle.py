@@ -249,7 +249,7 @@ def test_the_command_writes_a_bundle(bundles, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "same greedy token 100.00%" in result.output
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == FILES
-    assert zoo.export.load(tmp_path / "new").generate(torch.zeros(1, 1, dtype=torch.int64), 3).shape == (1, 3)
+    assert len(list(zoo.export.load(tmp_path / "new").generate(torch.zeros(1, 1, dtype=torch.int64), 3))) == 3
 
 
 def test_help_needs_no_torch():

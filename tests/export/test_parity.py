@@ -36,7 +36,7 @@ def test_sleeping_early(bundle, batch):
         for name, tensor in pack(wanted.state, PAST).items():
             if name.endswith(("recurrent_state", "conv_state")):
                 assert torch.allclose(pack(ours.state, PAST)[name], tensor, atol=1e-4), name
-    assert torch.equal(ours.generate(ids[:, :1], 2 * window), wanted.generate(ids[:, :1], 2 * window))
+    assert all(map(torch.equal, ours.generate(ids[:, :1], 2 * window), wanted.generate(ids[:, :1], 2 * window)))
 
 
 def test_what_padding_holds_does_not_matter(bundle):

@@ -1,0 +1,118 @@
+"""Where a stream stands, and the two things that move it on: reading tokens awake, and a sleep. Nothing is changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from zoo.config import ModelConfig
+from zoo.eviction import evictions
+from zoo.kernels.registry import ZooError
+from zoo.model import Output, State
+
+
+class Sleeper(Protocol):
+    """What a session needs of a model: `zoo.Model`, or the exported graphs of one."""
+
+    config: ModelConfig
+
+    def init_state(self, batch_size: int = 1) -> State: ...
+
+    def __call__(self, ids: Tensor, state: State) -> Output: ...
+
+    def consolidate(self, ids: Tensor, state: State) -> State: ...
+
+
+class Counts(NamedTuple):
+    """What has happened to a stream so far."""
+
+    tokens: int = 0
+    cached: int = 0
+    """Tokens that attention can still look at."""
+    sleeps: int = 0
+    awake: float = 0.0
+    """Seconds of reading."""
+    asleep: float = 0.0
+
+
+class Moment(NamedTuple):
+    """B streams at one moment. A snapshot is a reference, and a commit is an assignment."""
+
+    state: State
+    """The waking state, after every token read."""
+    start: State
+    """The state at the window's start: with `ids`, all that a sleep needs."""
+    ids: Tensor
+    """The window's tokens, [B, n] int64; none for a model that never sleeps."""
+    logits: Tensor | None
+    """Of the next token, [B, V]; None before the first."""
+    said: Tensor
+    """What was generated and not read yet, [B, 0 or 1] int64."""
+    counts: Counts = Counts()
+
+
+def opening(model: Sleeper, batch_size: int) -> Moment:
+    """`batch_size` streams before their first token."""
+    state = model.init_state(batch_size)
+    device = next(leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)).device
+    nothing = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
+    return Moment(state, state, nothing, None, nothing)
+
+
+def read(model: Sleeper, moment: Moment, ids: Tensor) -> tuple[Tensor, Moment]:
+    """One wake pass over ids: [B, T], which fit into the window. Returns logits [B, T, V] and the moment after."""
+    logits, state = model(ids, moment.state)
+    window = moment.ids if model.config.window is None else torch.cat([moment.ids, ids], dim=1)
+    counts = moment.counts._replace(tokens=moment.counts.tokens + ids.shape[1], cached=moment.counts.cached + ids.shape[1])
+    # a clone: a slice would keep the logits of all T tokens
+    return logits, moment._replace(state=state, ids=window, logits=logits[:, -1].clone(), counts=counts)
+
+
+def sleep(model: Sleeper, moment: Moment, loops: int | None = None) -> Generator[None, None, Moment]:
+    """Consolidate the window, and evict it. Yields between blocks if the model can; returns the moment after."""
+    state = _compact((yield from _consolidation(model, moment.ids, moment.start, loops)))
+    nothing = moment.ids.new_empty(len(moment.ids), 0)
+    return moment._replace(state=state, start=state, ids=nothing, counts=_evicted(model, moment.counts))
+
+
+def _consolidation(model: Sleeper, ids: Tensor, state: State, loops: int | None) -> Generator[None, None, State]:
+    if hasattr(model, "consolidation"):
+        return (yield from model.consolidation(ids, state, loops=loops))
+    if loops not in (None, model.config.loops):
+        raise ZooError(f"loops: {loops}; {model.config.name} is exported with {model.config.loops}")
+    return model.consolidate(ids, state)
+
+
+def _compact(state: State) -> State:
+    """The same state; no tensor keeps the memory of a larger one that it was cut from."""
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.untyped_storage().nbytes() > _bytes(tensor) else tensor, state)
+
+
+class _Cached(NamedTuple):
+    """A window cache that is nothing but a number of tokens."""
+
+    tokens: int
+
+    def empty(self) -> _Cached:
+        return _Cached(0)
+
+    def keep(self, tokens: int) -> _Cached:
+        return _Cached(min(tokens, self.tokens))
+
+
+def _evicted(model: Sleeper, counts: Counts) -> Counts:
+    kept: Any = evictions.get(model.config.evict)(model.config.window).evict(_Cached(counts.cached))
+    return counts._replace(sleeps=counts.sleeps + 1, cached=kept.tokens)
+
+
+def size(tree: Any) -> int:
+    """Bytes of the tensors in a state, or in a part of one."""
+    return sum(_bytes(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
