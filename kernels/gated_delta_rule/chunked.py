@@ -1,7 +1,11 @@
-"""The gated delta rule as matrix products over chunks of at most 64 tokens. README.md has the derivation."""
+"""The gated delta rule as matrix products over chunks of at most 64 tokens, with a gradient of its own. README.md has the derivation.
+
+Inside, tensors are [n, M, C, D]: n chunks, M = B H streams of one head each, C tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,71 +14,136 @@ from torch import Tensor
 
 CHUNK = 64
 BASE = 4  # rows inverted by the nilpotent series; larger blocks lose digits on correlated keys
+SEGMENT = 64  # chunk matrices (n M) that are worked on at once: more do not stay in a CPU's cache
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
     """Same result as `reference.recurrent`, up to rounding; same shapes and arguments."""
-    T = q.shape[1]
-    C = min(CHUNK, max(BASE, 1 << (T - 1).bit_length()))
-    pad = -T % C
-
-    def by_chunk(x: Tensor) -> Tensor:  # [B, T, H, D] -> [B, H, T/C, C, D]; zeros past the end change nothing
-        x = F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x
-        return x.transpose(1, 2).unflatten(2, (-1, C))
-
-    q, k, v = by_chunk(q), by_chunk(k), by_chunk(v)
-    g, beta = by_chunk(g[..., None]).squeeze(-1), by_chunk(beta[..., None])  # [B, H, n, C], [B, H, n, C, 1]
-
-    decay = g.cumsum(-1)  # log of the decay from the chunk's start to each token
-    causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    # log of the decay from token j to token i; a difference of `decay` would lose the small steps after a large one
-    after = g[..., None].masked_fill(~causal.tril(-1), 0.0).cumsum(-2)
-    # mask before exp, so that what stands above the diagonal is exactly zero
-    between = after.masked_fill(~causal, float("-inf")).exp()
-    A = (beta * (k @ k.mT) * between).tril(-1)
-    solve = unit_lower_inverse(A)
-    scores = q @ k.mT * between
-    q_decayed, k_decayed = q * decay.exp()[..., None], k * decay.exp()[..., None]
-    k_left = k * between[..., -1, :, None]
-    chunk_decay = decay[..., -1].exp()[..., None, None]
-
+    if torch.compiler.is_compiling():
+        o, state, *_ = _forward(q, k, v, g, beta, scale, state)
+        return o, state
+    tokens = max(1, SEGMENT // (q.shape[0] * q.shape[2])) * CHUNK
     outputs = []
-    for c in range(q.shape[2]):
-        update = solve[:, :, c] @ (beta[:, :, c] * (v[:, :, c] - k_decayed[:, :, c] @ state))
-        outputs.append(q_decayed[:, :, c] @ state + scores[:, :, c] @ update)
-        state = chunk_decay[:, :, c] * state + k_left[:, :, c].mT @ update
-    o = torch.cat(outputs, dim=2)[:, :, :T] * scale
-    return o.transpose(1, 2), state
+    for segment in zip(*(x.split(tokens, dim=1) for x in (q, k, v, g, beta)), strict=True):
+        o, state = _Chunked.apply(*segment, scale, state)
+        outputs.append(o)
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else o, state
+
+
+class _Chunked(torch.autograd.Function):
+    """A few large products, where the tape of `_forward` would be one of many small ones."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
+        o, final, *saved = _forward(q, k, v, g, beta, scale, state)
+        ctx.save_for_backward(*saved)
+        ctx.scale = scale
+        return o, final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(do, dstate, ctx.scale, *ctx.saved_tensors)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, ...]:
+    """o, the final state, and what `_backward` reads of the way there."""
+    B, T, H = q.shape[:3]
+    C = min(CHUNK, max(BASE, 1 << (T - 1).bit_length()))
+    qk = torch.cat([_by_chunk(q * scale, C), _by_chunk(k, C)], dim=-2).flatten(1, 2)  # one operand [n, M, 2C, K] of three products
+    v, g, beta = (_by_chunk(x, C).flatten(1, 2) for x in (v, g[..., None], beta[..., None]))
+    decay = g.cumsum(-2).exp()  # from the chunk's start to each token
+    # log of the decay from token j to token i; a difference of cumulated ones would lose the small steps after a large one
+    between = g.expand(*g.shape[:-1], C).tril(-1).cumsum(-2).exp().tril()
+    k = qk[..., C:, :]
+    attention, correlation = ((qk @ k.mT).unflatten(-2, (2, C)) * between.unsqueeze(-3)).unbind(-3)
+    solve = unit_lower_inverse((correlation * beta).tril(-1))
+    qk_decayed = (qk.unflatten(-2, (2, C)) * decay.unsqueeze(-3)).flatten(-3, -2)
+    k_left = k * between[..., -1, :, None]
+    q_decayed, k_decayed = qk_decayed.split(C, dim=-2)
+
+    S = state.flatten(0, 1)
+    starts, updates = [], []
+    for k_c, v_c, beta_c, solve_c, left_c, decay_c in _chunks(k_decayed, v, beta, solve, k_left, decay[..., -1:, :]):
+        starts.append(S)
+        updates.append(solve_c @ (beta_c * (v_c - k_c @ S)))
+        S = torch.addcmul(left_c.mT @ updates[-1], decay_c, S)
+    S_0, U = torch.stack(starts), torch.stack(updates)
+    o = _by_token(q_decayed @ S_0 + attention @ U, B, T)
+    return o, S.unflatten(0, (B, H)), qk, v, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U
+
+
+def _backward(do: Tensor, dstate: Tensor, scale: float, *saved: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, g, beta, scale (none) and the state."""
+    qk, v, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U = saved
+    B, T = do.shape[:2]
+    C = beta.shape[-2]
+    (q, k), (q_decayed, k_decayed) = (x.split(C, dim=-2) for x in (qk, qk_decayed))
+    do = _by_chunk(do, C).flatten(1, 2)
+
+    dS = dstate.flatten(0, 1)
+    dends, dwrites = [], []  # gradients of the state at each chunk's end, and of beta (v - k S)
+    steps = _chunks(attention.mT @ do, k_left, solve, beta, decay[..., -1:, :], q_decayed.mT @ do, k_decayed)
+    for dU_c, left_c, solve_c, beta_c, decay_c, dS_c, k_c in reversed(list(steps)):
+        dends.append(dS)
+        dwrites.append(solve_c.mT @ torch.baddbmm(dU_c, left_c, dS))
+        dS = torch.baddbmm(torch.addcmul(dS_c, decay_c, dS), k_c.mT, beta_c * dwrites[-1], alpha=-1)
+    dS_C, Z = torch.stack(dends[::-1]), torch.stack(dwrites[::-1])
+
+    dv = beta * Z
+    pairs_q = (do @ U.mT * between).tril(-1)  # gradient of q k^T below the diagonal
+    pairs_k = (Z @ U.mT * between).tril(-1)  # of k k^T, times -1 / beta
+    solved = pairs_k @ k
+    left = U @ dS_C.mT * between[..., -1, :, None]
+    dq = pairs_q @ k + do @ S_0.mT * decay
+    dk_reads = beta * solved + dv @ S_0.mT * decay
+    dk_written = pairs_q.mT @ q - pairs_k.mT @ (beta * k)
+    dbeta = (Z * (v - k_decayed @ S_0)).sum(-1) - (solved * k).sum(-1)
+    # A token's decay scales what its q and k read of the past, and unscales what its k leaves to later ones. What a token reads
+    # of itself or leaves at its own end has no decay: left out, since it would only cancel, and under strong decay drown the rest.
+    dleft = (left * k).sum(-1)
+    dleft[..., -1] = 0
+    ddecay = (dq * q - (dk_reads + dk_written) * k).sum(-1) - dleft
+    ddecay[..., -1] += dleft.sum(-1) + decay[..., -1, 0] * (S_0 * dS_C).sum((-1, -2))
+    dg = ddecay.flip(-1).cumsum(-1).flip(-1)
+    own = (do * U).sum(-1, keepdim=True)
+    dq = scale * (dq + own * k)
+    dk = dk_written + left - dk_reads + own * q
+    grads = (_by_token(x, B, T) for x in (dq, dk, dv, dg[..., None], dbeta[..., None]))
+    dq, dk, dv, dg, dbeta = grads
+    return dq, dk, dv, dg.squeeze(-1), dbeta.squeeze(-1), None, dS.unflatten(0, (B, -1))
+
+
+def _by_chunk(x: Tensor, size: int) -> Tensor:
+    """[B, T, H, D] -> [n, B, H, size, D]; zeros past the end change nothing."""
+    pad = -x.shape[1] % size
+    x = F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x  # padding by nothing would copy
+    return x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)
+
+
+def _by_token(x: Tensor, batch: int, length: int) -> Tensor:
+    """[n, B H, size, D] -> [B, T, H, D]"""
+    return x.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.unbind(0) for x in tensors), strict=True)
 
 
 def unit_lower_inverse(A: Tensor) -> Tensor:
     """(I + A)^-1 of strictly lower triangular A: [..., C, C], C = 4 * 2^n.
 
-    Inverts 4 x 4 diagonal blocks by (I - A)(I + A^2), then merges pairs of blocks:
-    [[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]. Keeps float32 accuracy on correlated keys,
-    where the series over all C rows explodes.
+    Forward substitution; in a traced graph, which may have no such operator, 4 x 4 diagonal blocks by (I - A)(I + A^2),
+    then pairs of blocks merged: [[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]. Both keep float32 accuracy on
+    correlated keys, where the series over all C rows explodes.
     """
-    if A.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _UnitLowerInverse.apply(A)
-    return _invert(A)
+    if torch.compiler.is_compiling():
+        return invert_by_blocks(A)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
 
 
-class _UnitLowerInverse(torch.autograd.Function):
-    """dA = -X^T dX X^T: two products instead of the backward pass of every merge."""
-
-    @staticmethod
-    def forward(ctx: Any, A: Tensor) -> Tensor:
-        X = _invert(A)
-        ctx.save_for_backward(X)
-        return X
-
-    @staticmethod
-    def backward(ctx: Any, dX: Tensor) -> Tensor:
-        (X,) = ctx.saved_tensors
-        return -(X.mT @ dX @ X.mT).tril(-1)
-
-
-def _invert(A: Tensor) -> Tensor:
+def invert_by_blocks(A: Tensor) -> Tensor:
     C = A.shape[-1]
     blocks = A.unflatten(-1, (-1, BASE)).unflatten(-3, (-1, BASE))  # [..., n, 4, n, 4]
     D = torch.stack([blocks[..., i, :, i, :] for i in range(C // BASE)], dim=-3)
