@@ -15,8 +15,9 @@ test: .venv/installed
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-test-all: test  # and the tests that take minutes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m long
+# also what takes too long for every change: kernels for every GPU architecture
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m extended
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

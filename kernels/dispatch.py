@@ -87,6 +87,11 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
     return kernels.get(f"{operator}.{chosen}")
 
 
+def public(operator: str) -> Callable[..., Any]:
+    """The function that users call."""
+    return getattr(importlib.import_module(f"zoo.kernels.{operator}.op"), operator)
+
+
 def triton_problem(x: Tensor) -> str | None:
     """Why Triton cannot serve tensors like x; None if it can. Touches no driver unless x is on a GPU."""
     if not _has_triton():

@@ -36,7 +36,7 @@ def resident_bytes():
 PARTS = 12
 
 
-@pytest.mark.parametrize("fed", [1_500, pytest.param(200_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("fed", [1_500, pytest.param(200_000, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("evict", ["hard24", "slide24"])
 def test_memory_is_flat(evict, fed):
     stream = zoo.Session(model(evict))
@@ -110,7 +110,7 @@ def kill_and_replay(folder, kills):
     print(whole, *reached)
 
 
-@pytest.mark.parametrize("kills", [9, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [9, pytest.param(50, marks=pytest.mark.extended)])
 def test_killed(tmp_path, kills):
     """kill -9 at random points: every file is whole, and the stream goes on from it bit for bit."""
     code = f"import sys; sys.path.insert(0, '.'); from tests.zoo.test_endurance import *; kill_and_replay(Path({str(tmp_path)!r}), {kills})"

@@ -415,7 +415,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
         session().save(tmp_path / "nowhere" / "stream")
 
 
-@pytest.mark.parametrize("cycles", [20, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("cycles", [20, pytest.param(1000, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("how", ["closed", "dropped"])
 def test_nothing_stays_of_a_session(how, cycles):
     sleeping = model()

@@ -1,0 +1,1 @@
+import tests.kernels.interpreter  # noqa: F401  repairs the interpreter before any kernel is decorated
