@@ -15,7 +15,13 @@ from torch import Tensor
 
 from zoo.kernels.registry import Registry, ZooError, nearest
 
-OPERATORS = ("causal_conv1d", "dynamic_conv1d", "gated_delta_rule", "selective_scan", "ssd")
+OPERATORS = (
+    "causal_conv1d",
+    "dynamic_conv1d",
+    "gated_delta_rule",
+    "selective_scan",
+    "ssd",
+)
 ENVIRONMENT = "ZOO_KERNELS"
 
 log = logging.getLogger("zoo.kernels")
@@ -109,14 +115,20 @@ def triton_form(operator: str) -> Callable[..., Any]:
     """`run` of the operator's triton.py, imported at the first call: a machine may lack triton."""
 
     def run(*args: Any) -> Any:
-        return _triton_module(operator).run(*args)
+        _import_triton(operator)
+        return _triton_runs[operator](*args)
 
     return run
 
 
-@functools.cache
-def _triton_module(operator: str) -> Any:
-    return importlib.import_module(f"zoo.kernels.{operator}.triton")
+_triton_runs: dict[str, Callable[..., Any]] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]  # torch.compile does not trace imports, it makes them
+def _import_triton(operator: str) -> bool:
+    if operator not in _triton_runs:
+        _triton_runs[operator] = importlib.import_module(f"zoo.kernels.{operator}.triton").run
+    return True
 
 
 @functools.cache

@@ -86,6 +86,8 @@ def _autograd_function(fused: Fused) -> type[torch.autograd.Function]:
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             inputs, outputs = _saved(ctx)
+            if all(grad is None for grad in grads):
+                return (None,) * len(inputs)
             return fused.one_per_input(fused.backward(grads, outputs, *inputs), inputs)
 
     return Function
@@ -96,7 +98,8 @@ def _library_op(fused: Fused, name: str, fields: str) -> Callable[..., list[Tens
         return list(fused.forward(*inputs))
 
     def backward(grads: list[Tensor | None], outputs: list[Tensor], *inputs: Any) -> list[Tensor]:
-        return list(fused.backward(grads, outputs, *inputs))
+        found = zip(fused.slots, fused.backward(grads, outputs, *inputs), strict=True)
+        return [outputs[0].new_empty(0) if inputs[slot] is None else grad for slot, grad in found]
 
     def backward_shapes(grads: list[Tensor | None], outputs: list[Tensor], *inputs: Any) -> list[Tensor]:
         present = (inputs[slot] for slot in fused.slots)
