@@ -40,7 +40,8 @@ def main(model: str, overrides: tuple[str, ...], target: str, out: Path | None, 
 def _write(name: str, overrides: tuple[str, ...], seed: int, target: str, out: Path) -> None:
     from rich.console import Console
 
-    from zoo.export.bundle import export, targets
+    from zoo.export.bundle import export
+    from zoo.export.target import targets
     from zoo.files import refuse_existing
 
     targets.get(target)
@@ -54,10 +55,10 @@ def _write(name: str, overrides: tuple[str, ...], seed: int, target: str, out: P
 def _compare(name: str, overrides: tuple[str, ...], seed: int, folder: Path) -> None:
     from rich.console import Console
 
-    from zoo.export.runtime import OnnxModel
+    from zoo.export.runtime import ExportedModel
     from zoo.export.verify import verify
 
-    exported = OnnxModel(folder)
+    exported = ExportedModel(folder)
     Console().print(verify(_model(name, overrides, seed), exported).table())
 
 

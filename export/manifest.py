@@ -65,7 +65,7 @@ class Bundle(BaseModel):
         if not isinstance(fields, dict):
             raise ZooError(f"{file}: want a mapping of fields")
         bundle = validate(Bundle, fields, str(file))
-        for name in (PREDICTION, CONSOLIDATION, WEIGHTS):
+        for name in {*bundle.graphs, WEIGHTS, *bundle.sha256}:
             if not (folder / name).is_file():
                 raise ZooError(f"{folder / name}: is missing")
             if digest(folder / name) != bundle.sha256.get(name):

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from zoo.export.ring import PAST, RingKV, pack
-from zoo.export.runtime import OnnxModel
+from zoo.export.runtime import ExportedModel
 from zoo.kernels.registry import ZooError
 from zoo.model import Model, State
 
@@ -48,7 +48,7 @@ class Parity:
 
 
 @torch.no_grad()
-def verify(model: Model, exported: OnnxModel) -> Parity:
+def verify(model: Model, exported: ExportedModel) -> Parity:
     """Run both over the same stream of windows, the last one cut short, with a sleep after each.
 
     PyTorch answers twice, in whole chunks and token by token.

@@ -19,6 +19,7 @@ from onnx import AttributeProto
 import zoo
 from zoo.export import bundle as making
 from zoo.export.cli import main
+from zoo.export.manifest import Bundle
 from zoo.kernels.registry import ZooError
 
 FILES = ["bundle.json", "consolidation.onnx", "prediction.onnx", "weights.bin"]
@@ -169,6 +170,16 @@ def test_a_broken_manifest(tmp_path, content, said):
         zoo.export.load(tmp_path)
 
 
+def copy_of(folder):
+    """What stands for writing a bundle: another one's files."""
+
+    def write(model, out):
+        shutil.copytree(folder, out, dirs_exist_ok=True)
+        return Bundle.read(out)
+
+    return write
+
+
 def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
@@ -202,10 +213,7 @@ def test_what_exists_is_left_alone(tmp_path):
 def test_graphs_that_differ_leave_nothing(bundles, tmp_path, monkeypatch):
     model, folder, _ = bundles("hard")
 
-    def write_another(model, out):
-        shutil.copytree(folder, out, dirs_exist_ok=True)
-
-    monkeypatch.setattr(making.targets, "get", lambda name: write_another)
+    monkeypatch.setattr(making, "write_onnx", copy_of(folder))
     making.export(model, tmp_path / "same")
     with pytest.raises(ZooError, match="from PyTorch"):
         making.export(zoo.create(model.config, seed=1), tmp_path / "other")
@@ -243,7 +251,7 @@ def test_a_folder_in_use_is_found_before_any_work(bundles, tmp_path, monkeypatch
 
 def test_the_command_writes_a_bundle(bundles, tmp_path, monkeypatch):
     model, folder, _ = bundles("hard")
-    monkeypatch.setattr(making.targets, "get", lambda name: lambda model, out: shutil.copytree(folder, out, dirs_exist_ok=True))
+    monkeypatch.setattr(making, "write_onnx", copy_of(folder))
     zoo.save(model, tmp_path / "run")
     result = run(tmp_path / "run", "--out", tmp_path / "new")
     assert result.exit_code == 0, result.output

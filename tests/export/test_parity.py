@@ -7,7 +7,7 @@ import torch
 
 import zoo
 from zoo.export.ring import PAST, pack
-from zoo.export.runtime import OnnxModel
+from zoo.export.runtime import ExportedModel
 from zoo.export.verify import SLEEP, TOLERANCE, verify
 from zoo.kernels.registry import ZooError
 
@@ -40,7 +40,7 @@ def test_sleeping_early(bundle, batch):
 
 
 def test_what_padding_holds_does_not_matter(bundle):
-    exported = OnnxModel(bundle.folder)
+    exported = ExportedModel(bundle.folder)
     graph = exported._consolidation
     window = exported.config.window
     ids = stream(bundle.model, 2, window)
@@ -52,7 +52,7 @@ def test_what_padding_holds_does_not_matter(bundle):
 
 
 def test_states_are_not_changed(bundle):
-    exported = OnnxModel(bundle.folder)
+    exported = ExportedModel(bundle.folder)
     ids = stream(bundle.model, 2, exported.config.window)
     state = exported.consolidate(ids, exported.init_state(2))
     before = {name: tensor.clone() for name, tensor in pack(state, PAST).items()}
@@ -77,19 +77,19 @@ def test_other_weights_are_found_out(bundles):
     model, folder, _ = bundles("hard")
     other = zoo.create(model.config, seed=1)
     with pytest.raises(ZooError, match="from PyTorch, allowed: 1e-03"):
-        verify(other, OnnxModel(folder))
+        verify(other, ExportedModel(folder))
 
 
 @pytest.mark.parametrize("ids", [(2, 7), (3, 1), (2, 0), (2,)])
 def test_tokens_that_do_not_fit(bundles, ids):
-    exported = OnnxModel(bundles("hard").folder)
+    exported = ExportedModel(bundles("hard").folder)
     for run in (exported, exported.consolidate):
         with pytest.raises(ZooError, match="ids"):
             run(torch.zeros(ids, dtype=torch.int64), exported.init_state(2))
 
 
 def test_a_sleep_starts_where_its_window_does(bundles):
-    exported = OnnxModel(bundles("hard").folder)
+    exported = ExportedModel(bundles("hard").folder)
     ids = torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ZooError, match="at position 2"):
         exported.consolidate(ids, exported(ids, exported.init_state()).state)

@@ -1,0 +1,35 @@
+"""What a bundle is written for: the graphs alone, or with what one runtime needs beside them."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from zoo.export.manifest import Bundle
+from zoo.kernels.registry import Registry
+
+
+class Target(BaseModel):
+    """`onnx`: the graphs alone. The base of every target; its fields are what a user may ask of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def check(self, precision: str, weight_bytes: int) -> None:
+        """ZooError, before any work, for what this target cannot do here."""
+
+    def build(self, folder: Path, bundle: Bundle) -> Bundle:
+        """Write further files beside the graphs in `folder`. Returns the bundle with what it now holds, sha256 of them included."""
+        return bundle
+
+
+def _register() -> None:
+    for module in MODULES:
+        importlib.import_module(module)
+
+
+MODULES: tuple[str, ...] = ()  # each registers a target
+
+targets: Registry[type[Target]] = Registry("export target", "targets", _register)
+targets.register("onnx", Target)
