@@ -28,6 +28,26 @@ class GraphSpec(BaseModel):
     outputs: list[TensorSpec]
 
 
+class EngineSpec(BaseModel):
+    """What a TensorRT engine was built by and for, and what the build said."""
+
+    built_by: str
+    compute_capability: list[str]
+    batch: tuple[int, int, int]
+    layers: int
+    seconds: float
+    warnings: list[str]
+
+    def __str__(self) -> str:
+        low, preferred, high = self.batch
+        place = ", ".join(self.compute_capability) or "its default"
+        said = "".join(f"\n  warning: {warning}" for warning in self.warnings)
+        return (
+            f"{self.layers} layers in {self.seconds:.1f} s by {self.built_by}, compute capability {place}, "
+            f"batch {low} to {high}, best at {preferred}{said}"
+        )
+
+
 class Bundle(BaseModel):
     """What bundle.json says. `window`, `loops` and `evict` repeat the config for readers that know nothing of this package."""
 
@@ -41,6 +61,7 @@ class Bundle(BaseModel):
     opset: int
     precision: Literal["float32"]
     graphs: dict[str, GraphSpec]
+    engines: dict[str, EngineSpec] = {}
     versions: dict[str, str]
     sha256: dict[str, str]
 

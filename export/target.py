@@ -29,7 +29,7 @@ def _register() -> None:
         importlib.import_module(module)
 
 
-MODULES: tuple[str, ...] = ()  # each registers a target
+MODULES = ("zoo.export.tensorrt",)  # each registers a target
 
 targets: Registry[type[Target]] = Registry("export target", "targets", _register)
 targets.register("onnx", Target)
