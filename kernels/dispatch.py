@@ -35,6 +35,7 @@ def _import_operators() -> None:
 kernels: Registry[Callable[..., Any]] = Registry("kernel", "kernels", _import_operators)  # "<operator>.<form>"
 
 _forced: str | None = None
+_known_forms: dict[str, set[str]] = {}
 _told: set[tuple[str, str]] = set()
 
 
@@ -72,21 +73,19 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
         ZooError: `form` does not exist, or Triton is forced where it cannot run.
     """
     forms = _forms(operator)
+    forced = _forced or os.environ.get(ENVIRONMENT)
     if form is not None:
         _check(f"{operator}: form", form, forms)
         chosen, reason = form, "the caller's choice"
-    elif (forced := _forced or os.environ.get(ENVIRONMENT)) in forms:
+    elif forced in forms:
         chosen, reason = str(forced), "forced"
-    elif forced and not _forced:
-        _check(ENVIRONMENT, forced, {name.split(".")[1] for name in kernels.names()})
-        chosen, reason = plain, f"no form '{forced}'"
-    elif "triton" in forms and x.is_cuda and (problem := triton_problem(x)) is None:
-        chosen, reason = "triton", "the tensors are on a GPU"
     else:
-        chosen, reason = plain, f"the tensors are on {x.device.type}" if not x.is_cuda else str(problem)
-    if chosen == "triton" and (problem := triton_problem(x)) is not None:
-        others = ", ".join(sorted(forms - {"triton"}))
-        raise ZooError(f"{operator}: form 'triton' cannot run: {problem}; allowed here: {others}")
+        if forced:
+            _check(ENVIRONMENT, forced, {name.split(".")[1] for name in kernels.names()})
+        problem = triton_problem(x) if x.is_cuda and "triton" in forms else f"the tensors are on {x.device.type}"
+        chosen, reason = (plain, problem) if problem else ("triton", "the tensors are on a GPU")
+    if chosen == "triton" and (problem := triton_problem(x)):
+        raise ZooError(f"{operator}: form 'triton' cannot run: {problem}; allowed here: {', '.join(sorted(forms - {'triton'}))}")
     if not torch.compiler.is_compiling() and (operator, chosen) not in _told:
         _told.add((operator, chosen))
         log.info("%s: %s (%s)", operator, chosen, reason)
@@ -124,7 +123,7 @@ def triton_form(operator: str) -> Callable[..., Any]:
 _triton_runs: dict[str, Callable[..., Any]] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]  # torch.compile does not trace imports, it makes them
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile does not trace imports, it makes them
 def _import_triton(operator: str) -> bool:
     if operator not in _triton_runs:
         _triton_runs[operator] = importlib.import_module(f"zoo.kernels.{operator}.triton").run
@@ -136,9 +135,11 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
 def _forms(operator: str) -> set[str]:
-    return {name.split(".")[1] for name in kernels.names() if name.startswith(f"{operator}.")}
+    # a dict and no functools.cache, of which torch.compile warns
+    if operator not in _known_forms:
+        _known_forms[operator] = {name.split(".")[1] for name in kernels.names() if name.startswith(f"{operator}.")}
+    return _known_forms[operator]
 
 
 def _check(field: str, form: str, forms: set[str]) -> None:

@@ -26,7 +26,7 @@ def model(evict):
 
 def live_bytes():
     gc.collect()
-    return sum(o.untyped_storage().nbytes() for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+    return sum(o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
 
 
 def resident_bytes():
