@@ -33,16 +33,33 @@ class KV(NamedTuple):
 
         Returns [B, H, T, D] and the cache of what a later token can still see.
         """
+        if steps.cu_seqlens is not None:
+            return self._attend_packed(q, k, v, steps, reach)
         past, T = self.key.shape[2], q.shape[2]
         cache = KV(torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)) if past else KV(k, v)
         gqa = q.shape[1] != k.shape[1]
-        if T == 1 and (reach is None or past < reach):
+        if T == 1 and (reach is None or past < reach) and not steps.ragged:
             y = F.scaled_dot_product_attention(q, *cache, enable_gqa=gqa)
         elif past == 0 and (reach is None or reach >= T):
             y = F.scaled_dot_product_attention(q, *cache, is_causal=True, enable_gqa=gqa)
         else:
             y = F.scaled_dot_product_attention(q, *cache, attn_mask=steps.band(past, reach), enable_gqa=gqa)
         return y, cache if reach is None else cache.keep(reach - 1)
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, steps: Steps, reach: int | None) -> tuple[Tensor, KV]:
+        """`attend` for each packed sequence by itself; their caches end alike, with zeros before a shorter one."""
+        lengths, past = [own.length for own in steps.sequences], self.key.shape[2]
+        outputs, caches = [], []
+        qs, ks, vs = (x.split(lengths, dim=2) for x in (q, k, v))
+        for s, own in enumerate(steps.sequences):
+            empty = max(0, past - int(own.start))
+            cached = KV(self.key[s : s + 1, :, empty:], self.value[s : s + 1, :, empty:])
+            y, cache = cached.attend(qs[s], ks[s], vs[s], own, reach)
+            outputs.append(y)
+            caches.append(cache)
+        longest = max(cache.key.shape[2] for cache in caches)
+        aligned = [[F.pad(x, (0, 0, longest - x.shape[2], 0)) for x in cache] for cache in caches]
+        return torch.cat(outputs, dim=2), KV(*(torch.cat(parts) for parts in zip(*aligned, strict=True)))
 
 
 class AttentionOptions(mixer.Options):
@@ -70,6 +87,7 @@ class Attention(Mixer):
     """Causal grouped-query attention (arXiv 2305.13245), rotary positions (arXiv 2104.09864)."""
 
     Options: ClassVar[type[mixer.Options]] = AttentionOptions
+    packs = True
 
     def __init__(self, d_model: int, options: AttentionOptions, reach: int | None) -> None:
         super().__init__(d_model, options, reach)
@@ -123,7 +141,7 @@ class SlidingAttention(Attention):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (x_i, x_{i + R/2}) of the first R entries of x: [B, H, T, D] by the angles cos, sin: [T, R/2]."""
+    """Rotate pairs (x_i, x_{i + R/2}) of the first R entries of x: [B, H, T, D] by the angles cos, sin: [T or B, 1, T, R/2]."""
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

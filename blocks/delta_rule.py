@@ -29,6 +29,8 @@ class DeltaRule(Mixer):
     Gates as in Mamba-2: log decay g = -exp(A_log) softplus(W_a x + dt_bias), write strength beta = sigmoid(W_b x).
     """
 
+    packs = True
+
     def __init__(
         self, d_model: int, options: DeltaRuleOptions, reach: int | None, value_heads: int, gated: bool = True, write_bias: bool = False
     ) -> None:
@@ -72,7 +74,7 @@ class DeltaRule(Mixer):
         # padding neither decays nor writes
         g, beta = steps.without_padding(g), steps.without_padding(beta)
         v = v.unflatten(-1, (self.value_heads, -1))
-        o, final = gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=fast, output_final_state=True)
+        o, final = gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=fast, output_final_state=True, cu_seqlens=steps.cu_seqlens)
         assert final is not None
         o = self.o_norm(o).flatten(2)
         return self.o_proj(o if self.g_proj is None else o * F.silu(self.g_proj(x))), final

@@ -63,6 +63,7 @@ class GatedDeltaNet(DeltaRule):
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
         mixed = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         weight = torch.cat([self.q_conv, self.k_conv, self.v_conv])
-        q, k, v = causal_conv1d(mixed, weight, initial_state=window.conv_state)[0].split([self.keys, self.keys, self.values], dim=-1)
+        convolved, _ = causal_conv1d(mixed, weight, initial_state=window.conv_state, cu_seqlens=steps.cu_seqlens)
+        q, k, v = convolved.split([self.keys, self.keys, self.values], dim=-1)
         y, fast = self.update(x, q, k, v, fast, steps, self.beta_scale)
         return y, fast, ConvTail(steps.tail(mixed, window.conv_state))

@@ -29,6 +29,7 @@ class Mamba(Mixer):
     """Selective state space with a gate (section 3.4, figure 3). Fast weights S: [B, C, N] for C inner channels, float32."""
 
     Options = MambaOptions
+    packs = True
 
     def __init__(self, d_model: int, options: MambaOptions, reach: int | None) -> None:
         super().__init__(d_model, options, reach)
@@ -65,12 +66,12 @@ class Mamba(Mixer):
 
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
         mixed, gate = self.in_proj(x).chunk(2, dim=-1)
-        u = causal_conv1d(mixed, self.conv_weight, self.conv_bias, initial_state=window.conv_state)[0]
+        u, _ = causal_conv1d(mixed, self.conv_weight, self.conv_bias, initial_state=window.conv_state, cu_seqlens=steps.cu_seqlens)
         low, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         # padding takes a step of zero: it neither decays nor writes
         dt = steps.without_padding(F.softplus(self.dt_proj(low).to(fast.dtype)))
         A = -self.A_log.to(fast.dtype).exp()
-        y, final = selective_scan(u.to(fast.dtype), dt, A, B, C, initial_state=fast, output_final_state=True)
+        y, final = selective_scan(u.to(fast.dtype), dt, A, B, C, initial_state=fast, output_final_state=True, cu_seqlens=steps.cu_seqlens)
         assert final is not None
         y = (y + self.D * u).to(x.dtype) * F.silu(gate)
         return self.o_proj(y), final, ConvTail(steps.tail(mixed, window.conv_state))

@@ -41,6 +41,7 @@ class Mamba2(Mixer):
     """State-space duality with one decay per head (section 7, figure 6). Fast weights S: [B, H, N, P], float32."""
 
     Options = Mamba2Options
+    packs = True
 
     def __init__(self, d_model: int, options: Mamba2Options, reach: int | None) -> None:
         super().__init__(d_model, options, reach)
@@ -83,13 +84,15 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
         gate, mixed, dt = self.in_proj(x).split([self.inner, self.convolved, self.heads], dim=-1)
-        convolved = causal_conv1d(mixed, self.conv_weight, self.conv_bias, initial_state=window.conv_state)[0].to(fast.dtype)
+        convolved, _ = causal_conv1d(mixed, self.conv_weight, self.conv_bias, initial_state=window.conv_state, cu_seqlens=steps.cu_seqlens)
         grouped = self.groups * self.state_dim
-        u, B, C = convolved.split([self.inner, grouped, grouped], dim=-1)
+        u, B, C = convolved.to(fast.dtype).split([self.inner, grouped, grouped], dim=-1)
         u, B, C = u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
         # padding takes a step of zero: it neither decays nor writes
         dt = steps.without_padding(F.softplus(dt.to(fast.dtype) + self.dt_bias).clamp(*self.dt_limit))
-        y, final = ssd(u, dt, -self.A_log.to(fast.dtype).exp(), B, C, initial_state=fast, output_final_state=True)
+        y, final = ssd(
+            u, dt, -self.A_log.to(fast.dtype).exp(), B, C, initial_state=fast, output_final_state=True, cu_seqlens=steps.cu_seqlens
+        )
         assert final is not None
         y = (y + self.D[:, None] * u).flatten(2) * F.silu(gate.to(fast.dtype))
         normed = F.rms_norm(y.unflatten(-1, (self.groups, -1)), [self.inner // self.groups], eps=self.norm_eps).flatten(2)

@@ -49,6 +49,8 @@ class Mixer(nn.Module):
     """
 
     Options: ClassVar[type[Options]] = Options
+    packs: ClassVar[bool] = False
+    """Whether it keeps apart the sequences that `steps.cu_seqlens` marks in one row."""
 
     def __init__(self, d_model: int, options: Any, reach: int | None) -> None:
         super().__init__()
@@ -65,6 +67,7 @@ class Mixer(nn.Module):
         """Mix the tokens of x: [B, T, D], given what came before them.
 
         Returns y [B, T, D], the fast weights and the window cache after the last token. Never changes its inputs.
+        Where `steps.cu_seqlens` marks S packed sequences, B is 1, and fast weights and window cache are those of S streams.
         """
         raise NotImplementedError
 

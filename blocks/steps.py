@@ -2,45 +2,89 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
+
+from zoo.kernels import packed
 
 
 class Steps:
     """T tokens starting at a position. One object serves every layer and every pass, so its tables are made once.
 
     Args:
-        start: position of the first token (int, or an int64 scalar tensor in an exported graph).
+        start: position of the first token: int, or int64 scalar tensor in an exported graph; of each of B streams, int64 [B].
         length: T.
         valid: how many of the T tokens count (int64 scalar tensor); the rest is padding at the end. None: all.
+        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in the only row, each
+            continuing a stream of its own. None: every row is a sequence.
     """
 
-    def __init__(self, start: int | Tensor, length: int, device: torch.device, valid: Tensor | None = None) -> None:
+    def __init__(
+        self, start: int | Tensor, length: int, device: torch.device, valid: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> None:
         self.start = start
         self.length = length
         self.valid = valid
+        self.cu_seqlens = cu_seqlens
         self.index = torch.arange(length, device=device)
         self._tables: dict[object, Tensor | tuple[Tensor, Tensor]] = {}
 
+    @property
+    def ragged(self) -> bool:
+        """Whether the streams are at positions of their own."""
+        return isinstance(self.start, Tensor) and self.start.ndim == 1
+
+    @property
+    def end(self) -> int | Tensor:
+        """Position after the last token, of each stream if they differ."""
+        return self.start + (self.length if self.cu_seqlens is None else self.cu_seqlens.diff())
+
+    @cached_property
+    def position(self) -> Tensor:
+        """Of every token: [T], or [B, T] for streams at positions of their own."""
+        if self.cu_seqlens is not None:
+            first = self.start - self.cu_seqlens[:-1]
+            return self.index + first.repeat_interleave(self.cu_seqlens.diff(), output_size=self.length)
+        return (self.start[:, None] if isinstance(self.start, Tensor) and self.ragged else self.start) + self.index
+
+    @cached_property
+    def sequences(self) -> list[Steps]:
+        """The steps of each packed sequence."""
+        assert self.cu_seqlens is not None
+        lengths = self.cu_seqlens.diff().tolist()
+        starts = self.start.tolist() if isinstance(self.start, Tensor) else [self.start] * len(lengths)
+        return [Steps(start, length, self.index.device) for start, length in zip(starts, lengths, strict=True)]
+
     def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, dim / 2] of the rotary angles (RoFormer, arXiv 2104.09864, eq. 15), made in float32 or wider."""
+        """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864, eq. 15), made in float32 or wider.
+
+        [T, dim / 2], or [B, 1, T, dim / 2] for streams at positions of their own.
+        """
         key = ("rotary", dim, theta, dtype)
         if key not in self._tables:
             wide = torch.promote_types(dtype, torch.float32)
             frequency = theta ** -(torch.arange(0, dim, 2, device=self.index.device, dtype=wide) / dim)
-            angle = (self.start + self.index).to(wide)[:, None] * frequency
+            angle = self.position.to(wide)[..., None] * frequency
+            angle = angle[:, None] if self.ragged and self.cu_seqlens is None else angle
             self._tables[key] = angle.cos().to(dtype), angle.sin().to(dtype)
         return self._tables[key]  # type: ignore[return-value]
 
     def band(self, past: int, reach: int | None) -> Tensor:
         """Which of `past` cached tokens and the T new ones each new token sees: bool [T, past + T].
 
-        A token sees itself and what came before it, `reach` tokens in all (None: everything).
+        A token sees itself and what came before it, `reach` tokens in all (None: everything). [B, 1, T, past + T] for
+        streams at positions of their own, whose caches end alike: what stands before a stream's start is not seen.
         """
         key = ("band", past, reach)
         if key not in self._tables:
-            behind = (past + self.index)[:, None] - torch.arange(past + self.length, device=self.index.device)
-            self._tables[key] = (behind >= 0) & (behind < reach) if reach is not None else behind >= 0
+            slot = torch.arange(past + self.length, device=self.index.device)
+            behind = (past + self.index)[:, None] - slot
+            seen = (behind >= 0) & (behind < reach) if reach is not None else behind >= 0
+            if isinstance(self.start, Tensor) and self.ragged:
+                seen = seen & (slot >= past - self.start[:, None, None, None])
+            self._tables[key] = seen
         return self._tables[key]  # type: ignore[return-value]
 
     def without_padding(self, x: Tensor) -> Tensor:
@@ -51,6 +95,8 @@ class Steps:
 
     def tail(self, x: Tensor, before: Tensor) -> Tensor:
         """The newest K-1 inputs of a short convolution after x [B, T, C], `before` [B, C, K-1] preceding it."""
+        if self.cu_seqlens is not None:
+            return packed.newest(x, before, self.cu_seqlens)
         inputs = torch.cat([before, x.mT.to(before.dtype)], dim=-1)
         if self.valid is None:
             return inputs[..., self.length :]

@@ -90,7 +90,7 @@ def verify(model: Model, exported: ExportedModel) -> Parity:
 
 def _compare_states(found: dict[tuple[str, str], list[tuple[float, float]]], moment: str, state: State, wanted: State) -> None:
     ordered = tuple(
-        cache.ordered(state.position, reference.key.shape[2]) if isinstance(cache, RingKV) else cache
+        cache.ordered(int(state.position), reference.key.shape[2]) if isinstance(cache, RingKV) else cache
         for cache, reference in zip(state.window, wanted.window, strict=True)
     )
     for name, tensor in pack(state._replace(window=ordered), PAST).items():

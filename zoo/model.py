@@ -17,6 +17,7 @@ from zoo.blocks.norm import RMSNorm, norms
 from zoo.blocks.steps import Steps
 from zoo.config import ModelConfig, validate
 from zoo.eviction import evictions
+from zoo.kernels import packed
 from zoo.kernels.registry import ZooError
 
 
@@ -27,8 +28,9 @@ class State(NamedTuple):
     """Fast weights S of each layer, float32 (float64 in a float64 model); None where the mixer has none."""
     window: tuple[Any, ...]
     """Window cache of each layer, a NamedTuple of tensors; with wake loops, of each loop's layers in turn."""
-    position: int
-    """Position of the next token: in the window under `hard`, in the stream otherwise."""
+    position: int | Tensor
+    """Position of the next token: in the window under `hard`, in the stream otherwise. After packed sequences, that of each
+    stream, int64 [S]."""
 
 
 class Output(NamedTuple):
@@ -121,13 +123,17 @@ class Model(nn.Module):
         window = tuple(m.new_window(batch_size) for _ in range(self.config.wake_loops) for m in layers)
         return State(tuple(m.new_fast(batch_size) for m in layers), window, 0)
 
-    def forward(self, ids: Tensor, state: State | None = None) -> Output:
+    def forward(self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None) -> Output:
         """One wake pass over ids: [B, T] int64, continuing the stream at `state` (default: a new stream).
 
+        Args:
+            cu_seqlens: [S + 1] int32 or int64: ids is [1, total], S sequences end to end, each continuing a stream of its own;
+                sequence s is tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1.
         Raises:
             ZooError: the tokens do not fit into the window that the state has open.
+            ValueError: `cu_seqlens` does not fit the tokens.
         """
-        h, state = self._wake(ids, state)
+        h, state = self._wake(ids, state, cu_seqlens)
         return Output(self.logits(h), state)
 
     def logits(self, h: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ class Model(nn.Module):
             h = h[..., -1, :] if self.exit is None else self.exit(h)
         return F.linear(h, self.embed.weight if self.head is None else self.head.weight)
 
-    def consolidate(self, ids: Tensor, state: State | None = None, *, loops: int | None = None) -> State:
+    def consolidate(self, ids: Tensor, state: State | None = None, *, loops: int | None = None, cu_seqlens: Tensor | None = None) -> State:
         """Sleep on one whole chunk, then evict.
 
         Runs the prelude once, the span `loops` times and the coda once. Each pass reads the last one's hidden
@@ -147,10 +153,12 @@ class Model(nn.Module):
             ids: the chunk's tokens, [B, T] int64, T at most the window.
             state: as it stood at the chunk's start (default: a new stream). It is not changed.
             loops: passes of the span, default `config.loops`.
+            cu_seqlens: as in `forward`; every sequence is one whole chunk.
         Raises:
             ZooError: more tokens than the window holds, or loops < 1.
+            ValueError: `cu_seqlens` does not fit the tokens.
         """
-        return self.evict(self._asleep(ids, state, loops).finish()[1])
+        return self.evict(self._asleep(ids, state, loops, cu_seqlens).finish()[1])
 
     def consolidation(self, ids: Tensor, state: State | None = None, *, loops: int | None = None) -> Generator[None, None, State]:
         """`consolidate` bit by bit: yields after every block of every pass, so that something else may go first."""
@@ -160,13 +168,13 @@ class Model(nn.Module):
             yield
         return self.evict(passes.finish()[1])
 
-    def _asleep(self, ids: Tensor, state: State | None, loops: int | None) -> Passes:
+    def _asleep(self, ids: Tensor, state: State | None, loops: int | None, cu_seqlens: Tensor | None = None) -> Passes:
         loops = self.config.loops if loops is None else loops
         if loops < 1:
             raise ZooError(f"loops: {loops} must be at least 1")
-        if self.config.window is not None and ids.shape[-1] > self.config.window:
-            raise ZooError(f"ids: {ids.shape[-1]} tokens are more than one window of {self.config.window}")
-        state, steps = self._open(ids, state)
+        state, steps = self._open(ids, state, cu_seqlens)
+        if self.config.window is not None and (longest := _longest(steps)) > self.config.window:
+            raise ZooError(f"ids: {longest} tokens are more than one window of {self.config.window}")
         return Passes(self, self.embedded(ids, steps), state, steps, loops * self.config.wake_loops)
 
     def evict(self, state: State) -> State:
@@ -230,24 +238,28 @@ class Model(nn.Module):
         width = self.config.window or tensors[0].shape[1]
         return zip(*(tensor.split(width, dim=1) for tensor in tensors), strict=True)
 
-    def _wake(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
-        state, steps = self._open(ids, state)
+    def _wake(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+        state, steps = self._open(ids, state, cu_seqlens)
         return Passes(self, self.embedded(ids, steps), state, steps, self.config.wake_loops).finish()
 
-    def _open(self, ids: Tensor, state: State | None) -> tuple[State, Steps]:
+    def _open(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[State, Steps]:
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ZooError(f"ids {list(ids.shape)}: want [B, T] with at least one token")
-        state = self.init_state(ids.shape[0]) if state is None else state
-        if self.eviction.restarts and state.position + ids.shape[1] > (window := self.config.window or 0):
+        streams = packed.streams(ids.shape[0], ids.shape[1], cu_seqlens)
+        if cu_seqlens is not None and (loose := {kind for kind in self.config.pattern if not mixers.get(kind).packs}):
+            raise ZooError(f"{self.config.name}: cu_seqlens: block '{min(loose)}' cannot keep packed sequences apart")
+        state = self.init_state(streams) if state is None else state
+        steps = Steps(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
+        if self.eviction.restarts and int(torch.as_tensor(steps.end).max()) > (window := self.config.window or 0):
             raise ZooError(
-                f"ids: {ids.shape[1]} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first"
+                f"ids: {_longest(steps)} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first"
             )
-        return state, Steps(state.position, ids.shape[1], ids.device)
+        return state, steps
 
     def embedded(self, ids: Tensor, steps: Steps) -> Tensor:
         """What the first block reads: ids [B, T] -> [B, T, D]."""
         h = self.embed(ids)
-        return h + self.positions(steps.start + steps.index) if self.config.learned_positions else h
+        return h + self.positions(steps.position) if self.config.learned_positions else h
 
     def between_passes(self, h: Tensor, first: Tensor) -> Tensor:
         """What one pass hands to the next: h: [B, T, D], and optionally the span's first input again."""
@@ -256,6 +268,11 @@ class Model(nn.Module):
         if self.config.inject:
             h = h + self.inject * first
         return h
+
+
+def _longest(steps: Steps) -> int:
+    """Tokens of the longest sequence."""
+    return steps.length if steps.cu_seqlens is None else int(steps.cu_seqlens.diff().max())
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
@@ -294,7 +311,7 @@ class Passes:
         for stage in self.stages[self._done :]:
             self.run(*stage)
         h = torch.stack(self.after, dim=-2) if self.after else self.h
-        return h, State(tuple(self.fast), tuple(self.window), self.start.position + self.steps.length)
+        return h, State(tuple(self.fast), tuple(self.window), self.steps.end)
 
 
 def _build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:

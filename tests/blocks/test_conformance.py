@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+from zoo.blocks.attention import KV
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.steps import Steps
 
@@ -227,6 +228,63 @@ def test_negative_eigenvalues_write_twice_as_strongly() -> None:
     ids = torch.zeros(1, 1, dtype=torch.int64)
     usual, twice = (make("gdn", blocks={"gdn": {"neg_eigval": flag}})(ids).state.fast[0] for flag in (False, True))
     assert_same(twice, 2 * usual)
+
+
+LENGTHS = (5, 1, 12, 3)
+
+
+def unpacked(cache: Any, stream: int, tokens: int) -> list[torch.Tensor]:
+    """What one stream's row of a window cache holds; shorter KV caches start with nothing."""
+    return [x[stream : stream + 1, :, x.shape[2] - tokens :] if isinstance(cache, KV) else x[stream : stream + 1] for x in cache]
+
+
+def test_packed_sequences_are_apart(mixer: Mixer, variant: str) -> None:
+    """Sequences of different lengths in one row, twice after each other, then a token each: as each alone."""
+    streams, first, second, last = (len(LENGTHS), *(tokens(1, sum(LENGTHS), seed).requires_grad_() for seed in (1, 2)), tokens(4, 1, 3))
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    turned = torch.tensor([0, *LENGTHS[::-1]]).cumsum(0).to(torch.int32)
+    fast = mixer.new_fast(streams)
+    once, *state = mixer(first, fast, mixer.new_window(streams), before := Steps(0, 21, CPU, cu_seqlens=ends))
+    twice, *state = mixer(second, *state, after := Steps(before.end, 21, CPU, cu_seqlens=turned))
+    token, *state = mixer(last, *state, Steps(after.end, 1, CPU))
+    alone = {}
+    for s in range(streams):
+        parts = first[:, ends[s] : ends[s + 1]], second[:, turned[s] : turned[s + 1]], last[s : s + 1]
+        whole = torch.cat(parts, dim=1)
+        y, own_fast, own_window = run(mixer, whole, [part.shape[1] for part in parts])
+        want = y.split([part.shape[1] for part in parts], dim=1)
+        assert_same(once[:, ends[s] : ends[s + 1]], want[0])
+        assert_same(twice[:, turned[s] : turned[s + 1]], want[1])
+        assert_same(token[s : s + 1], want[2])
+        if own_fast is not None:
+            assert_same(state[0][s : s + 1], own_fast)
+        if own_window is not None:
+            held = own_window.key.shape[2] if isinstance(own_window, KV) else 0
+            assert_same(unpacked(state[1], s, held), list(own_window))
+        alone[s] = y
+    weights = [*mixer.parameters(), first, second]
+    packed = torch.autograd.grad(sum(y.square().sum() for y in (once, twice, token)), weights)
+    for got, want in zip(packed, torch.autograd.grad(sum(y.square().sum() for y in alone.values()), weights), strict=True):
+        assert_same(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"evict": "hard", "window": 12, "loops": 2}, {"evict": "sliding", "window": 12, "loops": 3}])
+def test_packed_streams_sleep_as_alone(variant: str, fields: dict[str, Any]) -> None:
+    kind, options = VARIANTS[variant]
+    recurrent = {"layers": f"gdn {kind}", "blocks": {"gdn": VARIANTS["gdn grouped"][1], kind: options}, "inject": True}
+    model = make(variant, **recurrent, **fields)
+    ids = torch.randint(0, 17, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(5))
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    state = model.consolidate(ids, cu_seqlens=ends)
+    answer, state = model(ids[:, : len(LENGTHS)], state, cu_seqlens=torch.arange(len(LENGTHS) + 1))
+    further = model(ids[0, : len(LENGTHS), None], state).logits
+    for s in range(len(LENGTHS)):
+        own = model.consolidate(ids[:, ends[s] : ends[s + 1]])
+        want, own = model(ids[:, s : s + 1], own)
+        assert_same(answer[:, s : s + 1], want)
+        assert_same(further[s : s + 1], model(ids[:, s : s + 1], own).logits)
+        assert int(torch.as_tensor(state.position).expand(len(LENGTHS))[s]) == own.position
 
 
 class Piece(nn.Module):

@@ -82,6 +82,39 @@ def test_the_exit_gate_is_read_in_order() -> None:
     assert torch.equal(gate(states), states[torch.arange(5), first])
 
 
+@torch.no_grad()
+def test_packed_sequences_of_looped_models_and_learned_positions() -> None:
+    ids, ends = torch.randint(0, 11, (1, 12), generator=torch.Generator().manual_seed(0)), torch.tensor([0, 7, 8, 12])
+    learned = {"layers": "attn gdn", "wake_loops": 1, "evict": "hard", "window": 9, "learned_positions": True}
+    for model in (tiny_ouro(exit={"threshold": 0.4}), tiny_ouro(**learned, blocks={"gdn": {"heads": 2}})):
+        out = model(ids, cu_seqlens=ends)
+        further = model(ids[0, :3, None], out.state).logits
+        for s in range(3):
+            alone = model(ids[:, ends[s] : ends[s + 1]])
+            torch.testing.assert_close(out.logits[:, ends[s] : ends[s + 1]], alone.logits)
+            torch.testing.assert_close(further[s : s + 1], model(ids[:, s : s + 1], alone.state).logits)
+
+
+def test_packed_sequences_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.create("gdn4-sleep2-hard6", d_model=16, vocab_size=11)
+    ids = torch.zeros(1, 12, dtype=torch.int64)
+    for ends in ([0, 6], [0, 6, 6, 12], [1, 12], [12], [0, 13]):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            model(ids, cu_seqlens=torch.tensor(ends))
+    with pytest.raises(ValueError, match="one row"):
+        model(ids.expand(2, 12), cu_seqlens=torch.tensor([0, 12]))
+    with pytest.raises(zoo.ZooError, match="7 tokens do not fit into a window of 6"):
+        model(ids, cu_seqlens=torch.tensor([0, 5, 12]))
+    with pytest.raises(zoo.ZooError, match="7 tokens are more than one window of 6"):
+        zoo.create("gdn4-sleep2-slide6", d_model=16, vocab_size=11).consolidate(ids, cu_seqlens=torch.tensor([0, 5, 12]))
+    state = model(ids, cu_seqlens=torch.tensor([0, 6, 12])).state
+    with pytest.raises(zoo.ZooError, match="consolidate it first"):
+        model(ids[:, :2], state, cu_seqlens=torch.arange(3))
+    monkeypatch.setattr(type(model.blocks[1].mixer), "packs", False)
+    with pytest.raises(zoo.ZooError, match="block 'gdn' cannot keep packed sequences apart"):
+        model(ids, cu_seqlens=torch.tensor([0, 6, 12]))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
