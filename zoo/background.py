@@ -8,7 +8,8 @@ from collections.abc import Generator
 
 import torch
 
-from zoo.stream import Moment, Sleeper, read, sleep
+from zoo.model import State
+from zoo.stream import Moment, Sleeper, consolidation, read, slept
 
 
 class Nap:
@@ -26,7 +27,7 @@ class Nap:
         self.error: BaseException | None = None
         self.ended = threading.Event()
         self.seconds = 0.0
-        self._stopped = False
+        self.stopped = False
 
     @torch.no_grad()
     def run(self) -> None:
@@ -34,7 +35,7 @@ class Nap:
         started = time.perf_counter()
         try:
             for _ in self.work():
-                if self._stopped:
+                if self.stopped:
                     return
         except BaseException as error:  # the session raises it from its next call
             self.error = error
@@ -43,18 +44,20 @@ class Nap:
             self.ended.set()
 
     def work(self) -> Generator[None, None, None]:
-        """Sleep, then read again in the new state what the stream has read meanwhile. Yields between blocks."""
-        if self._stopped:
-            return
-        after = yield from sleep(self.model, self.before, self.loops)
+        """Yields between blocks."""
+        if not self.stopped:
+            self.catch_up((yield from consolidation(self.model, self.before.ids, self.before.start, self.loops)))
+
+    def catch_up(self, state: State) -> None:
+        """Read again, in the state after the sleep, what the stream has read meanwhile."""
+        after = slept(self.model, self.before, state)
         while (missed := self._missed(after)).shape[1]:
-            yield
             _, after = read(self.model, after, missed)
         self.after = after
 
     def stop(self) -> None:
         """Leave off at the next block, and forget it."""
-        self._stopped = True
+        self.stopped = True
 
     @torch.no_grad()
     def commit(self) -> Moment:

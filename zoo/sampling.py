@@ -22,7 +22,7 @@ class Sampling(BaseModel):
 
 
 class Sampler:
-    """Chooses tokens for B streams, and remembers which ones it has seen.
+    """Chooses tokens for B streams, and remembers which ones it has seen. A stream that has stopped repeats its last.
 
     Args:
         seen: tokens that count as repeated, [B, T] int64.
@@ -36,6 +36,14 @@ class Sampler:
             self.generator.seed()
         else:
             self.generator.manual_seed(sampling.seed)
+        self._stop = torch.tensor(sampling.stop, dtype=torch.int64, device=seen.device)
+        self._over = torch.zeros(seen.shape[0], dtype=torch.bool, device=seen.device)
+        self._last = self._over.long()
+
+    @property
+    def over(self) -> bool:
+        """Whether every stream has stopped."""
+        return bool(self._over.all())
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The next token of each stream, [B], from logits [B, V]."""
@@ -44,8 +52,10 @@ class Sampler:
             token = scores.argmax(-1)
         else:
             token = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
-        self.seen.scatter_(1, token[:, None], True)
-        return token
+        self._last = torch.where(self._over, self._last, token)
+        self._over = self._over | torch.isin(self._last, self._stop)
+        self.seen.scatter_(1, self._last[:, None], True)
+        return self._last
 
     def scores(self, logits: Tensor) -> Tensor:
         """Log-probabilities up to a constant, [B, V] float32; -inf where a token is out of the question."""

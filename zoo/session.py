@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from zoo.model import State
 from zoo.sampling import Sampler, Sampling
 from zoo.schedule import Schedule, new_schedule
 from zoo.session_file import read_file, write_file
-from zoo.stream import Sleeper, opening, read, size
+from zoo.stream import Moment, Sleeper, finish, opening, read, size
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,6 @@ class Session:
         self._settle()
         return self._moment.state
 
-    @torch.no_grad()
     def feed(self, ids: Tensor) -> Tensor:
         """Read ids: [B, T] int64, any T at least 1. Sleeps when the schedule says so and a further token comes.
 
@@ -80,9 +81,8 @@ class Session:
         """
         self._check(ids, least=1)
         said = self._moment.said.shape[1]
-        return torch.cat(self._read(ids), dim=1)[:, said:]
+        return torch.cat(self._run(self._read(ids)), dim=1)[:, said:]
 
-    @torch.no_grad()
     def sleep(self, loops: int | None = None, *, wait: bool = True) -> None:
         """Consolidate the window's tokens and evict them. Does nothing if there are none.
 
@@ -91,19 +91,9 @@ class Session:
             wait: False: in the background. The session goes on from the state it has; once the sleep has ended, the
                 next call takes it up, as if it had happened at once.
         """
-        self._interrupt()
-        self._wait()
         if loops is not None and loops < 1:
             raise ZooError(f"loops: {loops} must be at least 1")
-        if not self._held:
-            return
-        nap = Nap(self.model, self._moment, loops)
-        if wait:
-            nap.run()
-            self._nap = nap
-            self._settle()
-        else:
-            self._begin(nap)
+        self._run(self._sleep(loops, wait))
 
     def generate(
         self,
@@ -143,18 +133,9 @@ class Session:
 
     def _generate(self, prompt: Tensor, sampling: Sampling) -> Iterator[Tensor]:
         sampler = Sampler(sampling, prompt, self.model.config.vocab_size)
-        stop = torch.tensor(sampling.stop, dtype=torch.int64, device=prompt.device)
-        over = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-        token = over.long()
         for _ in range(sampling.tokens):
-            with torch.no_grad():
-                self._read(prompt)
-                assert self._moment.logits is not None
-                token = torch.where(over, token, sampler(self._moment.logits))
-                over |= torch.isin(token, stop)
-            self._moment = self._moment._replace(said=token[:, None])
-            yield token
-            if over.all():
+            yield self._run(self._say(prompt, sampler))
+            if sampler.over:
                 return
             prompt = prompt[:, :0]
 
@@ -204,48 +185,71 @@ class Session:
             self._worker.close()
             self._worker = None
 
-    def _read(self, ids: Tensor) -> list[Tensor]:
+    def _run(self, work: Generator[Any, Any, T]) -> T:
+        """Drive `work` to its end. Whatever takes long is a generator that yields between blocks, for a pool to drive."""
+        with torch.no_grad():
+            return finish(work)
+
+    def _read(self, ids: Tensor) -> Generator[Any, Any, list[Tensor]]:
         """Read what was said, then ids, piece by piece with sleeps between. The logits of each piece."""
         self._interrupt()
         ids, logits = torch.cat([self._moment.said, ids], dim=1), []
-        self._make_sure_of_room(ids.shape[1])
+        yield from self._make_sure_of_room(ids.shape[1])
         while ids.shape[1]:
-            room = self._room() or ids.shape[1]
+            room = (yield from self._room()) or ids.shape[1]
             started = time.perf_counter()
-            out, moment = read(self.model, self._moment, ids[:, :room])
+            out, moment = yield from self._wake(ids[:, :room])
             counts = moment.counts._replace(awake=moment.counts.awake + time.perf_counter() - started)
             self._moment = moment._replace(said=moment.said[:, :0], counts=counts)
             if self._nap is not None:
                 self._nap.latest = self._moment
-            ids = ids[:, room:]
+            ids = ids[:, out.shape[1] :]
             logits.append(out)
         if self.schedule.pause is not None and self._nap is None and self._held:
             self._begin(Nap(self.model, self._moment, yields_to_tokens=True), self.schedule.pause)
         return logits
 
-    def _room(self) -> int | None:
+    def _wake(self, ids: Tensor) -> Generator[Any, Any, tuple[Tensor, Moment]]:
+        """One wake pass over ids, or over the first of them."""
+        yield from ()
+        return read(self.model, self._moment, ids)
+
+    def _say(self, prompt: Tensor, sampler: Sampler) -> Generator[Any, Any, Tensor]:
+        """Read prompt and choose the next token."""
+        yield from self._read(prompt)
+        assert self._moment.logits is not None
+        token = sampler(self._moment.logits)
+        self._moment = self._moment._replace(said=token[:, None])
+        return token
+
+    def _sleep(self, loops: int | None, wait: bool) -> Generator[Any, Any, None]:
+        self._interrupt()
+        yield from self._wait()
+        if self._held:
+            self._begin(Nap(self.model, self._moment, loops), wait=wait)
+            if wait:
+                yield from self._wait()
+
+    def _room(self) -> Generator[Any, Any, int | None]:
         """How many tokens can be read before the next sleep, at least 1; None: any number. Sleeps if there is no room."""
         window = self.model.config.window
         if window is None:
             return None
         # while a sleep runs, the stream goes on until its window is full
         while self._held >= (limit := window if self._nap is not None else self._due or window):
-            if self._nap is not None:
-                self._wait()
-            else:
-                self.sleep()
+            yield from self._wait() if self._nap is not None else self._sleep(None, wait=True)
         return limit - self._held
 
     @property
     def _held(self) -> int:
         return self._moment.ids.shape[1]
 
-    def _make_sure_of_room(self, tokens: int) -> None:
+    def _make_sure_of_room(self, tokens: int) -> Generator[Any, Any, None]:
         window = self.model.config.window
         if self._due is not None or window is None:
             return
         if tokens > window - self._held:
-            self._wait()
+            yield from self._wait()
         if tokens > (room := window - self._held):
             raise ZooError(f"ids: {tokens} tokens; the window of {window} has room for {room}, and the schedule is manual: sleep first")
 
@@ -256,11 +260,15 @@ class Session:
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise ZooError(f"ids: from {int(ids.min())} to {int(ids.max())}; the vocabulary is 0 to {vocabulary - 1}")
 
-    def _begin(self, nap: Nap, after: float = 0.0) -> None:
+    def _begin(self, nap: Nap, after: float = 0.0, *, wait: bool = False) -> None:
+        """Run `nap`: in the background in `after` seconds, or here if somebody waits for it."""
+        self._nap = nap
+        if wait:
+            nap.run()
+            return
         if self._worker is None:
             self._worker = Worker()
             weakref.finalize(self, self._worker.close)
-        self._nap = nap
         self._worker.begin(nap, after)
 
     def _settle(self) -> None:
@@ -280,8 +288,9 @@ class Session:
             self._nap.stop()
             self._nap = None
 
-    def _wait(self) -> None:
-        """Until the sleep in the background has ended."""
+    def _wait(self) -> Generator[Any, Any, None]:
+        """Until the sleep that runs has ended."""
+        yield from ()
         if self._nap is not None:
             self._nap.ended.wait()
             self._settle()

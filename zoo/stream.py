@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from zoo.config import ModelConfig
 from zoo.eviction import evictions
 from zoo.kernels.registry import ZooError
 from zoo.model import Output, State
+
+T = TypeVar("T")
 
 
 class Sleeper(Protocol):
@@ -72,19 +74,20 @@ def read(model: Sleeper, moment: Moment, ids: Tensor) -> tuple[Tensor, Moment]:
     return logits, moment._replace(state=state, ids=window, logits=logits[:, -1].clone(), counts=counts)
 
 
-def sleep(model: Sleeper, moment: Moment, loops: int | None = None) -> Generator[None, None, Moment]:
-    """Consolidate the window, and evict it. Yields between blocks if the model can; returns the moment after."""
-    state = _compact((yield from _consolidation(model, moment.ids, moment.start, loops)))
-    nothing = moment.ids.new_empty(len(moment.ids), 0)
-    return moment._replace(state=state, start=state, ids=nothing, counts=_evicted(model, moment.counts))
-
-
-def _consolidation(model: Sleeper, ids: Tensor, state: State, loops: int | None) -> Generator[None, None, State]:
+def consolidation(model: Sleeper, ids: Tensor, state: State, loops: int | None = None) -> Generator[None, None, State]:
+    """`model.consolidate`; yields between blocks if the model can."""
     if hasattr(model, "consolidation"):
         return (yield from model.consolidation(ids, state, loops=loops))
     if loops not in (None, model.config.loops):
         raise ZooError(f"loops: {loops}; {model.config.name} is exported with {model.config.loops}")
     return model.consolidate(ids, state)
+
+
+def slept(model: Sleeper, moment: Moment, state: State) -> Moment:
+    """The moment after a sleep on its window that came to `state`."""
+    state = _compact(state)
+    nothing = moment.ids.new_empty(len(moment.ids), 0)
+    return moment._replace(state=state, start=state, ids=nothing, counts=_evicted(model, moment.counts))
 
 
 def _compact(state: State) -> State:
@@ -116,3 +119,12 @@ def size(tree: Any) -> int:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def finish(work: Generator[Any, Any, T]) -> T:
+    """What `work` returns, without a break."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            return done.value
