@@ -41,7 +41,7 @@ class Steps:
         """Position after the last token, of each stream if they differ."""
         return self.start + (self.length if self.cu_seqlens is None else self.cu_seqlens.diff())
 
-    @cached_property
+    @property
     def position(self) -> Tensor:
         """Of every token: [T], or [B, T] for streams at positions of their own."""
         if self.cu_seqlens is not None:

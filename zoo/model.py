@@ -172,9 +172,9 @@ class Model(nn.Module):
         loops = self.config.loops if loops is None else loops
         if loops < 1:
             raise ZooError(f"loops: {loops} must be at least 1")
-        state, steps = self._open(ids, state, cu_seqlens)
-        if self.config.window is not None and (longest := _longest(steps)) > self.config.window:
+        if self.config.window is not None and (longest := _longest(ids, cu_seqlens)) > self.config.window:
             raise ZooError(f"ids: {longest} tokens are more than one window of {self.config.window}")
+        state, steps = self._open(ids, state, cu_seqlens)
         return Passes(self, self.embedded(ids, steps), state, steps, loops * self.config.wake_loops)
 
     def evict(self, state: State) -> State:
@@ -252,7 +252,7 @@ class Model(nn.Module):
         steps = Steps(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
         if self.eviction.restarts and int(torch.as_tensor(steps.end).max()) > (window := self.config.window or 0):
             raise ZooError(
-                f"ids: {_longest(steps)} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first"
+                f"ids: {_longest(ids, cu_seqlens)} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first"
             )
         return state, steps
 
@@ -270,9 +270,9 @@ class Model(nn.Module):
         return h
 
 
-def _longest(steps: Steps) -> int:
+def _longest(ids: Tensor, cu_seqlens: Tensor | None) -> int:
     """Tokens of the longest sequence."""
-    return steps.length if steps.cu_seqlens is None else int(steps.cu_seqlens.diff().max())
+    return ids.shape[-1] if cu_seqlens is None else int(cu_seqlens.diff().max())
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
