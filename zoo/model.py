@@ -251,9 +251,8 @@ class Model(nn.Module):
         state = self.init_state(streams) if state is None else state
         steps = Steps(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
         if self.eviction.restarts and int(torch.as_tensor(steps.end).max()) > (window := self.config.window or 0):
-            raise ZooError(
-                f"ids: {_longest(ids, cu_seqlens)} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first"
-            )
+            given = _longest(ids, cu_seqlens)
+            raise ZooError(f"ids: {given} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first")
         return state, steps
 
     def embedded(self, ids: Tensor, steps: Steps) -> Tensor:
