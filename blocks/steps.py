@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -30,6 +28,7 @@ class Steps:
         self.cu_seqlens = cu_seqlens
         self.index = torch.arange(length, device=device)
         self._tables: dict[object, Tensor | tuple[Tensor, Tensor]] = {}
+        self._sequences: list[Steps] = []
 
     @property
     def ragged(self) -> bool:
@@ -49,13 +48,15 @@ class Steps:
             return self.index + first.repeat_interleave(self.cu_seqlens.diff(), output_size=self.length)
         return (self.start[:, None] if isinstance(self.start, Tensor) and self.ragged else self.start) + self.index
 
-    @cached_property
+    @property
     def sequences(self) -> list[Steps]:
         """The steps of each packed sequence."""
         assert self.cu_seqlens is not None
-        lengths = self.cu_seqlens.diff().tolist()
-        starts = self.start.tolist() if isinstance(self.start, Tensor) else [self.start] * len(lengths)
-        return [Steps(start, length, self.index.device) for start, length in zip(starts, lengths, strict=True)]
+        if not self._sequences:
+            lengths = self.cu_seqlens.diff().tolist()
+            starts = self.start.tolist() if isinstance(self.start, Tensor) else [self.start] * len(lengths)
+            self._sequences = [Steps(start, length, self.index.device) for start, length in zip(starts, lengths, strict=True)]
+        return self._sequences
 
     def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864, eq. 15), made in float32 or wider.

@@ -35,7 +35,6 @@ def _import_operators() -> None:
 kernels: Registry[Callable[..., Any]] = Registry("kernel", "kernels", _import_operators)  # "<operator>.<form>"
 
 _forced: str | None = None
-_known_forms: dict[str, set[str]] = {}
 _told: set[tuple[str, str]] = set()
 
 
@@ -51,7 +50,7 @@ class use:
     def __init__(self, form: str | None) -> None:
         global _forced
         if form is not None:
-            _check("use", form, {name.split(".")[1] for name in kernels.names()})
+            _check("use", form)
         self._before, _forced = _forced, form
 
     def __enter__(self) -> None:
@@ -72,20 +71,20 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
     Raises:
         ZooError: `form` does not exist, or Triton is forced where it cannot run.
     """
-    forms = _forms(operator)
     forced = _forced or os.environ.get(ENVIRONMENT)
     if form is not None:
-        _check(f"{operator}: form", form, forms)
+        _check(f"{operator}: form", form, operator)
         chosen, reason = form, "the caller's choice"
-    elif forced in forms:
+    elif f"{operator}.{forced}" in kernels:
         chosen, reason = str(forced), "forced"
     else:
         if forced:
-            _check(ENVIRONMENT, forced, {name.split(".")[1] for name in kernels.names()})
-        problem = triton_problem(x) if x.is_cuda and "triton" in forms else f"the tensors are on {x.device.type}"
+            _check(ENVIRONMENT, forced)
+        problem = triton_problem(x) if x.is_cuda and f"{operator}.triton" in kernels else f"the tensors are on {x.device.type}"
         chosen, reason = (plain, problem) if problem else ("triton", "the tensors are on a GPU")
     if chosen == "triton" and (problem := triton_problem(x)):
-        raise ZooError(f"{operator}: form 'triton' cannot run: {problem}; allowed here: {', '.join(sorted(forms - {'triton'}))}")
+        allowed = ", ".join(sorted(_forms(operator) - {"triton"}))
+        raise ZooError(f"{operator}: form 'triton' cannot run: {problem}; allowed here: {allowed}")
     if not torch.compiler.is_compiling() and (operator, chosen) not in _told:
         _told.add((operator, chosen))
         log.info("%s: %s (%s)", operator, chosen, reason)
@@ -135,13 +134,11 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _forms(operator: str) -> set[str]:
-    # a dict and no functools.cache, of which torch.compile warns
-    if operator not in _known_forms:
-        _known_forms[operator] = {name.split(".")[1] for name in kernels.names() if name.startswith(f"{operator}.")}
-    return _known_forms[operator]
+def _forms(operator: str | None = None) -> set[str]:
+    """The forms of one operator, or of any."""
+    return {form for name, form in (known.split(".") for known in kernels.names()) if operator in (None, name)}
 
 
-def _check(field: str, form: str, forms: set[str]) -> None:
-    if form not in forms:
+def _check(field: str, form: str, operator: str | None = None) -> None:
+    if form not in (forms := _forms(operator)):
         raise ZooError(f"{field}: unknown kernel form '{form}'; {nearest(form, forms)}")

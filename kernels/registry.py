@@ -54,6 +54,9 @@ class Registry(Generic[T]):
         others = self._look_around()
         return sorted({*self._own.get_all(), *others})
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._look_around() or name in self._own
+
     def get(self, name: str) -> T:
         """The object called `name`. Raises ZooError with the nearest names."""
         others = self._look_around()

@@ -26,7 +26,7 @@ def test_the_callers_choice_beats_use_beats_the_environment(monkeypatch: pytest.
 def test_unknown_forms_name_where_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZooError, match=r"use: unknown kernel form 'chunk'; did you mean 'chunked'\?"):
         zoo.kernels.use("chunk")
-    with pytest.raises(ZooError, match=r"ssd: form: unknown kernel form .cuda.;.* allowed: chunked, reference"):
+    with pytest.raises(ZooError, match=r"ssd: form: unknown kernel form .cuda.;.* allowed: chunked"):
         choose("ssd", CPU, "chunked", form="cuda")
     monkeypatch.setenv("ZOO_KERNELS", "cuda")
     with pytest.raises(ZooError, match="ZOO_KERNELS: unknown kernel form 'cuda'"):
@@ -35,7 +35,7 @@ def test_unknown_forms_name_where_they_were_asked_for(monkeypatch: pytest.Monkey
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(dispatch, "_forms", lambda operator: {"chunked", "reference", "triton"})
+    monkeypatch.setattr(dispatch, "_forms", lambda operator=None: {"chunked", "reference", "triton"})
     monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
     with pytest.raises(ZooError, match=r"ssd: form 'triton' cannot run: the tensors are on cpu .* allowed here: chunked, reference"):
         choose("ssd", CPU, "chunked", form="triton")
