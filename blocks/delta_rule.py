@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from zoo.blocks import mixer
 from zoo.blocks.mixer import Mixer
-from zoo.blocks.norm import RMSNorm, l2norm
+from zoo.blocks.norm import RMSNorm
 from zoo.blocks.steps import Steps
 from zoo.kernels.gated_delta_rule.op import gated_delta_rule
+from zoo.kernels.gated_rmsnorm.op import gated_rmsnorm
+from zoo.kernels.l2norm.op import l2norm
 
 
 class DeltaRuleOptions(mixer.Options):
@@ -76,5 +78,8 @@ class DeltaRule(Mixer):
         v = v.unflatten(-1, (self.value_heads, -1))
         o, final = gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=fast, output_final_state=True, cu_seqlens=steps.cu_seqlens)
         assert final is not None
-        o = self.o_norm(o).flatten(2)
-        return self.o_proj(o if self.g_proj is None else o * F.silu(self.g_proj(x))), final
+        if self.g_proj is None:
+            y = self.o_norm(o)
+        else:
+            y = gated_rmsnorm(o, self.g_proj(x).unflatten(-1, (self.value_heads, -1)), self.o_norm.weight, eps=self.o_norm.eps)
+        return self.o_proj(y.flatten(2)), final

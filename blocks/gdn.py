@@ -14,6 +14,7 @@ from zoo.blocks.delta_rule import DeltaRule, DeltaRuleOptions
 from zoo.blocks.mixer import mixers
 from zoo.blocks.steps import Steps
 from zoo.kernels.causal_conv1d.op import causal_conv1d
+from zoo.kernels.gdn_step.op import gdn_step, one_launch
 
 
 class GatedDeltaNetOptions(DeltaRuleOptions):
@@ -61,9 +62,19 @@ class GatedDeltaNet(DeltaRule):
         return super().flops(tokens, past) + tokens * 2 * sum(conv.numel() for conv in (self.q_conv, self.k_conv, self.v_conv))
 
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
+        if steps.valid is None and one_launch(x):
+            return self._step(x, fast, window)
         mixed = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         weight = torch.cat([self.q_conv, self.k_conv, self.v_conv])
         convolved, _ = causal_conv1d(mixed, weight, initial_state=window.conv_state, cu_seqlens=steps.cu_seqlens)
         q, k, v = convolved.split([self.keys, self.keys, self.values], dim=-1)
         y, fast = self.update(x, q, k, v, fast, steps, self.beta_scale)
         return y, fast, ConvTail(steps.tail(mixed, window.conv_state))
+
+    def _step(self, x: Tensor, fast: Tensor, window: ConvTail) -> tuple[Tensor, Tensor, ConvTail]:
+        y, fast, tail = gdn_step(
+            self.q_proj(x), self.k_proj(x), self.v_proj(x), self.a_proj(x), self.b_proj(x), None if self.g_proj is None else self.g_proj(x),
+            q_conv=self.q_conv, k_conv=self.k_conv, v_conv=self.v_conv, A_log=self.A_log, dt_bias=self.dt_bias,
+            norm_weight=self.o_norm.weight, window=window.conv_state, state=fast, beta_scale=self.beta_scale, eps=self.o_norm.eps,
+        )  # fmt: skip
+        return self.o_proj(y), fast, ConvTail(tail)

@@ -14,6 +14,7 @@ from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.steps import Steps
 from zoo.kernels.causal_conv1d.op import causal_conv1d
+from zoo.kernels.gated_rmsnorm.op import gated_rmsnorm
 from zoo.kernels.registry import ZooError
 from zoo.kernels.ssd.op import ssd
 
@@ -94,6 +95,7 @@ class Mamba2(Mixer):
             u, dt, -self.A_log.to(fast.dtype).exp(), B, C, initial_state=fast, output_final_state=True, cu_seqlens=steps.cu_seqlens
         )
         assert final is not None
-        y = (y + self.D[:, None] * u).flatten(2) * F.silu(gate.to(fast.dtype))
-        normed = F.rms_norm(y.unflatten(-1, (self.groups, -1)), [self.inner // self.groups], eps=self.norm_eps).flatten(2)
-        return self.o_proj(normed.to(x.dtype) * self.norm_weight), final, ConvTail(steps.tail(mixed, window.conv_state))
+        y = (y + self.D[:, None] * u).flatten(2)
+        y, gate, weight = (part.unflatten(-1, (self.groups, -1)) for part in (y, gate, self.norm_weight))
+        normed = gated_rmsnorm(y, gate, weight, eps=self.norm_eps, gate_first=True).flatten(2)
+        return self.o_proj(normed), final, ConvTail(steps.tail(mixed, window.conv_state))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from typing import ClassVar
+
 from torch import Tensor, nn
+
+from zoo.kernels.rmsnorm.op import Style, rmsnorm
 
 
 class RMSNorm(nn.RMSNorm):
@@ -13,37 +15,26 @@ class RMSNorm(nn.RMSNorm):
     Cast back before the weight is applied, as in Llama.
     """
 
+    style: ClassVar[Style] = "plain"
+    eps: float
     neutral = 1.0
     """The weight that leaves the normed x alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._normed(x).to(x.dtype) * self.weight
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.normalized_shape, None, self.eps)
+        return rmsnorm(x, self.weight, eps=self.eps, style=self.style)
 
 
 class WideRMSNorm(RMSNorm):
     """Cast back after the weight is applied, as in Jet-Nemotron."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (self._normed(x) * self.weight).to(x.dtype)
+    style = "wide"
 
 
 class CentredRMSNorm(RMSNorm):
     """(1 + weight) in place of the weight, cast back after it is applied, as in Qwen3-Next."""
 
+    style = "centred"
     neutral = 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self._normed(x)
-        return (normed * (1 + self.weight.to(normed.dtype))).to(x.dtype)
 
 
 norms = {"plain": RMSNorm, "wide": WideRMSNorm, "centred": CentredRMSNorm}
-
-
-def l2norm(x: Tensor) -> Tensor:
-    """x / sqrt(sum(x^2) + 1e-6) over the last dimension, in float32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)

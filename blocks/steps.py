@@ -96,9 +96,7 @@ class Steps:
 
     def tail(self, x: Tensor, before: Tensor) -> Tensor:
         """The newest K-1 inputs of a short convolution after x [B, T, C], `before` [B, C, K-1] preceding it."""
-        if self.cu_seqlens is not None:
+        if self.valid is None:
             return packed.newest(x, before, self.cu_seqlens)
         inputs = torch.cat([before, x.mT.to(before.dtype)], dim=-1)
-        if self.valid is None:
-            return inputs[..., self.length :]
         return inputs.index_select(-1, self.valid + torch.arange(before.shape[-1], device=x.device))

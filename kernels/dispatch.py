@@ -19,6 +19,10 @@ OPERATORS = (
     "causal_conv1d",
     "dynamic_conv1d",
     "gated_delta_rule",
+    "gated_rmsnorm",
+    "gdn_step",
+    "l2norm",
+    "rmsnorm",
     "selective_scan",
     "ssd",
 )

@@ -75,13 +75,49 @@ def _dynamic_conv1d(random: Random, batch: int, T: int, *, D: int, W: int) -> In
     return {"x": random(batch, T, D), "weight": random(batch, T, D, W), "initial_state": random(batch, D, W - 1)}
 
 
+def _rmsnorm(random: Random, batch: int, T: int, *, N: int) -> Inputs:
+    return {"x": random(batch, T, N), "weight": random(N)}
+
+
+def _gated_rmsnorm(random: Random, batch: int, T: int, *, N: int) -> Inputs:
+    return {"x": random(batch, T, N), "gate": random(batch, T, N), "weight": random(N)}
+
+
+def _gdn_step(random: Random, batch: int, T: int, *, K: int, V: int, H: int = 2, HV: int = 2, W: int = 4) -> Inputs:
+    keys, values = H * K, HV * V  # of one token, whatever T
+    return {
+        "q": random(batch, 1, keys),
+        "k": random(batch, 1, keys),
+        "v": random(batch, 1, values),
+        "a": random(batch, 1, HV),
+        "b": random(batch, 1, HV),
+        "gate": random(batch, 1, values),
+        "q_conv": random(keys, W),
+        "k_conv": random(keys, W),
+        "v_conv": random(values, W),
+        "A_log": random(HV),
+        "dt_bias": random(HV),
+        "norm_weight": random(V),
+        "window": random(batch, 2 * keys + values, W - 1),
+        "state": random(batch, HV, K, V),
+    }
+
+
+def _l2norm(random: Random, batch: int, T: int, *, N: int) -> Inputs:
+    return {"x": random(batch, T, N)}
+
+
 # inputs that stay float32 under a narrower dtype, as models keep them
-WIDE = ("A", "g", "beta", "dt", "initial_state")
+WIDE = ("A", "g", "beta", "dt", "initial_state", "state")
 
 EXAMPLES: dict[str, Callable[..., Inputs]] = {
     "causal_conv1d": _causal_conv1d,
     "dynamic_conv1d": _dynamic_conv1d,
     "gated_delta_rule": _gated_delta_rule,
+    "gated_rmsnorm": _gated_rmsnorm,
+    "gdn_step": _gdn_step,
+    "l2norm": _l2norm,
+    "rmsnorm": _rmsnorm,
     "selective_scan": _selective_scan,
     "ssd": _ssd,
 }

@@ -43,7 +43,8 @@ def newest(x: Tensor, before: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The last K-1 tokens of each sequence of x [B, T, C], `before` [S, C, K-1] preceding it: [S, C, K-1], oldest first."""
     size = before.shape[-1]
     if cu_seqlens is None:
-        return torch.cat([before, x.mT.to(before.dtype)], dim=-1)[..., x.shape[1] :]
+        fresh = x[:, -size:].mT.to(before.dtype)
+        return torch.cat([before[..., fresh.shape[-1] :], fresh], dim=-1)
     length = cu_seqlens.diff()
     back = torch.arange(-size, 0, device=x.device) + length[:, None]  # [S, K-1], place in the sequence; negative: in `before`
     fresh = x[0, (cu_seqlens[:-1, None] + back).clamp(min=0)].mT.to(before.dtype)

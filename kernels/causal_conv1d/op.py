@@ -12,7 +12,7 @@ from zoo.kernels import packed
 from zoo.kernels.causal_conv1d.chunked import chunked
 from zoo.kernels.causal_conv1d.reference import stepwise
 from zoo.kernels.checks import given_or_zeros
-from zoo.kernels.dispatch import choose, kernels
+from zoo.kernels.dispatch import choose, kernels, triton_form
 
 
 def causal_conv1d(
@@ -49,20 +49,21 @@ def causal_conv1d(
         raise ValueError(f"activation: '{activation}' is not one of: silu, None")
     S, K = packed.streams(B, T, cu_seqlens), weight.shape[1]
     state = given_or_zeros("initial_state", initial_state, (S, C, K - 1), x, x.dtype)
-    y = choose("causal_conv1d", x, "chunked", form)(x, weight, bias, activation == "silu", state, cu_seqlens)
-    return y, packed.newest(x, state, cu_seqlens) if output_final_state else None
+    y, final = choose("causal_conv1d", x, "chunked", form)(x, weight, bias, activation == "silu", state, cu_seqlens)
+    return y, final if output_final_state else None
 
 
-def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A form that wants a row for every sequence and leaves out bias and activation."""
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         y = form(packed.unpack(x, cu_seqlens), weight, state)
         y = y if bias is None else y + bias
-        return packed.pack(F.silu(y) if silu else y, cu_seqlens)
+        return packed.pack(F.silu(y) if silu else y, cu_seqlens), packed.newest(x, state, cu_seqlens)
 
     return run
 
 
 kernels.register("causal_conv1d.chunked", _in_pytorch(chunked))
 kernels.register("causal_conv1d.reference", _in_pytorch(stepwise))
+kernels.register("causal_conv1d.triton", triton_form("causal_conv1d"))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels import packed
 from zoo.kernels.checks import given_or_zeros
-from zoo.kernels.dispatch import choose, kernels
+from zoo.kernels.dispatch import choose, kernels, triton_form
 from zoo.kernels.dynamic_conv1d.chunked import chunked
 from zoo.kernels.dynamic_conv1d.reference import stepwise
 
@@ -42,18 +42,20 @@ def dynamic_conv1d(
         raise ValueError(f"weight {list(weight.shape)}: want [B, T, C, K] for x {list(x.shape)}")
     S, K = packed.streams(B, T, cu_seqlens), weight.shape[3]
     state = given_or_zeros("initial_state", initial_state, (S, C, K - 1), x, x.dtype)
-    y = choose("dynamic_conv1d", x, "chunked", form)(x, weight.to(x.dtype), state, cu_seqlens)
-    return y, packed.newest(x, state, cu_seqlens) if output_final_state else None
+    y, final = choose("dynamic_conv1d", x, "chunked", form)(x, weight.to(x.dtype), state, cu_seqlens)
+    return y, final if output_final_state else None
 
 
-def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A form that wants a row for every sequence and leaves out the activation."""
 
-    def run(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return packed.pack(F.silu(form(packed.unpack(x, cu_seqlens), packed.unpack(weight, cu_seqlens), state)), cu_seqlens)
+    def run(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = F.silu(form(packed.unpack(x, cu_seqlens), packed.unpack(weight, cu_seqlens), state))
+        return packed.pack(y, cu_seqlens), packed.newest(x, state, cu_seqlens)
 
     return run
 
 
 kernels.register("dynamic_conv1d.chunked", _in_pytorch(chunked))
 kernels.register("dynamic_conv1d.reference", _in_pytorch(stepwise))
+kernels.register("dynamic_conv1d.triton", triton_form("dynamic_conv1d"))

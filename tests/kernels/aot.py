@@ -8,6 +8,8 @@ It needs the real compiler, so TRITON_INTERPRET must not be set.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import os
 import re
@@ -117,8 +119,12 @@ def serve() -> None:
         try:
             inputs = example(operator, T=2048, dtype=getattr(torch, row["dtype"]), device="meta", **row["shape"])
             with tuning.forced(row):
-                results = dispatch.public(operator)(**inputs, output_final_state=True, form="triton")
-                torch.autograd.backward(results, [torch.empty_like(y) for y in results])
+                function = dispatch.public(operator)
+                final = {"output_final_state": True} if "output_final_state" in inspect.signature(function).parameters else {}
+                results = function(**inputs, **final, form="triton")
+                results = results if isinstance(results, tuple) else (results,)
+                with contextlib.suppress(NotImplementedError):  # a decode step has no gradients
+                    torch.autograd.backward(results, [torch.empty_like(y) for y in results])
             found = [_resources(kernel, row["arch"]) for kernel in compiled]
             if not found:
                 raise LookupError(f"{operator} launches no kernel {wanted}")

@@ -122,14 +122,15 @@ class Memory:
         self.program = 0
 
     def touch(self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
-        active = pointers[np.broadcast_to(mask, pointers.shape)]
-        if not active.size:
-            return
-        low, high = int(active.min()), int(active.max()) + size
-        at = bisect.bisect_right(self.starts, low) - 1
-        if at < 0 or high > self.ends[at]:
-            raise IndexError(f"{kind} outside of every tensor of the launch")
-        self.touched.setdefault(at, {"load": [], "store": [], "atomic": []})[kind].append((self.program, active))
+        active = pointers[np.broadcast_to(mask, pointers.shape).astype(bool)]  # a conjunction of masks is of integers
+        while active.size:  # one tensor after another
+            low = int(active.min())
+            at = bisect.bisect_right(self.starts, low) - 1
+            if at < 0 or low + size > self.ends[at]:
+                raise IndexError(f"{kind} outside of every tensor of the launch")
+            here = active <= self.ends[at] - size
+            self.touched.setdefault(at, {"load": [], "store": [], "atomic": []})[kind].append((self.program, active[here]))
+            active = active[~here]
 
     def find_races(self) -> None:
         for at, kinds in self.touched.items():

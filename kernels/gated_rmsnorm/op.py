@@ -1,0 +1,37 @@
+"""Public face of the root mean square norm with a gate."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.gated_rmsnorm.reference import normed
+from zoo.kernels.rmsnorm.op import check_weight
+
+
+def gated_rmsnorm(
+    x: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-5, gate_first: bool = False, form: str | None = None
+) -> Tensor:
+    """weight * norm(x) * silu(gate) (Gated DeltaNet, arXiv 2412.06464, section 3.3), or weight * norm(x * silu(gate)).
+
+    The norm divides by sqrt(mean(x^2) + eps) over the last dimension, in float32 or wider.
+
+    Args:
+        x, gate: [..., N], or [..., G, N] with a weight for each group. weight: [N] or [G, N].
+        gate_first: the gate stands inside the norm, as in Mamba-2 (arXiv 2405.21060, section 7).
+        form: "reference" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
+    Returns:
+        y in gate's dtype. The normed is rounded to it before the weight is applied; the Triton form has no other rounding in between.
+    Raises:
+        ValueError: shapes that do not fit.
+        ZooError: a form that does not exist or cannot run here.
+    """
+    check_weight(x, weight)
+    if gate.shape != x.shape:
+        raise ValueError(f"gate {list(gate.shape)}: want {list(x.shape)}, the shape of x")
+    y: Tensor = choose("gated_rmsnorm", x, "reference", form)(x, gate, weight, eps, gate_first)
+    return y
+
+
+kernels.register("gated_rmsnorm.reference", normed)
+kernels.register("gated_rmsnorm.triton", triton_form("gated_rmsnorm"))

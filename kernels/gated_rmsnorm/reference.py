@@ -1,0 +1,24 @@
+"""Root mean square norm with a gate: the definition, and the form for CPUs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def norm_then_gate(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * norm(x) * silu(gate). x, gate: [..., N] or [..., G, N]. weight: [N] or [G, N]."""
+    normed = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], None, eps)
+    return (normed.to(x.dtype) * weight * F.silu(gate)).to(gate.dtype)
+
+
+def gate_then_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * norm(x * silu(gate)), shapes as above."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = F.rms_norm(x.to(wide) * F.silu(gate.to(wide)), x.shape[-1:], None, eps)
+    return normed.to(gate.dtype) * weight
+
+
+def normed(x: Tensor, gate: Tensor, weight: Tensor, eps: float, gate_first: bool) -> Tensor:
+    return (gate_then_norm if gate_first else norm_then_gate)(x, gate, weight, eps).to(gate.dtype)

@@ -1,0 +1,25 @@
+"""Public face of the L2 norm."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.l2norm.reference import normed
+
+
+def l2norm(x: Tensor, *, eps: float = 1e-6, form: str | None = None) -> Tensor:
+    """x / sqrt(sum(x^2) + eps) over the last dimension, in float32 or wider: queries and keys of the delta rule.
+
+    Args:
+        x: [..., N].
+        form: "reference" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
+    Raises:
+        ZooError: a form that does not exist or cannot run here.
+    """
+    y: Tensor = choose("l2norm", x, "reference", form)(x, eps)
+    return y
+
+
+kernels.register("l2norm.reference", normed)
+kernels.register("l2norm.triton", triton_form("l2norm"))

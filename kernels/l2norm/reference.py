@@ -1,0 +1,12 @@
+"""Rows made unit length: the definition, and the form for CPUs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def normed(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(sum(x^2) + eps) over the last dimension, in float32 or wider. x: [..., N]."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)

@@ -1,0 +1,43 @@
+"""Public face of the root mean square norm."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.rmsnorm.reference import normed
+
+Style = Literal["plain", "wide", "centred"]
+
+
+def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, style: Style = "plain", form: str | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) times a weight, over the last dimension, in float32 or wider (arXiv 1910.07467, eq. 4).
+
+    Args:
+        x: [..., N], or [..., G, N] with a weight for each group. weight: [N] or [G, N].
+        style: "plain" casts back to x's dtype before the weight is applied, as in Llama; "wide" after, as in Jet-Nemotron;
+            "centred" applies 1 + weight and casts after, as in Qwen3-Next.
+        form: "reference" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
+    Returns:
+        y like x; "plain" with a weight of a wider dtype gives that dtype.
+    Raises:
+        ValueError: shapes that do not fit, or a style that does not exist.
+        ZooError: a form that does not exist or cannot run here.
+    """
+    check_weight(x, weight)
+    if style not in get_args(Style):
+        raise ValueError(f"style: '{style}' is not one of: {', '.join(get_args(Style))}")
+    y: Tensor = choose("rmsnorm", x, "reference", form)(x, weight, eps, style)
+    return y
+
+
+def check_weight(x: Tensor, weight: Tensor) -> None:
+    """ValueError unless the weight is of x's last dimension, or of its last two."""
+    if weight.ndim not in (1, 2) or weight.shape != x.shape[x.ndim - weight.ndim :]:
+        raise ValueError(f"weight {list(weight.shape)}: want [N] or [G, N] for x {list(x.shape)} as [..., N] or [..., G, N]")
+
+
+kernels.register("rmsnorm.reference", normed)
+kernels.register("rmsnorm.triton", triton_form("rmsnorm"))
