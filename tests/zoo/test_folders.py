@@ -417,6 +417,8 @@ def test_folders_of_the_authors_of_gated_delta_net(tmp_path: Path) -> None:
         ("llama-swa-a", {"quantization_config": {"bits": 4}}, ("quantization_config",)),
         ("gdn-qwen3next-a", {"mlp_only_layers": [0, 1]}, ("num_experts", "layer 2")),
         ("gdn-qwen3next-a", {"num_experts": ..., "mlp_only_layers": None}, ("num_experts: 512",)),
+        ("ouro-a", {"early_exit_step": 4}, ("exit.loop: 4", "4 wake loops")),
+        ("samba-a", {"bias": ...}, ("bias", "True")),
         ("gdn-fla-a", {"attnres_block_size": 4}, ("attnres_block_size", "4")),
         ("gdn-fla-a", {"attn": {"layers": [9], "num_heads": 2}}, ("attn: layers: 9",)),
         ("mamba1-a", {"intermediate_size": 100}, ("intermediate_size", "100")),

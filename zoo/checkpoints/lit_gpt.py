@@ -31,12 +31,14 @@ GDN: Names = {
     "g_norm_swish_gate.weight": "o_norm.weight",
     "D": Ones("value_heads"),
 }
-OFF = ("parallel_residual", "bias", "mamba", "sc_attn", "use_mega", "abl_mamba", "mamba_swa_mlp", "shared_attention_norm")
+OFF = ("mamba", "sc_attn", "use_mega", "abl_mamba", "mamba_swa_mlp", "shared_attention_norm")
 
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
     for flag in OFF:
         expect(config, flag, False, default=False)
+    for flag in ("parallel_residual", "bias"):
+        expect(config, flag, False, default=True)
     expect(config, "mlp", True, default=True)
     expect(config, "_norm_class", "RMSNorm", "FusedRMSNorm")
     expect(config, "_mlp_class", "LLaMAMLP")
@@ -61,7 +63,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         "heads": config["n_head"],
         "kv_heads": config.get("n_query_groups") or config["n_head"],
         "head_dim": config["n_embd"] // config["n_head"],
-        "rotary": 0.0 if config.get("nope") else config.get("rotary_percentage", 1.0),
+        "rotary": 0.0 if config.get("nope") else config.get("rotary_percentage", 0.25),
     }
     # the sizes that GatedDeltaNet's authors give every model
     keys, values = int(0.75 * config["n_embd"]) // 9, int(1.5 * config["n_embd"]) // 9

@@ -29,7 +29,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         "layers": compact(kinds),
         "blocks": {kind: {**attention, "window": window} if kind == "swa" else attention for kind in set(kinds)},
         "loop_norm": True,
-        "wake_loops": config["total_ut_steps"],
+        "wake_loops": config.get("total_ut_steps", 4),
         "exit": {"loop": config.get("early_exit_step"), "threshold": config.get("early_exit_threshold", 1.0)},
     }
 

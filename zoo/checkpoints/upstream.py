@@ -16,7 +16,7 @@ from torch import Tensor
 from zoo.blocks.mixer import mixers
 from zoo.checkpoints.family import Family, Link, expect, families, links
 from zoo.checkpoints.stored import WEIGHTS, open_folder, read_json
-from zoo.config import ModelConfig, validate
+from zoo.config import ModelConfig, resolve, validate
 from zoo.files import new_folder
 from zoo.kernels.registry import ZooError, nearest
 from zoo.model import Model
@@ -43,7 +43,7 @@ def load(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype
     config = read_config(folder)
     try:
         with torch.device("meta"):
-            model = Model(config)
+            model = Model(resolve(config))
     except ZooError as error:
         raise ZooError(f"{folder / CONFIG}: {error}") from None
     fill(model, folder, device, dtype)
