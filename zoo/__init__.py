@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from zoo.model import Model as Model
     from zoo.model import Output as Output
     from zoo.model import State as State
+    from zoo.pool import PoolFullError as PoolFullError
+    from zoo.pool import SessionPool as SessionPool
     from zoo.session import Session as Session
     from zoo.weights import create as create
     from zoo.weights import load as load
@@ -49,7 +51,9 @@ _hand_on(
         "Model": "zoo.model",
         "ModelConfig": "zoo.config",
         "Output": "zoo.model",
+        "PoolFullError": "zoo.pool",
         "Session": "zoo.session",
+        "SessionPool": "zoo.pool",
         "State": "zoo.model",
         "ZooError": "zoo.kernels.registry",
         "create": "zoo.weights",

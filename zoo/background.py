@@ -9,7 +9,7 @@ from collections.abc import Generator
 import torch
 
 from zoo.model import State
-from zoo.stream import Moment, Sleeper, consolidation, read, slept
+from zoo.stream import Moment, Sleeper, consolidation, read, reading, slept
 
 
 class Nap:
@@ -26,13 +26,14 @@ class Nap:
         self.after: Moment | None = None
         self.error: BaseException | None = None
         self.ended = threading.Event()
+        self.begun = time.monotonic()
         self.seconds = 0.0
         self.stopped = False
 
     @torch.no_grad()
     def run(self) -> None:
         """To the end, or until it is stopped or fails; raises nothing."""
-        started = time.perf_counter()
+        self.begun = time.monotonic()
         try:
             for _ in self.work():
                 if self.stopped:
@@ -40,19 +41,24 @@ class Nap:
         except BaseException as error:  # the session raises it from its next call
             self.error = error
         finally:
-            self.seconds = time.perf_counter() - started
-            self.ended.set()
+            self.end()
+
+    def end(self) -> None:
+        """Its result, or its error, is there."""
+        self.seconds = time.monotonic() - self.begun
+        self.ended.set()
 
     def work(self) -> Generator[None, None, None]:
         """Yields between blocks."""
         if not self.stopped:
-            self.catch_up((yield from consolidation(self.model, self.before.ids, self.before.start, self.loops)))
+            state = yield from consolidation(self.model, self.before.ids, self.before.start, self.loops)
+            yield from self.catch_up(state)
 
-    def catch_up(self, state: State) -> None:
-        """Read again, in the state after the sleep, what the stream has read meanwhile."""
+    def catch_up(self, state: State) -> Generator[None, None, None]:
+        """Read again, in the state after the sleep, what the stream has read meanwhile. Yields between blocks."""
         after = slept(self.model, self.before, state)
         while (missed := self._missed(after)).shape[1]:
-            _, after = read(self.model, after, missed)
+            _, after = yield from reading(self.model, after, missed)
         self.after = after
 
     def stop(self) -> None:

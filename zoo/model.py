@@ -136,6 +136,15 @@ class Model(nn.Module):
         h, state = self._wake(ids, state, cu_seqlens)
         return Output(self.logits(h), state)
 
+    def waking(self, ids: Tensor, state: State | None = None) -> Generator[None, None, Output]:
+        """`forward` bit by bit: yields after every block, so that something else may go first."""
+        passes = self._awake(ids, state)
+        for stage in passes.stages:
+            passes.run(*stage)
+            yield
+        h, state = passes.finish()
+        return Output(self.logits(h), state)
+
     def logits(self, h: Tensor) -> Tensor:
         """Final norm and head: h [..., D] -> [..., V]; with wake loops, h [..., loops, D] holds the states after each."""
         h = self.norm(h)
@@ -161,7 +170,7 @@ class Model(nn.Module):
         return self.evict(self._asleep(ids, state, loops, cu_seqlens).finish()[1])
 
     def consolidation(self, ids: Tensor, state: State | None = None, *, loops: int | None = None) -> Generator[None, None, State]:
-        """`consolidate` bit by bit: yields after every block of every pass, so that something else may go first."""
+        """`consolidate` bit by bit: yields after every block of every pass."""
         passes = self._asleep(ids, state, loops)
         for stage in passes.stages:
             passes.run(*stage)
@@ -239,8 +248,11 @@ class Model(nn.Module):
         return zip(*(tensor.split(width, dim=1) for tensor in tensors), strict=True)
 
     def _wake(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+        return self._awake(ids, state, cu_seqlens).finish()
+
+    def _awake(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None = None) -> Passes:
         state, steps = self._open(ids, state, cu_seqlens)
-        return Passes(self, self.embedded(ids, steps), state, steps, self.config.wake_loops).finish()
+        return Passes(self, self.embedded(ids, steps), state, steps, self.config.wake_loops)
 
     def _open(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[State, Steps]:
         if ids.ndim != 2 or ids.shape[1] == 0:

@@ -55,6 +55,9 @@ class Session:
             has failed raises what it failed with; the stream is as it was before that sleep.
     """
 
+    _goes_on = False
+    """Whether a sleep that is due before the window is full runs in the background."""
+
     def __init__(self, model: Sleeper, batch_size: int = 1, *, when: str | Schedule = "full") -> None:
         if batch_size < 1:
             raise ZooError(f"batch_size: {batch_size} must be at least 1")
@@ -68,8 +71,7 @@ class Session:
     @property
     def state(self) -> State:
         """The waking state."""
-        self._settle()
-        return self._moment.state
+        return self._look().state
 
     def feed(self, ids: Tensor) -> Tensor:
         """Read ids: [B, T] int64, any T at least 1. Sleeps when the schedule says so and a further token comes.
@@ -141,15 +143,14 @@ class Session:
 
     def fork(self) -> Session:
         """A session that stands where this one does, with the same model. What either reads, the other does not see."""
-        self._settle()
-        twin = Session(self.model, self._moment.ids.shape[0], when=self.schedule)
-        twin._moment = self._moment  # states are never changed in place
+        moment = self._look()
+        twin = Session(self.model, moment.ids.shape[0], when=self.schedule)
+        twin._moment = moment  # states are never changed in place
         return twin
 
     def save(self, path: str | Path) -> None:
         """Write the streams to the file `path`, whole or not at all; a file that is there is replaced. Raises ZooError."""
-        self._settle()
-        write_file(Path(path), self.model, self._moment)
+        write_file(Path(path), self.model, self._look())
 
     def load(self, path: str | Path) -> Self:
         """Go on with the streams that `save` wrote, in place of these.
@@ -157,16 +158,13 @@ class Session:
         Raises:
             ZooError: the file is damaged, or of another model; the session stays as it was.
         """
-        moment = read_file(Path(path), self.model)
-        if self._nap is not None:
-            self._nap.stop()
-        self._nap, self._moment = None, moment
+        self._replace(read_file(Path(path), self.model))
         return self
 
     def stats(self) -> Stats:
         """What has happened so far, and what memory the streams take."""
-        self._settle()
-        moment, counts = self._moment, self._moment.counts
+        moment = self._look()
+        counts = moment.counts
         return Stats(
             tokens=counts.tokens,
             window=moment.ids.shape[1],
@@ -184,6 +182,16 @@ class Session:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+    def _look(self) -> Moment:
+        """The streams as they are now."""
+        self._settle()
+        return self._moment
+
+    def _replace(self, moment: Moment) -> None:
+        if self._nap is not None:
+            self._nap.stop()
+        self._nap, self._moment = None, moment
 
     def _run(self, work: Generator[Any, Any, T]) -> T:
         """Drive `work` to its end. Whatever takes long is a generator that yields between blocks, for a pool to drive."""
@@ -237,7 +245,10 @@ class Session:
             return None
         # while a sleep runs, the stream goes on until its window is full
         while self._held >= (limit := window if self._nap is not None else self._due or window):
-            yield from self._wait() if self._nap is not None else self._sleep(None, wait=True)
+            if self._nap is not None:
+                yield from self._wait()
+            else:
+                yield from self._sleep(None, wait=self._held >= window or not self._goes_on)
         return limit - self._held
 
     @property

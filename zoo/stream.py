@@ -68,10 +68,23 @@ def opening(model: Sleeper, batch_size: int) -> Moment:
 def read(model: Sleeper, moment: Moment, ids: Tensor) -> tuple[Tensor, Moment]:
     """One wake pass over ids: [B, T], which fit into the window. Returns logits [B, T, V] and the moment after."""
     logits, state = model(ids, moment.state)
+    return logits, after_reading(model, moment, ids, logits, state)
+
+
+def reading(model: Sleeper, moment: Moment, ids: Tensor) -> Generator[None, None, tuple[Tensor, Moment]]:
+    """`read` bit by bit: yields between blocks if the model can."""
+    if not hasattr(model, "waking"):
+        return read(model, moment, ids)
+    logits, state = yield from model.waking(ids, moment.state)
+    return logits, after_reading(model, moment, ids, logits, state)
+
+
+def after_reading(model: Sleeper, moment: Moment, ids: Tensor, logits: Tensor, state: State) -> Moment:
+    """The moment after a wake pass over ids that gave `logits` and `state`."""
     window = moment.ids if model.config.window is None else torch.cat([moment.ids, ids], dim=1)
     counts = moment.counts._replace(tokens=moment.counts.tokens + ids.shape[1], cached=moment.counts.cached + ids.shape[1])
     # a clone: a slice would keep the logits of all T tokens
-    return logits, moment._replace(state=state, ids=window, logits=logits[:, -1].clone(), counts=counts)
+    return moment._replace(state=state, ids=window, logits=logits[:, -1].clone(), counts=counts)
 
 
 def consolidation(model: Sleeper, ids: Tensor, state: State, loops: int | None = None) -> Generator[None, None, State]:

@@ -1,0 +1,221 @@
+"""A pool: every stream as if it were alone, whatever the others do; tokens go first; a bound that refuses."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import zoo
+from zoo.blocks.mixer import mixers
+from zoo.model import Model
+from zoo.slots import Slots
+
+PAUSE = 60.0
+
+
+def model(name="gdn4-sleep2-hard6", layers="attn gdn", **fields):
+    return zoo.create(name, **{"layers": layers, "d_model": 32, "d_ff": 16, "vocab_size": 11, **fields})
+
+
+def tokens(count, seed=0):
+    return torch.randint(0, 11, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("evict", ["hard9", "slide9", "full"])
+@pytest.mark.parametrize("kind", [*mixers.names(), "learned positions"])
+@torch.no_grad()
+def test_slots(kind, evict):
+    """Streams at different positions, put in and taken out in any order, a token at a time: the model one by one."""
+    if kind == "learned positions" and evict != "hard9":
+        return
+    fields = {"layers": "attn gdn", "learned_positions": True} if kind == "learned positions" else {"layers": f"{kind} gdn"}
+    whole = model(f"gdn4-sleep2-{evict}", blocks={"swa": {"window": 4}, "attn": {"kv_heads": 2}}, **fields)
+    slots: Slots[str] = Slots(whole, 3, whole.config.window or 40)
+    states = {name: whole.init_state() for name in "abcd"}
+    if evict != "full":
+        for n, name in enumerate("abcd"):
+            states[name] = whole.consolidate(tokens(9, seed=n), states[name])
+    for n, name in enumerate("abcd"):  # prompts of different lengths
+        states[name] = whole(tokens(n + 1, seed=n), states[name]).state
+    for turn, names in enumerate(["ab", "abc", "cb", "bd", "dba", "a", "c"]):
+        for name in list(slots.names):
+            if name not in names and turn % 2:
+                close(slots.take(name), states[name])
+        while len({*slots.names, *names}) > 3:
+            slots.take(next(name for name in slots.names if name not in names))
+        for name in names:
+            if name not in slots.names:
+                slots.put(name, states[name])
+        ids = torch.cat([tokens(1, seed=turn + ord(name)) for name in names])
+        got = slots.read(names, ids)
+        for row, name in enumerate(names):
+            want, states[name] = whole(ids[row : row + 1], states[name])
+            close(got[row : row + 1], want)
+    for name in list(slots.names):
+        close(slots.take(name), states[name])
+
+
+@pytest.mark.parametrize("evict", ["hard6", "slide6"])
+@pytest.mark.parametrize("when", ["full", "interval(4)"])
+def test_every_stream_as_if_alone(evict, when):
+    """More streams than slots, prompts longer than a window, sampling, sleeps together: what a session of its own says.
+
+    Under interval(4) a stream of the pool goes on while it sleeps, so only its state after that is the same.
+    """
+    sleeping = model(f"gdn4-sleep2-{evict}")
+
+    def alone(n, session):
+        how = {"temperature": 1.0, "seed": n}
+        said = [int(t) for t in session.generate(tokens(1 + 3 * n, seed=n), 17, **how)]
+        said += [int(t) for t in session.generate(tokens(2, seed=n), 9, stop=[3], **how)]
+        session.sleep()
+        return said, session.state, session.stats()
+
+    want = [alone(n, zoo.Session(sleeping, when=when)) for n in range(6)]
+    with zoo.SessionPool(sleeping, slots=4, streams=6, when=when) as pool, ThreadPoolExecutor(6) as threads:
+        got = list(threads.map(lambda n: alone(n, pool.open()), range(6)))
+    for (said, state, stats), (wanted, wanted_state, wanted_stats) in zip(got, want, strict=True):
+        assert (stats.tokens, stats.state_bytes) == (wanted_stats.tokens, wanted_stats.state_bytes) or when != "full"
+        if when == "full":
+            assert said == wanted
+            close(state, wanted_state)
+            assert stats.sleeps == wanted_stats.sleeps
+
+
+def test_a_stream_that_goes_on_while_it_sleeps():
+    """The state after a sleep in the background is that of a sleep at once."""
+    sleeping = model("gdn4-sleep2-slide6")
+    with zoo.SessionPool(sleeping, when="interval(4)") as pool:
+        stream, plain = pool.open(), zoo.Session(sleeping, when="manual")
+        ids = tokens(6)
+        stream.feed(ids)
+        plain.feed(ids[:, :4])
+        plain.sleep()
+        plain.feed(ids[:, 4:])
+        stream.sleep()  # waits for the one under way, then sleeps on the two tokens left
+        plain.sleep()
+        close(stream.state, plain.state)
+        assert stream.stats().sleeps == 2
+
+
+def test_idle_streams_sleep_in_the_gap_and_together(monkeypatch):
+    sleeping, widths = model(), []
+    consolidation = Model.consolidation
+
+    def spy(self, ids, state=None, *, loops=None):
+        widths.append(len(ids))
+        return consolidation(self, ids, state, loops=loops)
+
+    monkeypatch.setattr(Model, "consolidation", spy)
+    with zoo.SessionPool(sleeping, slots=4, when="idle(0.3)") as pool:
+        streams = [pool.open() for _ in range(4)]
+        for n, stream in enumerate(streams):
+            stream.feed(tokens(5, seed=n))
+        assert max(widths, default=0) == 0
+        for stream in streams:
+            assert stream._nap.ended.wait(PAUSE)
+        assert max(widths) > 1
+        for n, stream in enumerate(streams):
+            plain = zoo.Session(sleeping)
+            plain.feed(tokens(5, seed=n))
+            plain.sleep()
+            close(stream.state, plain.state)
+            close(stream.feed(tokens(3)), plain.feed(tokens(3)))
+
+
+def test_fork_save_load(tmp_path):
+    sleeping = model()
+    with zoo.SessionPool(sleeping, slots=2, streams=3) as pool:
+        stream, plain = pool.open(), zoo.Session(sleeping)
+        for each in (stream, plain):
+            list(each.generate(tokens(8), 2))
+        twin = stream.fork()
+        stream.save(tmp_path / "stream")
+        loaded = pool.open().load(tmp_path / "stream")
+        want = plain.feed(tokens(9, seed=1))
+        for each in (stream, twin, loaded, zoo.Session(sleeping).load(tmp_path / "stream")):
+            close(each.feed(tokens(9, seed=1)), want)
+
+
+def test_the_bound():
+    with zoo.SessionPool(model(), slots=2, streams=2) as pool:
+        first, _ = pool.open(), pool.open()
+        with pytest.raises(zoo.PoolFullError, match="streams: 2 are open"):
+            pool.open()
+        with pytest.raises(zoo.PoolFullError):
+            first.fork()
+        first.close()
+        with pytest.raises(zoo.ZooError, match="it is closed"):
+            first.feed(tokens(1))
+        last = pool.open()
+    with pytest.raises(zoo.ZooError, match="pool: it is closed"):
+        last.feed(tokens(1))
+    last.close()
+    with pytest.raises(zoo.ZooError, match="context: None; gdn4 never sleeps"):
+        zoo.SessionPool(model("gdn4"))
+    with zoo.SessionPool(model("gdn4"), context=7) as pool:
+        stream, plain = pool.open(), zoo.Session(model("gdn4"))
+        close(stream.feed(tokens(4)), plain.feed(tokens(4)))
+        close(stream.feed(tokens(1)), plain.feed(tokens(1)))
+        with pytest.raises(zoo.ZooError, match="3 tokens after 5; the pool holds a context of 7"):
+            stream.feed(tokens(3))
+        close(stream.feed(tokens(2)), plain.feed(tokens(2)))
+
+
+def test_one_call_at_a_time_and_listeners_that_leave():
+    with zoo.SessionPool(model()) as pool:
+        stream, plain = pool.open(), zoo.Session(model())
+        speech = stream.generate(tokens(3), 10_000)
+        next(speech)
+        with pytest.raises(zoo.ZooError, match="busy"):
+            stream.feed(tokens(1))
+        speech.close()
+        said = stream.stats().tokens + 1 - 3
+        assert said < 9_000
+        list(plain.generate(tokens(3), said))
+        close(stream.feed(tokens(4)), plain.feed(tokens(4)))
+
+
+def test_an_error_is_that_of_one_stream(monkeypatch):
+    """Of a sleep: raised to who waits for it, or by the next call; others go on, and the stream is as it was."""
+    sleeping = model()
+    consolidation = Model.consolidation
+
+    def fails(self, ids, state=None, *, loops=None):
+        if (ids == 7).all():
+            raise MemoryError("no memory")
+        return consolidation(self, ids, state, loops=loops)
+
+    monkeypatch.setattr(Model, "consolidation", fails)
+    with zoo.SessionPool(sleeping) as pool:
+        bad, good = pool.open(), pool.open()
+        sevens = torch.full((1, 6), 7)
+        bad.feed(sevens)
+        good.feed(tokens(6))
+        with pytest.raises(MemoryError):
+            bad.feed(sevens)
+        good.feed(tokens(6))
+        assert bad.stats().tokens == 6
+        bad.sleep(wait=False)
+        bad._nap and bad._nap.ended.wait(PAUSE)
+        with pytest.raises(MemoryError):
+            bad.feed(tokens(1))
+        monkeypatch.undo()
+        plain = zoo.Session(sleeping)
+        plain.feed(sevens)
+        close(bad.feed(tokens(3)), plain.feed(tokens(3)))
+
+
+def test_a_scheduler_that_dies_is_heard_of(monkeypatch):
+    with zoo.SessionPool(model()) as pool:
+        stream = pool.open()
+        monkeypatch.setattr(pool, "_turn", lambda: 1 / 0)
+        for _ in range(2):
+            with pytest.raises((ZeroDivisionError, zoo.ZooError), match="division by zero"):
+                stream.feed(tokens(2))
+        assert not any(thread.name == "zoo-pool" and thread.is_alive() for thread in threading.enumerate() if thread is pool._thread)

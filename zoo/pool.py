@@ -1,0 +1,403 @@
+"""Many streams through one model: tokens of those awake in one batch, sleeps and prompts in the gaps between."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
+
+from zoo.background import Nap
+from zoo.kernels.registry import ZooError
+from zoo.model import Model, State
+from zoo.sampling import Sampler, Sampling
+from zoo.schedule import Schedule, new_schedule
+from zoo.session import Session
+from zoo.slots import Slots, context_of
+from zoo.stream import Moment, after_reading, opening, reading
+
+T = TypeVar("T")
+PIECE = 64  # tokens of a prompt that are read at a time: what an awake stream may have to wait for
+SHARE = 0.4  # of the time of a token step that prompts and sleeps may take after it, while somebody is awake
+
+
+class PoolFullError(ZooError):
+    """There is no room for another stream."""
+
+
+class _Work:
+    """What a stream has been asked to do: a generator on its way.
+
+    It yields None between blocks; ids [1, 1] to have that token read, and is sent logits [1, 1, V]; or a sleep to wait for.
+    """
+
+    def __init__(self, stream: Stream, steps: Generator[Any, Any, Any]) -> None:
+        self.stream, self.steps = stream, steps
+        self.result: Future[Any] = Future()
+        self.wants: Any = None
+        self.cancelled = False
+        self.cost = 0.0
+        """Seconds of its last slice."""
+
+
+class SessionPool:
+    """A scheduler in a thread of its own, and the streams that it serves.
+
+    Every turn reads one token for each stream that waits for one, in one batch whatever their positions; prompts and
+    sleeps advance block by block in what time is left: `SHARE` of a turn while anybody is awake, all of it otherwise.
+    Sleeps that begin at the same position with as many tokens are run as one batch while nobody is awake.
+
+    Args:
+        slots: streams that one batch takes; more take turns.
+        streams: streams that may be open; `open` refuses one more.
+        when: the schedule of every stream. Under `interval(n)` with n below the window, and `idle`, streams go on while
+            they sleep.
+        context: tokens a stream may have, for a model that never sleeps.
+    Raises:
+        ZooError: a bad argument.
+    """
+
+    def __init__(
+        self, model: Model, slots: int = 8, *, streams: int | None = None, when: str | Schedule = "full", context: int | None = None
+    ) -> None:
+        streams = slots if streams is None else streams
+        if slots < 1 or streams < 1:
+            raise ZooError(f"slots: {slots}, streams: {streams}; both must be at least 1")
+        self.model, self.streams = model, streams
+        self.schedule = new_schedule(when) if isinstance(when, str) else when
+        self.schedule.due(model.config.window)
+        self.context = context_of(model, context)
+        self._open: set[Stream] = set()
+        self._slots: Slots[Stream] = Slots(model, slots, self.context)
+        self._news = threading.Condition()
+        self._arrived: list[_Work] = []
+        self._slices: deque[_Work] = deque()
+        self._tokens: deque[_Work] = deque()
+        self._asleep: list[_Work] = []
+        self._naps: list[tuple[float, Nap]] = []
+        self._group: tuple[list[Nap], Generator[None, None, None]] | None = None
+        self._group_cost = self._credit = 0.0
+        self._prompt_was_last = False
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="zoo-pool", daemon=True)
+        self._thread.start()
+
+    def open(self) -> Stream:
+        """A new stream. Raises PoolFullError."""
+        return self.admit(opening(self.model, 1))
+
+    def admit(self, moment: Moment) -> Stream:
+        stream = Stream(self, moment)
+        with self._news:
+            if len(self._open) >= self.streams:
+                raise PoolFullError(f"streams: {self.streams} are open, and no more are allowed; close one first")
+            self._open.add(stream)
+        return stream
+
+    def forget(self, stream: Stream) -> None:
+        with self._news:
+            self._open.discard(stream)
+
+    def close(self) -> None:
+        """Leave off whatever is going on, and end the thread. Who still waits for something gets a ZooError."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def submit(self, work: _Work) -> None:
+        with self._news:
+            if self._failure is not None:
+                raise ZooError(f"pool: it has failed: {self._failure}") from self._failure
+            if self._closed:
+                raise ZooError("pool: it is closed")
+            if work.stream not in self._open:
+                raise ZooError("stream: it is closed")
+            self._arrived.append(work)
+            self._news.notify()
+
+    def begin(self, nap: Nap, after: float) -> None:
+        """Called in the scheduler's thread."""
+        self._naps.append((time.monotonic() + after, nap))
+
+    def take(self, stream: Stream) -> None:
+        """Called in the scheduler's thread: the stream's moment holds its state again, which a slot has had."""
+        if stream in self._slots.names:
+            stream._moment = stream._moment._replace(state=self._slots.take(stream))
+
+    def _serve(self) -> None:
+        try:
+            with torch.no_grad():
+                while self._wait_for_work():
+                    self._turn()
+            error: BaseException = ZooError("pool: it is closed")
+        except BaseException as failure:
+            self._failure = error = failure
+        with self._news:
+            self._closed = True
+            for work in [*self._arrived, *self._slices, *self._tokens, *self._asleep]:
+                if not work.result.done():
+                    work.result.set_exception(error)
+
+    def _wait_for_work(self) -> bool:
+        with self._news:
+            while not self._closed:
+                self._slices.extend(self._arrived)
+                self._arrived.clear()
+                self._naps = [(due, nap) for due, nap in self._naps if not nap.stopped]
+                if self._slices or self._tokens or self._group:
+                    return True
+                wait = min((due for due, _ in self._naps), default=float("inf")) - time.monotonic()
+                if wait <= 0:
+                    return True
+                self._news.wait(None if wait == float("inf") else wait)
+        return False
+
+    def _turn(self) -> None:
+        """One token for those who wait for one, then what fits into the gap."""
+        if not self._tokens:
+            self._slice()
+            return
+        started = time.perf_counter()
+        self._step([self._tokens.popleft() for _ in range(min(len(self._tokens), self._slots.slots))])
+        step = SHARE * (time.perf_counter() - started)
+        self._credit = min(self._credit + step, max(step, self._next_cost()))
+        while self._credit >= (cost := self._next_cost()) and (self._slices or self._group or self._due()):
+            before = time.perf_counter()
+            self._slice()
+            self._credit -= max(time.perf_counter() - before, 0.1 * cost)
+
+    def _step(self, works: list[_Work]) -> None:
+        """One token for each of `works`."""
+        streams = [work.stream for work in works]
+        try:
+            for stream in streams:
+                if stream not in self._slots.names:
+                    while len(self._slots.names) >= self._slots.slots:
+                        self.take(next(other for other in self._slots.names if other not in streams))
+                    self._slots.put(stream, stream._moment.state)
+            logits = self._slots.read(streams, torch.cat([work.wants for work in works]))
+        except Exception as error:
+            for work in works:
+                self._advance(work, error=error)
+            return
+        for work, row in zip(works, logits, strict=True):
+            self._advance(work, row[None])
+
+    def _next_cost(self) -> float:
+        return self._slices[0].cost if self._slices else self._group_cost
+
+    def _slice(self) -> None:
+        """One block of a prompt, or of sleeps; in turn, if somebody waits for either."""
+        started = time.perf_counter()
+        if self._slices and not (self._asleep and self._prompt_was_last):
+            work = self._slices.popleft()
+            self._advance(work)
+            work.cost = time.perf_counter() - started
+            self._prompt_was_last = True
+        else:
+            self._sleep_on()
+            self._group_cost = time.perf_counter() - started
+            self._prompt_was_last = False
+
+    def _advance(self, work: _Work, logits: Tensor | None = None, error: Exception | None = None) -> None:
+        """Drive `work` to where it wants something next, with what it wanted."""
+        try:
+            wants = work.steps.send(logits) if error is None else work.steps.throw(error)
+        except StopIteration as done:
+            work.result.set_result(done.value)
+        except BaseException as error:
+            work.result.set_exception(error)
+        else:
+            work.wants = wants
+            if work.cancelled:
+                work.steps.close()
+                work.result.set_result(None)
+            elif isinstance(wants, Nap):
+                self._asleep.append(work)
+            else:
+                (self._slices if wants is None else self._tokens).append(work)
+
+    def _due(self) -> list[Nap]:
+        """Sleeps whose time has come; those that somebody waits for first."""
+        now, waited_for = time.monotonic(), {id(work.wants) for work in self._asleep}
+        return sorted((nap for due, nap in self._naps if due <= now and not nap.stopped), key=lambda nap: id(nap) not in waited_for)
+
+    def _sleep_on(self) -> None:
+        """One block of the sleeps under way, or of the next ones."""
+        if self._group is not None:
+            naps, steps = self._group
+            if all(nap.stopped for nap in naps) or (len(naps) > 1 and self._tokens):
+                self._group = None  # too slow together while somebody is awake; they begin anew, one by one
+        if self._group is None:
+            due = self._due()
+            if not due:
+                return
+            naps = [due[0]] if self._tokens else [nap for nap in due if _place(nap) == _place(due[0])]
+            self._group = naps, self._together(naps)
+        naps, steps = self._group
+        try:
+            next(steps)
+            return
+        except StopIteration:
+            pass
+        except Exception as error:
+            for nap in naps:
+                nap.error = error
+        self._group = None
+        for nap in naps:
+            nap.end()
+        self._naps = [(due, nap) for due, nap in self._naps if nap not in naps]
+        self._slices.extendleft(work for work in self._asleep if work.wants in naps)
+        self._asleep = [work for work in self._asleep if work.wants not in naps]
+
+    def _together(self, naps: list[Nap]) -> Generator[None, None, None]:
+        """Sleeps of one place and size as one batch."""
+        starts = [nap.before.start for nap in naps]
+        start = (
+            starts[0] if len(naps) == 1 else tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *starts)
+        )
+        state = yield from self.model.consolidation(torch.cat([nap.before.ids for nap in naps]), start, loops=naps[0].loops)
+        for row, nap in enumerate(naps):
+            if not nap.stopped:
+                yield from nap.catch_up(_row(state, row))
+
+
+def _row(state: State, row: int) -> State:
+    """One stream of a batch."""
+    return tree_map_only(Tensor, lambda tensor: tensor[row : row + 1], state)
+
+
+def _place(nap: Nap) -> tuple[int, int, int | None]:
+    """What sleeps must have in common to be one batch."""
+    return nap.before.start.position, nap.before.ids.shape[1], nap.loops
+
+
+class Stream(Session):
+    """A session of one stream in a pool: the same calls, from any thread, one at a time. `close` makes room for another."""
+
+    _goes_on = True
+
+    def __init__(self, pool: SessionPool, moment: Moment) -> None:
+        super().__init__(pool.model, 1, when=pool.schedule)
+        self._pool = pool
+        self._moment = moment
+        self._busy = threading.Lock()
+
+    def close(self) -> None:
+        """Give the place to another stream."""
+        with contextlib.suppress(ZooError):  # the pool is closed
+            self._replace(self._moment)
+        self._pool.forget(self)
+
+    def fork(self) -> Stream:
+        """A stream of the same pool that stands where this one does. Raises PoolFullError."""
+        return self._pool.admit(self._look())
+
+    def _look(self) -> Moment:
+        def look() -> Generator[Any, Any, Moment]:
+            yield from ()
+            self._pool.take(self)
+            self._settle()
+            return self._moment
+
+        return self._run(look())
+
+    def _replace(self, moment: Moment) -> None:
+        def replace() -> Generator[Any, Any, None]:
+            yield from ()
+            self._pool.take(self)
+            Session._replace(self, moment)
+
+        self._run(replace())
+
+    def _run(self, work: Generator[Any, Any, T]) -> T:
+        with self._alone():
+            return self._submit(work).result.result()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise ZooError("stream: it is busy with another call")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _submit(self, steps: Generator[Any, Any, T]) -> _Work:
+        work = _Work(self, self._request(steps))
+        self._pool.submit(work)
+        return work
+
+    def _request(self, steps: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+        """`steps`; after them, if nothing else comes, the stream may sleep."""
+        result = yield from steps
+        if self._nap is not None and self._nap.yields_to_tokens:
+            assert self.schedule.pause is not None
+            self._pool.begin(self._nap, self.schedule.pause)
+        return result
+
+    def _generate(self, prompt: Tensor, sampling: Sampling) -> Iterator[Tensor]:
+        said: SimpleQueue[Tensor | None] = SimpleQueue()
+
+        def speak() -> Generator[Any, Any, None]:
+            sampler = Sampler(sampling, prompt, self.model.config.vocab_size)
+            words = prompt
+            for _ in range(sampling.tokens):
+                said.put((yield from self._say(words, sampler)))
+                if sampler.over:
+                    return
+                words = prompt[:, :0]
+
+        with self._alone():
+            work = self._submit(speak())
+            work.result.add_done_callback(lambda _: said.put(None))
+            try:
+                while (token := said.get()) is not None:
+                    yield token
+            finally:
+                work.cancelled = True  # whoever listened has gone
+                work.result.result()
+
+    def _wake(self, ids: Tensor) -> Generator[Any, Any, tuple[Tensor, Moment]]:
+        if ids.shape[1] > 1:
+            self._pool.take(self)
+            return (yield from reading(self.model, self._moment, ids[:, :PIECE]))
+        logits = yield ids
+        return logits, after_reading(self.model, self._moment, ids, logits, self._moment.state)
+
+    def _make_sure_of_room(self, tokens: int) -> Generator[Any, Any, None]:
+        yield from super()._make_sure_of_room(tokens)
+        if self.model.config.window is None and self._moment.counts.tokens + tokens > self._pool.context:
+            raise ZooError(f"ids: {tokens} tokens after {self._moment.counts.tokens}; the pool holds a context of {self._pool.context}")
+
+    def _begin(self, nap: Nap, after: float = 0.0, *, wait: bool = False) -> None:
+        self._nap = nap
+        if not nap.yields_to_tokens:
+            self._pool.begin(nap, after)
+
+    def _settle(self) -> None:
+        if self._nap is not None and self._nap.ended.is_set():
+            self._pool.take(self)  # the state of the sleep takes the place of what the slot holds
+        super()._settle()
+
+    def _wait(self) -> Generator[Any, Any, None]:
+        while self._nap is not None and not self._nap.ended.is_set():
+            yield self._nap
+        self._settle()
