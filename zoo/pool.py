@@ -286,7 +286,7 @@ def _row(state: State, row: int) -> State:
 
 def _place(nap: Nap) -> tuple[int, int, int | None]:
     """What sleeps must have in common to be one batch."""
-    return nap.before.start.position, nap.before.ids.shape[1], nap.loops
+    return int(nap.before.start.position), nap.before.ids.shape[1], nap.loops
 
 
 class Stream(Session):
