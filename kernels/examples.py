@@ -19,8 +19,8 @@ def example(
     """Arguments of `operator` but for `output_final_state`. Floating inputs are leaves that require gradients.
 
     Args:
-        sizes: as in the rows of tuned.json: K and V of gated_delta_rule, D and N of selective_scan, P and N of ssd, D and W of
-            the convolutions; and H, HV, G where the operator has heads or groups.
+        sizes: as in the rows of tuned.json: K and V of gated_delta_rule, N of selective_scan, P and N of ssd, D and W of
+            the convolutions; and H, HV, G or D where the operator has heads, groups or channels.
     """
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
@@ -45,7 +45,7 @@ def _gated_delta_rule(random: Random, batch: int, T: int, *, K: int, V: int, H: 
     }
 
 
-def _selective_scan(random: Random, batch: int, T: int, *, D: int, N: int) -> Inputs:
+def _selective_scan(random: Random, batch: int, T: int, *, N: int, D: int = 256) -> Inputs:
     return {
         "u": random(batch, T, D),
         "dt": 0.1 * random(batch, T, D).exp(),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels import packed
 from zoo.kernels.checks import given_or_zeros
-from zoo.kernels.dispatch import choose, kernels
+from zoo.kernels.dispatch import choose, kernels, triton_form
 from zoo.kernels.ssd.chunked import chunked
 from zoo.kernels.ssd.reference import recurrent
 
@@ -69,3 +69,4 @@ def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
 
 kernels.register("ssd.chunked", _in_pytorch(chunked))
 kernels.register("ssd.reference", _in_pytorch(recurrent))
+kernels.register("ssd.triton", triton_form("ssd"))

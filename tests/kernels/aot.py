@@ -117,7 +117,7 @@ def serve() -> None:
         target.arch = row["arch"]
         compiled.clear()
         try:
-            inputs = example(operator, T=2048, dtype=getattr(torch, row["dtype"]), device="meta", **row["shape"])
+            inputs = example(operator, dtype=getattr(torch, row["dtype"]), device="meta", **{"T": 2048, **row["shape"]})
             with tuning.forced(row):
                 function = dispatch.public(operator)
                 final = {"output_final_state": True} if "output_final_state" in inspect.signature(function).parameters else {}
