@@ -38,7 +38,7 @@ class Steps:
     @property
     def end(self) -> int | Tensor:
         """Position after the last token, of each stream if they differ."""
-        return self.start + (self.length if self.cu_seqlens is None else self.cu_seqlens.diff())
+        return self.start + (self.length if self.cu_seqlens is None else self.cu_seqlens.diff().to(torch.int64))
 
     @property
     def position(self) -> Tensor:
