@@ -106,6 +106,10 @@ def main(operators: tuple[str, ...], per_kernel: int, workers: int, seed: int) -
     chosen = [edit for file in files for edit in draw(list(edits(file)), per_kernel, random.Random(seed))]
     workplaces = [copy_of_the_repository() for _ in range(workers)]
     free = list(workplaces)
+    for file in files:
+        untouched = Edit(file, "", "", 0, "", "", file.read_text(encoding="utf-8"))
+        if noticed(untouched, workplaces[0]):
+            raise click.ClickException(f"{file.relative_to(ROOT)}: its tests fail without any edit")
 
     def judge(edit: Edit) -> bool:
         workplace = free.pop()
