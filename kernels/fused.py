@@ -50,8 +50,13 @@ class Fused:
 
     def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
         outputs = self.allocate(*inputs)
-        self.launch(outputs, *inputs)
+        with torch.cuda.device_of(outputs[0]):  # Triton launches on the current GPU
+            self.launch(outputs, *inputs)
         return outputs
+
+    def gradients(self, grads: Sequence[Tensor | None], outputs: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        with torch.cuda.device_of(outputs[0]):
+            return self.backward(grads, outputs, *inputs)
 
     def one_per_input(self, grads: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(inputs)
@@ -88,7 +93,7 @@ def _autograd_function(fused: Fused) -> type[torch.autograd.Function]:
             inputs, outputs = _saved(ctx)
             if all(grad is None for grad in grads):
                 return (None,) * len(inputs)
-            return fused.one_per_input(fused.backward(grads, outputs, *inputs), inputs)
+            return fused.one_per_input(fused.gradients(grads, outputs, inputs), inputs)
 
     return Function
 
@@ -98,7 +103,7 @@ def _library_op(fused: Fused, name: str, fields: str) -> Callable[..., list[Tens
         return list(fused.forward(*inputs))
 
     def backward(grads: list[Tensor | None], outputs: list[Tensor], *inputs: Any) -> list[Tensor]:
-        found = zip(fused.slots, fused.backward(grads, outputs, *inputs), strict=True)
+        found = zip(fused.slots, fused.gradients(grads, outputs, inputs), strict=True)
         return [outputs[0].new_empty(0) if inputs[slot] is None else grad for slot, grad in found]
 
     def backward_shapes(grads: list[Tensor | None], outputs: list[Tensor], *inputs: Any) -> list[Tensor]:

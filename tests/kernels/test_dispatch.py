@@ -9,6 +9,7 @@ import zoo
 from zoo.kernels import dispatch
 from zoo.kernels.dispatch import choose, kernels
 from zoo.kernels.registry import ZooError
+from zoo.kernels.ssd.op import ssd
 
 CPU = torch.zeros(1)
 
@@ -51,3 +52,11 @@ def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixt
             choose("ssd", CPU, "chunked")
         choose("ssd", CPU, "chunked", form="reference")
     assert caplog.messages == ["ssd: chunked (the tensors are on cpu)", "ssd: reference (the caller's choice)"]
+
+
+def test_the_first_call_may_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators and other packages are looked up at the first call, by imports that cannot be traced."""
+    monkeypatch.setattr(kernels, "_others", None)
+    x, dt, A, B = torch.randn(1, 3, 2, 4), torch.rand(1, 3, 2), -torch.rand(2), torch.randn(1, 3, 1, 5)
+    traced = torch.compile(ssd, fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(x, dt, A, B, B)[0], ssd(x, dt, A, B, B)[0])
