@@ -15,9 +15,13 @@ test: .venv/installed
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-# also what takes too long for every change: kernels for every GPU architecture
-test-all: test
+# also what takes too long for every change: kernels for every GPU architecture, and beside those of other projects
+test-all: test .venv/peers
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m extended
+
+.venv/peers: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -121,3 +121,16 @@ EXAMPLES: dict[str, Callable[..., Inputs]] = {
     "selective_scan": _selective_scan,
     "ssd": _ssd,
 }
+
+# of each operator, for a self-check: small enough for a CPU, large enough to take several tiles
+SIZES: dict[str, dict[str, int]] = {
+    "causal_conv1d": {"D": 96, "W": 4},
+    "dynamic_conv1d": {"D": 96, "W": 4},
+    "gated_delta_rule": {"K": 64, "V": 96},
+    "gated_rmsnorm": {"N": 96},
+    "gdn_step": {"K": 64, "V": 96},
+    "l2norm": {"N": 96},
+    "rmsnorm": {"N": 96},
+    "selective_scan": {"D": 96, "N": 16},
+    "ssd": {"N": 64, "P": 64},
+}

@@ -39,7 +39,7 @@ def configuration(kernel: str, x: Tensor, plain: dict[str, int], **shape: int) -
         plain: correct on every GPU, used where no row is proven. Its keys are those of the rows.
         shape: the sizes that rows tell apart.
     """
-    if _forced is not None and _forced["kernel"] == kernel:
+    if _forced is not None and forces(kernel):
         return dict(_forced["config"])
     if not x.is_cuda:
         return plain
@@ -57,6 +57,19 @@ def forced(row: Row) -> Iterator[None]:
         _forced = before
 
 
+def forces(kernel: str) -> bool:
+    """Whether a row of this kernel is being tried, so that it must be launched."""
+    return _forced is not None and _forced["kernel"] == kernel
+
+
+def target(x: Tensor) -> int:
+    """The architecture whose rows fit x, 0 off a GPU."""
+    if _forced is not None:
+        return _forced["arch"]
+    return architecture(x.device) if x.is_cuda else 0
+
+
+@functools.cache
 def architecture(device: torch.device) -> int:
     """The newest of ARCHITECTURES whose rows a GPU may try; 0 for one older than all of them."""
     major, minor = torch.cuda.get_device_capability(device)

@@ -121,6 +121,19 @@ def convert(source: Path, destination: Path, form: Literal["zoo", "hf"]) -> None
 
 
 @main.command()
+@click.option("--check/--no-check", default=True, help="Run every form against the step recurrence: a minute at most.")
+def doctor(check: bool) -> None:
+    """What serves each operator on this machine, and whether it computes what it should.
+
+    On a GPU the verdict on each shipped configuration is kept: configurations that are not proven are not used.
+    """
+    from zoo.doctor import run
+
+    if not run(check):
+        sys.exit(1)
+
+
+@main.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="New folder for the results.")
 def demo(out: Path) -> None:
     """Train one small model at N = 1, 2 and 4, export it, and compare: about eight minutes on two cores."""

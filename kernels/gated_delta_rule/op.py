@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels import packed
 from zoo.kernels.checks import given_or_zeros
-from zoo.kernels.dispatch import choose, kernels
+from zoo.kernels.dispatch import choose, kernels, triton_form
 from zoo.kernels.gated_delta_rule.chunked import chunked
 from zoo.kernels.gated_delta_rule.reference import recurrent
 
@@ -76,3 +76,4 @@ def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
 
 kernels.register("gated_delta_rule.chunked", _in_pytorch(chunked))
 kernels.register("gated_delta_rule.reference", _in_pytorch(recurrent))
+kernels.register("gated_delta_rule.triton", triton_form("gated_delta_rule"))

@@ -123,8 +123,9 @@ def serve() -> None:
                 final = {"output_final_state": True} if "output_final_state" in inspect.signature(function).parameters else {}
                 results = function(**inputs, **final, form="triton")
                 results = results if isinstance(results, tuple) else (results,)
-                with contextlib.suppress(NotImplementedError):  # a decode step has no gradients
-                    torch.autograd.backward(results, [torch.empty_like(y) for y in results])
+                if results[0].requires_grad:
+                    with contextlib.suppress(NotImplementedError):  # a decode step has no gradients
+                        torch.autograd.backward(results, [torch.empty_like(y) for y in results])
             found = [_resources(kernel, row["arch"]) for kernel in compiled]
             if not found:
                 raise LookupError(f"{operator} launches no kernel {wanted}")

@@ -1,0 +1,104 @@
+"""`zoo doctor`: what it says, and that it notices an operator that is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo import doctor
+from zoo.kernels import tuning
+from zoo.kernels.dispatch import OPERATORS, kernels
+from zoo.kernels.examples import EXAMPLES, SIZES
+
+CPU = torch.device("cpu")
+ROW = {
+    "kernel": "ssd.states",
+    "arch": 90,
+    "dtype": "bfloat16",
+    "shape": {"N": 64, "P": 64},
+    "config": {"BP": 32, "num_warps": 4},
+    "compiled": None,
+    "hardware": None,
+}
+
+
+def test_every_operator_is_checked() -> None:
+    assert set(SIZES) == set(EXAMPLES)
+    assert set(OPERATORS) <= set(SIZES)
+    findings = list(doctor.self_check(CPU))
+    assert {finding.operator for finding in findings} == set(SIZES)
+    assert all(finding.right for finding in findings), findings
+
+
+def test_a_wrong_form_and_one_that_fails_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = kernels.get("ssd.chunked")
+
+    def wrong(*inputs):
+        y, final = run(*inputs)
+        return y * (1 + 1e-3), final
+
+    def failing(*inputs):
+        raise RuntimeError("out of shared memory\nand more")
+
+    for broken, words in ((wrong, ""), (failing, "RuntimeError: out of shared memory")):
+        monkeypatch.setattr(
+            doctor.kernels._own, "get", lambda name, get=kernels._own.get, broken=broken: broken if name == "ssd.chunked" else get(name)
+        )
+        finding = doctor.check("ssd", CPU, torch.float32, SIZES["ssd"], "chunked")
+        assert not finding.right
+        assert finding.problem == words
+        monkeypatch.undo()
+
+
+def test_verdicts_decide_which_configuration_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is used once it is proven, by a stamp for this GPU and Triton or by the doctor, and plain launches until then."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toy GPU")
+    monkeypatch.setattr(tuning, "table", lambda: [ROW])
+    tuning.verdicts.cache_clear()
+    assert not tuning.proven(ROW, "Toy GPU")
+    doctor.remember([doctor.Finding("ssd", "x", 0.5, 0.03, row=ROW), doctor.Finding("ssd", "plain", 0.0, 0.03)], CPU)
+    tuning.verdicts.cache_clear()
+    assert not tuning.proven(ROW, "Toy GPU")
+    doctor.remember([doctor.Finding("ssd", "x", 0.01, 0.03, row=ROW)], CPU)
+    tuning.verdicts.cache_clear()
+    assert tuning.proven(ROW, "Toy GPU")
+    assert not tuning.proven(ROW, "Other GPU")
+    assert list(json.loads(tuning.verdicts_path("Toy GPU").read_text())) == [tuning.row_name(ROW)]
+    stamped = ROW | {"hardware": {"device": "Other GPU", "triton": tuning.version("triton")}}
+    assert tuning.proven(stamped, "Other GPU")
+    assert not tuning.proven(stamped | {"hardware": {"device": "Other GPU", "triton": "3.0"}}, "Other GPU")
+    tuning.verdicts.cache_clear()
+
+
+def test_the_command_without_a_gpu_and_without_triton() -> None:
+    """Triton hidden: import zoo, the doctor and the PyTorch forms work; forcing triton is one clear line."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch, zoo, zoo.doctor
+from zoo.kernels.gated_delta_rule.op import gated_delta_rule
+from zoo.kernels.examples import example
+inputs = example("gated_delta_rule", T=5, K=4, V=4)
+gated_delta_rule(**inputs)
+try:
+    gated_delta_rule(**inputs, form="triton")
+except zoo.ZooError as error:
+    print(error)
+from zoo.cli import main
+main(["doctor", "--no-check"])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (
+        "form 'triton' cannot run: triton is not installed (pip install 'sleep-zoo[triton]'); allowed here: chunked, reference"
+        in result.stdout
+    )
+    assert "gated_delta_rule" in result.stdout
+    assert torch.__version__ in result.stdout

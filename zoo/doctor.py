@@ -1,0 +1,186 @@
+"""`zoo doctor`: what serves each operator on this machine, and whether it computes what it should."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.files import replacing
+from zoo.kernels import tuning
+from zoo.kernels.dispatch import OPERATORS, choose, kernels, public, triton_problem
+from zoo.kernels.examples import SIZES, Inputs, example
+
+LENGTH = 130  # tokens: two chunks and a bit
+BUDGET = 60.0  # seconds that the self-check may take; what it does not reach stays unproven
+# relative error (L2) of results and gradients against float64
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float64: 1e-10}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One form or configuration of an operator, run against the step recurrence in float64."""
+
+    operator: str
+    what: str
+    error: float
+    allowed: float
+    problem: str = ""
+    row: tuning.Row | None = None
+
+    @property
+    def right(self) -> bool:
+        return not self.problem and self.error <= self.allowed
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What this machine has: name to version or reason."""
+    return {
+        "sleep-zoo": version("sleep-zoo"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton") or "not installed: pip install 'sleep-zoo[triton]'",
+        "GPU": _gpu(device) if device.type == "cuda" else "none that torch can use",
+    }
+
+
+def serving(device: torch.device) -> list[tuple[str, str, str]]:
+    """For each operator the form that serves it, and which of its configurations are proven here."""
+    x = torch.empty(1, device=device)
+    lines = []
+    for operator in OPERATORS:
+        forms = _forms(operator)
+        served = choose(operator, x, "chunked" if "chunked" in forms else "reference")
+        form = next(name for name, run in forms.items() if run is served)
+        lines.append((operator, form, _configurations(operator, device) if form == "triton" else _why_not(operator, x)))
+    return lines
+
+
+def self_check(device: torch.device) -> Iterator[Finding]:
+    """Every form that runs here, then every shipped configuration for this GPU, until the budget is spent."""
+    start = time.perf_counter()
+    for operator in SIZES:
+        for form in _forms(operator):
+            if form != "triton" or device.type == "cuda":
+                for dtype in (torch.float32, torch.bfloat16) if form == "triton" else (torch.float32,):
+                    yield check(operator, device, dtype, SIZES[operator], form)
+    if device.type != "cuda":
+        return
+    for row in tuning.table():
+        if row["arch"] == tuning.architecture(device) and time.perf_counter() - start < BUDGET:
+            operator, dtype = row["kernel"].split(".")[0], getattr(torch, row["dtype"])
+            with tuning.forced(row):
+                yield check(operator, device, dtype, row["shape"], "triton", row)
+
+
+def check(
+    operator: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int], form: str, row: tuning.Row | None = None
+) -> Finding:
+    inputs = example(operator, dtype=dtype, device=device.type, **{"T": LENGTH, **sizes})
+    name = tuning.row_name(row) if row else f"{form}, {dtype}".replace("torch.", "")
+    try:
+        return Finding(operator, name, deviation(operator, inputs, form), ALLOWED[dtype], row=row)
+    except Exception as error:  # whatever a compiler or a driver raises is what a user wants to see
+        return Finding(operator, name, float("nan"), ALLOWED[dtype], f"{type(error).__name__}: {str(error).splitlines()[0][:200]}", row)
+
+
+def deviation(operator: str, inputs: Inputs, form: str) -> float:
+    """Largest relative error of results and gradients against the step recurrence in float64 on the same numbers."""
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    found, wanted = _call(operator, inputs, form), _call(operator, exact, "reference")
+    errors = [_relative(y, z) for y, z in zip(found, wanted, strict=True)]
+    if found[0].requires_grad:
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(y.shape, generator=generator).to(y) for y in found]
+        with suppress(NotImplementedError):  # a decode step has no gradients
+            gradients = torch.autograd.grad(found, list(inputs.values()), weights, allow_unused=True)
+            right = torch.autograd.grad(wanted, list(exact.values()), [w.double() for w in weights], allow_unused=True)
+            errors += [_relative(y, z) for y, z in zip(gradients, right, strict=True) if y is not None and z is not None]
+    return max(errors)
+
+
+def remember(findings: list[Finding], device: torch.device) -> None:
+    """Write what was found of each configuration, so that the right ones are used on this GPU from now on."""
+    rows = {tuning.row_name(finding.row): finding.right for finding in findings if finding.row is not None}
+    path = tuning.verdicts_path(torch.cuda.get_device_name(device))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def run(check: bool = True) -> bool:
+    """Print all of it. Returns whether everything that was checked is right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console = Console()
+    for name, found in versions(device).items():
+        console.print(f"{name:10} {found}", highlight=False, markup=False)
+    table = Table("operator", "served by", "because")
+    for line in serving(device):
+        table.add_row(*line)
+    console.print(table)
+    if not check:
+        return True
+    findings = []
+    for finding in self_check(device):
+        findings.append(finding)
+        verdict = "ok" if finding.right else "WRONG"
+        figure = finding.problem or f"relative error {finding.error:.1e}, allowed {finding.allowed:.0e}"
+        console.print(f"{verdict:6}{finding.operator}: {finding.what}: {figure}", highlight=False, markup=False, soft_wrap=True)
+    if device.type == "cuda":
+        remember(findings, device)
+    else:
+        console.print("Without a GPU only the PyTorch forms can be checked; Triton's configurations are proven by this command on one.")
+    return all(finding.right for finding in findings)
+
+
+def _call(operator: str, inputs: Inputs, form: str) -> tuple[Tensor, ...]:
+    function = public(operator)
+    final = {"output_final_state": True} if "output_final_state" in inspect.signature(function).parameters else {}
+    results = function(**inputs, **final, form=form)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    difference, size = (found.double() - wanted).norm().item(), wanted.norm().item()
+    return difference / size if size > 0 else difference
+
+
+def _forms(operator: str) -> dict[str, Any]:
+    return {name.split(".")[1]: kernels.get(name) for name in kernels.names() if name.startswith(f"{operator}.")}
+
+
+def _why_not(operator: str, x: Tensor) -> str:
+    if "triton" not in _forms(operator):
+        return "it has no Triton form"
+    return "the tensors are on a CPU" if not x.is_cuda else str(triton_problem(x))
+
+
+def _configurations(operator: str, device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device)
+    rows = [row for row in tuning.table() if row["kernel"].split(".")[0] == operator and row["arch"] == tuning.architecture(device)]
+    count = sum(tuning.proven(row, name) for row in rows)
+    return f"{count} of {len(rows)} configurations proven on this GPU" + ("" if count else "; plain ones are used")
+
+
+def _gpu(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
