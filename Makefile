@@ -15,7 +15,7 @@ test: .venv/installed
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-# also what takes too long for every change: kernels for every GPU architecture, and beside those of other projects
+# also what takes too long for every change: kernels for every GPU architecture and beside those of other projects, streams that run for long
 test-all: test .venv/peers
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m extended
 
@@ -25,5 +25,5 @@ test-all: test .venv/peers
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx,tensorrt-rtx,triton]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx,serve,tensorrt-rtx,triton]'
 	touch $@

@@ -108,7 +108,17 @@ def test_the_commands(environment):
     code = "import zoo; print(zoo.describe(zoo.create('gdn4-sleep4')))"
     assert "3,702,800" in run(environment, "python", "-c", code)
     assert "gdn4" in run(environment, "zoo", "list", "gdn*")
-    for command in (["zoo"], ["zoo", "list"], ["zoo", "describe"], ["zoo", "train"], ["zoo", "eval"], ["zoo", "demo"], ["zoo-export"]):
+    for command in (
+        ["zoo"],
+        ["zoo", "list"],
+        ["zoo", "describe"],
+        ["zoo", "train"],
+        ["zoo", "eval"],
+        ["zoo", "demo"],
+        ["zoo", "chat"],
+        ["zoo", "serve"],
+        ["zoo-export"],
+    ):
         assert "Usage:" in run(environment, *command, "--help")
     (environment / "run.yaml").write_text(
         "model: gdn4-sleep2\noverrides: {layers: attn gdn, d_model: 16, window: 5}\ntask: {name: cycle, nodes: 5, hops: 1}\n"

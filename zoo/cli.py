@@ -6,12 +6,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from zoo.config import list_models, parse_overrides
 from zoo.kernels.registry import ZooError
+
+if TYPE_CHECKING:
+    from zoo.model import Model
+    from zoo.text import Bytes
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -131,6 +135,77 @@ def doctor(check: bool) -> None:
 
     if not run(check):
         sys.exit(1)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: the likeliest token.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), help="The same answers every time.")
+@click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep between turns, if not as the model has.")
+def chat(model: str, tokens: int, temperature: float, top_p: float, seed: int | None, loops: int | None) -> None:
+    """Talk with MODEL, a folder or a name; it sleeps between turns. Ctrl-C ends an answer, Ctrl-D the conversation."""
+    from zoo.chat import converse
+    from zoo.session import Session
+
+    opened, text = _open(model)
+    converse(Session(opened), text, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; this one is seen from this machine alone.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Streams whose tokens are one batch.")
+@click.option("--sessions", type=click.IntRange(min=1), default=64, show_default=True, help="Streams at once; one more is refused.")
+@click.option("--idle", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds that an unused session is kept.")
+@click.option("--when", default="full", show_default=True, help="When streams sleep: full, 'interval(512)', 'idle(0.5)'.")
+@click.option(
+    "--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens per stream of a model that never sleeps."
+)
+@click.option("--max-prompt", type=click.IntRange(min=1), default=32768, show_default=True, help="Tokens of a prompt.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of an answer.")
+@click.option("--max-body", type=click.IntRange(min=1), default=2**20, show_default=True, help="Bytes of a request.")
+def serve(
+    model: str,
+    host: str,
+    port: int,
+    slots: int,
+    sessions: int,
+    idle: float,
+    when: str,
+    context: int,
+    max_prompt: int,
+    max_tokens: int,
+    max_body: int,
+) -> None:
+    """Serve MODEL, a folder or a name, on the routes of OpenAI's completions and chat.
+
+    A request with "session": "some-id" in its body goes on where the last one with this id ended.
+    """
+    from zoo.server import Limits, make_app  # says what to install
+
+    import uvicorn  # isort: skip
+    from zoo.pool import SessionPool
+
+    opened, text = _open(model)
+    pool = SessionPool(opened, slots, streams=sessions, when=when, context=context)
+    limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle)
+    uvicorn.run(make_app(pool, text, opened.config.name, limits), host=host, port=port, access_log=False, timeout_graceful_shutdown=5)
+
+
+def _open(model: str) -> tuple[Model, Bytes]:
+    """The model in a folder, or of a name or a YAML file with fresh weights; and its tokenizer."""
+    from zoo.text import text_of
+    from zoo.weights import create, load
+
+    folder = Path(model) if Path(model).is_dir() else None
+    opened = create(model) if folder is None else load(folder)
+    text = text_of(folder, opened.config.vocab_size)
+    if folder is None:
+        click.echo(f"{model}: fresh weights; give a folder for trained ones", err=True)
+    return opened, text
 
 
 @main.command()

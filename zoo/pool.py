@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, Self, TypeVar
 
@@ -32,6 +31,10 @@ SHARE = 0.4  # of the time of a token step that prompts and sleeps may take afte
 
 class PoolFullError(ZooError):
     """There is no room for another stream."""
+
+
+class BusyError(ZooError):
+    """A stream was asked for something before it had answered the last call."""
 
 
 class _Work:
@@ -80,6 +83,7 @@ class SessionPool:
         self._slots: Slots[Stream] = Slots(model, slots, self.context)
         self._news = threading.Condition()
         self._arrived: list[_Work] = []
+        self._unanswered: set[_Work] = set()
         self._slices: deque[_Work] = deque()
         self._tokens: deque[_Work] = deque()
         self._asleep: list[_Work] = []
@@ -87,10 +91,12 @@ class SessionPool:
         self._group: tuple[list[Nap], Generator[None, None, None]] | None = None
         self._group_cost = self._credit = 0.0
         self._prompt_was_last = False
+        self.sleeps = 0
+        """Sleeps that have ended."""
         self._closed = False
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="zoo-pool", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._serve, name="zoo-pool", daemon=True)
+        self.thread.start()
 
     def open(self) -> Stream:
         """A new stream. Raises PoolFullError."""
@@ -104,6 +110,10 @@ class SessionPool:
             self._open.add(stream)
         return stream
 
+    def __len__(self) -> int:
+        """Streams that are open."""
+        return len(self._open)
+
     def forget(self, stream: Stream) -> None:
         with self._news:
             self._open.discard(stream)
@@ -113,7 +123,7 @@ class SessionPool:
         with self._news:
             self._closed = True
             self._news.notify()
-        self._thread.join()
+        self.thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -130,6 +140,7 @@ class SessionPool:
             if work.stream not in self._open:
                 raise ZooError("stream: it is closed")
             self._arrived.append(work)
+            self._unanswered.add(work)
             self._news.notify()
 
     def begin(self, nap: Nap, after: float) -> None:
@@ -151,9 +162,8 @@ class SessionPool:
             self._failure = error = failure
         with self._news:
             self._closed = True
-            for work in [*self._arrived, *self._slices, *self._tokens, *self._asleep]:
-                if not work.result.done():
-                    work.result.set_exception(error)
+            for work in self._unanswered:
+                work.result.set_exception(error)
 
     def _wait_for_work(self) -> bool:
         with self._news:
@@ -221,18 +231,26 @@ class SessionPool:
         try:
             wants = work.steps.send(logits) if error is None else work.steps.throw(error)
         except StopIteration as done:
-            work.result.set_result(done.value)
+            self._answer(work, done.value)
         except BaseException as error:
-            work.result.set_exception(error)
+            self._answer(work, error=error)
         else:
             work.wants = wants
             if work.cancelled:
                 work.steps.close()
-                work.result.set_result(None)
+                self._answer(work)
             elif isinstance(wants, Nap):
                 self._asleep.append(work)
             else:
                 (self._slices if wants is None else self._tokens).append(work)
+
+    def _answer(self, work: _Work, value: Any = None, error: BaseException | None = None) -> None:
+        with self._news:
+            self._unanswered.discard(work)
+        if error is None:
+            work.result.set_result(value)
+        else:
+            work.result.set_exception(error)
 
     def _due(self) -> list[Nap]:
         """Sleeps whose time has come; those that somebody waits for first."""
@@ -263,6 +281,7 @@ class SessionPool:
         self._group = None
         for nap in naps:
             nap.end()
+            self.sleeps += nap.after is not None
         self._naps = [(due, nap) for due, nap in self._naps if nap not in naps]
         self._slices.extendleft(work for work in self._asleep if work.wants in naps)
         self._asleep = [work for work in self._asleep if work.wants not in naps]
@@ -328,21 +347,19 @@ class Stream(Session):
         self._run(replace())
 
     def _run(self, work: Generator[Any, Any, T]) -> T:
-        with self._alone():
-            return self._submit(work).result.result()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
-            raise ZooError("stream: it is busy with another call")
-        try:
-            yield
-        finally:
-            self._busy.release()
+        return self._submit(work).result.result()
 
     def _submit(self, steps: Generator[Any, Any, T]) -> _Work:
+        """Busy until it has been answered."""
+        if not self._busy.acquire(blocking=False):
+            raise BusyError("stream: it is busy with another call")
         work = _Work(self, self._request(steps))
-        self._pool.submit(work)
+        work.result.add_done_callback(lambda _: self._busy.release())
+        try:
+            self._pool.submit(work)
+        except BaseException:
+            work.result.cancel()
+            raise
         return work
 
     def _request(self, steps: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
@@ -365,14 +382,14 @@ class Stream(Session):
                     return
                 words = prompt[:, :0]
 
-        with self._alone():
-            work = self._submit(speak())
-            work.result.add_done_callback(lambda _: said.put(None))
-            try:
-                while (token := said.get()) is not None:
-                    yield token
-            finally:
-                work.cancelled = True  # whoever listened has gone
+        work = self._submit(speak())
+        work.result.add_done_callback(lambda _: said.put(None))
+        try:
+            while (token := said.get()) is not None:
+                yield token
+        finally:
+            work.cancelled = True  # whoever listened has gone
+            if threading.current_thread() is not self._pool.thread:  # a garbage collection may run anywhere
                 work.result.result()
 
     def _wake(self, ids: Tensor) -> Generator[Any, Any, tuple[Tensor, Moment]]:

@@ -85,17 +85,17 @@ class Slots(Generic[Name]):
 
     def put(self, name: Name, state: State) -> None:
         """Give a stream, of batch size 1, a slot of its own; there must be a free one."""
-        row = len(self.names)
+        row, position = len(self.names), int(state.position)
         assert row < self.slots
         self.names.append(name)
-        self._positions.append(int(state.position))
+        self._positions.append(position)
         self._read.append(0)
         self._fast = [a if a is None else torch.cat([a, b]) for a, b in zip(self._fast, state.fast, strict=True)]  # type: ignore[list-item]
         held = []
         for i, (ours, cache) in enumerate(zip(self._window, state.window, strict=True)):
             if isinstance(ours, SlotKV):
                 tokens = cache.key.shape[2]
-                at = torch.arange(self._positions[row] - tokens, self._positions[row], device=cache.key.device) % ours.key.shape[2]
+                at = torch.arange(position - tokens, position, device=cache.key.device) % ours.key.shape[2]
                 ours.key[row, :, at] = cache.key[0]
                 ours.value[row, :, at] = cache.value[0]
                 held.append(tokens)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from rich.filesize import decimal
 from safetensors.torch import load_file
 
 import zoo
@@ -74,6 +75,16 @@ def test_convert_there_and_back(tmp_path):
     assert "no zoo.yaml here" in run("convert", tmp_path, tmp_path / "new", status=2).stderr
 
 
+def test_chat_sleeps_between_turns(tmp_path):
+    model = zoo.create("gdn4-sleep2-hard64", layers="attn gdn", d_model=16, d_ff=16, vocab_size=256)
+    zoo.save(model, tmp_path / "model")
+    arguments = ["chat", str(tmp_path / "model"), "--tokens", "5", "--temperature", "0"]
+    result = CliRunner().invoke(main, arguments, input="hi\nand then?\n")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert f"0/64 tokens in the window, 0 sleeps, state {decimal(zoo.describe(model).state_bytes)}" in result.output
+    assert result.output.count(" sleeps, state ") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -88,6 +99,8 @@ def test_convert_there_and_back(tmp_path):
         (["train", "{config}", "--out", "{config}"], "already exists"),
         (["eval", "nowhere"], "nowhere"),
         (["demo", "--out", "{config}"], "already exists"),
+        (["chat", "gdn4-sleep2"], "vocab_size: 3; text in bytes needs 256"),
+        (["serve", "gdn5"], "unknown model 'gdn5'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(config, arguments, message):

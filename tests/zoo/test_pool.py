@@ -218,4 +218,4 @@ def test_a_scheduler_that_dies_is_heard_of(monkeypatch):
         for _ in range(2):
             with pytest.raises((ZeroDivisionError, zoo.ZooError), match="division by zero"):
                 stream.feed(tokens(2))
-        assert not any(thread.name == "zoo-pool" and thread.is_alive() for thread in threading.enumerate() if thread is pool._thread)
+        assert not any(thread.name == "zoo-pool" and thread.is_alive() for thread in threading.enumerate() if thread is pool.thread)

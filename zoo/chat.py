@@ -1,0 +1,49 @@
+"""A conversation in the terminal: the answer as it comes, and a sleep between turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.filesize import decimal
+from rich.text import Text
+
+from zoo.session import Session
+from zoo.text import Bytes
+
+
+def converse(
+    session: Session, text: Bytes, tokens: int, *, loops: int | None = None, console: Console | None = None, **sampling: Any
+) -> None:
+    """Answer each line with at most `tokens` tokens, until the input ends. Sleeps in the background while the user writes.
+
+    Args:
+        loops: passes per sleep, if not as the model has.
+        sampling: as `Session.generate` takes it.
+    """
+    console = console or Console()
+    while True:
+        console.print(_status(session), justify="right")
+        try:
+            line = console.input("[bold]you: [/]")
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        ids = text.chat([{"role": "user", "content": line}])
+        decode = text.decoder()
+        try:
+            for token in session.generate(torch.tensor([ids]), tokens, stop=text.stop, **sampling):
+                console.print(Text(decode(int(token))), end="", soft_wrap=True)
+        except KeyboardInterrupt:
+            console.print(" ...", end="")
+        console.print()
+        session.sleep(loops, wait=False)
+
+
+def _status(session: Session) -> Text:
+    """The window's filling, sleeps, and the memory of the stream."""
+    stats, window = session.stats(), session.model.config.window
+    place = f"{stats.window}/{window} tokens in the window" if window is not None else f"{stats.tokens} tokens"
+    memory = f"state {decimal(stats.state_bytes)}, cache {decimal(stats.cache_bytes)}"
+    return Text(f"{place}, {stats.sleeps} sleeps, {memory}", style="dim")
