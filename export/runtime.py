@@ -42,7 +42,7 @@ def _register() -> None:
         importlib.import_module(module)
 
 
-MODULES: tuple[str, ...] = ()  # each registers a provider
+MODULES = ("zoo.export.tensorrt_runtime",)  # each registers a provider
 
 # a provider opens a graph: (folder of the bundle, its manifest, file name of the graph) -> Runner
 providers: Registry[Callable[[Path, Bundle, str], Runner]] = Registry("provider", "providers", _register)
@@ -52,7 +52,7 @@ def load(path: str | Path, *, provider: str = "cpu", batch_size: int = 1) -> Ses
     """A session on the bundle that `zoo-export` wrote to the folder `path`.
 
     Args:
-        provider: what runs the graphs: "cpu" and "cuda" are onnxruntime's.
+        provider: what runs the graphs: "cpu" and "cuda" are onnxruntime's, "tensorrt" runs the engines beside them.
     Raises:
         ZooError: a file that is missing, damaged, or of another bundle; a provider that is not there.
     """
