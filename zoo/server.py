@@ -278,13 +278,18 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
             sessions.give_back(ask.session, kept)
             raise
 
+        over = False
+
         def end() -> None:
-            speech.close()
-            sessions.give_back(ask.session, kept)
+            nonlocal over
+            if not over:
+                over = True
+                speech.close()
+                sessions.give_back(ask.session, kept)
 
         metrics.requests.labels(_route(request), 200).inc()
         if ask.stream:
-            return _Events(shape.events(speech), end)
+            return _Events(shape.events(speech, end), end)
         try:
             return JSONResponse(shape.whole("".join(speech), speech))
         finally:
@@ -373,10 +378,11 @@ class _Shape:
     def whole(self, said: str, speech: _Speech) -> dict[str, Any]:
         return {**self._frame(self._kind, self._whole(said), speech.finish), "usage": speech.usage()}
 
-    def events(self, speech: _Speech) -> Iterator[str]:
+    def events(self, speech: _Speech, end: Callable[[], None]) -> Iterator[str]:
         try:
             for piece in speech:
                 yield f"data: {json.dumps(self._frame(self._chunk, self._part(piece), None))}\n\n"
+            end()  # before the client hears of it: its next request may be here at once
             yield f"data: {json.dumps({**self._frame(self._chunk, self._part(''), speech.finish), 'usage': speech.usage()})}\n\n"
         except Exception as error:  # the status has been sent
             yield f"data: {json.dumps(Refusal(500, str(error)).body)}\n\n"

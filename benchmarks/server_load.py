@@ -1,0 +1,94 @@
+"""Do many clients get their answers, each from its own stream? Seconds to the first token and between tokens.
+
+    python benchmarks/server_load.py [CLIENTS] [SECONDS]
+
+Starts `zoo serve` on loopback with a small model that sleeps. Every client keeps one session and talks greedily without
+a pause; afterwards the whole conversations of some are compared with what a session of its own says in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import openai
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import zoo
+from zoo.text import Bytes
+
+MODEL = {"model": "gdn4-sleep2-hard64", "d_model": 128, "vocab_size": 256}
+TOKENS = 16
+CHECKED = 4
+
+
+def talk(url: str, name: str, seconds: float, client: int) -> tuple[list[str], list[float], list[float]]:
+    """Answers, seconds to each first token, seconds between tokens."""
+    api = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+    answers, first, between, until = [], [], [], time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        prompt, said, at = f"{client} says {len(answers)}", "", time.perf_counter()
+        how = {"model": name, "temperature": 0, "max_tokens": TOKENS, "extra_body": {"session": f"client-{client}"}}
+        for n, part in enumerate(api.completions.create(prompt=prompt, stream=True, **how)):
+            now = time.perf_counter()
+            (between if n else first).append(now - at)
+            said, at = said + part.choices[0].text, now
+        answers.append(said)
+    return answers, first, between
+
+
+def expected(model: zoo.Model, client: int, count: int) -> list[str]:
+    session, text, answers = zoo.Session(model), Bytes(256), []
+    for n in range(count):
+        decode = text.decoder()
+        prompt = torch.tensor([text.encode(f"{client} says {n}")])
+        answers.append("".join(decode(int(token)) for token in session.generate(prompt, TOKENS)))
+    return answers
+
+
+def main(clients: int = 32, seconds: float = 60.0) -> None:
+    model = zoo.create(**MODEL)
+    with tempfile.TemporaryDirectory() as folder:
+        zoo.save(model, f"{folder}/model")
+        command = [sys.executable, "-c", "from zoo.cli import main; main()", "serve", f"{folder}/model", "--port", "0"]
+        server = subprocess.Popen([*command, "--slots", str(clients)], stderr=subprocess.PIPE, text=True)
+        assert server.stderr is not None
+        url = next(match[0] for line in server.stderr if (match := re.search(r"http://127\.0\.0\.1:\d+", line))) + "/v1"
+        try:
+            with ThreadPoolExecutor(clients) as threads:
+                results = list(threads.map(partial(talk, url, model.config.name, seconds), range(clients)))
+        finally:
+            server.terminate()
+            server.wait(30)
+    lost = sum(answers != expected(model, client, len(answers)) for client, (answers, _, _) in enumerate(results[:CHECKED]))
+    table = Table("", "p50 ms", "p99 ms", "count", title=f"{clients} clients for {seconds:.0f} s, {lost} of {CHECKED} sessions lost")
+    line: dict[str, object] = {"clients": clients, "seconds": seconds, "lost": lost, "model": MODEL}
+    for label, which in (("first token", 1), ("between tokens", 2)):
+        values = 1000 * np.concatenate([result[which] for result in results])
+        line[label] = {"p50": float(np.median(values)), "p99": float(np.percentile(values, 99)), "count": len(values)}
+        table.add_row(label, f"{np.median(values):.1f}", f"{np.percentile(values, 99):.1f}", str(len(values)))
+    Console().print(table)
+    line |= {
+        "device": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    with (Path(__file__).parent / "results" / "server_load.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    assert not lost
+
+
+if __name__ == "__main__":
+    main(*(kind(value) for kind, value in zip((int, float), sys.argv[1:], strict=False)))
