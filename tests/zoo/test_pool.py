@@ -112,7 +112,7 @@ def test_idle_streams_sleep_in_the_gap_and_together(monkeypatch):
         return consolidation(self, ids, state, loops=loops)
 
     monkeypatch.setattr(Model, "consolidation", spy)
-    with zoo.SessionPool(sleeping, slots=4, when="idle(0.3)") as pool:
+    with zoo.SessionPool(sleeping, slots=4, when="idle(1.0)") as pool:
         streams = [pool.open() for _ in range(4)]
         for n, stream in enumerate(streams):
             stream.feed(tokens(5, seed=n))
