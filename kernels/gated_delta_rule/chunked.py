@@ -50,26 +50,27 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: fl
     """o, the final state, and what `_backward` reads of the way there."""
     B, T, H = q.shape[:3]
     C = min(CHUNK, max(BASE, 1 << (T - 1).bit_length()))
-    qk = torch.cat([_by_chunk(q * scale, C), _by_chunk(k, C)], dim=-2).flatten(1, 2)  # one operand [n, M, 2C, K] of three products
+    qk = torch.cat([_by_chunk(q, C), _by_chunk(k, C)], dim=-2).flatten(1, 2)  # one operand [n, M, 2C, K] of three products
     v, g, beta = (_by_chunk(x, C).flatten(1, 2) for x in (v, g[..., None], beta[..., None]))
     decay = g.cumsum(-2).exp()  # from the chunk's start to each token
     # log of the decay from token j to token i; a difference of cumulated ones would lose the small steps after a large one
-    between = g.expand(*g.shape[:-1], C).tril(-1).cumsum(-2).exp().tril()
+    between = g.expand(*g.shape[:-1], C).tril(-1).cumsum(-2).exp_().tril()
     k = qk[..., C:, :]
     attention, correlation = ((qk @ k.mT).unflatten(-2, (2, C)) * between.unsqueeze(-3)).unbind(-3)
-    solve = unit_lower_inverse((correlation * beta).tril(-1))
+    solve = unit_lower_inverse(correlation * beta)
     qk_decayed = (qk.unflatten(-2, (2, C)) * decay.unsqueeze(-3)).flatten(-3, -2)
     k_left = k * between[..., -1, :, None]
     q_decayed, k_decayed = qk_decayed.split(C, dim=-2)
 
     S = state.flatten(0, 1)
     starts, updates = [], []
-    for k_c, v_c, beta_c, solve_c, left_c, decay_c in _chunks(k_decayed, v, beta, solve, k_left, decay[..., -1:, :]):
+    for k_c, v_c, solve_c, left_c, decay_c in _chunks(k_decayed, v, solve * beta.mT, k_left, decay[..., -1:, :]):
         starts.append(S)
-        updates.append(solve_c @ (beta_c * (v_c - k_c @ S)))
+        updates.append(solve_c @ torch.baddbmm(v_c, k_c, S, alpha=-1))
         S = torch.addcmul(left_c.mT @ updates[-1], decay_c, S)
     S_0, U = torch.stack(starts), torch.stack(updates)
-    o = _by_token(q_decayed @ S_0 + attention @ U, B, T)
+    o = torch.baddbmm((q_decayed @ S_0).flatten(0, 1), attention.flatten(0, 1), U.flatten(0, 1), beta=scale, alpha=scale)
+    o = _by_token(o.view_as(U), B, T)
     return o, S.unflatten(0, (B, H)), qk, v, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U
 
 
@@ -79,7 +80,7 @@ def _backward(do: Tensor, dstate: Tensor, scale: float, *saved: Tensor) -> tuple
     B, T = do.shape[:2]
     C = beta.shape[-2]
     (q, k), (q_decayed, k_decayed) = (x.split(C, dim=-2) for x in (qk, qk_decayed))
-    do = _by_chunk(do, C).flatten(1, 2)
+    do = _by_chunk(do * scale, C).flatten(1, 2)
 
     dS = dstate.flatten(0, 1)
     dends, dwrites = [], []  # gradients of the state at each chunk's end, and of beta (v - k S)
@@ -107,7 +108,7 @@ def _backward(do: Tensor, dstate: Tensor, scale: float, *saved: Tensor) -> tuple
     ddecay[..., -1] += dleft.sum(-1) + decay[..., -1, 0] * (S_0 * dS_C).sum((-1, -2))
     dg = ddecay.flip(-1).cumsum(-1).flip(-1)
     own = (do * U).sum(-1, keepdim=True)
-    dq = scale * (dq + own * k)
+    dq = dq + own * k
     dk = dk_written + left - dk_reads + own * q
     grads = (_by_token(x, B, T) for x in (dq, dk, dv, dg[..., None], dbeta[..., None]))
     dq, dk, dv, dg, dbeta = grads
@@ -131,7 +132,7 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def unit_lower_inverse(A: Tensor) -> Tensor:
-    """(I + A)^-1 of strictly lower triangular A: [..., C, C], C = 4 * 2^n.
+    """(I + A)^-1 of what stands below the diagonal of A: [..., C, C], C = 4 * 2^n.
 
     Forward substitution; in a traced graph, which may have no such operator, 4 x 4 diagonal blocks by (I - A)(I + A^2),
     then pairs of blocks merged: [[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]. Both keep float32 accuracy on
@@ -146,7 +147,7 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
 def invert_by_blocks(A: Tensor) -> Tensor:
     C = A.shape[-1]
     blocks = A.unflatten(-1, (-1, BASE)).unflatten(-3, (-1, BASE))  # [..., n, 4, n, 4]
-    D = torch.stack([blocks[..., i, :, i, :] for i in range(C // BASE)], dim=-3)
+    D = torch.stack([blocks[..., i, :, i, :] for i in range(C // BASE)], dim=-3).tril(-1)
     eye = torch.eye(BASE, dtype=A.dtype, device=A.device)
     X = (eye - D) @ (eye + D @ D)
     size = BASE
