@@ -75,17 +75,26 @@ def describe(model: str, overrides: tuple[str, ...], as_yaml: bool) -> None:
 @main.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), help="New folder for the run.  [default: runs/<name of CONFIG>]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<name of CONFIG>]")
 def train(config: str, overrides: tuple[str, ...], out: Path | None) -> None:
-    """Train as CONFIG says: a YAML file, or the name of a shipped one, for example `cycle steps=100 task.hops=2`."""
+    """Train as CONFIG says: a YAML file, or the name of a shipped one, for example `cycle steps=100 task.hops=2`.
+
+    A run that was interrupted goes on from its newest checkpoint when the command is given again, or as `zoo train RUN` with
+    its folder. SIGTERM writes a checkpoint first. A folder that holds anything else is refused.
+    """
     from zoo.progress import training_bar
-    from zoo.train import read_config
+    from zoo.train import StoppedError, read_config
     from zoo.train import train as run
 
     plan = read_config(config, parse_overrides(overrides))
-    out = out or Path("runs") / Path(config).stem
-    with training_bar(plan.steps, plan.model) as report:
-        results = run(plan, out, report=report)
+    if out is None:
+        out = Path(config) if Path(config, "train.yaml").is_file() else Path("runs") / Path(config).stem
+    try:
+        with training_bar(plan.steps, plan.model) as report:
+            results = run(plan, out, report=report)
+    except StoppedError as stopped:
+        click.echo(str(stopped), err=True)
+        return
     _show(results)
     click.echo(f"written to {out}")
 

@@ -13,22 +13,37 @@ from zoo.train import Report
 
 
 def new_progress() -> Progress:
-    """A bar per run: steps, loss, accuracy, tokens per second, time left. Plain lines where there is no terminal."""
+    """A bar per run: steps, loss, accuracy (also from the easiest to the hardest level), tokens per second, memory, time left."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}  {task.fields[speed]:,} tokens/s"),
+        TextColumn("loss {task.fields[loss]:.3f}  right {task.fields[accuracy]:.1%}{task.fields[levels]}"),
+        TextColumn("{task.fields[speed]:,} tokens/s  {task.fields[memory]:.1f} GiB"),
         TimeRemainingColumn(),
     )
 
 
 def add_run(progress: Progress, name: str, steps: int) -> TaskID:
-    return progress.add_task(name, total=steps, loss=float("nan"), accuracy=0.0, speed=0)
+    return progress.add_task(name, total=steps, loss=float("nan"), accuracy=0.0, levels="", speed=0, memory=0.0)
 
 
 def advance(progress: Progress, bar: TaskID, metrics: dict[str, Any]) -> None:
-    progress.update(bar, completed=metrics["step"], loss=metrics["loss"], accuracy=metrics["accuracy"], speed=metrics["tokens_per_second"])
+    progress.update(
+        bar,
+        completed=metrics["step"],
+        loss=metrics["loss"],
+        accuracy=metrics["accuracy"],
+        levels=_by_level(metrics),
+        speed=metrics["tokens_per_second"],
+        memory=metrics["memory"] / 2**30,
+    )
+
+
+def _by_level(metrics: dict[str, Any]) -> str:
+    """Percent right at each level, where there are a few."""
+    shares = list(metrics["by_level"].values())
+    return f" ({' '.join(f'{share:.0%}' for share in shares)})" if 1 < len(shares) <= 8 else ""
 
 
 @contextmanager
@@ -36,8 +51,10 @@ def training_bar(steps: int, name: str) -> Iterator[Report]:
     """The `report` of one training run."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        line = "{name} step {step}/{steps} loss {loss:.3f} accuracy {accuracy:.3f} {tokens_per_second:,} tokens/s"
-        yield lambda metrics: print(line.format(name=name, steps=steps, **metrics))
+        line = "{name} step {step}/{steps} loss {loss:.3f} accuracy {accuracy:.3f}{levels} {tokens_per_second:,} tokens/s {gib:.1f} GiB"
+        yield lambda metrics: print(
+            line.format(name=name, steps=steps, levels=_by_level(metrics), gib=metrics["memory"] / 2**30, **metrics), flush=True
+        )
         return
     with new_progress() as progress:
         bar = add_run(progress, name, steps)

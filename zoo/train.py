@@ -1,26 +1,31 @@
-"""Training: one loop, Muon for matrices and AdamW for the rest, metrics as JSON lines, a checkpoint at the end."""
+"""Training: one loop that can be interrupted at any time, metrics as JSON lines, the model at the end."""
 
 from __future__ import annotations
 
 import json
+import math
+import resource
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from zoo.config import merge, read_yaml, validate
-from zoo.files import refuse_existing, replacing
 from zoo.kernels.registry import ZooError, nearest
 from zoo.model import Model
-from zoo.tasks import Task, new_task
-from zoo.weights import create, write
+from zoo.optimizers import Weights, freeze, make_optimizers, restore, state_of
+from zoo.run_folder import METRICS, SETTINGS, NotFiniteError, RunFolder
+from zoo.tasks import Batch, Task, new_task
+from zoo.weights import create
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -36,83 +41,199 @@ class TrainConfig(BaseModel):
     steps: int = Field(ge=1)
     batch_size: int = Field(64, ge=1, description="sequences per step")
     seed: int = Field(0, ge=0, description="of the weights and of the data")
-    lr: float = Field(3e-3, gt=0, description="of AdamW: embeddings, head, norms, gates, convolutions")
-    muon_lr: float | None = Field(None, gt=0, description="of Muon: the matrices of the blocks; default: AdamW trains them too")
+    accumulate: int = Field(1, ge=1, description="parts of a batch that go through the model one after the other")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights and activations; the optimisers' own are float32")
+    device: str | None = Field(None, description="default: cuda where there is one, else cpu")
+    optimizer: str = Field("adamw", description="of embeddings, head, norms, gates, convolutions")
+    lr: float = Field(3e-3, gt=0, description="of that optimiser")
+    muon_lr: float | None = Field(
+        None, gt=0, description="of Muon: the matrices of the blocks; default: the optimiser above trains them too"
+    )
+    lr_scale: dict[str, float] = Field({}, description="patterns of parameter names, and what their rate is multiplied by")
+    frozen: tuple[str, ...] = Field((), description="patterns of the names of parameters that stay as they are")
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rate rises")
     decay: float = Field(0.3, ge=0, le=1, description="share of the steps in which the rate falls to zero")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    diverged: float = Field(5.0, gt=1, description="stop when the loss is so many times the first step's")
     log_every: int = Field(20, ge=1, description="steps")
     eval_sequences: int = Field(512, ge=1)
+    checkpoint_every: int = Field(1000, ge=1, description="steps")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay, beside the one with the least held-out loss")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate: {self.accumulate} parts are more than the {self.batch_size} sequences of a batch_size")
+        if not all(factor > 0 for factor in self.lr_scale.values()):
+            raise ValueError(f"lr_scale: {self.lr_scale}: want factors above 0; frozen holds what is not to be trained")
+        return self
 
 
 def read_config(source: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
-    """The run that a YAML file describes, or one that this package brings ("cycle"), with overrides. Raises ZooError."""
+    """The run that a YAML file describes, one that this package brings ("cycle"), or that of a run's folder, with overrides.
+
+    Raises:
+        ZooError: there is no such run, or a field that does not fit.
+    """
     shipped = {file.name.removesuffix(".yaml"): file for file in files("zoo.configs").joinpath("train").iterdir()}
+    if str(source) not in shipped and (Path(source) / SETTINGS).is_file():
+        source = Path(source) / SETTINGS
     if Path(source).suffix not in (".yaml", ".yml") and str(source) not in shipped:
         raise ZooError(f"unknown run '{source}'; a YAML file, or {nearest(str(source), shipped)}")
     return validate(TrainConfig, merge(read_yaml(shipped.get(str(source), Path(source))), overrides or {}), str(source))
 
 
 def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metrics: None) -> dict[str, Any]:
-    """Run `config` and write the new folder `out`: train.yaml, metrics.jsonl, the model, results.json.
+    """Run `config` in the folder `out`, from its newest checkpoint if there is one; `zoo.run_folder` says what it holds.
+
+    Weights and losses are the same, bit for bit, whether a run was interrupted or not (on one kind of CPU and number of threads).
 
     Args:
         report: called with each line of metrics.
     Returns:
         What `evaluate` finds on the test split.
     Raises:
-        ZooError: a config that does not fit, or an `out` that exists: before any work. Also a loss that is not finite.
+        ZooError: a config that does not fit, or something else in `out`: before any work. Also a loss that is not finite or
+            has diverged; names the newest checkpoint.
+        StoppedError: after SIGTERM; a checkpoint has been written.
     """
-    out = Path(out)
     task = new_task(config.task)
-    refuse_existing(out)
-    model = create(config.model, seed=config.seed, **{"vocab_size": task.vocab_size, **config.overrides})
+    run = RunFolder(Path(out), config.model_dump(mode="json"))
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    model = create(config.model, device=device, dtype=dtype, seed=config.seed, **{"vocab_size": task.vocab_size, **config.overrides})
     check_fit(model, task)
-    optimizers = make_optimizers(model, config)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "train.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    model.train()
-    seen, since = 0, time.perf_counter()
-    with (out / "metrics.jsonl").open("w", encoding="utf-8") as lines:
-        for step in range(config.steps):
-            rate = schedule(step, config)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * rate
-            ids, mask, level = (torch.from_numpy(x) for x in task.batch(config.seed, step, config.batch_size))
-            answers = model.answers(ids, mask)
-            loss = answers.losses().mean()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            if not torch.isfinite(loss + norm):
-                raise ZooError(f"{out}: loss {loss.item()} with gradient norm {norm.item()} at step {step}; try a lower lr")
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            seen += ids.numel()
-            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                now = time.perf_counter()
-                right = answers.right()
-                metrics = {
-                    "step": step + 1,
-                    "tokens": (step + 1) * ids.numel(),
-                    "loss": round(loss.item(), 5),
-                    "accuracy": round(right.float().mean().item(), 5),
-                    "by_level": _by_level(right, level.flatten()[answers.place]),
-                    "grad_norm": round(norm.item(), 4),
-                    "lr": rate * config.lr,
-                    "tokens_per_second": round(seen / (now - since)),
-                }
-                seen, since = 0, now
-                lines.write(json.dumps(metrics) + "\n")
-                lines.flush()
-                report(metrics)
-    write(model, out)
-    results = evaluate(model, task, config.eval_sequences, seed=config.seed)
-    with replacing(out / "results.json") as file:
-        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    freeze(model, config.frozen)
+    weights = Weights(model)
+    optimizers = make_optimizers(
+        model,
+        weights,
+        lr=config.lr,
+        muon_lr=config.muon_lr,
+        weight_decay=config.weight_decay,
+        optimizer=config.optimizer,
+        lr_scale=config.lr_scale,
+    )
+    with run.held(), sigterm() as asked_to_stop:
+        progress: dict[str, Any] = {"step": 0, "first_loss": None}
+        if newest := run.newest():
+            checkpoint, progress = newest
+            restore(optimizers, weights, run.load(checkpoint, model), progress["numbers"])
+        run.trim_metrics(progress["step"])
+        model.train()
+        tokens, since = 0, time.perf_counter()
+        with (run.path / METRICS).open("a", encoding="utf-8") as lines:
+            for step in range(progress["step"], config.steps):
+                torch.manual_seed(config.seed * config.steps + step)  # for blocks that drop out
+                rate = schedule(step, config)
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["initial_lr"] * rate
+                batch = task.batch(config.seed, step, config.batch_size)
+                score = backward(model, weights, batch, config.accumulate, device)
+                norm = nn.utils.clip_grad_norm_(weights.wide.values(), config.clip)
+                progress["first_loss"] = progress["first_loss"] or score.loss
+                if not (math.isfinite(score.loss) and norm.isfinite() and score.loss <= config.diverged * progress["first_loss"]):
+                    raise ZooError(f"{out}: loss {score.loss} with gradient norm {norm.item()} at step {step}; {_advice(run)}")
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                weights.hand_back()
+                progress["step"] = step + 1
+                tokens += batch.ids.size
+                last = step + 1 == config.steps
+                if (step + 1) % config.log_every == 0 or last:
+                    now = time.perf_counter()
+                    metrics = {
+                        "step": step + 1,
+                        "tokens": (step + 1) * batch.ids.size,
+                        "loss": score.loss,
+                        "accuracy": round(score.right.float().mean().item(), 5),
+                        "by_level": _by_level(score.right, score.level),
+                        "grad_norm": round(norm.item(), 4),
+                        "lr": rate * config.lr,
+                        "tokens_per_second": round(tokens / (now - since)),
+                        "memory": most_memory(device),
+                    }
+                    tokens, since = 0, now
+                    lines.write(json.dumps(metrics) + "\n")
+                    lines.flush()
+                    report(metrics)
+                due, stop = (step + 1) % config.checkpoint_every == 0, asked_to_stop() and not last
+                if (due or stop) and not last:
+                    tensors, numbers = state_of(optimizers, weights)
+                    held_out = evaluate(model, task, config.eval_sequences, seed=config.seed)["loss"] if due else None
+                    try:
+                        saved = run.save(model, tensors, {**progress, "held_out_loss": held_out, "numbers": numbers}, keep=config.keep)
+                    except NotFiniteError as error:
+                        raise ZooError(f"{out}: {error}; {_advice(run)}") from None
+                    if stop:
+                        raise StoppedError(f"stopped after step {step + 1} of {config.steps}: {saved}; the same command goes on from there")
+        results = evaluate(model, task, config.eval_sequences, seed=config.seed)
+        run.finish(model, results)
     return results
+
+
+class StoppedError(Exception):
+    """A run was asked to stop, and has saved itself."""
+
+
+class Score(NamedTuple):
+    """How a training batch went."""
+
+    loss: float
+    right: Tensor
+    """Of each answer, bool [n]."""
+    level: Tensor
+    """[n]"""
+
+
+def backward(model: Model, weights: Weights, batch: Batch, accumulate: int, device: torch.device) -> Score:
+    """Gradients of the mean loss of all answers of the batch, in `accumulate` parts of its sequences."""
+    ids, mask, level = (torch.from_numpy(x) for x in batch)
+    loss, rights, levels = 0.0, [], []
+    total = int(mask.sum())
+    for part in torch.arange(len(ids)).tensor_split(accumulate):
+        answers = model.answers(ids[part].to(device), mask[part].to(device))
+        share = answers.losses().sum() / total
+        share.backward()
+        weights.take_gradients()
+        loss += share.item()
+        rights.append(answers.right().cpu())
+        levels.append(level[part].flatten()[answers.place.cpu()])
+    return Score(loss, torch.cat(rights), torch.cat(levels))
+
+
+@contextmanager
+def sigterm() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM stops nothing; the function given says whether it came. In the main thread only."""
+    came = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal came
+        came = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def most_memory(device: torch.device) -> int:
+    """Bytes that were held at once, at most: by tensors on a GPU, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _advice(run: RunFolder) -> str:
+    newest = run.newest()
+    return f"try a lower lr; the last good checkpoint is {newest[0]}" if newest else "try a lower lr; there is no checkpoint yet"
 
 
 def check_fit(model: Model, task: Task) -> None:
@@ -121,20 +242,6 @@ def check_fit(model: Model, task: Task) -> None:
         raise ZooError(f"vocab_size: {model.config.vocab_size} is less than the {task.vocab_size} tokens of the task")
     if model.config.window not in (None, task.window):
         raise ZooError(f"window: {model.config.window}, but the task lays its sequences out for windows of {task.window}")
-
-
-def make_optimizers(model: Model, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks if `muon_lr` is given; AdamW for everything else."""
-    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)] if config.muon_lr else []
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)]
-    if config.muon_lr:
-        made.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return made
 
 
 def schedule(step: int, config: TrainConfig) -> float:
@@ -156,12 +263,13 @@ def evaluate(model: Model, task: Task, sequences: int, *, seed: int = 0, loops: 
     for start in range(0, sequences, batch_size):
         batch = task.batch(seed, start, min(batch_size, sequences - start), "test")
         ids, mask, level = (torch.from_numpy(x) for x in batch)
-        answers = model.answers(ids, mask, loops=loops)
-        hit = answers.right()
-        losses.append(answers.losses())
+        device = model.embed.weight.device
+        answers = model.answers(ids.to(device), mask.to(device), loops=loops)
+        hit, place = answers.right().cpu(), answers.place.cpu()
+        losses.append(answers.losses().cpu())
         right.append(hit)
-        levels.append(level.flatten()[answers.place])
-        wrong = torch.zeros(ids.numel(), dtype=torch.bool).index_copy(0, answers.place, ~hit)
+        levels.append(level.flatten()[place])
+        wrong = torch.zeros(ids.numel(), dtype=torch.bool).index_copy(0, place, ~hit)
         exact.append(~wrong.view_as(ids).any(1))
     hits = torch.cat(right)
     return {

@@ -1,7 +1,9 @@
 """The commands, run in this process: what they print, and how they refuse."""
 
+import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,16 @@ def test_train_then_eval(tmp_path, config):
     output = run("eval", tmp_path / "run", "--sequences", 8, "--loops", 3).output
     assert "hops" in output
     assert "best guess" in output
+
+
+def test_an_interrupted_run_goes_on(tmp_path, config, monkeypatch):
+    monkeypatch.setattr("zoo.train.sigterm", lambda: nullcontext(lambda: True))
+    assert "stopped after step 1 of 3" in run("train", config, "log_every=1", "--out", tmp_path / "run").stderr
+    monkeypatch.undo()
+    assert "holds a run with lr: 0.003, not 0.1" in run("train", config, "log_every=1", "lr=.1", "--out", tmp_path / "run", status=2).stderr
+    run("train", tmp_path / "run")
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert "finished" in run("train", tmp_path / "run", status=2).stderr
 
 
 def test_convert_there_and_back(tmp_path):

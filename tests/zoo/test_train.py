@@ -7,8 +7,9 @@ import torch
 
 import zoo
 from zoo.config import validate
+from zoo.optimizers import Weights, freeze, make_optimizers
 from zoo.tasks import new_task
-from zoo.train import TrainConfig, evaluate, make_optimizers, read_config, schedule, train
+from zoo.train import TrainConfig, backward, evaluate, read_config, schedule, train
 
 SMALL = {
     "model": "gdn4-sleep2",
@@ -80,12 +81,70 @@ def test_evaluate_counts_like_a_loop_over_answers():
 
 def test_muon_takes_the_matrices_of_the_blocks():
     model = zoo.create("gdn4", d_model=16)
-    adam, muon = make_optimizers(model, plan(muon_lr=0.02))
+    adam, muon = make_optimizers(model, Weights(model), lr=1e-3, muon_lr=0.02)
     names = {id(p): name for name, p in model.named_parameters()}
     in_muon, in_adam = ({names[id(p)] for group in o.param_groups for p in group["params"]} for o in (muon, adam))
     assert in_muon | in_adam == set(names.values())
     assert not in_muon & in_adam
     assert in_muon == {n for n in names.values() if n.startswith("blocks.") and n.endswith("_proj.weight")}
+
+
+def rates(optimizers, model):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
+
+
+def test_rates_and_freezing_by_name():
+    model = zoo.create("gdn4", d_model=16)
+    freeze(model, ["*.mlp.*", "head.*"])
+    scale = {"blocks.0.*": 0.5, "*.A_log": 3.0, "blocks.*.mixer_norm.*": 2.0}
+    found = rates(make_optimizers(model, Weights(model), lr=0.1, muon_lr=0.01, lr_scale=scale), model)
+    assert found.keys() == {name for name, _ in model.named_parameters() if ".mlp." not in name and name != "head.weight"}
+    for name, rate in found.items():
+        factor = 0.5 if name.startswith("blocks.0.") else 3 if name.endswith("A_log") else 2 if ".mixer_norm." in name else 1
+        base = 0.01 if name.startswith("blocks.") and name.endswith("_proj.weight") else 0.1
+        assert rate == pytest.approx(base * factor), name
+
+
+def test_what_is_frozen_stays(tmp_path):
+    train(plan(frozen=["blocks.0.*"]), tmp_path / "run")
+    trained = zoo.load(tmp_path / "run").state_dict()
+    fresh = zoo.create("gdn4-sleep2", **SMALL["overrides"], vocab_size=7).state_dict()
+    assert {name for name in fresh if torch.equal(fresh[name], trained[name])} == {name for name in fresh if name.startswith("blocks.0.")}
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    config = plan()
+    task = new_task(config.task)
+    gradients, losses = [], []
+    for accumulate in (1, 3):  # 16 sequences do not divide evenly
+        model = zoo.create(config.model, **config.overrides, vocab_size=7, dtype=torch.float64)
+        weights = Weights(model)
+        losses.append(backward(model, weights, task.batch(0, 0, 16), accumulate, torch.device("cpu")).loss)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
+    assert torch.allclose(*gradients, rtol=0, atol=1e-12)
+    ids, mask, _ = (torch.from_numpy(x) for x in task.batch(0, 0, 16))
+    assert losses[0] == pytest.approx(model.loss(ids, mask).item(), abs=1e-12)
+
+
+def test_bfloat16_is_trained_through_float32_copies(tmp_path):
+    config = plan(dtype="bfloat16", lr=1e-2, steps=80, batch_size=32)
+    train(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert all(p.dtype == torch.bfloat16 for p in zoo.load(tmp_path / "run").parameters())
+    model = torch.nn.ParameterDict({"w": torch.ones(1, dtype=torch.bfloat16)})
+    weights = Weights(model)
+    (sgd,) = [torch.optim.SGD(weights.wide.values(), lr=1e-3)]
+    for _ in range(8):  # each too small a step to change a bfloat16 1
+        (model["w"] * 1).sum().backward()
+        weights.take_gradients()
+        sgd.step()
+        sgd.zero_grad()
+        weights.hand_back()
+    assert weights.wide["w"].item() == pytest.approx(0.992)
+    assert model["w"].item() == torch.tensor(0.992, dtype=torch.bfloat16).item()
 
 
 def test_schedule():
@@ -97,8 +156,17 @@ def test_schedule():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(zoo.ZooError, match="try a lower lr"):
+    with pytest.raises(zoo.ZooError, match="try a lower lr; there is no checkpoint yet"):
         train(plan(lr=1e30, steps=20, clip=1e30), tmp_path / "run")
+
+
+def test_a_loss_that_grows_stops_the_run_and_the_last_checkpoint_is_named(tmp_path):
+    with pytest.raises(
+        zoo.ZooError, match=r"loss .* at step \d+; try a lower lr; the last good checkpoint is .*checkpoints/000000\d\d"
+    ) as raised:
+        train(plan(lr=3.0, steps=40, clip=1e30, diverged=2, checkpoint_every=1, warmup=0.9), tmp_path / "run")
+    model = zoo.load(str(raised.value).rpartition(" is ")[2])
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -118,9 +186,27 @@ def test_nothing_is_overwritten(tmp_path):
         ({"overrides": {"vocab_size": 3, "window": 6}}, "vocab_size: 3 is less than the 7 tokens of the task"),
         ({"task": {"name": "cycle", "nodes": 1}}, "nodes: 1"),
         ({"model": "gdn9"}, "unknown model 'gdn9'"),
+        ({"optimizer": "adamv"}, "unknown optimizer 'adamv'; did you mean 'adamw'"),
+        ({"frozen": ["blocks.7.*"]}, "frozen: 'blocks.7.*' matches no parameter"),
+        ({"frozen": ["*"]}, "frozen: no parameter is left to train"),
+        ({"lr_scale": {"embd*": 2.0}}, "lr_scale: 'embd.' matches no parameter"),
     ],
 )
 def test_wrong_config_is_refused_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises(zoo.ZooError, match=message):
         train(plan(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 17}, "accumulate: 17 parts are more than the 16 sequences"),
+        ({"lr_scale": {"*": 0.0}}, "want factors above 0"),
+        ({"dtype": "float16"}, "dtype: 'float16'"),
+        ({"keep": 0}, "keep: 0"),
+    ],
+)
+def test_wrong_values(changes, message):
+    with pytest.raises(zoo.ZooError, match=message):
+        plan(**changes)
