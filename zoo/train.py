@@ -102,7 +102,8 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
     run = RunFolder(Path(out), config.model_dump(mode="json"))
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    model = create(config.model, device=device, dtype=dtype, seed=config.seed, **{"vocab_size": task.vocab_size, **config.overrides})
+    fields = {"vocab_size": task.vocab_size, **({"sleep_on": "every"} if task.loss_everywhere else {}), **config.overrides}
+    model = create(config.model, device=device, dtype=dtype, seed=config.seed, **fields)
     check_fit(model, task)
     freeze(model, config.frozen)
     weights = Weights(model)
@@ -242,6 +243,8 @@ def check_fit(model: Model, task: Task) -> None:
         raise ZooError(f"vocab_size: {model.config.vocab_size} is less than the {task.vocab_size} tokens of the task")
     if model.config.window not in (None, task.window):
         raise ZooError(f"window: {model.config.window}, but the task lays its sequences out for windows of {task.window}")
+    if task.loss_everywhere and model.config.window is not None and model.config.sleep_on != "every":
+        raise ZooError(f"sleep_on: '{model.config.sleep_on}', but every window of the task carries loss; want 'every'")
 
 
 def schedule(step: int, config: TrainConfig) -> float:
@@ -255,8 +258,8 @@ def schedule(step: int, config: TrainConfig) -> float:
 def evaluate(model: Model, task: Task, sequences: int, *, seed: int = 0, loops: int | None = None, batch_size: int = 256) -> dict[str, Any]:
     """How a model does on `sequences` held-out sequences, with `loops` passes per sleep (default: as configured).
 
-    Returns loss, accuracy (share of right answers), exact (share of sequences with every answer right), accuracy by
-    level, and the task's chance levels.
+    Returns loss, accuracy (share of right answers), exact (share of sequences with every answer right), accuracy and loss
+    by level, and the task's chance levels.
     """
     check_fit(model, task)
     losses, right, levels, exact = [], [], [], []
@@ -271,20 +274,21 @@ def evaluate(model: Model, task: Task, sequences: int, *, seed: int = 0, loops: 
         levels.append(level.flatten()[place])
         wrong = torch.zeros(ids.numel(), dtype=torch.bool).index_copy(0, place, ~hit)
         exact.append(~wrong.view_as(ids).any(1))
-    hits = torch.cat(right)
+    hits, loss, level = torch.cat(right), torch.cat(losses), torch.cat(levels)
     return {
         "model": model.config.name,
         "task": str(task),
         "level_name": task.level_name,
-        "loss": torch.cat(losses).mean().item(),
+        "loss": loss.mean().item(),
         "accuracy": hits.float().mean().item(),
         "exact": torch.cat(exact).float().mean().item(),
-        "by_level": _by_level(hits, torch.cat(levels)),
+        "by_level": _by_level(hits, level),
+        "loss_by_level": _by_level(loss, level),
         "chance": task.chance(),
         "exact_chance": task.exact_chance(),
         "answers": len(hits),
     }
 
 
-def _by_level(right: Tensor, level: Tensor) -> dict[int, float]:
-    return {int(n): round(right[level == n].float().mean().item(), 5) for n in np.unique(level.numpy())}
+def _by_level(score: Tensor, level: Tensor) -> dict[int, float]:
+    return {int(n): round(score[level == n].float().mean().item(), 5) for n in np.unique(level.numpy())}

@@ -37,6 +37,8 @@ class Task(BaseModel):
     name: ClassVar[str]
     level_name: ClassVar[str] = "level"
     """What makes a question harder."""
+    loss_everywhere: ClassVar[bool] = False
+    """Whether every chunk carries loss, so that the model must sleep on every chunk."""
 
     def __str__(self) -> str:
         given = "".join(f" {field}={value}" for field, value in self.model_dump(exclude_defaults=True).items())

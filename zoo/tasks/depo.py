@@ -1,0 +1,100 @@
+"""`depo`: a cycle of named nodes is shown edge by edge over several windows; later, where do k hops from a node lead?"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from zoo.tasks.task import Batch, Split, Task, tasks
+
+LETTERS = 50  # a name is 0 or 1 of these tokens, then one of as many others that end it
+PAD, LAST, HOP = 0, 1 + LETTERS, 2 * LETTERS
+
+
+@tasks.register("depo")
+class Depo(Task):
+    """Depo of arXiv 2605.26099, section 5, with the names of Depo1 ("Physics of Language Models", part 4.1).
+
+    A directed cycle of n <= `nodes` nodes: its edges `u v` in random order, padded on the left to 4 windows of `nodes` tokens;
+    then a prediction chunk of questions `k u ; v`, v being k hops from u, padded on the right. Names are 1 or 2 tokens, all
+    different. `;` and v are to be predicted, as in the source, so that losses compare. Start nodes of a sequence differ.
+
+    Tokens: 0 pads; 1-50 begin names of two tokens; 51-100 end names; 100 + k is "k hops"; 101 + hops is `;`.
+    n is drawn with P(n) ~ 1 / (n + sqrt(nodes)) from 3 .. nodes in training, and is `nodes` when held out.
+    """
+
+    name = "depo"
+    level_name = "hops"
+    nodes: int = Field(75, ge=3, le=1000, description="on the largest cycle; also the window")
+    hops: int = Field(16, ge=1, description="questions ask for 1 .. hops hops")
+    questions: int = Field(10, ge=1, description="per sequence, at most n")
+    largest: bool = Field(False, description="every cycle has all nodes, in training too")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Depo:
+        if 6 * self.questions > self.nodes:
+            raise ValueError(f"questions: {self.questions} of up to six tokens each do not fit into a window of {self.nodes}")
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        return HOP + self.hops + 2
+
+    @property
+    def window(self) -> int:
+        return self.nodes
+
+    def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
+        if split == "test" and not self.largest:
+            return self.model_copy(update={"largest": True}).batch(seed, step, size, split)
+        return super().batch(seed, step, size, split)
+
+    def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
+        """Along the cycle, each node's name (a number) and the place of its edge: [count, 2, nodes]; -1 from n on."""
+        sizes = np.arange(3, self.nodes + 1)
+        odds = 1 / (sizes + self.nodes**0.5)
+        n = np.full(count, self.nodes) if self.largest else rng.choice(sizes, count, p=odds / odds.sum())
+        cycles = np.full((count, 2, self.nodes), -1)
+        for row, size in zip(cycles, n, strict=True):
+            row[0, :size] = _names(rng, size)
+            row[1, :size] = rng.permutation(size)
+        return cycles
+
+    def pose(self, rng: np.random.Generator, contexts: NDArray[np.int64]) -> Batch:
+        shown, asked = 4 * self.nodes, 6 * self.questions
+        ids = np.full((len(contexts), shown + asked), PAD)
+        level = np.zeros_like(ids)
+        for row, hops_of, (cycle, place) in zip(ids, level, contexts, strict=True):
+            n = int((cycle >= 0).sum())
+            edges = [token for i in np.argsort(place[:n]) for node in (i, (i + 1) % n) for token in spell(cycle[node])]
+            row[shown - len(edges) : shown] = edges
+            at = shown
+            for start in rng.permutation(n)[: self.questions]:
+                hops = int(rng.integers(1, self.hops + 1))
+                question = [HOP + hops, *spell(cycle[start])]
+                answer = [HOP + self.hops + 1, *spell(cycle[(start + hops) % n])]
+                row[at : at + len(question) + len(answer)] = question + answer
+                hops_of[at + len(question) : at + len(question) + len(answer)] = hops
+                at += len(question) + len(answer)
+        return Batch(ids, level > 0, level)
+
+    def chance(self) -> float:
+        """`;` always comes; a name's tokens are guessed among the letters, its length among 1 and 2 (less than 0.01 off for
+        few nodes, whose names are more often short than if they could be equal)."""
+        return (1 + 0.5 / LETTERS + 0.5 / LETTERS) / 2.5
+
+
+def spell(name: int) -> list[int]:
+    """The tokens of a name."""
+    before, last = divmod(int(name), LETTERS)
+    return [LAST + last] if before == 0 else [before, LAST + last]
+
+
+def _names(rng: np.random.Generator, count: int) -> list[int]:
+    """Different names, of 1 or 2 letters with equal odds."""
+    found: dict[int, None] = {}
+    while len(found) < count:
+        before = rng.integers(1, LETTERS + 1, count) * rng.integers(0, 2, count)
+        found.update(dict.fromkeys((LETTERS * before + rng.integers(0, LETTERS, count)).tolist()))
+    return list(found)[:count]

@@ -1,0 +1,74 @@
+"""`text`: every next token of text in memory-mapped files of token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from zoo.kernels.registry import ZooError
+from zoo.tasks.task import Batch, Split, Task, tasks
+
+
+@tasks.register("text")
+class Text(Task):
+    """Sequences of `length` tokens from random places of a one-dimensional .npy file of unsigned integers, which is never
+    read as a whole. Every token but the first is to be predicted, so the model needs `sleep_on: every`.
+
+    The level of a token is the number of its window in the sequence, from 1: what sleep kept shows from 2 on.
+    """
+
+    name = "text"
+    level_name = "window"
+    loss_everywhere = True
+    train: str = Field(description="file of token ids")
+    test: str = Field(description="another one, held out")
+    vocab: int = Field(ge=2, description="token ids are less than this")
+    length: int = Field(2048, ge=2, description="tokens of a sequence")
+    width: int = Field(512, ge=1, description="tokens of a window")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Text:
+        if Path(self.train).resolve() == Path(self.test).resolve():
+            raise ValueError(f"test: {self.test} is also the file to train on")
+        for field in ("train", "test"):
+            tokens = self._tokens("test" if field == "test" else "train")
+            if len(tokens) < self.length:
+                raise ValueError(f"{field}: {len(tokens)} tokens are less than one sequence, length: {self.length}")
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocab
+
+    @property
+    def window(self) -> int:
+        return self.width
+
+    def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
+        """Raises ZooError: a token that is not in the vocabulary."""
+        tokens = self._tokens(split)
+        starts = np.random.default_rng([seed, step, split == "test"]).integers(0, len(tokens) - self.length + 1, size)
+        ids = np.stack([tokens[start : start + self.length] for start in starts]).astype(np.int64)
+        if ids.max() >= self.vocab:
+            raise ZooError(f"task {self}: token {ids.max()} in the {split} file; vocab says they are less than {self.vocab}")
+        level = np.tile(np.arange(self.length) // self.width + 1, (size, 1))
+        level[:, 0] = 0
+        return Batch(ids, level > 0, level)
+
+    def chance(self) -> float:
+        """Share of the commonest token, in the first million of the held-out file."""
+        tokens = self._tokens("test")[:1_000_000]
+        return float(np.bincount(tokens).max() / len(tokens))
+
+    def _tokens(self, split: Split) -> NDArray[np.unsignedinteger]:
+        path = self.test if split == "test" else self.train
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{split}: {path}: not a .npy file of numbers: {error}") from None
+        if tokens.ndim != 1 or tokens.dtype.kind != "u":
+            raise ValueError(f"{split}: {path}: {tokens.dtype} {list(tokens.shape)}; want one dimension of unsigned integers")
+        return tokens
