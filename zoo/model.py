@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from copy import copy
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from zoo.blocks.block import Block
 from zoo.blocks.exit import ExitGate
@@ -19,6 +23,8 @@ from zoo.config import ModelConfig, validate
 from zoo.eviction import evictions
 from zoo.kernels import packed
 from zoo.kernels.registry import ZooError
+
+Recompute = Literal["nothing", "passes", "chunks"]
 
 
 class State(NamedTuple):
@@ -201,7 +207,15 @@ class Model(nn.Module):
         """
         return self.answers(ids, loss_mask).losses().mean()
 
-    def answers(self, ids: Tensor, loss_mask: Tensor, *, loops: int | None = None) -> Answers:
+    def answers(
+        self,
+        ids: Tensor,
+        loss_mask: Tensor,
+        *,
+        loops: int | None = None,
+        recompute: Recompute = "nothing",
+        backward_chunks: int | None = None,
+    ) -> Answers:
         """What `loss` scores: the stream is cut at multiples of the window; a chunk without loss is consolidated,
         a chunk with loss gets one wake pass. Under `sleep_on: every`, each chunk gets a wake pass for its loss and is
         then consolidated from its start. Gradients cross chunks through the state alone.
@@ -211,6 +225,10 @@ class Model(nn.Module):
 
         Args:
             loops: passes per sleep, default `config.loops`.
+            recompute: activations that the backward pass makes again, to save memory. "passes": what is kept is the hidden
+                states between passes, and the activations of one pass. "chunks": of each chunk only the state at its start is
+                kept, and while the backward pass is at a chunk, what "passes" keeps of that one; two more forward passes.
+            backward_chunks: gradients stay within groups of so many chunks, counted from the last; default: all.
         Raises:
             ZooError: shapes that differ, no token that can be predicted, or rows that disagree on which chunks
                 carry loss (they would have to sleep at different times).
@@ -226,8 +244,10 @@ class Model(nn.Module):
             with_loss = mask.any(dim=1)
             if not every and bool(with_loss.any()) != bool(with_loss.all()):
                 raise ZooError(f"loss_mask: some rows have loss in chunk {number} and others do not; such rows sleep at different times")
+            if backward_chunks is not None and (len(chunks) - number) % backward_chunks == 0:
+                state = tree_map_only(Tensor, Tensor.detach, state)
             if every or with_loss.any():
-                h, after = self._wake(chunk, state)
+                h, after = self._awake(chunk, state).finish(recompute=recompute != "nothing")
                 source = h[:, :-1] if before is None else torch.cat([before, h[:, :-1]], dim=1)
                 targets = slice(h.shape[1] - source.shape[1], None)
                 hidden.append(source[mask[:, targets]])
@@ -237,11 +257,18 @@ class Model(nn.Module):
                 before = None
             if number + 1 < len(chunks):
                 asleep = every or before is None
-                state = self.consolidate(chunk, state, loops=loops) if asleep else self.evict(after)
+                state = self._consolidated(chunk, state, loops, recompute) if asleep else self.evict(after)
         if not sum(len(place) for place in found):
             raise ZooError("loss_mask: marks no token that can be predicted (the first of a stream, or after a sleep, cannot)")
         where = torch.cat(found)
         return Answers(self.logits(torch.cat(hidden)), where, ids.flatten()[where])
+
+    def _consolidated(self, ids: Tensor, state: State, loops: int | None, recompute: Recompute) -> State:
+        """`consolidate`, keeping for the backward pass what `recompute` says."""
+        if recompute == "chunks":
+            return checkpoint(self._consolidated, ids, state, loops, "passes", use_reentrant=False)
+        state = self.evict(self._asleep(ids, state, loops).finish(recompute=recompute == "passes")[1])
+        return state if recompute == "nothing" else tree_map_only(Tensor, _alone, state)
 
     def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         width = self.config.window or tensors[0].shape[1]
@@ -286,6 +313,11 @@ def _longest(ids: Tensor, cu_seqlens: Tensor | None) -> int:
     return ids.shape[-1] if cu_seqlens is None else int(cu_seqlens.diff().max())
 
 
+def _alone(x: Tensor) -> Tensor:
+    """x without the memory that it is a part of: what is left of an evicted cache."""
+    return x if x.nbytes == x.untyped_storage().nbytes() else x.clone()
+
+
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """Without the usual initial values, which on the meta device take seconds of imports."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
@@ -298,6 +330,8 @@ class Passes:
         self.model, self.h, self.start, self.steps = model, h, state, steps
         self.fast, self.window = list(state.fast), list(state.window)
         self.after: list[Tensor] = []
+        self.first: Tensor | None = None
+        """What the span read first."""
         span = [(n, i) for n in range(loops) for i in model.span]
         self.stages = [*((0, i) for i in model.prelude), *span, *((0, i) for i in model.coda)]
         """Pass and block, in order."""
@@ -310,6 +344,7 @@ class Passes:
             if n == 0:
                 self.first = self.h
             else:
+                assert self.first is not None
                 self.h = model.between_passes(self.h, self.first)
         at = n % model.config.wake_loops * len(model.blocks) + i
         self.h, self.fast[i], self.window[at] = model.blocks[i](self.h, self.fast[i], self.start.window[at], self.steps)
@@ -317,12 +352,41 @@ class Passes:
             self.after.append(self.h)
         self._done += 1
 
-    def finish(self) -> tuple[Tensor, State]:
-        """Whatever is left to run; then the hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state."""
-        for stage in self.stages[self._done :]:
-            self.run(*stage)
+    def finish(self, *, recompute: bool = False) -> tuple[Tensor, State]:
+        """Whatever is left to run; then the hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state.
+
+        Args:
+            recompute: keep the activations of no pass for the backward pass, which makes them again.
+        """
+        for _, stages in groupby(self.stages[self._done :], key=lambda stage: stage[0]):
+            if recompute:
+                self._run_and_forget(tuple(stages))
+            else:
+                for stage in stages:
+                    self.run(*stage)
         h = torch.stack(self.after, dim=-2) if self.after else self.h
         return h, State(tuple(self.fast), tuple(self.window), self.steps.end)
+
+    def _run_and_forget(self, stages: tuple[tuple[int, int], ...]) -> None:
+        """`run` all these, as a function of h, the span's first input and the fast weights, of which alone something is kept."""
+
+        bare = copy(self)
+        bare.h, bare.first, bare.fast, bare.window, bare.after = self.h.new_empty(0), None, [], [], []
+
+        def forward(h: Tensor, first: Tensor | None, *fast: Tensor | None) -> Passes:
+            part = copy(bare)
+            part.h, part.first, part.fast, part.window, part.after = h, first, list(fast), list(bare.start.window), []
+            for stage in stages:
+                part.run(*stage)
+            return part
+
+        part = checkpoint(forward, self.h, self.first, *self.fast, use_reentrant=False)
+        self.h, self.first, self.fast = part.h, part.first, part.fast
+        self.after += part.after
+        for n, i in stages:
+            at = n % self.model.config.wake_loops * len(self.model.blocks) + i
+            self.window[at] = part.window[at]
+        self._done += len(stages)
 
 
 def _build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:

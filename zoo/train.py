@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from zoo.config import merge, read_yaml, validate
 from zoo.kernels.registry import ZooError, nearest
-from zoo.model import Model
+from zoo.model import Model, Recompute
 from zoo.optimizers import Weights, freeze, make_optimizers, restore, state_of
 from zoo.run_folder import METRICS, SETTINGS, NotFiniteError, RunFolder
 from zoo.tasks import Batch, Task, new_task
@@ -42,6 +42,8 @@ class TrainConfig(BaseModel):
     batch_size: int = Field(64, ge=1, description="sequences per step")
     seed: int = Field(0, ge=0, description="of the weights and of the data")
     accumulate: int = Field(1, ge=1, description="parts of a batch that go through the model one after the other")
+    recompute: Recompute = Field("nothing", description="activations made again to save memory; see `zoo.model.Model.answers`")
+    backward_chunks: int | None = Field(None, ge=1, description="chunks, counted from the last, that gradients stay within groups of")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights and activations; the optimisers' own are float32")
     device: str | None = Field(None, description="default: cuda where there is one, else cpu")
     optimizer: str = Field("adamw", description="of embeddings, head, norms, gates, convolutions")
@@ -132,7 +134,15 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
                     for group in optimizer.param_groups:
                         group["lr"] = group["initial_lr"] * rate
                 batch = task.batch(config.seed, step, config.batch_size)
-                score = backward(model, weights, batch, config.accumulate, device)
+                score = backward(
+                    model,
+                    weights,
+                    batch,
+                    device=device,
+                    accumulate=config.accumulate,
+                    recompute=config.recompute,
+                    backward_chunks=config.backward_chunks,
+                )
                 norm = nn.utils.clip_grad_norm_(weights.wide.values(), config.clip)
                 progress["first_loss"] = progress["first_loss"] or score.loss
                 if not (math.isfinite(score.loss) and norm.isfinite() and score.loss <= config.diverged * progress["first_loss"]):
@@ -190,13 +200,26 @@ class Score(NamedTuple):
     """[n]"""
 
 
-def backward(model: Model, weights: Weights, batch: Batch, accumulate: int, device: torch.device) -> Score:
-    """Gradients of the mean loss of all answers of the batch, in `accumulate` parts of its sequences."""
+def backward(
+    model: Model,
+    weights: Weights,
+    batch: Batch,
+    *,
+    device: torch.device,
+    accumulate: int = 1,
+    recompute: Recompute = "nothing",
+    backward_chunks: int | None = None,
+) -> Score:
+    """Gradients of the mean loss of all answers of the batch, in `accumulate` parts of its sequences.
+
+    Args:
+        recompute, backward_chunks: as in `Model.answers`.
+    """
     ids, mask, level = (torch.from_numpy(x) for x in batch)
     loss, rights, levels = 0.0, [], []
     total = int(mask.sum())
     for part in torch.arange(len(ids)).tensor_split(accumulate):
-        answers = model.answers(ids[part].to(device), mask[part].to(device))
+        answers = model.answers(ids[part].to(device), mask[part].to(device), recompute=recompute, backward_chunks=backward_chunks)
         share = answers.losses().sum() / total
         share.backward()
         weights.take_gradients()

@@ -1,0 +1,78 @@
+"""How much memory does a training step take, against chunks and passes of sleep, for each way of recomputing activations?
+
+    python benchmarks/training_memory.py [MODEL [WINDOW [BATCH]]]
+
+Bytes of tensors alive at once in one forward and backward pass beyond the model itself, counted operation by operation, on the
+CPU. Appends to results/training_memory.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import zoo
+
+
+class Live(TorchDispatchMode):
+    """Inside, `most` is the largest sum of the storages made by operations and not yet freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.seen | given:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return out
+
+    def _free(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+def most_alive(model: zoo.Model, chunks: int, batch: int, loops: int, recompute: str) -> int:
+    """Bytes. Loss on the last chunk alone, as in the tasks."""
+    window = model.config.window
+    ids = torch.randint(model.config.vocab_size, (batch, chunks * window), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, -window // 2 :] = True
+    model.zero_grad()
+    with Live() as live:
+        model.answers(ids, mask, loops=loops, recompute=recompute).losses().mean().backward()
+    return live.most
+
+
+def main(name: str = "gdn4-sleep4", window: str = "64", batch: str = "2") -> None:
+    model = zoo.create(name, window=int(window))
+    state = model.init_state(int(batch))
+    line = {"model": name, "window": int(window), "batch": int(batch), "torch": torch.__version__, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    line["hidden_bytes"] = int(batch) * int(window) * model.config.d_model * 4
+    line["fast_bytes"] = sum(fast.nbytes for fast in state.fast if fast is not None)
+    print(f"hidden states {line['hidden_bytes'] / 2**20:.2f} MiB, fast weights {line['fast_bytes'] / 2**20:.2f} MiB; MiB at most:")
+    print("chunks loops   nothing    passes    chunks")
+    line["bytes"] = []
+    for chunks, loops in ((2, 1), (4, 1), (8, 1), (4, 2), (4, 4), (8, 4)):
+        row = {how: most_alive(model, chunks, int(batch), loops, how) for how in ("nothing", "passes", "chunks")}
+        print(f"{chunks:6} {loops:5}" + "".join(f"{value / 2**20:10.1f}" for value in row.values()), flush=True)
+        line["bytes"].append({"chunks": chunks, "loops": loops, **row})
+    with (Path(__file__).parent / "results" / "training_memory.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
