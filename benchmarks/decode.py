@@ -18,7 +18,7 @@ from torch import Tensor
 
 import zoo
 from benchmarks.measure import compare, record
-from benchmarks.peers import LARGE, SMALL, WORDS, pair
+from benchmarks.peers import WORDS, pairs
 
 PROMPT, TOKENS = 128, 16
 
@@ -64,8 +64,7 @@ def _rows(batch: int, width: int) -> Tensor:
 @torch.no_grad()
 def main(large: bool) -> None:
     rows = []
-    for name in SMALL + LARGE * large:
-        model, theirs = pair(name)
+    for name, model, theirs in pairs(large):
         for batch in (1, 16):
             prompt = torch.randint(WORDS, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
             contenders = {

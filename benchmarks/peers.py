@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ def write(name: str, folder: str | Path, dtype: str = "float32") -> None:
     config = getattr(transformers, kind)(vocab_size=WORDS, **fields)
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+
+
+def pairs(large: bool) -> Iterator[tuple[str, zoo.Model, Any]]:
+    """Name, ours and transformers' of every small model, and if `large` of the others."""
+    for name in SMALL + LARGE * large:
+        yield name, *pair(name)
 
 
 def pair(name: str) -> tuple[zoo.Model, Any]:

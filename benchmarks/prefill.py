@@ -14,7 +14,7 @@ from torch import Tensor
 
 import zoo
 from benchmarks.measure import compare, record
-from benchmarks.peers import LARGE, SMALL, WORDS, pair
+from benchmarks.peers import SMALL, WORDS, pairs
 
 ALONE = {"Mamba + sliding attention 421M": "samba421m", "Jet + attention 50M": "depo10"}  # which transformers does not have
 
@@ -28,15 +28,14 @@ def read(model: Any, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def main(large: bool) -> None:
     rows = []
-    for name in SMALL + LARGE * large:
-        ours, theirs = pair(name)
+    for name, ours, theirs in pairs(large):
         for batch, length in [(1, 512), (4, 512), (1, 2048)] if name in SMALL else [(1, 512)]:
             ids = torch.randint(WORDS, (batch, length), generator=torch.Generator().manual_seed(0))
             contenders = {"ours": partial(read, ours, ids), "transformers": partial(read, theirs, ids)}
             rows.append(compare(f"{name}, {batch} x {length}", contenders, rounds=3, target=1.3, tolerance=1e-3))
-    for name, ours in ALONE.items():
+    for name, config in ALONE.items():
         if large or name.endswith("50M"):
-            model = zoo.create(ours, evict="none")
+            model = zoo.create(config, evict="none")
             ids = torch.randint(model.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))
             rows.append(compare(f"{name}, 1 x 512", {"ours": partial(read, model, ids)}, rounds=3))
     record("prefill", rows)

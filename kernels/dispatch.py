@@ -45,7 +45,8 @@ _told: set[tuple[str, str]] = set()
 class use:
     """Run every operator in one form ("reference", "chunked", "triton"), from now on or within a `with` block; None undoes it.
 
-    Operators may also be given functions of one's own, by name, with the arguments of a registered form; others run as usual.
+    Operators may also be given functions of one's own, by name, with the arguments of a registered form; the others then run in the
+    form that is fastest, whatever ZOO_KERNELS says.
     The environment variable ZOO_KERNELS does the same for a whole process, an operator's own argument `form` for one call.
 
     Raises:
@@ -77,9 +78,11 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
         ZooError: `form` does not exist, or Triton is forced where it cannot run.
     """
     _look_around()
-    if form is None and isinstance(_forced, Mapping) and operator in _forced:
-        return _forced[operator]
-    forced = _forced if isinstance(_forced, str) else os.environ.get(ENVIRONMENT)
+    forced = _forced if _forced is not None else os.environ.get(ENVIRONMENT)
+    if isinstance(forced, Mapping):
+        if form is None and operator in forced:
+            return forced[operator]
+        forced = None
     if form is not None:
         _check(f"{operator}: form", form, operator)
         chosen, reason = form, "the caller's choice"

@@ -130,7 +130,7 @@ def _train(config: TrainConfig, run: RunFolder, team: Team, report: Report) -> d
             checkpoint, progress = newest
             restore(optimizers, weights, run.load(checkpoint, model), progress["numbers"])
         model.train()
-        peak, flops = peak_flops(team.device) if config.dtype == "bfloat16" else None, 0
+        peak = peak_flops(team.device) if config.dtype == "bfloat16" else None
         tokens, since = 0, time.perf_counter()
         with run.metrics(after=progress["step"]) if team.first else nullcontext(report) as write_line:
             for step in range(progress["step"], config.steps):
@@ -140,7 +140,6 @@ def _train(config: TrainConfig, run: RunFolder, team: Team, report: Report) -> d
                     for group in optimizer.param_groups:
                         group["lr"] = group["initial_lr"] * rate
                 batch = task.batch(config.seed, step, config.batch_size)
-                flops = flops or training_flops(model, torch.from_numpy(batch.loss_mask))
                 score = backward(
                     answer,
                     weights,
@@ -158,7 +157,8 @@ def _train(config: TrainConfig, run: RunFolder, team: Team, report: Report) -> d
                     optimizer.step()
                     optimizer.zero_grad()
                 weights.hand_back()
-                forget_gathered(model)
+                if team.size > 1:
+                    forget_gathered(model)
                 progress["step"] = step + 1
                 tokens += batch.ids.size
                 last = step + 1 == config.steps
@@ -176,6 +176,7 @@ def _train(config: TrainConfig, run: RunFolder, team: Team, report: Report) -> d
                         "memory": most_memory(team.device),
                     }
                     if peak is not None:
+                        flops = training_flops(model, torch.from_numpy(batch.loss_mask))
                         metrics["mfu"] = round(metrics["tokens_per_second"] * flops / batch.ids.size / (peak * team.size), 4)
                     tokens, since = 0, now
                     write_line(metrics)

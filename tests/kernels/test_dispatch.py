@@ -24,6 +24,15 @@ def test_the_callers_choice_beats_use_beats_the_environment(monkeypatch: pytest.
     assert choose("ssd", CPU, "chunked") is kernels.get("ssd.reference")
 
 
+def test_functions_serve_the_operators_they_are_given_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_KERNELS", "reference")
+    with zoo.kernels.use({"ssd": max}):
+        assert choose("ssd", CPU, "chunked") is max
+        assert choose("ssd", CPU, "chunked", form="reference") is kernels.get("ssd.reference")
+        assert choose("selective_scan", CPU, "chunked") is kernels.get("selective_scan.chunked")
+    assert choose("selective_scan", CPU, "chunked") is kernels.get("selective_scan.reference")
+
+
 def test_unknown_forms_name_where_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZooError, match=r"use: unknown kernel form 'chunk'; did you mean 'chunked'\?"):
         zoo.kernels.use("chunk")
