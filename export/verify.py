@@ -104,16 +104,12 @@ def verify(model: Model, exported: ExportedModel) -> Parity:
     stored = exported.bundle.plan.weights
     reference = model if stored is None else rounded(model, stored)
     reference = copy.deepcopy(reference).float() if model.embed.weight.dtype != torch.float32 else reference
-    sleeps = model.config.window is not None
-    length = exported.bundle.window
-    ids = torch.randint(model.config.vocab_size, (BATCH, (WINDOWS if sleeps else 1) * length), generator=torch.Generator().manual_seed(0))
-    ids = ids[:, : ids.shape[1] - length // 2] if sleeps else ids
-    ids[:, ALIKE * length : (ALIKE + 1) * length] = ids[:, :1]
+    ids, length = stream(model, exported.bundle.window), exported.bundle.window
     found = _Findings()
     wanted, state = reference.init_state(BATCH), exported.init_state(BATCH)
     for number, chunk in enumerate(ids.split(length, dim=1)):
         _awake(found, reference, exported, chunk, wanted, state)
-        if sleeps:
+        if model.config.window is not None:
             wanted, state = reference.consolidate(chunk, wanted), exported.consolidate(chunk, state)
             found.states(STRESS if number == ALIKE else SLEEP, exported.plain(state), wanted)
     parity = found.parity()
@@ -126,6 +122,15 @@ def verify(model: Model, exported: ExportedModel) -> Parity:
                 f"{model.config.name}: {name}, {moment}: the graph is {difference.maximum:.1e} from PyTorch, allowed: {allowed:.0e}"
             )
     return parity
+
+
+def stream(model: Model, window: int) -> Tensor:
+    """What `verify` reads: [2, 3.5 windows], or one window of a model that does not sleep."""
+    sleeps = model.config.window is not None
+    ids = torch.randint(model.config.vocab_size, (BATCH, (WINDOWS if sleeps else 1) * window), generator=torch.Generator().manual_seed(0))
+    ids = ids[:, : ids.shape[1] - window // 2] if sleeps else ids
+    ids[:, ALIKE * window : (ALIKE + 1) * window] = ids[:, :1]
+    return ids
 
 
 def _loss(model: Model, rounded: Model, ids: Tensor) -> tuple[Difference, float]:
