@@ -11,6 +11,7 @@ A ratio is the time of a contender over ours in the same round, so above 1 ours 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -31,6 +32,7 @@ from torch import Tensor
 HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("ZOO_BENCHMARK_RESULTS", HERE / "results"))
 OURS = "ours"
+TURN = 0.02  # seconds
 SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
 console = Console(width=None if Console().is_terminal else 160)
 
@@ -45,7 +47,7 @@ def compare(
     target: float | None = None,
     tolerance: float | None = None,
 ) -> dict[str, Any]:
-    """A row: the time of each contender, taking turns; one turn before the first round is not counted.
+    """A row: the time of each contender, taking turns of at least 20 ms; what comes before the first round is not counted.
 
     Args:
         contenders: what is timed, by name, ours first; a tensor that it returns is what the tolerance is about.
@@ -62,23 +64,25 @@ def compare(
             if not errors[name] <= tolerance:
                 problems[name] = f"differs by {errors[name]:.0e}"
     timed = {name: work for name, work in contenders.items() if name not in problems}
+    calls = {name: math.ceil(TURN / seconds(work)) for name, work in timed.items()}
     times: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(rounds):
         for name in list(timed)[:: 1 if turn % 2 == 0 else -1]:
-            times[name].append(seconds(timed[name]))
+            times[name].append(seconds(timed[name], calls[name]))
     row: dict[str, Any] = {"case": case, "unit": unit, "rounds": rounds, "target": target}
     row["times"] = {name: quartiles(SCALE[unit] / per * np.array(taken)) for name, taken in times.items()}
     row["ratios"] = {name: quartiles(np.array(taken) / np.array(times[ours])) for name, taken in times.items() if name != ours}
     return row | ({"errors": errors} if errors else {}) | ({"problems": problems} if problems else {})
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """How long `work` takes, with what it left to do on a GPU."""
+def seconds(work: Callable[[], Any], calls: int = 1) -> float:
+    """How long `work` takes, in the mean of some calls, with what it left to do on a GPU."""
     _wait()
     started = time.perf_counter()
-    work()
+    for _ in range(calls):
+        work()
     _wait()
-    return time.perf_counter() - started
+    return (time.perf_counter() - started) / calls
 
 
 def quartiles(values: Any) -> list[float]:

@@ -70,6 +70,7 @@ class Graph(nn.Module):
     """What one graph computes, over tensors by name. B streams; rings of `slots` tokens."""
 
     tokens: Run
+    asleep = False
 
     def __init__(self, model: Model, slots: int) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class Graph(nn.Module):
 
     def embedded(self, inputs: Mapping[str, Tensor]) -> Tensor:
         ids = inputs["input_ids"]
-        return self.model.embedded(ids, self.tokens.steps(inputs, ids.device))
+        return self.model.embedded(ids, self.tokens.steps(inputs, ids.device), asleep=self.asleep)
 
     def run(self, layers: range, h: Tensor, state: State, inputs: Mapping[str, Tensor], loop: int = 0) -> tuple[Tensor, State]:
         """Blocks one after the other, a stand-in for each; with wake loops, each loop has window caches of its own."""
@@ -155,6 +156,8 @@ class Asleep(Graph):
 
     A window that restarts is empty, and at position 0, when a sleep starts and when it ends: only fast weights are read.
     """
+
+    asleep = True
 
     def __init__(self, model: Model, slots: int) -> None:
         super().__init__(model, slots)

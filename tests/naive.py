@@ -85,10 +85,10 @@ class NaiveStream:
         self.position = 0
         self.clear()
 
-    def read(self, ids):
+    def read(self, ids, when):
         """Embedded tokens [T, D]."""
         h = self.p["embed.weight"][ids]
-        return h + self.p["positions.weight"][self.position : self.position + len(ids)] if self.c.learned_positions else h
+        return h + self.p["positions.weight"][self.position : self.position + len(ids)] if self.c.learned_positions in (True, when) else h
 
     def clear(self):
         self.cache = {}
@@ -122,7 +122,7 @@ class NaiveStream:
 
     def awake(self, ids):
         """Logits [T, V] of one wake pass."""
-        h, window = self.read(ids), {}
+        h, window = self.read(ids, "awake"), {}
         for i in range(len(self.c.pattern)):
             h = self.block(i, h, window)
         self.cache = window
@@ -131,7 +131,7 @@ class NaiveStream:
 
     def asleep(self, ids):
         """Consolidate one chunk, then evict."""
-        h, window = self.read(ids), {}
+        h, window = self.read(ids, "asleep"), {}
         first, last = self.c.span or (0, len(self.c.pattern) - 1)
         for i in range(first):
             h = self.block(i, h, window)

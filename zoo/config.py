@@ -45,7 +45,9 @@ class ModelConfig(BaseModel):
     norm: Literal["plain", "wide", "centred"] = Field("plain", description="kind of RMSNorm; see `zoo.blocks.norm`")
     norm_eps: float = Field(1e-6, gt=0)
     tie_embeddings: bool = False
-    learned_positions: bool = Field(False, description="add a learned embedding of the position in a window that restarts")
+    learned_positions: bool | Literal["asleep"] = Field(
+        False, description="add a learned embedding of the position in a window that restarts; 'asleep': only while asleep"
+    )
 
     loops: int = Field(1, ge=1, description="passes of the span over a window while asleep")
     evict: str = Field("none", description="what happens to the window cache at the end of a chunk")

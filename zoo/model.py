@@ -102,6 +102,7 @@ class Model(nn.Module):
         """Set every parameter, or only those of inserted blocks and injection.
 
         Normal weights of deviation fan_in^-0.5, block outputs smaller by sqrt(number of residual branches).
+        What is inserted into a trained model starts by adding nothing.
         """
         branches = sum(1 if block.mlp is None else 2 for block in self.blocks)
         # children first: a mixer has the last word on its projections
@@ -124,7 +125,7 @@ class Model(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.constant_(module.weight, module.neutral)
         if self.config.inject:
-            nn.init.zeros_(self.inject)
+            nn.init.constant_(self.inject, 0.0 if inserted_only else 1.0)
 
     def init_state(self, batch_size: int = 1) -> State:
         """The state of `batch_size` streams before their first token."""
@@ -190,7 +191,7 @@ class Model(nn.Module):
         if self.config.window is not None and (longest := _longest(ids, cu_seqlens)) > self.config.window:
             raise ZooError(f"ids: {longest} tokens are more than one window of {self.config.window}")
         state, steps = self._open(ids, state, cu_seqlens)
-        return Passes(self, self.embedded(ids, steps), state, steps, loops * self.config.wake_loops)
+        return Passes(self, self.embedded(ids, steps, asleep=True), state, steps, loops * self.config.wake_loops)
 
     def evict(self, state: State) -> State:
         """The state after the eviction that ends a chunk."""
@@ -294,10 +295,10 @@ class Model(nn.Module):
             raise ZooError(f"ids: {given} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first")
         return state, steps
 
-    def embedded(self, ids: Tensor, steps: Steps) -> Tensor:
+    def embedded(self, ids: Tensor, steps: Steps, *, asleep: bool = False) -> Tensor:
         """What the first block reads: ids [B, T] -> [B, T, D]."""
         h = self.embed(ids)
-        if not self.config.learned_positions:
+        if not self.config.learned_positions or (self.config.learned_positions == "asleep" and not asleep):
             return h
         # the padding of an exported graph may reach past the window
         return h + self.positions(steps.position.clamp(max=self.positions.num_embeddings - 1))

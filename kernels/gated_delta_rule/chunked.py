@@ -56,9 +56,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: fl
     v, g, beta = (_by_chunk(x, C).flatten(1, 2) for x in (v, g[..., None], beta[..., None]))
     decay = decays(g.cumsum(-2))  # from the chunk's start to each token
     # log of the decay from token j to token i; a difference of cumulated ones would lose the small steps after a large one
-    between = decays(g.expand(*g.shape[:-1], C).tril(-1).cumsum(-2)).tril()
+    between = decays(g.expand(*g.shape[:-1], C).tril(-1).cumsum_(-2)).tril_()
     k = qk[..., C:, :]
-    attention, correlation = ((qk @ k.mT).unflatten(-2, (2, C)) * between.unsqueeze(-3)).unbind(-3)
+    attention, correlation = (qk @ k.mT).unflatten(-2, (2, C)).mul_(between.unsqueeze(-3)).unbind(-3)
     solve = unit_lower_inverse(correlation * beta)
     qk_decayed = (qk.unflatten(-2, (2, C)) * decay.unsqueeze(-3)).flatten(-3, -2)
     k_left = k * between[..., -1, :, None]
@@ -68,10 +68,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: fl
     starts, updates = [], []
     for k_c, v_c, solve_c, left_c, decay_c in _chunks(k_decayed, v, solve * beta.mT, k_left, decay[..., -1:, :]):
         starts.append(S)
-        updates.append(solve_c @ torch.baddbmm(v_c, k_c, S, alpha=-1))
-        S = torch.addcmul(left_c.mT @ updates[-1], decay_c, S)
+        updates.append(torch.bmm(solve_c, torch.baddbmm(v_c, k_c, S, alpha=-1)))
+        S = torch.bmm(left_c.mT, updates[-1]).addcmul_(decay_c, S)
     S_0, U = torch.stack(starts), torch.stack(updates)
-    o = torch.baddbmm((q_decayed @ S_0).flatten(0, 1), attention.flatten(0, 1), U.flatten(0, 1), beta=scale, alpha=scale)
+    o = (q_decayed @ S_0).flatten(0, 1).baddbmm_(attention.flatten(0, 1), U.flatten(0, 1), beta=scale, alpha=scale)
     o = _by_token(o.view_as(U), B, T)
     return o, S.unflatten(0, (B, H)), qk, v, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U
 

@@ -33,7 +33,7 @@ SMALL = {
 }
 PREFILL = {"prefill": 4}
 CASES = {
-    "hard": ({"layers": "attn gdn", "loops": 3}, {}),
+    "hard": ({"layers": "attn gdn", "loops": 3, "learned_positions": "asleep"}, {}),
     # fast weights before the span and in it, KV in it and after it, grouped heads, a window inside the window, something between passes
     "sliding": (
         {

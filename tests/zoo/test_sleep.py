@@ -61,9 +61,12 @@ VARIANTS = [
     },
 ]
 RESTARTING = {"learned_positions": True, "blocks": {**TINY["blocks"], "gdn": {"heads": 2, "conv_init": "identity", "decay_init": 1}}}
+PLACED_ASLEEP = {"learned_positions": "asleep"}
 
 
-@pytest.mark.parametrize(("evict", "overrides"), [("hard6", v) for v in (*VARIANTS, RESTARTING)] + [("slide6", v) for v in VARIANTS])
+@pytest.mark.parametrize(
+    ("evict", "overrides"), [("hard6", v) for v in (*VARIANTS, RESTARTING, PLACED_ASLEEP)] + [("slide6", v) for v in VARIANTS]
+)
 def test_stream_equals_the_equations(evict, overrides):
     model = tiny(f"gdn4-sleep3-{evict}", **overrides)
     ids = tokens(2, 20)
