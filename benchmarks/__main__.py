@@ -34,6 +34,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "sleep": (),
     "export": (),
     "scaling": (),
+    "throughput": (),
     "training_memory": (),
     "loading": (),
     "startup": (),
