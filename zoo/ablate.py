@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import re
 import signal
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from zoo.costs import training_flops
 from zoo.files import new_folder, refuse_existing, replacing
 from zoo.kernels.registry import ZooError, nearest
 from zoo.plots import figure, read_run, save
+from zoo.processes import end_with_parent
 from zoo.progress import add_run, advance, new_progress
 from zoo.run_folder import RESULTS
 from zoo.train import StoppedError, TrainConfig, prepare, read_config, sigterm, train
@@ -282,7 +282,7 @@ class _Worker:
 
 def _work(connection: Connection, slot: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent sends SIGTERM, on which a run saves itself
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
     if gpus := torch.cuda.device_count():
         torch.cuda.set_device(slot % gpus)
@@ -301,13 +301,6 @@ def _work(connection: Connection, slot: int) -> None:
             return
         else:
             report(None)
-
-
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _rows(match: Match, results: dict[Run, dict[str, Any]]) -> Iterator[dict[str, Any]]:

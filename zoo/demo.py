@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,10 +23,11 @@ import zoo.export
 from zoo.files import new_folder
 from zoo.model import Model
 from zoo.plots import accuracy_curves, against_level, read_run, save
+from zoo.processes import end_with_parent
 from zoo.progress import add_run, advance, new_progress
 from zoo.session import Session
 from zoo.tasks import Task, new_task
-from zoo.train import TrainConfig, read_config, train
+from zoo.train import StoppedError, TrainConfig, read_config, train
 from zoo.weights import load
 
 LOOPS = (1, 2, 4)
@@ -61,10 +63,10 @@ def run(out: Path) -> None:
 def _train_and_export_all(plans: dict[int, TrainConfig], out: Path) -> None:
     """Train and export in two processes of one thread each, the longest run first."""
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, new_progress() as progress, ProcessPoolExecutor(2, context) as pool:
-        queue = manager.Queue()
+    queue = context.Queue()
+    with new_progress() as progress, ProcessPoolExecutor(2, context, initializer=_begin, initargs=(queue,)) as pool:
         bars = {n: add_run(progress, f"N = {n}", plan.steps) for n, plan in plans.items()}
-        runs = [pool.submit(_train_and_export, plans[n], out, n, queue) for n in sorted(plans, reverse=True)]
+        runs = [pool.submit(_train_and_export, plans[n], out, n) for n in sorted(plans, reverse=True)]
         while not (all(run.done() for run in runs) and queue.empty()):
             while not queue.empty():
                 n, metrics = queue.get()
@@ -74,9 +76,22 @@ def _train_and_export_all(plans: dict[int, TrainConfig], out: Path) -> None:
             run.result()
 
 
-def _train_and_export(plan: TrainConfig, out: Path, n: int, queue: Any) -> None:
+_said: Any
+"""In a process of the pool: the queue on which it says how a run goes."""
+
+
+def _begin(queue: Any) -> None:
+    global _said
+    _said = queue
+    end_with_parent()
     torch.set_num_threads(1)
-    train(plan, out / f"sleep{n}", report=lambda metrics: queue.put((n, metrics)))
+
+
+def _train_and_export(plan: TrainConfig, out: Path, n: int) -> None:
+    try:
+        train(plan, out / f"sleep{n}", report=lambda metrics: _said.put((n, metrics)))
+    except StoppedError:
+        os._exit(1)  # the pool would go on with the next run
     zoo.export.export(load(out / f"sleep{n}"), out / f"sleep{n}-onnx")
 
 
