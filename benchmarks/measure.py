@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("ZOO_BENCHMARK_RESULTS", HERE / "results"))
 OURS = "ours"
 TURN = 0.02  # seconds
+PATIENCE = 60  # seconds after which no round begins
 SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
 console = Console(width=None if Console().is_terminal else 160)
 
@@ -47,7 +48,7 @@ def compare(
     target: float | None = None,
     tolerance: float | None = None,
 ) -> dict[str, Any]:
-    """A row: the time of each contender, taking turns of at least 20 ms; what comes before the first round is not counted.
+    """A row: the time of each contender, taking turns of at least 20 ms for so many rounds, or what begins within a minute.
 
     Args:
         contenders: what is timed, by name, ours first; a tensor that it returns is what the tolerance is about.
@@ -57,16 +58,24 @@ def compare(
             is further off is not timed, and the row says so.
     """
     ours = next(iter(contenders))
-    problems, errors, results = {}, {}, {name: work() for name, work in contenders.items()}
+    problems, errors, results, first = {}, {}, {}, {}
+    for name, work in contenders.items():
+        started = time.perf_counter()
+        results[name] = work()
+        first[name] = time.perf_counter() - started
     for name in list(contenders)[1:]:
         if tolerance is not None:
             errors[name] = difference(results[name], results[ours])
             if not errors[name] <= tolerance:
                 problems[name] = f"differs by {errors[name]:.0e}"
     timed = {name: work for name, work in contenders.items() if name not in problems}
-    calls = {name: math.ceil(TURN / seconds(work)) for name, work in timed.items()}
+    calls = {name: math.ceil(TURN / seconds(work)) if first[name] < 1 else 1 for name, work in timed.items()}
     times: dict[str, list[float]] = {name: [] for name in timed}
+    started = time.perf_counter()
     for turn in range(rounds):
+        if turn and time.perf_counter() - started > PATIENCE:
+            rounds = turn
+            break
         for name in list(timed)[:: 1 if turn % 2 == 0 else -1]:
             times[name].append(seconds(timed[name], calls[name]))
     row: dict[str, Any] = {"case": case, "unit": unit, "rounds": rounds, "target": target}
