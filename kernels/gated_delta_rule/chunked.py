@@ -58,7 +58,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: fl
     # log of the decay from token j to token i; a difference of cumulated ones would lose the small steps after a large one
     between = decays(g.expand(*g.shape[:-1], C).tril(-1).cumsum_(-2)).tril_()
     k = qk[..., C:, :]
-    attention, correlation = (qk @ k.mT).unflatten(-2, (2, C)).mul_(between.unsqueeze(-3)).unbind(-3)
+    # in place, a view would tie a traced graph to the batch it was traced with
+    times, plus = (Tensor.mul, Tensor.baddbmm) if torch.compiler.is_compiling() else (Tensor.mul_, Tensor.baddbmm_)
+    attention, correlation = times((qk @ k.mT).unflatten(-2, (2, C)), between.unsqueeze(-3)).unbind(-3)
     solve = unit_lower_inverse(correlation * beta)
     qk_decayed = (qk.unflatten(-2, (2, C)) * decay.unsqueeze(-3)).flatten(-3, -2)
     k_left = k * between[..., -1, :, None]
@@ -71,7 +73,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: fl
         updates.append(torch.bmm(solve_c, torch.baddbmm(v_c, k_c, S, alpha=-1)))
         S = torch.bmm(left_c.mT, updates[-1]).addcmul_(decay_c, S)
     S_0, U = torch.stack(starts), torch.stack(updates)
-    o = (q_decayed @ S_0).flatten(0, 1).baddbmm_(attention.flatten(0, 1), U.flatten(0, 1), beta=scale, alpha=scale)
+    o = plus((q_decayed @ S_0).flatten(0, 1), attention.flatten(0, 1), U.flatten(0, 1), beta=scale, alpha=scale)
     o = _by_token(o.view_as(U), B, T)
     return o, S.unflatten(0, (B, H)), qk, v, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U
 

@@ -62,6 +62,7 @@ FORMS = {
         {"max_length": 9},
     ),
     "full": ({"layers": "gdn swa attn", "evict": "none", "window": None, "loops": 1}, {"max_length": 12, **PREFILL}),
+    "chunks": ({"layers": "gdn", "window": 150}, {}),
     "scan": ({"layers": "gdn", "window": 530}, {}),
     "unrolled": (
         {"layers": "attn gdn attn", "loops": 3, "span": [0, 1], "loop_norm": True, "learned_positions": True},
