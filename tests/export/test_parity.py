@@ -70,6 +70,20 @@ def test_states_are_not_changed(bundle):
     assert torch.equal(exported(ids, state).logits, first)
 
 
+@pytest.mark.parametrize("case", OF_EVERY_KIND)
+def test_as_pytorch_over_windows_with_sleeps(bundles, case):
+    model, folder, parity = bundles(case)
+    half = model.embed.weight.dtype == torch.float16
+    assert all(0 <= d.mean <= d.maximum < (1e-2 if half else 1e-4) for d in parity.differences.values())
+    assert any(d.maximum > 0 for d in parity.differences.values())
+    assert half or parity.agreement == 1
+    states = {name for moment, name in parity.differences if name != "logits"}
+    assert states == set(pack(model(torch.zeros(1, 2, dtype=torch.int64)).state, PAST))
+    assert {SLEEP, STRESS} <= {moment for moment, _ in parity.differences} or model.config.evict == "none"
+    for file in json.loads((folder / "bundle.json").read_text())["graphs"]:
+        onnx.checker.check_model(str(folder / file), full_check=True)
+
+
 def moved_by_an_ulp(model):
     """How far the fast weights go, at most of four draws, if two of three weights of the model go one unit in the last place.
 
@@ -93,20 +107,11 @@ def moved_by_an_ulp(model):
         return max(map(moved, range(4)))
 
 
-@pytest.mark.parametrize("case", OF_EVERY_KIND)
-def test_as_pytorch_over_windows_with_sleeps(bundles, case):
-    model, folder, parity = bundles(case)
-    half = model.embed.weight.dtype == torch.float16
-    assert all(0 <= d.mean <= d.maximum < 1e-2 for d in parity.differences.values())
-    worst = max(d.maximum for d in parity.differences.values())
-    assert half or worst < 1e-4 or worst < 4 * moved_by_an_ulp(model)
-    assert any(d.maximum > 0 for d in parity.differences.values())
-    assert half or parity.agreement == 1
-    states = {name for moment, name in parity.differences if name != "logits"}
-    assert states == set(pack(model(torch.zeros(1, 2, dtype=torch.int64)).state, PAST))
-    assert {SLEEP, STRESS} <= {moment for moment, _ in parity.differences} or model.config.evict == "none"
-    for file in json.loads((folder / "bundle.json").read_text())["graphs"]:
-        onnx.checker.check_model(str(folder / file), full_check=True)
+@pytest.mark.extended
+def test_ourojet_is_off_by_its_conditioning(bundles):
+    """It misses the 1e-4 of the test above, by what a few units in the last place of the weights do to the PyTorch model."""
+    model, _, parity = bundles("ourojet")
+    assert max(d.maximum for d in parity.differences.values()) < 4 * moved_by_an_ulp(model)
 
 
 @pytest.mark.parametrize("case", ["sliding", "full", "ort"])

@@ -217,6 +217,8 @@ def test_parent_of_a_sleeping_model() -> None:
     ids = torch.arange(8)[None]
     assert torch.equal(model(ids).logits, parent(ids).logits)
     assert model.consolidate(ids).position == 0
+    assert (model.inject == 0).all()  # into a trained model, nothing is injected at first
+    assert (zoo.create("gdn4-sleep2", inject=True).inject == 1).all()
 
 
 def test_saving_what_upstream_cannot_hold(tmp_path: Path) -> None:
