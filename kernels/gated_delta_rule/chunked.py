@@ -56,7 +56,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: fl
     v, g, beta = (_by_chunk(x, C).flatten(1, 2) for x in (v, g[..., None], beta[..., None]))
     decay = decays(g.cumsum(-2))  # from the chunk's start to each token
     # log of the decay from token j to token i; a difference of cumulated ones would lose the small steps after a large one
-    between = decays(g.expand(*g.shape[:-1], C).tril(-1).cumsum_(-2)).tril_()
+    below = torch.ones(C, C, dtype=g.dtype, device=g.device).tril_(-1)
+    between = decays((g.clamp(min=-1e4) * below).cumsum(-2)).tril_()
     k = qk[..., C:, :]
     # in place, a view would tie a traced graph to the batch it was traced with
     times, plus = (Tensor.mul, Tensor.baddbmm) if torch.compiler.is_compiling() else (Tensor.mul_, Tensor.baddbmm_)
@@ -66,21 +67,37 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: fl
     k_left = k * between[..., -1, :, None]
     q_decayed, k_decayed = qk_decayed.split(C, dim=-2)
 
-    S = state.flatten(0, 1)
-    starts, updates = [], []
-    for k_c, v_c, solve_c, left_c, decay_c in _chunks(k_decayed, v, solve * beta.mT, k_left, decay[..., -1:, :]):
-        starts.append(S)
-        updates.append(torch.bmm(solve_c, torch.baddbmm(v_c, k_c, S, alpha=-1)))
-        S = torch.bmm(left_c.mT, updates[-1]).addcmul_(decay_c, S)
-    S_0, U = torch.stack(starts), torch.stack(updates)
+    S_0, W, U, S = _scan(state.flatten(0, 1), k_decayed, v, solve * beta.mT, k_left.mT, decay[..., -1:, :])
     o = plus((q_decayed @ S_0).flatten(0, 1), attention.flatten(0, 1), U.flatten(0, 1), beta=scale, alpha=scale)
     o = _by_token(o.view_as(U), B, T)
-    return o, S.unflatten(0, (B, H)), qk, v, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U
+    return o, S.unflatten(0, (B, H)), qk, W, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U
+
+
+def _scan(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+    """From chunk to chunk: the state at the start of each, W = v - k S, U = solve W, and the state at the end of the last."""
+    if torch.compiler.is_compiling():
+        starts, wanted, updates = [], [], []
+        for k_c, v_c, solve_c, left_c, decay_c in _chunks(k, v, solve, left, decay):
+            starts.append(S)
+            wanted.append(torch.baddbmm(v_c, k_c, S, alpha=-1))
+            updates.append(torch.bmm(solve_c, wanted[-1]))
+            S = torch.bmm(left_c, updates[-1]).addcmul_(decay_c, S)
+        return torch.stack(starts), torch.stack(wanted), torch.stack(updates), S
+    S_0 = torch.empty((len(v), *S.shape), dtype=S.dtype, device=S.device)
+    S_0[0] = S
+    S = torch.empty_like(S)  # a stream keeps it: not a view of what it does not need
+    W, U = v.clone(memory_format=torch.contiguous_format), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    ends = [*S_0[1:].unbind(0), S]
+    for end_c, (S_c, k_c, W_c, U_c, solve_c, left_c, decay_c) in zip(ends, _chunks(S_0, k, W, U, solve, left, decay), strict=True):
+        W_c.baddbmm_(k_c, S_c, alpha=-1)
+        torch.bmm(solve_c, W_c, out=U_c)
+        torch.bmm(left_c, U_c, out=end_c).addcmul_(decay_c, S_c)
+    return S_0, W, U, S
 
 
 def _backward(do: Tensor, dstate: Tensor, scale: float, *saved: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, g, beta, scale (none) and the state."""
-    qk, v, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U = saved
+    qk, W, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U = saved
     B, T = do.shape[:2]
     C = beta.shape[-2]
     (q, k), (q_decayed, k_decayed) = (x.split(C, dim=-2) for x in (qk, qk_decayed))
@@ -103,7 +120,7 @@ def _backward(do: Tensor, dstate: Tensor, scale: float, *saved: Tensor) -> tuple
     dq = pairs_q @ k + do @ S_0.mT * decay
     dk_reads = beta * solved + dv @ S_0.mT * decay
     dk_written = pairs_q.mT @ q - pairs_k.mT @ (beta * k)
-    dbeta = (Z * (v - k_decayed @ S_0)).sum(-1) - (solved * k).sum(-1)
+    dbeta = (Z * W).sum(-1) - (solved * k).sum(-1)
     # A token's decay scales what its q and k read of the past, and unscales what its k leaves to later ones. What a token reads
     # of itself or leaves at its own end has no decay: left out, since it would only cancel, and under strong decay drown the rest.
     dleft = (left * k).sum(-1)
