@@ -242,10 +242,12 @@ def _scan_back(
         du += until_end[:, None] * tl.dot(bk, Dd, input_precision=PRECISION, out_dtype=ACC)
         bdr = du + tl.dot(tl.trans(bt), (b[:, None] * du).to(DT), input_precision=PRECISION, out_dtype=ACC)
         tl.store(dr + row[:, None] * V + iv[None, :], bdr.to(dr.dtype.element_ty), mask=values)
-        read = (bd.to(ACC) * (scale * since_start)[:, None]).to(DT)
+        read = bd.to(ACC) * (scale * since_start)[:, None]
         predicted = (bdr * (-b * since_start)[:, None]).to(DT)
         D = D * tl.exp(coarse_end + fine_end)
-        D += tl.dot(tl.trans(bq), read, input_precision=PRECISION, out_dtype=ACC)
+        D += tl.dot(tl.trans(bq), read.to(DT), input_precision=PRECISION, out_dtype=ACC)
+        if DT.primitive_bitwidth == 16:  # most of the gradient of a state comes from here: what rounding took off, too
+            D += tl.dot(tl.trans(bq), (read - read.to(DT).to(ACC)).to(DT), input_precision=PRECISION, out_dtype=ACC)
         D += tl.dot(tl.trans(bk), predicted, input_precision=PRECISION, out_dtype=ACC)
     tl.store(dstate + place, D, mask=part)
 
@@ -336,12 +338,13 @@ def gradients(
         at = row[:, None] * V + iv[None, :]
         bd = tl.load(do + at, mask=values, other=0.0).to(DT)
         by = tl.load(y + at, mask=values, other=0.0).to(DT)
-        br = tl.load(dr + at, mask=values, other=0.0).to(DT)
+        wide = tl.load(dr + at, mask=values, other=0.0).to(ACC)
+        br = wide.to(DT)
         S = tl.load(states + chunk + ik[:, None] * V + iv[None, :], mask=part, other=0.0).to(DT)
         D = tl.load(dstates + chunk + ik[:, None] * V + iv[None, :], mask=part, other=0.0).to(DT)
         if block == 0:
-            tl.store(dv + at, (br.to(ACC) * b[:, None]).to(dv.dtype.element_ty), mask=values)
-        bdbeta += tl.sum(br.to(ACC) * by.to(ACC), 1)
+            tl.store(dv + at, (wide * b[:, None]).to(dv.dtype.element_ty), mask=values)
+        bdbeta += tl.sum(wide * by.to(ACC), 1)
         kept += tl.sum(S.to(ACC) * D.to(ACC), 1)
         written = tl.dot(by, tl.trans(D), input_precision=PRECISION, out_dtype=ACC) * (until_end * b)[:, None]
         to_end += tl.sum(written * bk.to(ACC), 1)
@@ -498,7 +501,7 @@ def backward(
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     common, S, chunks = _common(v, state, cu_seqlens), len(state), _chunks(v, cu_seqlens, C)
-    dr, dstate, dstates = torch.empty_like(outputs[0]), torch.empty_like(state), v.new_empty(chunks, *state.shape[1:])
+    dr, dstate, dstates = state.new_empty(v.shape), torch.empty_like(state), v.new_empty(chunks, *state.shape[1:])
     sizes = {"H": H, "HV": HV, "K": K, "V": V, "PK": _power(K), "C": C}
     if keep:
         config = tuning.configuration("gated_delta_rule.backward_scan", v, PLAIN_SCAN, K=K, V=V)
@@ -507,7 +510,7 @@ def backward(
             **sizes, **common, **config,
         )  # fmt: skip
     else:
-        states, y = torch.empty_like(dstates), torch.empty_like(dr)
+        states, y = torch.empty_like(dstates), torch.empty_like(outputs[0])
         config = tuning.configuration("gated_delta_rule.both_scans", v, PLAIN_SCAN, K=K, V=V)
         both_scans[(triton.cdiv(V, config["BV"]) * S * HV, 2)](
             q, k, v, decay, beta, tau, state, states, y, do, dfinal, dstates, dr, dstate, cu_seqlens,

@@ -52,10 +52,8 @@ def both_errors(case: str, folder: Path) -> dict[str, tuple[float, float]]:
 @pytest.mark.extended
 @pytest.mark.parametrize("case", CASES)
 def test_no_less_exact_than_flash_linear_attention(case: str, tmp_path: Path) -> None:
-    """In results and in the gradients of q, k and v. Measured on "usual": fla is the more exact in dbeta (3.1e-3, ours 4.6e-3) and in the
-    gradient of the initial state (8e-4, ours 1.9e-3); its dg is not valid in the interpreter.
-    """
+    """In results and in every gradient but that of g, where fla's own is not valid in the interpreter."""
     table = both_errors(case, tmp_path)
     print({name: f"{mine:.1e} {theirs:.1e}" for name, (mine, theirs) in table.items()})
-    assert all(mine <= 1.1 * theirs for name, (mine, theirs) in table.items() if name in ("o", "final", "dq", "dk", "dv")), table
+    assert all(mine <= 1.1 * theirs for name, (mine, theirs) in table.items() if name != "dg"), table
     assert all(mine <= 2.5e-2 for mine, _ in table.values()), table
