@@ -76,6 +76,12 @@ FORMS = {
     "half": ({"layers": "gdn attn", "dtype": torch.float16}, {}),
     "gdn4": ({"name": "gdn4-sleep4"}, {"prefill": 8}),
 }
+OUROJET = {
+    "layers": "attn*2 jet attn jet",
+    "loop_norm": True,
+    "exit": {"threshold": 1.0},
+    "blocks": {"attn": {"post_norm": True}, "jet": {"mlp": False, "inserted": True}},
+}
 # every mixer by itself, and more families
 MORE = {
     "attn": ({"layers": "attn", "evict": "sliding"}, PREFILL),
@@ -87,15 +93,8 @@ MORE = {
     "ort-gdn4": ({"layers": "(attn gdn)*2"}, {"dialect": "ort", **PREFILL}),
     "ort-mix": ({"layers": "mamba2 swa jet gdn attn mamba", "evict": "sliding", "span": [1, 4]}, {"dialect": "ort"}),
     "jets": ({"layers": "jet attn jet swa jet", "span": [1, 3], "norm": "wide", "tie_embeddings": True}, PREFILL),
-    "ourojet": (
-        {
-            "layers": "attn*2 jet attn jet",
-            "loop_norm": True,
-            "exit": {"threshold": 1.0},
-            "blocks": {"attn": {"post_norm": True}, "jet": {"mlp": False, "inserted": True}},
-        },
-        {},
-    ),
+    **{f"ourojet{seed}": (OUROJET | {"seed": seed}, {}) for seed in range(4)},
+    "ourojet-loud": (OUROJET | {"loud": 0.3}, {}),
     "samba": ({"layers": "(mamba swa)*2", "tie_embeddings": True}, PREFILL),
 }
 ALL = CASES | FORMS | MORE
@@ -110,16 +109,19 @@ class Exported(NamedTuple):
     parity: Parity
 
 
-def small(**fields) -> zoo.Model:
+def small(loud: float | None = None, **fields) -> zoo.Model:
+    """loud: deviation of the weights that start at zero; default: that of all others."""
     fields = dict(fields)
     if "name" in fields:  # a model as it is
         return zoo.create(fields["name"])
     dtype = fields.pop("dtype", torch.float32)
     model = zoo.create(zoo.create("gdn4", **SMALL).config, dtype=dtype, **fields)
+    branches = sum(1 if block.mlp is None else 2 for block in model.blocks)
     generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():  # what starts at zero would hide whatever it multiplies
+    for name, parameter in model.named_parameters():  # what starts at zero would hide whatever it multiplies
         if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+            usual = 0.3 if parameter.ndim == 1 else (parameter.shape[1] * (branches if name.endswith("o_proj.weight") else 1)) ** -0.5
+            torch.nn.init.normal_(parameter, std=usual if loud is None else loud, generator=generator)
     return model
 
 

@@ -17,7 +17,7 @@ from zoo.export.verify import SLEEP, STRESS, verify
 from zoo.export.verify import stream as verify_stream
 from zoo.kernels.registry import ZooError
 
-OF_EVERY_KIND = [*CASES, *FORMS, *(pytest.param(case, marks=pytest.mark.extended) for case in MORE)]
+OF_EVERY_KIND = [*CASES, *FORMS, *(pytest.param(case, marks=pytest.mark.extended) for case in MORE if case != "ourojet-loud")]
 
 
 def stream(model, batch, tokens):
@@ -108,9 +108,11 @@ def moved_by_an_ulp(model):
 
 
 @pytest.mark.extended
-def test_ourojet_is_off_by_its_conditioning(bundles):
-    """It misses the 1e-4 of the test above, by what a few units in the last place of the weights do to the PyTorch model."""
-    model, _, parity = bundles("ourojet")
+def test_what_multiplies_roundings_is_off_by_its_conditioning(bundles):
+    """Inserted blocks five times as loud as others: it misses the 1e-4 of the test above, by what a few units in the last place of the
+    weights do to the PyTorch model.
+    """
+    model, _, parity = bundles("ourojet-loud")
     assert max(d.maximum for d in parity.differences.values()) < 4 * moved_by_an_ulp(model)
 
 
