@@ -24,7 +24,6 @@ from zoo.export.plan import Plan
 from zoo.export.tensorrt import TensorRT, check_space
 from zoo.kernels.registry import ZooError
 
-SMALLER = ["layers=attn gdn", "d_model=64", "d_ff=64"]
 TWO_GPUS = TensorRT(batch=(1, 2, 4), compute_capability=("8.0", "12.0"))
 
 
@@ -96,13 +95,13 @@ def test_the_weights_are_in_the_engine(engines, name):
 def test_the_command(rtx, tmp_path, precision):
     out = tmp_path / "bundle"
     asked = ["--target", "tensorrt", "--dtype", precision, "--compute-capability", "8.0,12.0", "--no-verify", "--out", str(out)]
-    result = CliRunner().invoke(main, ["gdn4-sleep4", *SMALLER, *asked])
+    result = CliRunner().invoke(main, ["gdn4-sleep4", *asked])
     assert result.exit_code == 0, result.output
     bundle = Bundle.read(out)
     assert bundle.precision == precision
     assert bundle.engines.keys() == {"prediction.engine", "consolidation.engine"}
     stored = embedding(out)
-    assert len(stored) == 3 * 64 * (4 if precision == "float32" else 2)
+    assert len(stored) == 3 * 256 * (4 if precision == "float32" else 2)
     for name, spec in bundle.engines.items():
         assert spec.compute_capability == ["8.0", "12.0"]
         assert stored in (out / name).read_bytes()  # in its own type: nothing was widened
