@@ -82,7 +82,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """
     groups = q.unflatten(1, (k.shape[1], -1))
     scores = groups * q.shape[-1] ** -0.5 @ k[:, :, None].mT
-    shares = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype)
+    hidden = torch.zeros(visible.shape, dtype=scores.dtype).masked_fill(~visible, float("-inf"))  # a sum costs less than a choice
+    shares = (scores + hidden).softmax(-1, dtype=torch.float32).to(v.dtype)
     mixed: Tensor = shares @ v[:, :, None]
     return mixed.flatten(1, 2)
 

@@ -167,17 +167,22 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
 
 def invert_by_blocks(A: Tensor) -> Tensor:
     C = A.shape[-1]
-    blocks = A.unflatten(-1, (-1, BASE)).unflatten(-3, (-1, BASE))  # [..., n, 4, n, 4]
-    D = torch.stack([blocks[..., i, :, i, :] for i in range(C // BASE)], dim=-3).tril(-1)
+    D = _blocks(A, BASE, 0).tril(-1)
     eye = torch.eye(BASE, dtype=A.dtype, device=A.device)
     X = (eye - D) @ (eye + D @ D)
     size = BASE
     while size < C:
-        blocks = A.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
-        R = torch.stack([blocks[..., i + 1, :, i, :] for i in range(0, C // size, 2)], dim=-3)
+        R = _blocks(A, size, 1)[..., 1::2, :, :]
         P, Q = X[..., 0::2, :, :], X[..., 1::2, :, :]
         top = F.pad(P, (0, size))
         bottom = torch.cat([-Q @ R @ P, Q], dim=-1)
         X = torch.cat([top, bottom], dim=-2)
         size *= 2
     return X.squeeze(-3)
+
+
+def _blocks(A: Tensor, size: int, below: int) -> Tensor:
+    """Of every `size` rows of A: [..., C, C] the block so many below the diagonal: [..., C / size, size, size]."""
+    row = torch.arange(A.shape[-1], device=A.device) // size
+    # two operators of a graph, where taking each block would be many
+    return (A * (row[:, None] == row + below).to(A.dtype)).unflatten(-1, (-1, size)).sum(-2).unflatten(-2, (-1, size))

@@ -6,18 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.rmsnorm.reference import scaled
+
 
 def norm_then_gate(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * norm(x) * silu(gate). x, gate: [..., N] or [..., G, N]. weight: [N] or [G, N]."""
-    normed = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], None, eps)
-    return (normed.to(x.dtype) * weight * F.silu(gate)).to(gate.dtype)
+    return (scaled(x, weight, eps, x.dtype) * F.silu(gate)).to(gate.dtype)
 
 
 def gate_then_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * norm(x * silu(gate)), shapes as above."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    normed = F.rms_norm(x.to(wide) * F.silu(gate.to(wide)), x.shape[-1:], None, eps)
-    return normed.to(gate.dtype) * weight
+    return scaled(x.to(wide) * F.silu(gate.to(wide)), weight, eps, gate.dtype)
 
 
 def normed(x: Tensor, gate: Tensor, weight: Tensor, eps: float, gate_first: bool) -> Tensor:

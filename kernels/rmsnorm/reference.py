@@ -7,15 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def scaled(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) in float32 or wider, cast to `dtype`, times the weight; shapes as below."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if weight.ndim == 1 and weight.dtype == dtype == wide:
+        return F.rms_norm(x.to(wide), weight.shape, weight, eps)  # the same, as one operator of an exported graph
+    return F.rms_norm(x.to(wide), x.shape[-1:], None, eps).to(dtype) * weight
+
+
 def normed(x: Tensor, weight: Tensor, eps: float, style: str) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension in float32 or wider (arXiv 1910.07467, eq. 4), times a weight as `style` has it.
 
     Args:
         x: [..., N] or [..., G, N]. weight: [N] or [G, N]. style: "plain", "wide" or "centred", see op.py.
     """
-    wide = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], None, eps)
     if style == "plain":
-        return wide.to(x.dtype) * weight
-    if style == "wide":
-        return (wide * weight).to(x.dtype)
-    return (wide * (1 + weight.to(wide.dtype))).to(x.dtype)
+        return scaled(x, weight, eps, x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = weight.to(wide)
+    return scaled(x, weight if style == "wide" else 1 + weight, eps, wide).to(x.dtype)
