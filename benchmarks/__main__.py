@@ -29,6 +29,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "kernels": ("--rounds", "3"),
     "prefill": (),
     "decode": (),
+    "genai": (),
     "hotspots": (),
     "prediction_cost": (),
     "sleep": (),

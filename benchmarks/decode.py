@@ -19,11 +19,12 @@ from torch import Tensor
 import zoo
 from benchmarks.measure import compare, record
 from benchmarks.peers import WORDS, pairs
+from zoo.stream import Sleeper
 
 PROMPT, TOKENS = 128, 16
 
 
-def ours(model: zoo.Model, prompt: Tensor) -> Callable[[], Tensor]:
+def ours(model: Sleeper, prompt: Tensor) -> Callable[[], Tensor]:
     """Greedy tokens, TOKENS at a time, each call going on from the last. Returns [B, TOKENS]."""
     session = zoo.Session(model, len(prompt))
     session.feed(prompt)

@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("ZOO_BENCHMARK_RESULTS", HERE / "results"))
 OURS = "ours"
 TURN = 0.02  # seconds
-PATIENCE = 20  # seconds after which no round begins
+PATIENCE = 15  # seconds after which no round begins
 SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
 console = Console(width=None if Console().is_terminal else 160)
 
@@ -48,7 +48,7 @@ def compare(
     target: float | None = None,
     tolerance: float | None = None,
 ) -> dict[str, Any]:
-    """A row: the time of each contender, taking turns of at least 20 ms for so many rounds, or as many as begin within 20 s.
+    """A row: the time of each contender, taking turns of at least 20 ms for so many rounds, or as many as begin within 15 s.
 
     Args:
         contenders: what is timed, by name, ours first; a tensor that it returns is what the tolerance is about.

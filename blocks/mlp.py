@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.kernels.tape import taped
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202). x: [B, T, D]."""
@@ -16,5 +18,6 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = F.silu(self.gate_proj(x)), self.up_proj(x)
+        y: Tensor = self.down_proj(gate * up if taped(gate, up) else gate.mul_(up))
         return y

@@ -20,8 +20,8 @@ class Nap:
 
     def __init__(self, model: Sleeper, moment: Moment, loops: int | None = None, *, yields_to_tokens: bool = False) -> None:
         self.model, self.loops, self.yields_to_tokens = model, loops, yields_to_tokens
-        self.before = moment._replace(state=moment.start)
-        """The stream when the sleep began, without its waking state, which no sleep needs."""
+        self.before = moment if moment.hidden else moment._replace(state=moment.start)
+        """The stream when the sleep began; without its waking state, if the sleep does not go on from that."""
         self.latest = moment
         """The stream now: its session keeps this up to date."""
         self.after: Moment | None = None
@@ -51,7 +51,7 @@ class Nap:
 
     def work(self) -> Bits[None]:
         if not self.stopped:
-            state = yield from consolidation(self.model, self.before.ids, self.before.start, self.loops)
+            state = yield from consolidation(self.model, self.before, self.loops)
             yield from self.catch_up(state)
 
     def catch_up(self, state: State) -> Bits[None]:

@@ -94,7 +94,8 @@ def training_flops(model: Model, loss_mask: Tensor) -> int:
             forward += len(mask) * _passes(model, config.wake_loops, tokens, past)
             forward += int(mask[:, 0 if before_awake else 1 :].sum()) * _head(model)
         if asleep:
-            forward += len(mask) * _passes(model, config.loops * config.wake_loops, tokens, past)
+            loops = config.loops - (awake and model.wakes_as_it_sleeps)
+            forward += len(mask) * _passes(model, loops * config.wake_loops, tokens, past)
         before_awake = awake
     return 3 * forward
 

@@ -143,8 +143,12 @@ class Model(nn.Module):
             ZooError: the tokens do not fit into the window that the state has open.
             ValueError: `cu_seqlens` does not fit the tokens.
         """
-        h, state = self._wake(ids, state, cu_seqlens)
+        h, state = self.wake(ids, state, cu_seqlens=cu_seqlens)
         return Output(self.logits(h), state)
+
+    def wake(self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+        """`forward` up to the last block: its hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state."""
+        return self._awake(ids, state, cu_seqlens).finish()
 
     def waking(self, ids: Tensor, state: State | None = None) -> Bits[Output]:
         """`forward` bit by bit, so that something else may go first."""
@@ -161,7 +165,20 @@ class Model(nn.Module):
             h = h[..., -1, :] if self.exit is None else self.exit(h)
         return F.linear(h, self.embed.weight if self.head is None else self.head.weight)
 
-    def consolidate(self, ids: Tensor, state: State | None = None, *, loops: int | None = None, cu_seqlens: Tensor | None = None) -> State:
+    @property
+    def wakes_as_it_sleeps(self) -> bool:
+        """Whether the first pass asleep is the wake pass: all blocks are looped asleep and once awake, over the same embeddings."""
+        return len(self.span) == len(self.blocks) and self.config.wake_loops == 1 and self.config.learned_positions != "asleep"
+
+    def consolidate(
+        self,
+        ids: Tensor,
+        state: State | None = None,
+        *,
+        loops: int | None = None,
+        cu_seqlens: Tensor | None = None,
+        awake: tuple[Tensor, State] | None = None,
+    ) -> State:
         """Sleep on one whole chunk, then evict.
 
         Runs the prelude once, the span `loops` times and the coda once. Each pass reads the last one's hidden
@@ -172,26 +189,41 @@ class Model(nn.Module):
             state: as it stood at the chunk's start (default: a new stream). It is not changed.
             loops: passes of the span, default `config.loops`.
             cu_seqlens: as in `forward`; every sequence is one whole chunk.
+            awake: what `wake` gave for these tokens and this state, where `wakes_as_it_sleeps`: one pass less to run.
         Raises:
-            ZooError: more tokens than the window holds, or loops < 1.
+            ZooError: more tokens than the window holds, loops < 1, or `awake` of a model whose wake pass is no pass of a sleep.
             ValueError: `cu_seqlens` does not fit the tokens.
         """
-        return self.evict(self._asleep(ids, state, loops, cu_seqlens).finish()[1])
+        return self.evict(self._asleep(ids, state, loops, cu_seqlens, awake).finish()[1])
 
-    def consolidation(self, ids: Tensor, state: State | None = None, *, loops: int | None = None) -> Bits[State]:
+    def consolidation(
+        self, ids: Tensor, state: State | None = None, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
+    ) -> Bits[State]:
         """`consolidate` bit by bit."""
-        passes = self._asleep(ids, state, loops)
+        passes = self._asleep(ids, state, loops, awake=awake)
         yield from passes.bits()
         return self.evict(passes.finish()[1])
 
-    def _asleep(self, ids: Tensor, state: State | None, loops: int | None, cu_seqlens: Tensor | None = None) -> Passes:
+    def _asleep(
+        self,
+        ids: Tensor,
+        state: State | None,
+        loops: int | None,
+        cu_seqlens: Tensor | None = None,
+        awake: tuple[Tensor, State] | None = None,
+    ) -> Passes:
         loops = self.config.loops if loops is None else loops
         if loops < 1:
             raise ZooError(f"loops: {loops} must be at least 1")
         if self.config.window is not None and (longest := _longest(ids, cu_seqlens)) > self.config.window:
             raise ZooError(f"ids: {longest} tokens are more than one window of {self.config.window}")
         state, steps = self._open(ids, state, cu_seqlens)
-        return Passes(self, self.embedded(ids, steps, asleep=True), state, steps, loops * self.config.wake_loops)
+        passes = Passes(self, self.embedded(ids, steps, asleep=True), state, steps, loops * self.config.wake_loops)
+        if awake is not None:
+            if not self.wakes_as_it_sleeps:
+                raise ZooError(f"awake: {self.config.name} does not read awake as in its first pass asleep; give no `awake`")
+            passes.skip_first(*awake)
+        return passes
 
     def evict(self, state: State) -> State:
         """The state after the eviction that ends a chunk."""
@@ -258,24 +290,28 @@ class Model(nn.Module):
                 before = None
             if number + 1 < len(chunks):
                 asleep = every or before is None
-                state = self._consolidated(chunk, state, loops, recompute) if asleep else self.evict(after)
+                if not asleep:
+                    state = self.evict(after)
+                elif every and self.wakes_as_it_sleeps and recompute != "chunks":
+                    state = self._consolidated(chunk, state, loops, recompute, awake=(h, after))
+                else:
+                    state = self._consolidated(chunk, state, loops, recompute)
         if not sum(len(place) for place in found):
             raise ZooError("loss_mask: marks no token that can be predicted (the first of a stream, or after a sleep, cannot)")
         where = torch.cat(found)
         return Answers(self.logits(torch.cat(hidden)), where, ids.flatten()[where])
 
-    def _consolidated(self, ids: Tensor, state: State, loops: int | None, recompute: Recompute) -> State:
+    def _consolidated(
+        self, ids: Tensor, state: State, loops: int | None, recompute: Recompute, awake: tuple[Tensor, State] | None = None
+    ) -> State:
         """`consolidate`, keeping for the backward pass what `recompute` says."""
         if recompute == "chunks":
             return checkpoint(self._consolidated, ids, state, loops, "passes", use_reentrant=False)
-        return self.evict(self._asleep(ids, state, loops).finish(recompute=recompute == "passes")[1])
+        return self.evict(self._asleep(ids, state, loops, awake=awake).finish(recompute=recompute == "passes")[1])
 
     def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         width = self.config.window or tensors[0].shape[1]
         return zip(*(tensor.split(width, dim=1) for tensor in tensors), strict=True)
-
-    def _wake(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
-        return self._awake(ids, state, cu_seqlens).finish()
 
     def _awake(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None = None) -> Passes:
         state, steps = self._open(ids, state, cu_seqlens)
@@ -336,6 +372,12 @@ class Passes:
         """Pass and block, in order."""
         self._done = 0
         self._parts = {(0, steps.length): steps}
+
+    def skip_first(self, h: Tensor, after: State) -> None:
+        """Take the first pass as run: it came to h and this state."""
+        self.first, self.h = self.h, h
+        self.fast, self.window = list(after.fast), list(after.window)
+        self._done = len(self.model.span)
 
     def run(self, n: int, i: int) -> None:
         """Block i in pass n: the next of `stages`."""

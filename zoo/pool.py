@@ -338,7 +338,7 @@ class Stream(Session):
     def __init__(self, pool: SessionPool, moment: Moment) -> None:
         super().__init__(pool.model, 1, when=pool.schedule)
         self._pool = pool
-        self._moment = moment
+        self._moment = moment._replace(hidden=None)  # `bytes` has no room for them
         self._busy = threading.Lock()
 
     def close(self) -> None:
@@ -362,7 +362,7 @@ class Stream(Session):
     def _replace(self, moment: Moment) -> None:
         def replace() -> Generator[Any, Any, None]:
             yield from ()
-            Session._replace(self, moment)
+            Session._replace(self, moment._replace(hidden=None))
 
         self._run(replace())
 

@@ -40,13 +40,16 @@ class Stats:
     """Fast weights, whatever the stream's length."""
     cache_bytes: int
     """Window cache, as full as it is."""
+    hidden_bytes: int
+    """Hidden states of the window, from which a sleep goes on where its first pass is the wake pass."""
 
 
 class Session:
     """`batch_size` streams that advance together. One thread at a time may use it; sleeps may run in another.
 
     Keeps the state at the window's start and the window's tokens, which is all that a sleep needs, beside the waking
-    state that answers meanwhile.
+    state that answers meanwhile. Where the first pass asleep is the wake pass (`Model.wakes_as_it_sleeps`), it keeps the
+    hidden states too, and a sleep runs one pass less.
 
     Args:
         model: a `zoo.Model`, or what `zoo.export.load` has.
@@ -178,6 +181,7 @@ class Session:
             seconds_asleep=counts.asleep,
             state_bytes=size(moment.state.fast),
             cache_bytes=size(moment.state.window),
+            hidden_bytes=size(moment.hidden),
         )
 
     def close(self) -> None:

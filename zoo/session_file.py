@@ -29,6 +29,8 @@ def write_file(path: Path, model: Sleeper, moment: Moment) -> None:
     tensors = {"ids": moment.ids, "said": moment.said, **_pack("state", _plain(model, moment.state))}
     if moment.logits is not None:
         tensors["logits"] = moment.logits
+    if moment.hidden:
+        tensors["hidden"] = torch.cat(moment.hidden, dim=1)
     if moment.start is not moment.state:
         tensors |= _pack("start", _plain(model, moment.start))
     header = {
@@ -37,6 +39,7 @@ def write_file(path: Path, model: Sleeper, moment: Moment) -> None:
         "versions": json.dumps({"sleep-zoo": version("sleep-zoo"), "torch": torch.__version__}),
         "positions": json.dumps([moment.state.position, moment.start.position]),
         "counts": json.dumps(moment.counts._asdict()),
+        "hidden": json.dumps(bool(moment.hidden)),
     }
     content = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, header)
     try:
@@ -76,7 +79,10 @@ def read_file(path: Path, model: Sleeper) -> Moment:
         ids, said, logits = _take("ids", tensors, fresh.ids), _take("said", tensors, fresh.ids), None
         if counts.tokens:
             logits = _take("logits", tensors, tensors["logits"].new_zeros(len(ids), model.config.vocab_size))
-        return Moment(state, start, ids, logits, said, counts)
+        hidden = None if ids.shape[1] else fresh.hidden
+        if json.loads(header["hidden"]) and fresh.hidden is not None:
+            hidden = (_take("hidden", tensors, tensors["hidden"].new_zeros(*ids.shape, model.config.d_model)),)
+        return Moment(state, start, ids, logits, said, hidden, counts)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise ZooError(f"{path}: not a whole session: {error}") from None
 

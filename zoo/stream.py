@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from zoo.config import ModelConfig
 from zoo.eviction import evictions
 from zoo.kernels.registry import ZooError
-from zoo.model import Bits, Output, State
+from zoo.model import Bits, Model, Output, State
 
 T = TypeVar("T")
 
@@ -54,7 +54,15 @@ class Moment(NamedTuple):
     """Of the next token, [B, V]; None before the first."""
     said: Tensor
     """What was generated and not read yet, [B, 0 or 1] int64."""
+    hidden: tuple[Tensor, ...] | None = None
+    """Of every token of the window after the last block, pieces of [B, n, D]: a sleep goes on from them, where the first pass
+    asleep is the wake pass. None: they were not kept, and a sleep runs all its passes."""
     counts: Counts = Counts()
+
+    @property
+    def awake(self) -> tuple[Tensor, State] | None:
+        """What `Model.consolidate` takes as such."""
+        return (torch.cat(self.hidden, dim=1), self.state) if self.hidden else None
 
 
 def opening(model: Sleeper, batch_size: int) -> Moment:
@@ -62,13 +70,25 @@ def opening(model: Sleeper, batch_size: int) -> Moment:
     state = model.init_state(batch_size)
     device = next(leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)).device
     nothing = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
-    return Moment(state, state, nothing, None, nothing)
+    return Moment(state, state, nothing, None, nothing, hidden=_none_yet(model))
+
+
+def _none_yet(model: Sleeper) -> tuple[Tensor, ...] | None:
+    """The hidden states of an empty window; None: no sleep goes on from them."""
+    if not isinstance(model, Model) or model._compiled_call_impl is not None:  # what is compiled in place is its forward
+        return None
+    return () if model.wakes_as_it_sleeps and model.config.window is not None else None
 
 
 def read(model: Sleeper, moment: Moment, ids: Tensor) -> tuple[Tensor, Moment]:
     """One wake pass over ids: [B, T], which fit into the window. Returns logits [B, T, V] and the moment after."""
-    logits, state = model(ids, moment.state)
-    return logits, after_reading(model, moment, ids, logits, state)
+    if moment.hidden is None:
+        logits, state = model(ids, moment.state)
+        return logits, after_reading(model, moment, ids, logits, state)
+    assert isinstance(model, Model)
+    h, state = model.wake(ids, moment.state)
+    logits = model.logits(h)
+    return logits, after_reading(model, moment, ids, logits, state)._replace(hidden=(*moment.hidden, h))
 
 
 def reading(model: Sleeper, moment: Moment, ids: Tensor) -> Bits[tuple[Tensor, Moment]]:
@@ -80,15 +100,18 @@ def reading(model: Sleeper, moment: Moment, ids: Tensor) -> Bits[tuple[Tensor, M
 
 
 def after_reading(model: Sleeper, moment: Moment, ids: Tensor, logits: Tensor, state: State) -> Moment:
-    """The moment after a wake pass over ids that gave `logits` and `state`."""
+    """The moment after a wake pass over ids that gave `logits` and `state`, without hidden states."""
     window = moment.ids if model.config.window is None else torch.cat([moment.ids, ids], dim=1)
     counts = moment.counts._replace(tokens=moment.counts.tokens + ids.shape[1], cached=moment.counts.cached + ids.shape[1])
     # a clone: a slice would keep the logits of all T tokens
-    return moment._replace(state=state, ids=window, logits=logits[:, -1].clone(), counts=counts)
+    return moment._replace(state=state, ids=window, logits=logits[:, -1].clone(), hidden=None, counts=counts)
 
 
-def consolidation(model: Sleeper, ids: Tensor, state: State, loops: int | None = None) -> Bits[State]:
-    """`model.consolidate` bit by bit, if the model can."""
+def consolidation(model: Sleeper, moment: Moment, loops: int | None = None) -> Bits[State]:
+    """`model.consolidate` on the moment's window bit by bit, if the model can."""
+    ids, state = moment.ids, moment.start
+    if isinstance(model, Model):
+        return (yield from model.consolidation(ids, state, loops=loops, awake=moment.awake))
     if hasattr(model, "consolidation"):
         return (yield from model.consolidation(ids, state, loops=loops))
     if loops not in (None, model.config.loops):
@@ -100,7 +123,7 @@ def slept(model: Sleeper, moment: Moment, state: State) -> Moment:
     """The moment after a sleep on its window that came to `state`."""
     nothing = moment.ids.new_empty(len(moment.ids), 0)
     counts = moment.counts._replace(sleeps=moment.counts.sleeps + 1, cached=kept(model, moment.counts.cached))
-    return moment._replace(state=state, start=state, ids=nothing, counts=counts)
+    return moment._replace(state=state, start=state, ids=nothing, hidden=_none_yet(model), counts=counts)
 
 
 class _Cached(NamedTuple):

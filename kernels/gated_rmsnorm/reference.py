@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.rmsnorm.reference import scaled
+from zoo.kernels.tape import taped
 
 
 def norm_then_gate(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * norm(x) * silu(gate). x, gate: [..., N] or [..., G, N]. weight: [N] or [G, N]."""
-    return (scaled(x, weight, eps, x.dtype) * F.silu(gate)).to(gate.dtype)
+    y, gates = scaled(x, weight, eps, x.dtype), F.silu(gate)
+    return (y * gates if y.dtype != gate.dtype or taped(y, gates) else y.mul_(gates)).to(gate.dtype)
 
 
 def gate_then_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.squares import square_sum
+
 
 def normed(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(sum(x^2) + eps) over the last dimension, in float32 or wider. x: [..., N]."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    return (wide * (square_sum(wide) + eps).rsqrt()).to(x.dtype)

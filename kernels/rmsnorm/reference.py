@@ -6,13 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.squares import square_sum
+from zoo.kernels.tape import taped
+
 
 def scaled(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x^2) + eps) in float32 or wider, cast to `dtype`, times the weight; shapes as below."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if weight.ndim == 1 and weight.dtype == dtype == wide:
-        return F.rms_norm(x.to(wide), weight.shape, weight, eps)  # the same, as one operator of an exported graph
-    return F.rms_norm(x.to(wide), x.shape[-1:], None, eps).to(dtype) * weight
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not torch.compiler.is_compiling():
+        y = (x * (square_sum(x) / x.shape[-1] + eps).rsqrt()).to(dtype)
+        return y * weight if weight.dtype != dtype or taped(y, weight) else y.mul_(weight)
+    if weight.ndim == 1 and weight.dtype == dtype == x.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)  # one operator of an exported graph
+    return F.rms_norm(x, x.shape[-1:], None, eps).to(dtype) * weight
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, style: str) -> Tensor:

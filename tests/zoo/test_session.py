@@ -397,6 +397,44 @@ def test_a_saved_stream_goes_on_bit_for_bit(tmp_path, layers, evict):
     assert [path.name for path in tmp_path.iterdir()] == ["stream"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("evict", POLICIES)
+def test_a_sleep_goes_on_from_the_wake_pass(tmp_path, evict):
+    """Blocks that run while it sleeps: those of one pass less, also after a file and in a fork; all where tokens were read elsewhere."""
+    sleeping, seen = model(f"gdn4-sleep3-{evict}"), []
+    stream = zoo.Session(sleeping, 2, when="manual")
+    for block in sleeping.blocks:
+        block.register_forward_hook(lambda *_: seen.append(1))
+
+    def asleep(session):
+        seen.clear()
+        session.sleep()
+        return len(seen)
+
+    assert stream.stats().hidden_bytes == 0
+    stream.feed(tokens(3))
+    stream.feed(tokens(1, seed=1))
+    assert stream.stats().hidden_bytes == 2 * 4 * sleeping.config.d_model * 4
+    stream.save(tmp_path / "stream")
+    twins = [stream.fork(), zoo.Session(sleeping, when="manual").load(tmp_path / "stream")]
+    assert [asleep(session) for session in (stream, *twins)] == [2 * 2] * 3
+    wanted = sleeping.consolidate(torch.cat([tokens(3), tokens(1, seed=1)], dim=1))
+    for session in (stream, *twins):
+        assert session.stats().hidden_bytes == 0
+        close(session.state, wanted)
+    with zoo.SessionPool(sleeping, when="manual") as pool:
+        pooled = pool.open().load(one_row(tmp_path, sleeping))
+        assert asleep(pooled) == 3 * 2
+
+
+def one_row(folder, sleeping):
+    """The file of a session of one stream that has read something."""
+    stream = zoo.Session(sleeping, when="manual")
+    stream.feed(tokens(3, batch_size=1))
+    stream.save(folder / "row")
+    return folder / "row"
+
+
 def test_the_header_of_a_session(tmp_path):
     session().save(tmp_path / "stream")
     with safe_open(tmp_path / "stream", "pt") as file:

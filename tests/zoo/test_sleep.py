@@ -187,6 +187,62 @@ def test_sleep_on_every_chunk_is_what_a_session_does(evict):
     torch.testing.assert_close(torch.cat(logits, 1)[0], torch.cat(naive), rtol=1e-9, atol=1e-9)
 
 
+def blocks_run(model, work):
+    """What `work()` returns, and how many blocks ran over a chunk."""
+    seen = []
+    hooks = [block.register_forward_hook(lambda *_: seen.append(1)) for block in model.blocks]
+    try:
+        return work(), len(seen)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("evict", ["hard6", "slide6"])
+@pytest.mark.parametrize("overrides", [*(v for v in (*VARIANTS, RESTARTING) if "span" not in v), {"carry": False}], ids=str)
+@pytest.mark.parametrize("loops", [1, 3])
+def test_going_on_from_the_wake_pass(loops, overrides, evict):
+    """A pass less, and the same state bit for bit."""
+    if overrides is RESTARTING and evict != "hard6":
+        return
+    model = tiny(f"gdn4-sleep3-{evict}", **overrides)
+    start, ids = model.consolidate(tokens(2, 6, seed=1)), tokens(2, 5)
+    awake = model.wake(ids, start)
+    state, run = blocks_run(model, lambda: model.consolidate(ids, start, loops=loops, awake=awake))
+    assert run == (loops - 1) * len(model.blocks)
+    assert same(state, model.consolidate(ids, start, loops=loops))
+    bit_by_bit, _ = by_bits(model.consolidation(ids, start, loops=loops, awake=awake), [None]) if loops > 1 else (state, 0)
+    assert same(bit_by_bit, state)
+
+
+@pytest.mark.parametrize("overrides", [{"span": (1, 2)}, PLACED_ASLEEP])
+def test_a_wake_pass_that_is_no_pass_of_a_sleep(overrides):
+    model = tiny("gdn4-sleep2-hard6", **overrides)
+    with pytest.raises(zoo.ZooError, match="awake: gdn4-sleep2-hard6 does not read awake as in its first pass asleep"):
+        model.consolidate(tokens(1, 6), awake=model.wake(tokens(1, 6)))
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [("nothing", 3), ("chunks", 4)])
+@pytest.mark.parametrize("span", [None, (1, 2)])
+def test_training_on_every_chunk_runs_the_first_pass_once(span, recompute, passes):
+    """Three loops, the first of which is the wake pass where the span is the whole stack; the gradients are the same."""
+    model = tiny("gdn4-sleep3-hard4", sleep_on="every", span=span)
+    ids, mask = tokens(2, 8), torch.ones(2, 8)
+    answers, run = blocks_run(model, lambda: model.answers(ids, mask, recompute=recompute))
+    assert run == (4 * passes + 4 if span is None else 4 + (2 + 3 * 2) + 4)
+    gradients = torch.autograd.grad(answers.losses().mean(), list(model.parameters()))
+    twin = tiny("gdn4-sleep3-hard4", sleep_on="every", span=span)
+    state, hidden = twin.init_state(2), []
+    for chunk in ids.split(4, dim=1):
+        hidden.append(twin.wake(chunk, state)[0])
+        state = twin.consolidate(chunk, state)
+    loss = F.cross_entropy(twin.logits(torch.cat(hidden, dim=1))[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    wanted = torch.autograd.grad(loss, list(twin.parameters()))
+    for got, want in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
 def test_the_first_token_after_a_sleep_carries_no_loss():
     model = tiny("gdn4-sleep2-hard4")
     ids, mask = tokens(2, 8), torch.zeros(2, 8, dtype=torch.bool)

@@ -1,0 +1,68 @@
+"""What does a predicted token cost beside onnxruntime-genai? The same weights there, in our runtime of the graphs, and in PyTorch.
+
+python -m benchmarks.genai
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zoo
+from benchmarks.decode import PROMPT, TOKENS, ours
+from benchmarks.measure import compare, record
+from zoo.export.bundle import export
+from zoo.export.plan import Plan
+from zoo.export.runtime import ExportedModel
+
+FIELDS: dict[str, Any] = {
+    "layers": "(gdn*3 attn)*2",
+    "d_model": 512,
+    "d_ff": 1536,
+    "vocab_size": 32000,
+    "window": 512,
+    "blocks": {"attn": {"heads": 4}, "gdn": {"heads": 4}},
+}
+
+
+def genai(folder: Path, prompt: Tensor) -> Callable[[], Tensor]:
+    """Greedy tokens of the prediction graph, TOKENS at a time, each call going on from the last. Returns [1, TOKENS]."""
+    runtime = importlib.import_module("onnxruntime_genai")
+    model = runtime.Model(str(folder))
+    params = runtime.GeneratorParams(model)
+    params.set_search_options(max_length=FIELDS["window"])
+    generator = runtime.Generator(model, params)
+    generator.append_tokens(prompt.int().numpy())
+
+    def go_on() -> Tensor:
+        for _ in range(TOKENS):
+            generator.generate_next_token()
+        return torch.tensor(generator.get_sequence(0)[-TOKENS:])[None]
+
+    return go_on
+
+
+@torch.no_grad()
+def main() -> None:
+    model = zoo.create("gdn4-sleep4", **FIELDS).requires_grad_(False)
+    prompt = torch.randint(FIELDS["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as scratch:
+        for dialect in ("ort", "portable"):
+            export(model, Path(scratch) / dialect, plan=Plan(dialect=dialect), verified=False)  # type: ignore[arg-type]
+        contenders = {
+            "ours": ours(model, prompt),
+            "onnxruntime-genai": genai(Path(scratch) / "ort", prompt),
+            "our runtime, ort": ours(ExportedModel(Path(scratch) / "ort"), prompt),
+            "our runtime, portable": ours(ExportedModel(Path(scratch) / "portable"), prompt),
+        }
+        record("genai", [compare("GDN + attention 50M, batch 1", contenders, rounds=5, per=TOKENS, target=1.2, tolerance=0)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""Sums of squares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """Over the last dimension: [..., N] -> [..., 1]."""
+    if torch.compiler.is_compiling():
+        return x.square().sum(-1, keepdim=True)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()  # without a tensor of all squares
