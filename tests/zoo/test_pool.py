@@ -149,9 +149,9 @@ def test_idle_streams_sleep_in_the_gap_and_together(monkeypatch):
     sleeping, widths = model(), []
     consolidation = Model.consolidation
 
-    def spy(self, ids, state=None, *, loops=None):
+    def spy(self, ids, state=None, **how):
         widths.append(len(ids))
-        return consolidation(self, ids, state, loops=loops)
+        return consolidation(self, ids, state, **how)
 
     monkeypatch.setattr(Model, "consolidation", spy)
     with zoo.SessionPool(sleeping, slots=4, when="idle(2.0)") as pool:
