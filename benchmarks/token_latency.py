@@ -24,7 +24,7 @@ from benchmarks.measure import quartiles, record
 
 MODEL: dict[str, Any] = {"model": "depo10-sleep4", "d_model": 576, "blocks": {"attn": {"heads": 9}, "jet": {"heads": 9}}, "window": 256}
 SLEPT_ON = 75  # tokens, as the paper has it
-ROUNDS = 6
+ROUNDS = 4
 
 Waits = dict[str, list[float]]
 """Seconds of each token, by what went on beside it; without sleeps first."""
