@@ -172,17 +172,19 @@ def invert_by_blocks(A: Tensor) -> Tensor:
     X = (eye - D) @ (eye + D @ D)
     size = BASE
     while size < C:
-        R = _blocks(A, size, 1)[..., 1::2, :, :]
         P, Q = X[..., 0::2, :, :], X[..., 1::2, :, :]
         top = F.pad(P, (0, size))
-        bottom = torch.cat([-Q @ R @ P, Q], dim=-1)
+        bottom = torch.cat([-Q @ _blocks(A, size, 1) @ P, Q], dim=-1)
         X = torch.cat([top, bottom], dim=-2)
         size *= 2
     return X.squeeze(-3)
 
 
-def _blocks(A: Tensor, size: int, below: int) -> Tensor:
-    """Of every `size` rows of A: [..., C, C] the block so many below the diagonal: [..., C / size, size, size]."""
-    row = torch.arange(A.shape[-1], device=A.device) // size
-    # two operators of a graph, where taking each block would be many
-    return (A * (row[:, None] == row + below).to(A.dtype)).unflatten(-1, (-1, size)).sum(-2).unflatten(-2, (-1, size))
+def _blocks(A: Tensor, size: int, left: int) -> Tensor:
+    """Of A: [..., C, C] the diagonal blocks (`left` = 0), or what stands left of every second one (1): [..., n, size, size]."""
+    across = A.shape[-1] // size
+    block = torch.arange(left, across, 1 + left, device=A.device)[:, None]
+    row = block * size + torch.arange(size, device=A.device)
+    # one gathering, where taking each block would be many operators of a graph
+    rows = A.unflatten(-1, (across, size)).flatten(-3, -2).index_select(-2, (row * across + block - left).flatten())
+    return rows.unflatten(-2, (-1, size))
