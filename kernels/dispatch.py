@@ -86,8 +86,8 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
     if form is not None:
         _check(f"{operator}: form", form, operator)
         chosen, reason = form, "the caller's choice"
-    elif f"{operator}.{forced}" in kernels:
-        chosen, reason = str(forced), "forced"
+    elif forced and f"{operator}.{forced}" in kernels:
+        chosen, reason = forced, "forced"
     else:
         if forced:
             _check(ENVIRONMENT, forced)

@@ -39,6 +39,7 @@ class Registry(Generic[T]):
         self._own = catalogue.create("zoo", group)
         self._populate = populate
         self._others: dict[str, EntryPoint] | None = None
+        self._found: dict[str, T] = {}  # catalogue takes microseconds, and a token asks for a kernel dozens of times
 
     def register(self, name: str, item: T | None = None) -> Any:
         """Add `item` under `name`; without `item`, a decorator. A name that is taken is an error."""
@@ -47,6 +48,7 @@ class Registry(Generic[T]):
         if name in self._own and not _same_source(self._own.get(name), item):
             raise ZooError(f"{self.kind} '{name}' is registered twice")
         self._own.register(name, func=item)
+        self._found.pop(name, None)
         return item
 
     def names(self) -> list[str]:
@@ -59,11 +61,12 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """The object called `name`. Raises ZooError with the nearest names."""
+        if name in self._found:
+            return self._found[name]
         others = self._look_around()
-        if name in self._own:
-            return self._own.get(name)
-        if name in others:
-            return others[name].load()
+        if name in self._own or name in others:
+            self._found[name] = self._own.get(name) if name in self._own else others[name].load()
+            return self._found[name]
         raise ZooError(f"unknown {self.kind} '{name}'; {nearest(name, self.names())}")
 
     def _look_around(self) -> dict[str, EntryPoint]:

@@ -24,6 +24,19 @@ def test_a_name_is_taken_once():
     assert toys.get("ball") is int
 
 
+def test_a_module_imported_again_brings_its_own():
+    def source():
+        def ball():
+            pass
+
+        return ball
+
+    toys = fresh()
+    for ball in (source(), source()):
+        toys.register("ball", ball)
+        assert toys.get("ball") is ball
+
+
 def test_an_entry_point_may_not_take_a_name_of_ours(monkeypatch):
     point = EntryPoint("ball", "elsewhere:Ball", "zoo_toys")
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
