@@ -5,7 +5,8 @@ Inside, tensors are [n, M, C, D]: n chunks, M = B H streams of one head each, C 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.decay import decays
+from zoo.kernels.tape import taped
 
 CHUNK = 64
 BASE = 4  # rows inverted by the nilpotent series; larger blocks lose digits on correlated keys
@@ -25,9 +27,10 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: flo
         o, state, *_ = _forward(q, k, v, g, beta, scale, state)
         return o, state
     tokens = max(1, SEGMENT // (q.shape[0] * q.shape[2])) * CHUNK
+    run: Callable[..., tuple[Tensor, ...]] = _Chunked.apply if taped(q, k, v, g, beta, state) else partial(_forward, keep=False)
     outputs = []
     for segment in zip(*(x.split(tokens, dim=1) for x in (q, k, v, g, beta)), strict=True):
-        o, state = _Chunked.apply(*segment, scale, state)
+        o, state, *_ = run(*segment, scale, state)
         outputs.append(o)
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else o, state
 
@@ -48,8 +51,10 @@ class _Chunked(torch.autograd.Function):
         return _backward(do, dstate, ctx.scale, *ctx.saved_tensors)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, ...]:
-    """o, the final state, and what `_backward` reads of the way there."""
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor, *, keep: bool = True
+) -> tuple[Tensor, ...]:
+    """o, the final state, and what `_backward` reads of the way there: written over, to save memory, unless `keep`."""
     B, T, H = q.shape[:3]
     C = min(CHUNK, max(BASE, 1 << (T - 1).bit_length()))
     qk = torch.cat([_by_chunk(q, C), _by_chunk(k, C)], dim=-2).flatten(1, 2)  # one operand [n, M, 2C, K] of three products
@@ -61,13 +66,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: fl
     k = qk[..., C:, :]
     # in place, a view would tie a traced graph to the batch it was traced with
     times, plus = (Tensor.mul, Tensor.baddbmm) if torch.compiler.is_compiling() else (Tensor.mul_, Tensor.baddbmm_)
+    over = Tensor.mul if keep else Tensor.mul_
     attention, correlation = times((qk @ k.mT).unflatten(-2, (2, C)), between.unsqueeze(-3)).unbind(-3)
-    solve = unit_lower_inverse(correlation * beta)
-    qk_decayed = (qk.unflatten(-2, (2, C)) * decay.unsqueeze(-3)).flatten(-3, -2)
+    solve = unit_lower_inverse(times(correlation, beta))
     k_left = k * between[..., -1, :, None]
+    qk_decayed = over(qk.unflatten(-2, (2, C)), decay.unsqueeze(-3)).flatten(-3, -2)
     q_decayed, k_decayed = qk_decayed.split(C, dim=-2)
 
-    S_0, W, U, S = _scan(state.flatten(0, 1), k_decayed, v, solve * beta.mT, k_left.mT, decay[..., -1:, :])
+    S_0, W, U, S = _scan(state.flatten(0, 1), k_decayed, v, over(solve, beta.mT), k_left.mT, decay[..., -1:, :])
     o = plus((q_decayed @ S_0).flatten(0, 1), attention.flatten(0, 1), U.flatten(0, 1), beta=scale, alpha=scale)
     o = _by_token(o.view_as(U), B, T)
     return o, S.unflatten(0, (B, H)), qk, W, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U

@@ -48,6 +48,15 @@ def test_chunked_equals_recurrence_in_float64(T, case):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("T", [7, 64, 200])
+def test_what_is_not_recorded_is_the_same_and_leaves_its_inputs_alone(T):
+    given, kept = inputs(T), inputs(T)
+    recorded = run("chunked", *(x.clone().requires_grad_() for x in given))
+    for found, wanted in zip(run("chunked", *given), recorded, strict=True):
+        assert torch.equal(found, wanted)
+    assert all(torch.equal(x, y) for x, y in zip(given, kept, strict=True))
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("T", [64, 256])
 def test_chunked_in_float32_on_correlated_keys(seed, T):
