@@ -44,9 +44,7 @@ def test_a_wrong_form_and_one_that_fails_are_noticed(monkeypatch: pytest.MonkeyP
         raise RuntimeError("out of shared memory\nand more")
 
     for broken, words in ((wrong, ""), (failing, "RuntimeError: out of shared memory")):
-        monkeypatch.setattr(
-            doctor.kernels._own, "get", lambda name, get=kernels._own.get, broken=broken: broken if name == "ssd.chunked" else get(name)
-        )
+        monkeypatch.setattr(kernels, "get", lambda name, get=kernels.get, broken=broken: broken if name == "ssd.chunked" else get(name))
         finding = doctor.check("ssd", CPU, torch.float32, SIZES["ssd"], "chunked")
         assert not finding.right
         assert finding.problem == words
