@@ -61,13 +61,15 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """The object called `name`. Raises ZooError with the nearest names."""
-        if name in self._found:
-            return self._found[name]
-        others = self._look_around()
-        if name in self._own or name in others:
-            self._found[name] = self._own.get(name) if name in self._own else others[name].load()
-            return self._found[name]
-        raise ZooError(f"unknown {self.kind} '{name}'; {nearest(name, self.names())}")
+        if name not in self._found:
+            others = self._look_around()
+            if name in self._own:
+                self._found[name] = self._own.get(name)
+            elif name in others:
+                self._found[name] = others[name].load()
+            else:
+                raise ZooError(f"unknown {self.kind} '{name}'; {nearest(name, self.names())}")
+        return self._found[name]
 
     def _look_around(self) -> dict[str, EntryPoint]:
         """Once, before the first look-up: register what is ours and find what other packages offer."""
