@@ -19,7 +19,8 @@ from zoo.export.operators import DIALECTS, DOMAIN
 from zoo.export.ring import PAST, PRESENT, pack, unpack, with_rings
 from zoo.export.trace import hand_over_initializers, inline, prefix_names, reads, replace, tidy, trace
 from zoo.kernels.dispatch import use
-from zoo.model import Model, State
+from zoo.model import Model
+from zoo.state import State
 
 import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
 

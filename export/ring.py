@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoo.blocks.attention import KV
 from zoo.blocks.steps import Steps
-from zoo.model import State
+from zoo.state import State
 
 PAST, PRESENT = "past_key_values", "present"  # what onnxruntime-genai calls the states that go in, and come out
 

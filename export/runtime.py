@@ -17,9 +17,10 @@ from zoo.eviction import evictions
 from zoo.export.manifest import CODA, CONSOLIDATION, PASS, PREDICTION, PREFILL, PRELUDE, Bundle
 from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_rings
 from zoo.kernels.registry import Registry, ZooError
-from zoo.model import Bits, Output, State
 from zoo.session import Session
+from zoo.state import Output, State
 from zoo.stream import finish
+from zoo.sweep import Turn
 from zoo.weights import create
 
 try:
@@ -130,7 +131,7 @@ class ExportedModel:
         """
         return finish(self.consolidation(ids, state, loops=loops))
 
-    def consolidation(self, ids: Tensor, state: State, *, loops: int | None = None) -> Bits[State]:
+    async def consolidation(self, ids: Tensor, state: State, *, loops: int | None = None) -> State:
         """`consolidate` bit by bit: where the passes are graphs of their own, a pass is a bit."""
         if not self._eviction.uses_window:
             raise ZooError(f"{self.config.name} never sleeps (evict '{self.config.evict}')")
@@ -144,15 +145,15 @@ class ExportedModel:
         if loops < 1 or (loops != self.config.loops and CONSOLIDATION in self._graphs):
             raise ZooError(f"loops: {loops}; this bundle was exported with {self.config.loops} (--per-pass leaves them open)")
         given = self._padded(ids, self._slots) | {"position": torch.tensor(state.position, device=self.device)} | pack(state, PAST)
-        out = self._graphs[CONSOLIDATION](given) if CONSOLIDATION in self._graphs else (yield from self._pass_by_pass(given, loops))
+        out = self._graphs[CONSOLIDATION](given) if CONSOLIDATION in self._graphs else (await self._pass_by_pass(given, loops))
         return unpack(out, PRESENT, state)._replace(position=0 if self._eviction.restarts else state.position + T)
 
-    def _pass_by_pass(self, given: dict[str, Tensor], loops: int) -> Bits[dict[str, Tensor]]:
+    async def _pass_by_pass(self, given: dict[str, Tensor], loops: int) -> dict[str, Tensor]:
         out = dict(self._graphs[PRELUDE](given))
         h = first = out.pop("h")
         carried, after = given, {}
         for n in range(loops):
-            yield
+            await Turn()
             after = self._graphs[PASS](carried | {"pass": torch.tensor(n, device=self.device), "h": h, "first": first})
             h = after.pop("h_out")
             # fast weights carry on; every pass starts from the window cache at the chunk's start

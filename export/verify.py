@@ -13,7 +13,8 @@ from zoo.export.quantise import rounded
 from zoo.export.ring import PAST, pack
 from zoo.export.runtime import ExportedModel
 from zoo.kernels.registry import ZooError
-from zoo.model import Model, State
+from zoo.model import Model
+from zoo.state import State
 
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
 """By precision of the graphs; PyTorch computes in float32."""

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from zoo.model import Bits, State
+from zoo.state import State
 from zoo.stream import Moment, Sleeper, consolidation, reading, slept
 
 
@@ -36,9 +36,13 @@ class Nap:
         """To the end, or until it is stopped or fails; raises nothing."""
         self.begun = time.monotonic()
         try:
-            for _ in self.work():
-                if self.stopped:
-                    return
+            work = self.work()
+            try:
+                while not self.stopped:
+                    work.send(None)
+            except StopIteration:
+                return
+            work.close()
         except BaseException as error:  # the session raises it from its next call
             self.error = error
         finally:
@@ -49,16 +53,16 @@ class Nap:
         self.seconds = time.monotonic() - self.begun
         self.ended.set()
 
-    def work(self) -> Bits[None]:
+    async def work(self) -> None:
         if not self.stopped:
-            state = yield from consolidation(self.model, self.before, self.loops)
-            yield from self.catch_up(state)
+            state = await consolidation(self.model, self.before, self.loops)
+            await self.catch_up(state)
 
-    def catch_up(self, state: State) -> Bits[None]:
+    async def catch_up(self, state: State) -> None:
         """Read again, in the state after the sleep, what the stream has read meanwhile."""
         after = slept(self.model, self.before, state)
         while (missed := self._missed(after)).shape[1]:
-            _, after = yield from reading(self.model, after, missed)
+            _, after = await reading(self.model, after, missed)
         self.after = after
 
     @property
@@ -70,12 +74,12 @@ class Nap:
         """Leave off after the bit under way, and forget it."""
         self.stopped = True
 
-    def commit(self) -> Bits[Moment]:
+    async def commit(self) -> Moment:
         """The stream as if it had slept at once, at the moment the sleep began."""
         assert self.after is not None
         after = self.after
         if (missed := self._missed(after)).shape[1]:
-            _, after = yield from reading(self.model, after, missed)
+            _, after = await reading(self.model, after, missed)
         now = self.latest
         if not after.ids.shape[1]:
             after = after._replace(logits=now.logits)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from copy import copy
+from collections.abc import Iterator
 from functools import partial
-from itertools import groupby
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,48 +21,9 @@ from zoo.config import ModelConfig, validate
 from zoo.eviction import evictions
 from zoo.kernels import packed
 from zoo.kernels.registry import ZooError
+from zoo.state import Answers, Output, State
 
-T = TypeVar("T")
 Recompute = Literal["nothing", "passes", "chunks"]
-Bits = Generator[None, int | None, T]
-"""A computation bit by bit: yields before every bit, and is sent how many tokens of a row it may take (None: any number)."""
-
-
-class State(NamedTuple):
-    """All that a stream carries. Never changed in place: a pass returns a new one."""
-
-    fast: tuple[Tensor | None, ...]
-    """Fast weights S of each layer, float32 (float64 in a float64 model); None where the mixer has none."""
-    window: tuple[Any, ...]
-    """Window cache of each layer, a NamedTuple of tensors; with wake loops, of each loop's layers in turn."""
-    position: int | Tensor
-    """Position of the next token: in the window under `hard`, in the stream otherwise. After packed sequences, that of each
-    stream, int64 [S]."""
-
-
-class Output(NamedTuple):
-    logits: Tensor
-    """[B, T, V]"""
-    state: State
-
-
-class Answers(NamedTuple):
-    """Predictions of the supervised tokens of a batch, in no particular order."""
-
-    logits: Tensor
-    """[n, V]"""
-    place: Tensor
-    """[n], where each token stands in ids.flatten()"""
-    target: Tensor
-    """[n], the token itself"""
-
-    def losses(self) -> Tensor:
-        """Cross-entropy of each, [n], in float32 or wider."""
-        return F.cross_entropy(self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)), self.target, reduction="none")
-
-    def right(self) -> Tensor:
-        """Whether the likeliest token is the right one, bool [n]."""
-        return self.logits.argmax(-1) == self.target
 
 
 class Model(nn.Module):
@@ -148,15 +107,7 @@ class Model(nn.Module):
 
     def wake(self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         """`forward` up to the last block: its hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state."""
-        return self._awake(ids, state, cu_seqlens).finish()
-
-    def waking(self, ids: Tensor, state: State | None = None) -> Bits[Output]:
-        """`forward` bit by bit, so that something else may go first."""
-        passes = self._awake(ids, state)
-        yield from passes.bits()
-        h, state = passes.finish()
-        logits = yield from _by_bits(h.shape[1], lambda first, last: self.logits(h[:, first:last]))
-        return Output(logits, state)
+        return self._awake(ids, state, cu_seqlens)
 
     def logits(self, h: Tensor) -> Tensor:
         """Final norm and head: h [..., D] -> [..., V]; with wake loops, h [..., loops, D] holds the states after each."""
@@ -194,15 +145,7 @@ class Model(nn.Module):
             ZooError: more tokens than the window holds, loops < 1, or `awake` of a model whose wake pass is no pass of a sleep.
             ValueError: `cu_seqlens` does not fit the tokens.
         """
-        return self.evict(self._asleep(ids, state, loops, cu_seqlens, awake).finish()[1])
-
-    def consolidation(
-        self, ids: Tensor, state: State | None = None, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
-    ) -> Bits[State]:
-        """`consolidate` bit by bit."""
-        passes = self._asleep(ids, state, loops, awake=awake)
-        yield from passes.bits()
-        return self.evict(passes.finish()[1])
+        return self._asleep(ids, state, loops, cu_seqlens, awake)
 
     def _asleep(
         self,
@@ -211,19 +154,68 @@ class Model(nn.Module):
         loops: int | None,
         cu_seqlens: Tensor | None = None,
         awake: tuple[Tensor, State] | None = None,
-    ) -> Passes:
+        recompute: bool = False,
+    ) -> State:
+        h, state, steps, loops = self.fall_asleep(ids, state, loops, cu_seqlens, awake)
+        return self.evict(self.run(h, state, steps, loops * self.config.wake_loops, awake=awake, recompute=recompute)[1])
+
+    def fall_asleep(
+        self,
+        ids: Tensor,
+        state: State | None,
+        loops: int | None,
+        cu_seqlens: Tensor | None = None,
+        awake: tuple[Tensor, State] | None = None,
+    ) -> tuple[Tensor, State, Steps, int]:
+        """What a sleep starts from: embedded tokens, state, positions and the number of passes. Raises ZooError, as `consolidate`."""
         loops = self.config.loops if loops is None else loops
         if loops < 1:
             raise ZooError(f"loops: {loops} must be at least 1")
         if self.config.window is not None and (longest := _longest(ids, cu_seqlens)) > self.config.window:
             raise ZooError(f"ids: {longest} tokens are more than one window of {self.config.window}")
+        if awake is not None and not self.wakes_as_it_sleeps:
+            raise ZooError(f"awake: {self.config.name} does not read awake as in its first pass asleep; give no `awake`")
         state, steps = self._open(ids, state, cu_seqlens)
-        passes = Passes(self, self.embedded(ids, steps, asleep=True), state, steps, loops * self.config.wake_loops)
-        if awake is not None:
-            if not self.wakes_as_it_sleeps:
-                raise ZooError(f"awake: {self.config.name} does not read awake as in its first pass asleep; give no `awake`")
-            passes.skip_first(*awake)
-        return passes
+        return self.embedded(ids, steps, asleep=True), state, steps, loops
+
+    def run(
+        self, h: Tensor, state: State, steps: Steps, passes: int, *, awake: tuple[Tensor, State] | None = None, recompute: bool = False
+    ) -> tuple[Tensor, State]:
+        """h [B, T, D] through the prelude, `passes` passes of the span, and the coda.
+
+        Each pass reads the hidden states of the last one and writes on in its fast weights, but starts from the window cache of `state`.
+
+        Args:
+            awake: the first pass, already run: it came to these hidden states and this state.
+            recompute: keep no activation of a pass for the backward pass, which makes them again.
+        Returns:
+            Hidden states [B, T, D] ([B, T, passes, D] with wake loops) and the state after the tokens.
+        """
+        first, after = h, []
+        fast, window = (list(state.fast), list(state.window)) if awake is None else (list(awake[1].fast), list(awake[1].window))
+        h = h if awake is None else awake[0]
+        one_pass = partial(checkpoint, self._pass, use_reentrant=False) if recompute else self._pass
+        for n in range(0 if awake is None else 1, passes):
+            h, first, fast, caches = one_pass(n, n == passes - 1, state, steps, h, first, *fast)
+            for at, cache in caches.items():
+                window[at] = cache
+            after.append(h)
+        h = torch.stack(after, dim=-2) if self.config.wake_loops > 1 else h
+        return h, State(tuple(fast), tuple(window), steps.end)
+
+    def _pass(
+        self, n: int, last: bool, start: State, steps: Steps, h: Tensor, first: Tensor, *carried: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor | None], dict[int, Any]]:
+        """The span once; before the first pass the prelude, after the last one the coda. `checkpoint` wants the tensors one by one."""
+        fast, window = list(carried), {}
+        for i in (*(self.prelude if n == 0 else ()), *self.span, *(self.coda if last else ())):
+            if i == self.span.start:
+                first, h = (h, h) if n == 0 else (first, self.between_passes(h, first))
+            if n and not self.config.carry and i in self.span:
+                fast[i] = start.fast[i]
+            at = n % self.config.wake_loops * len(self.blocks) + i
+            h, fast[i], window[at] = self.blocks[i](h, fast[i], start.window[at], steps)
+        return h, first, fast, window
 
     def evict(self, state: State) -> State:
         """The state after the eviction that ends a chunk."""
@@ -280,7 +272,7 @@ class Model(nn.Module):
             if backward_chunks is not None and (len(chunks) - number) % backward_chunks == 0:
                 state = tree_map_only(Tensor, Tensor.detach, state)
             if every or with_loss.any():
-                h, after = self._awake(chunk, state).finish(recompute=recompute != "nothing")
+                h, after = self._awake(chunk, state, recompute=recompute != "nothing")
                 source = h[:, :-1] if before is None else torch.cat([before, h[:, :-1]], dim=1)
                 targets = slice(h.shape[1] - source.shape[1], None)
                 hidden.append(source[mask[:, targets]])
@@ -307,15 +299,17 @@ class Model(nn.Module):
         """`consolidate`, keeping for the backward pass what `recompute` says."""
         if recompute == "chunks":
             return checkpoint(self._consolidated, ids, state, loops, "passes", use_reentrant=False)
-        return self.evict(self._asleep(ids, state, loops, awake=awake).finish(recompute=recompute == "passes")[1])
+        return self._asleep(ids, state, loops, awake=awake, recompute=recompute == "passes")
 
     def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         width = self.config.window or tensors[0].shape[1]
         return zip(*(tensor.split(width, dim=1) for tensor in tensors), strict=True)
 
-    def _awake(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None = None) -> Passes:
+    def _awake(
+        self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None = None, *, recompute: bool = False
+    ) -> tuple[Tensor, State]:
         state, steps = self._open(ids, state, cu_seqlens)
-        return Passes(self, self.embedded(ids, steps), state, steps, self.config.wake_loops)
+        return self.run(self.embedded(ids, steps), state, steps, self.config.wake_loops, recompute=recompute)
 
     def _open(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[State, Steps]:
         if ids.ndim != 2 or ids.shape[1] == 0:
@@ -356,113 +350,6 @@ def _longest(ids: Tensor, cu_seqlens: Tensor | None) -> int:
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """Without the usual initial values, which on the meta device take seconds of imports."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-
-
-class Passes:
-    """Embedded tokens h: [B, T, D] on their way through prelude, `loops` passes of the span, and coda: one block at a time."""
-
-    def __init__(self, model: Model, h: Tensor, state: State, steps: Steps, loops: int) -> None:
-        self.model, self.h, self.start, self.steps = model, h, state, steps
-        self.fast, self.window = list(state.fast), list(state.window)
-        self.after: list[Tensor] = []
-        self.first: Tensor | None = None
-        """What the span read first."""
-        span = [(n, i) for n in range(loops) for i in model.span]
-        self.stages = [*((0, i) for i in model.prelude), *span, *((0, i) for i in model.coda)]
-        """Pass and block, in order."""
-        self._done = 0
-        self._parts = {(0, steps.length): steps}
-
-    def skip_first(self, h: Tensor, after: State) -> None:
-        """Take the first pass as run: it came to h and this state."""
-        self.first, self.h = self.h, h
-        self.fast, self.window = list(after.fast), list(after.window)
-        self._done = len(self.model.span)
-
-    def run(self, n: int, i: int) -> None:
-        """Block i in pass n: the next of `stages`."""
-        at = self._begin(n, i)
-        self.h, self.fast[i], self.window[at] = self.model.blocks[i](self.h, self.fast[i], self.start.window[at], self.steps)
-        self._end(i)
-
-    def bits(self) -> Bits[None]:
-        """All that is left of `stages`, a block over some of the tokens at a time: each continues the stream of the ones before."""
-        for n, i in self.stages[self._done :]:
-            at = self._begin(n, i)
-            self.window[at] = self.start.window[at]
-            self.h = yield from _by_bits(self.steps.length, partial(self._part, i, at, self.h))
-            self._end(i)
-
-    def _part(self, i: int, at: int, h: Tensor, first: int, last: int) -> Tensor:
-        """Block i over the tokens first .. last - 1 of h."""
-        if (first, last) not in self._parts:
-            self._parts[first, last] = Steps(self.steps.start + first, last - first, h.device)
-        h, self.fast[i], self.window[at] = self.model.blocks[i](h[:, first:last], self.fast[i], self.window[at], self._parts[first, last])
-        return h
-
-    def _begin(self, n: int, i: int) -> int:
-        """What stands between passes, before block i; the place of its window cache."""
-        model = self.model
-        if i == model.span.start:
-            if n == 0:
-                self.first = self.h
-            else:
-                assert self.first is not None
-                self.h = model.between_passes(self.h, self.first)
-        if n and not model.config.carry:
-            self.fast[i] = self.start.fast[i]
-        return n % model.config.wake_loops * len(model.blocks) + i
-
-    def _end(self, i: int) -> None:
-        if self.model.config.wake_loops > 1 and i == self.model.span.stop - 1:
-            self.after.append(self.h)
-        self._done += 1
-
-    def finish(self, *, recompute: bool = False) -> tuple[Tensor, State]:
-        """Whatever is left to run; then the hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state.
-
-        Args:
-            recompute: keep the activations of no pass for the backward pass, which makes them again.
-        """
-        for _, stages in groupby(self.stages[self._done :], key=lambda stage: stage[0]):
-            if recompute:
-                self._run_and_forget(tuple(stages))
-            else:
-                for stage in stages:
-                    self.run(*stage)
-        h = torch.stack(self.after, dim=-2) if self.after else self.h
-        return h, State(tuple(self.fast), tuple(self.window), self.steps.end)
-
-    def _run_and_forget(self, stages: tuple[tuple[int, int], ...]) -> None:
-        """`run` all these, as a function of h, the span's first input and the fast weights, of which alone something is kept."""
-
-        bare = copy(self)
-        bare.h, bare.first, bare.fast, bare.window, bare.after = self.h.new_empty(0), None, [], [], []
-
-        def forward(h: Tensor, first: Tensor | None, *fast: Tensor | None) -> Passes:
-            part = copy(bare)
-            part.h, part.first, part.fast, part.window, part.after = h, first, list(fast), list(bare.start.window), []
-            for stage in stages:
-                part.run(*stage)
-            return part
-
-        part = checkpoint(forward, self.h, self.first, *self.fast, use_reentrant=False)
-        self.h, self.first, self.fast = part.h, part.first, part.fast
-        self.after += part.after
-        for n, i in stages:
-            at = n % self.model.config.wake_loops * len(self.model.blocks) + i
-            self.window[at] = part.window[at]
-        self._done += len(stages)
-
-
-def _by_bits(tokens: int, run: Callable[[int, int], Tensor]) -> Bits[Tensor]:
-    """`run(first, last)` over the tokens first .. last - 1 until all have had their turn: its results [B, T, ...] in a row."""
-    results, last = [], 0
-    while last < tokens:
-        most = yield
-        first, last = last, tokens if most is None else min(last + most, tokens)
-        results.append(run(first, last))
-    return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
 
 def _build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from zoo.files import replacing
-from zoo.model import Answers, Model
+from zoo.model import Model
+from zoo.state import Answers
 
 Parallel = Literal["ddp", "fsdp"]
 Answer = Callable[..., Answers]

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, Self, TypeVar
@@ -14,15 +14,17 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
+from zoo import sweep
 from zoo.background import Nap
 from zoo.costs import window_bytes
 from zoo.kernels.registry import ZooError
-from zoo.model import Bits, Model
+from zoo.model import Model
 from zoo.sampling import Sampler, Sampling
 from zoo.schedule import Schedule, new_schedule
 from zoo.session import Session
 from zoo.slots import Slots, context_of
 from zoo.stream import Moment, after_reading, finish, kept, one_of, opening, reading, size, together
+from zoo.sweep import Turn
 
 T = TypeVar("T")
 BIT = 32  # tokens that a block takes at a time while somebody waits for a token
@@ -45,7 +47,7 @@ class _Work:
     sent logits [1, 1, V]; or a sleep to wait for.
     """
 
-    def __init__(self, stream: Stream, steps: Generator[Any, Any, Any]) -> None:
+    def __init__(self, stream: Stream, steps: Coroutine[Any, Any, Any]) -> None:
         self.stream, self.steps = stream, steps
         self.result: Future[Any] = Future()
         self.wants: Any = None
@@ -103,7 +105,7 @@ class SessionPool:
         self._tokens: deque[_Work] = deque()
         self._asleep: list[_Work] = []
         self._naps: list[tuple[float, Nap]] = []
-        self._group: tuple[list[Nap], Bits[None]] | None = None
+        self._group: tuple[list[Nap], Coroutine[Any, Any, None]] | None = None
         self._usual: dict[int, float] = {}
         """Seconds that tokens of so many streams take."""
         self._credit = self._cost = 0.0
@@ -251,13 +253,13 @@ class SessionPool:
     def _advance(self, work: _Work, wanted: Tensor | int | None = None, error: Exception | None = None) -> None:
         """Drive `work` to where it wants something next, with what it wanted."""
         try:
-            wants = work.steps.send(wanted) if error is None else work.steps.throw(error)
+            turn = work.steps.send(wanted) if error is None else work.steps.throw(error)
         except StopIteration as done:
             self._answer(work, done.value)
         except BaseException as error:
             self._answer(work, error=error)
         else:
-            work.wants = wants
+            work.wants = wants = turn.wants
             if work.cancelled:
                 work.steps.close()
                 self._answer(work)
@@ -308,13 +310,13 @@ class SessionPool:
         self._slices.extendleft(work for work in self._asleep if work.wants in naps)
         self._asleep = [work for work in self._asleep if work.wants not in naps]
 
-    def _together(self, naps: list[Nap]) -> Bits[None]:
+    async def _together(self, naps: list[Nap]) -> None:
         """Sleeps of one place and size as one batch."""
         start = together([nap.before.start for nap in naps])
-        state = yield from self.model.consolidation(torch.cat([nap.before.ids for nap in naps]), start, loops=naps[0].loops)
+        state = await sweep.consolidation(self.model, torch.cat([nap.before.ids for nap in naps]), start, loops=naps[0].loops)
         for n, nap in enumerate(naps):
             if not nap.stopped:
-                yield from nap.catch_up(one_of(state, n))
+                await nap.catch_up(one_of(state, n))
 
 
 def _bytes(model: Model, slots: int, streams: int, context: int) -> int:
@@ -360,31 +362,33 @@ class Stream(Session):
         self._pool.take(self)
 
     def _replace(self, moment: Moment) -> None:
-        def replace() -> Generator[Any, Any, None]:
-            yield from ()
+        async def replace() -> None:
             Session._replace(self, moment._replace(hidden=None))
 
         self._run(replace())
 
-    def _run(self, work: Generator[Any, Any, T]) -> T:
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._submit(work).result.result()
 
-    def _submit(self, steps: Generator[Any, Any, T]) -> _Work:
+    def _submit(self, steps: Coroutine[Any, Any, T]) -> _Work:
         """Busy until it has been answered."""
         if not self._busy.acquire(blocking=False):
+            steps.close()
             raise BusyError("stream: it is busy with another call")
-        work = _Work(self, self._request(steps))
+        work = _Work(self, request := self._request(steps))
         work.result.add_done_callback(lambda _: self._busy.release())
         try:
             self._pool.submit(work)
         except BaseException:
+            steps.close()
+            request.close()
             work.result.cancel()
             raise
         return work
 
-    def _request(self, steps: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+    async def _request(self, steps: Coroutine[Any, Any, T]) -> T:
         """`steps`; after them, if nothing else comes, the stream may sleep."""
-        result = yield from steps
+        result = await steps
         if self._nap is not None and self._nap.yields_to_tokens:
             assert self.schedule.pause is not None
             self._pool.begin(self._nap, self.schedule.pause)
@@ -393,11 +397,11 @@ class Stream(Session):
     def _generate(self, prompt: Tensor, sampling: Sampling) -> Iterator[Tensor]:
         said: SimpleQueue[Tensor | None] = SimpleQueue()
 
-        def speak() -> Generator[Any, Any, None]:
+        async def speak() -> None:
             sampler = Sampler(sampling, prompt, self.model.config.vocab_size)
             words = prompt
             for _ in range(sampling.tokens):
-                said.put((yield from self._say(words, sampler)))
+                said.put(await self._say(words, sampler))
                 if sampler.over:
                     return
                 words = prompt[:, :0]
@@ -412,15 +416,15 @@ class Stream(Session):
             if threading.current_thread() is not self._pool.thread:  # a garbage collection may run anywhere
                 work.result.result()
 
-    def _wake(self, ids: Tensor) -> Generator[Any, Any, tuple[Tensor, Moment]]:
+    async def _wake(self, ids: Tensor) -> tuple[Tensor, Moment]:
         if ids.shape[1] > 1:
             self._take()
-            return (yield from reading(self.model, self._moment, ids[:, :PIECE]))
-        logits = yield ids
+            return await reading(self.model, self._moment, ids[:, :PIECE])
+        logits: Tensor = await Turn(ids)
         return logits, after_reading(self.model, self._moment, ids, logits, self._moment.state)
 
-    def _make_sure_of_room(self, tokens: int) -> Generator[Any, Any, None]:
-        yield from super()._make_sure_of_room(tokens)
+    async def _make_sure_of_room(self, tokens: int) -> None:
+        await super()._make_sure_of_room(tokens)
         if self.model.config.window is None and self._moment.counts.tokens + tokens > self._pool.context:
             raise ZooError(f"ids: {tokens} tokens after {self._moment.counts.tokens}; the pool holds a context of {self._pool.context}")
 
@@ -429,7 +433,7 @@ class Stream(Session):
         if not nap.yields_to_tokens:
             self._pool.begin(nap, after)
 
-    def _wait(self) -> Generator[Any, Any, None]:
+    async def _wait(self) -> None:
         while self._nap is not None and not self._nap.ended.is_set():
-            yield self._nap
-        yield from self._settle()
+            await Turn(self._nap)
+        await self._settle()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -15,11 +15,12 @@ from torch import Tensor
 from zoo.background import Nap, Worker
 from zoo.config import validate
 from zoo.kernels.registry import ZooError
-from zoo.model import Model, State
+from zoo.model import Model
 from zoo.sampling import Sampler, Sampling
 from zoo.schedule import Schedule, new_schedule
 from zoo.session_file import read_file, write_file
 from zoo.slots import Slots
+from zoo.state import State
 from zoo.stream import Moment, Sleeper, after_reading, finish, one_of, opening, read, size, together
 
 T = TypeVar("T")
@@ -195,8 +196,8 @@ class Session:
         """The streams as they are now."""
         return self._run(self._present())
 
-    def _present(self) -> Generator[Any, Any, Moment]:
-        yield from self._settle()
+    async def _present(self) -> Moment:
+        await self._settle()
         self._take()
         return self._moment
 
@@ -212,20 +213,20 @@ class Session:
             self._nap.stop()
         self._nap, self._moment = None, moment
 
-    def _run(self, work: Generator[Any, Any, T]) -> T:
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Drive `work` to its end. Whatever takes long is a generator that a pool can drive bit by bit."""
         with torch.no_grad():
             return finish(work)
 
-    def _read(self, ids: Tensor, logits: list[Tensor] | None = None) -> Generator[Any, Any, None]:
+    async def _read(self, ids: Tensor, logits: list[Tensor] | None = None) -> None:
         """Read what was said, then ids, piece by piece with sleeps between. The logits of each piece are added to `logits`."""
-        yield from self._interrupt()
+        await self._interrupt()
         ids = torch.cat([self._moment.said, ids], dim=1)
-        yield from self._make_sure_of_room(ids.shape[1])
+        await self._make_sure_of_room(ids.shape[1])
         while ids.shape[1]:
-            room = (yield from self._room()) or ids.shape[1]
+            room = (await self._room()) or ids.shape[1]
             started = time.perf_counter()
-            out, moment = yield from self._wake(ids[:, :room])
+            out, moment = await self._wake(ids[:, :room])
             counts = moment.counts._replace(awake=moment.counts.awake + time.perf_counter() - started)
             self._moment = moment._replace(said=moment.said[:, :0], counts=counts)
             if self._nap is not None:
@@ -236,9 +237,8 @@ class Session:
         if self.schedule.pause is not None and self._nap is None and self._held:
             self._begin(Nap(self.model, self._moment, yields_to_tokens=True), self.schedule.pause)
 
-    def _wake(self, ids: Tensor) -> Generator[Any, Any, tuple[Tensor, Moment]]:
+    async def _wake(self, ids: Tensor) -> tuple[Tensor, Moment]:
         """One wake pass over ids, or over the first of them."""
-        yield from ()
         if ids.shape[1] == 1 and _decodes_in_slots(self.model):
             return self._decode(ids)
         self._take()
@@ -258,23 +258,23 @@ class Session:
         logits = self._slots.read(range(batch), ids)
         return logits, after_reading(self.model, self._moment, ids, logits, self._moment.state)
 
-    def _say(self, prompt: Tensor, sampler: Sampler) -> Generator[Any, Any, Tensor]:
+    async def _say(self, prompt: Tensor, sampler: Sampler) -> Tensor:
         """Read prompt and choose the next token."""
-        yield from self._read(prompt)
+        await self._read(prompt)
         assert self._moment.logits is not None
         token = sampler(self._moment.logits)
         self._moment = self._moment._replace(said=token[:, None])
         return token
 
-    def _sleep(self, loops: int | None, wait: bool) -> Generator[Any, Any, None]:
-        yield from self._interrupt()
-        yield from self._wait()
+    async def _sleep(self, loops: int | None, wait: bool) -> None:
+        await self._interrupt()
+        await self._wait()
         if self._held:
             self._begin(Nap(self.model, self._moment, loops), wait=wait)
             if wait:
-                yield from self._wait()
+                await self._wait()
 
-    def _room(self) -> Generator[Any, Any, int | None]:
+    async def _room(self) -> int | None:
         """How many tokens can be read before the next sleep, at least 1; None: any number. Sleeps if there is no room."""
         window = self.model.config.window
         if window is None:
@@ -282,21 +282,21 @@ class Session:
         # while a sleep runs, the stream goes on until its window is full
         while self._held >= (limit := window if self._nap is not None else self._due or window):
             if self._nap is not None:
-                yield from self._wait()
+                await self._wait()
             else:
-                yield from self._sleep(None, wait=self._held >= window or not self._goes_on)
+                await self._sleep(None, wait=self._held >= window or not self._goes_on)
         return limit - self._held
 
     @property
     def _held(self) -> int:
         return self._moment.ids.shape[1]
 
-    def _make_sure_of_room(self, tokens: int) -> Generator[Any, Any, None]:
+    async def _make_sure_of_room(self, tokens: int) -> None:
         window = self.model.config.window
         if self._due is not None or window is None:
             return
         if tokens > window - self._held:
-            yield from self._wait()
+            await self._wait()
         if tokens > (room := window - self._held):
             raise ZooError(f"ids: {tokens} tokens; the window of {window} has room for {room}, and the schedule is manual: sleep first")
 
@@ -318,7 +318,7 @@ class Session:
             weakref.finalize(self, self._worker.close)
         self._worker.begin(nap, after)
 
-    def _settle(self) -> Generator[Any, Any, None]:
+    async def _settle(self) -> None:
         """Take up a sleep that has ended in the background: its result, or what it failed with."""
         nap = self._nap
         if nap is not None and nap.ended.is_set():
@@ -327,20 +327,20 @@ class Session:
             if nap.error is not None:
                 raise nap.error
             if nap.after is not None:
-                self._moment = yield from nap.commit()
+                self._moment = await nap.commit()
 
-    def _interrupt(self) -> Generator[Any, Any, None]:
+    async def _interrupt(self) -> None:
         """Somebody waits: leave off a sleep that was only there to use the time."""
-        yield from self._settle()
+        await self._settle()
         if self._nap is not None and self._nap.yields_to_tokens:
             self._nap.stop()
             self._nap = None
 
-    def _wait(self) -> Generator[Any, Any, None]:
+    async def _wait(self) -> None:
         """Until the sleep that runs has ended."""
         if self._nap is not None:
             self._nap.ended.wait()
-            yield from self._settle()
+            await self._settle()
 
 
 def _decodes_in_slots(model: Sleeper) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo.config import ModelConfig
 from zoo.files import replacing
 from zoo.kernels.registry import ZooError
-from zoo.model import State
+from zoo.state import State
 from zoo.stream import Counts, Moment, Sleeper, opening
 
 FORMAT = "zoo.session.1"

@@ -13,7 +13,8 @@ from torch import Tensor
 from zoo.blocks.attention import KV
 from zoo.blocks.steps import Steps
 from zoo.kernels.registry import ZooError
-from zoo.model import Model, Passes, State
+from zoo.model import Model
+from zoo.state import State
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -172,8 +173,7 @@ class Slots(Generic[Name]):
         steps = SlotSteps(position, longest)
         fast: tuple[Any, ...] = tuple(None if s is None else s[:n] for s in self._fast)
         window: tuple[Any, ...] = tuple(c and c._make(tensor[:n] for tensor in c) for c in self._window)
-        passes = Passes(self.model, self.model.embedded(self.ids[:n], steps), State(fast, window, 0), steps, self.model.config.wake_loops)
-        h, after = passes.finish()
+        h, after = self.model.run(self.model.embedded(self.ids[:n], steps), State(fast, window, 0), steps, self.model.config.wake_loops)
         logits = self.model.logits(h)
         for old, new in zip(fast, after.fast, strict=True):
             if new is not None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from zoo import sweep
 from zoo.config import ModelConfig
 from zoo.eviction import evictions
 from zoo.kernels.registry import ZooError
-from zoo.model import Bits, Model, Output, State
+from zoo.model import Model
+from zoo.state import Output, State
 
 T = TypeVar("T")
 
@@ -91,11 +93,11 @@ def read(model: Sleeper, moment: Moment, ids: Tensor) -> tuple[Tensor, Moment]:
     return logits, after_reading(model, moment, ids, logits, state)._replace(hidden=(*moment.hidden, h))
 
 
-def reading(model: Sleeper, moment: Moment, ids: Tensor) -> Bits[tuple[Tensor, Moment]]:
+async def reading(model: Sleeper, moment: Moment, ids: Tensor) -> tuple[Tensor, Moment]:
     """`read` bit by bit, if the model can."""
-    if not hasattr(model, "waking"):
+    if not isinstance(model, Model):
         return read(model, moment, ids)
-    logits, state = yield from model.waking(ids, moment.state)
+    logits, state = await sweep.waking(model, ids, moment.state)
     return logits, after_reading(model, moment, ids, logits, state)
 
 
@@ -107,13 +109,13 @@ def after_reading(model: Sleeper, moment: Moment, ids: Tensor, logits: Tensor, s
     return moment._replace(state=state, ids=window, logits=logits[:, -1].clone(), hidden=None, counts=counts)
 
 
-def consolidation(model: Sleeper, moment: Moment, loops: int | None = None) -> Bits[State]:
+async def consolidation(model: Sleeper, moment: Moment, loops: int | None = None) -> State:
     """`model.consolidate` on the moment's window bit by bit, if the model can."""
     ids, state = moment.ids, moment.start
     if isinstance(model, Model):
-        return (yield from model.consolidation(ids, state, loops=loops, awake=moment.awake))
+        return await sweep.consolidation(model, ids, state, loops=loops, awake=moment.awake)
     if hasattr(model, "consolidation"):
-        return (yield from model.consolidation(ids, state, loops=loops))
+        return await model.consolidation(ids, state, loops=loops)
     if loops not in (None, model.config.loops):
         raise ZooError(f"loops: {loops}; {model.config.name} is exported with {model.config.loops}")
     return model.consolidate(ids, state)
@@ -165,10 +167,10 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def finish(work: Generator[Any, Any, T]) -> T:
+def finish(work: Coroutine[Any, Any, T]) -> T:
     """What `work` returns, without a break."""
     while True:
         try:
-            next(work)
+            work.send(None)
         except StopIteration as done:
             return done.value

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import zoo
+from zoo import sweep
 from zoo.blocks.mixer import mixers
-from zoo.model import Model
 from zoo.slots import Slots
 
 PAUSE = 60.0
@@ -147,13 +147,13 @@ def test_a_stream_that_goes_on_while_it_sleeps():
 
 def test_idle_streams_sleep_in_the_gap_and_together(monkeypatch):
     sleeping, widths, now = model(), [], [0.0]
-    consolidation = Model.consolidation
+    consolidation = sweep.consolidation
 
     def spy(self, ids, state=None, **how):
         widths.append(len(ids))
         return consolidation(self, ids, state, **how)
 
-    monkeypatch.setattr(Model, "consolidation", spy)
+    monkeypatch.setattr(sweep, "consolidation", spy)
     monkeypatch.setattr("zoo.pool.time.monotonic", lambda: now[0])  # however long the machine takes to feed all of them
     with zoo.SessionPool(sleeping, slots=4, when="idle(0.1)") as pool:
         streams = [pool.open() for _ in range(4)]
@@ -261,14 +261,14 @@ def test_one_call_at_a_time_and_listeners_that_leave():
 def test_an_error_is_that_of_one_stream(monkeypatch):
     """Of a sleep: raised to who waits for it, or by the next call; others go on, and the stream is as it was."""
     sleeping = model()
-    consolidation = Model.consolidation
+    consolidation = sweep.consolidation
 
     def fails(self, ids, state=None, *, loops=None):
         if (ids == 7).all():
             raise MemoryError("no memory")
         return consolidation(self, ids, state, loops=loops)
 
-    monkeypatch.setattr(Model, "consolidation", fails)
+    monkeypatch.setattr(sweep, "consolidation", fails)
     with zoo.SessionPool(sleeping) as pool:
         bad, good = pool.open(), pool.open()
         sevens = torch.full((1, 6), 7)

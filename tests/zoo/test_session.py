@@ -52,15 +52,13 @@ class Gated:
     def __call__(self, ids, state):
         return self.inner(ids, state)
 
-    def consolidation(self, ids, state, *, loops=None):
-        work = self.inner.consolidation(ids, state, loops=loops)
-        next(work)
+    async def consolidation(self, ids, state, *, loops=None):
         self.begun.set()
         assert self.gate.wait(PAUSE)
-        yield
+        await zoo.sweep.Turn()
         if self.error:
             raise self.error
-        return (yield from work)
+        return await zoo.sweep.consolidation(self.inner, ids, state, loops=loops)
 
 
 def gated(name="gdn4-sleep2-hard6", error=None, **how):
