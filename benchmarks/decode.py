@@ -19,7 +19,7 @@ from torch import Tensor
 import zoo
 from benchmarks.measure import compare, record
 from benchmarks.peers import WORDS, pairs
-from zoo.stream import Sleeper
+from zoo.sessions.snapshot import Sleeper
 
 PROMPT, TOKENS = 128, 16
 

@@ -22,7 +22,7 @@ import torch
 
 import zoo
 from benchmarks.measure import quartiles, record
-from zoo.text import Bytes
+from zoo.text.tokenizers import Bytes
 
 MODEL = {"model": "gdn4-sleep2-hard64", "d_model": 128, "vocab_size": 256}
 TOKENS = 16

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo.blocks import mixer
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import norms
-from zoo.blocks.steps import Steps
+from zoo.blocks.positions import Steps
 
 
 class KV(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo.blocks.mixer import Mixer, Options, linear_flops
 from zoo.blocks.mlp import SwiGLU
 from zoo.blocks.norm import RMSNorm
-from zoo.blocks.steps import Steps
+from zoo.blocks.positions import Steps
 
 
 class Block(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo.blocks import mixer
 from zoo.blocks.mixer import Mixer
 from zoo.blocks.norm import RMSNorm
-from zoo.blocks.steps import Steps
+from zoo.blocks.positions import Steps
 from zoo.kernels.gated_delta_rule.op import gated_delta_rule
 from zoo.kernels.gated_rmsnorm.op import gated_rmsnorm
 from zoo.kernels.l2norm.op import l2norm

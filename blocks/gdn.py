@@ -12,7 +12,7 @@ from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.delta_rule import DeltaRule, DeltaRuleOptions
 from zoo.blocks.mixer import mixers
-from zoo.blocks.steps import Steps
+from zoo.blocks.positions import Steps
 from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.gdn_step.op import gdn_step, one_launch
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.mixer import Mixer, mixers
-from zoo.blocks.steps import Steps
+from zoo.blocks.positions import Steps
 from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.selective_scan.op import selective_scan
 

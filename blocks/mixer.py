@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import zoo.blocks
-from zoo.blocks.steps import Steps
-from zoo.kernels.registry import Registry, ZooError
+from zoo.blocks.positions import Steps
+from zoo.registry import Registry, ZooError
 
 
 class Options(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.kernels.tape import taped
+from zoo.kernels.common.recording import taped
 
 
 class SwiGLU(nn.Module):

@@ -19,9 +19,9 @@ from zoo.export.runtime import ExportedModel
 from zoo.export.target import targets
 from zoo.export.verify import Parity, verify
 from zoo.files import new_folder
-from zoo.kernels.registry import ZooError
 from zoo.model import Model
-from zoo.session_file import fingerprint
+from zoo.registry import ZooError
+from zoo.sessions.file import fingerprint
 
 import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
 

@@ -128,9 +128,9 @@ def _compare(name: str, overrides: tuple[str, ...], seed: int, folder: Path) -> 
 def _model(name: str, overrides: tuple[str, ...], seed: int, dtype: str | None, device: str = "cpu") -> Model:
     import torch
 
+    from zoo.checkpoints.own import create, load
     from zoo.config import parse_overrides
-    from zoo.kernels.registry import ZooError
-    from zoo.weights import create, load
+    from zoo.registry import ZooError
 
     fields = parse_overrides(overrides)
     precision = None if dtype is None else getattr(torch, dtype)

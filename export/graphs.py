@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic_multi_out
 
 from zoo.blocks.block import Block
-from zoo.blocks.steps import Steps
+from zoo.blocks.positions import Steps
 from zoo.export.operators import DIALECTS, DOMAIN
 from zoo.export.ring import PAST, PRESENT, pack, unpack, with_rings
 from zoo.export.trace import hand_over_initializers, inline, prefix_names, reads, replace, tidy, trace

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from zoo.config import ModelConfig, validate
 from zoo.export.plan import Plan
-from zoo.kernels.registry import ZooError
+from zoo.registry import ZooError
 
 MANIFEST, WEIGHTS = "bundle.json", "weights.bin"
 PREDICTION, PREFILL, CONSOLIDATION = "prediction.onnx", "prefill.onnx", "consolidation.onnx"

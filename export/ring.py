@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.blocks.attention import KV
-from zoo.blocks.steps import Steps
+from zoo.blocks.positions import Steps
 from zoo.state import State
 
 PAST, PRESENT = "past_key_values", "present"  # what onnxruntime-genai calls the states that go in, and come out

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.blocks.attention import KV
+from zoo.checkpoints.own import create
 from zoo.eviction import evictions
 from zoo.export.manifest import CODA, CONSOLIDATION, PASS, PREDICTION, PREFILL, PRELUDE, Bundle
 from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_rings
-from zoo.kernels.registry import Registry, ZooError
-from zoo.session import Session
+from zoo.registry import Registry, ZooError
+from zoo.sessions.session import Session
+from zoo.sessions.sliced import Turn
+from zoo.sessions.snapshot import finish
 from zoo.state import Output, State
-from zoo.stream import finish
-from zoo.sweep import Turn
-from zoo.weights import create
 
 try:
     import onnxruntime
@@ -48,7 +48,7 @@ def _register() -> None:
         importlib.import_module(module)
 
 
-MODULES = ("zoo.export.tensorrt_runtime",)  # each registers a provider
+MODULES = ("zoo.export.tensorrt.runtime",)  # each registers a provider
 
 # a provider opens a graph: (folder of the bundle, its manifest, file name of the graph) -> Runner
 providers: Registry[Callable[[Path, Bundle, str], Runner]] = Registry("provider", "providers", _register)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from zoo.export.manifest import Bundle
 from zoo.export.plan import Plan
-from zoo.kernels.registry import Registry
+from zoo.registry import Registry
 
 
 class Target(BaseModel):
@@ -30,7 +30,7 @@ def _register() -> None:
         importlib.import_module(module)
 
 
-MODULES = ("zoo.export.tensorrt",)  # each registers a target
+MODULES = ("zoo.export.tensorrt.target",)  # each registers a target
 
 targets: Registry[type[Target]] = Registry("export target", "targets", _register)
 targets.register("onnx", Target)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from zoo.export.operators import DOMAIN, MICROSOFT, trips
-from zoo.kernels.registry import ZooError
+from zoo.registry import ZooError
 
 try:
     import onnx_ir as ir

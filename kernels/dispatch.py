@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels.registry import Registry, ZooError, nearest
+from zoo.registry import Registry, ZooError, nearest
 
 OPERATORS = (
     "causal_conv1d",

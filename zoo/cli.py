@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from zoo.config import list_models, parse_overrides
-from zoo.kernels.registry import ZooError
+from zoo.registry import ZooError
 
 if TYPE_CHECKING:
     from zoo.model import Model
-    from zoo.text import Bytes
+    from zoo.text.tokenizers import Bytes
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -86,11 +86,11 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
 
     On several GPUs or machines: `torchrun --nproc-per-node 8 -m zoo train CONFIG`; see docs/training.md.
     """
-    from zoo.parallel import is_first
-    from zoo.progress import training_bar
-    from zoo.train import StoppedError, read_config
-    from zoo.train import train as run
-    from zoo.watch import tensorboard, weights_and_biases
+    from zoo.training.loop import StoppedError, read_config
+    from zoo.training.loop import train as run
+    from zoo.training.parallel import is_first
+    from zoo.training.progress import training_bar
+    from zoo.training.reporting import tensorboard, weights_and_biases
 
     plan = read_config(config, parse_overrides(overrides))
     if out is None:
@@ -119,9 +119,9 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep, if not as trained.")
 def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
     """Evaluate the folder RUN of a training run on held-out sequences of its task."""
+    from zoo.checkpoints.own import load
     from zoo.tasks import new_task
-    from zoo.train import evaluate, read_config
-    from zoo.weights import load
+    from zoo.training.loop import evaluate, read_config
 
     plan = read_config(run / "train.yaml")
     model = load(run)
@@ -142,9 +142,9 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from zoo.ablate import ablate as run
-    from zoo.ablate import read_plan
-    from zoo.train import StoppedError
+    from zoo.training.ablation import ablate as run
+    from zoo.training.ablation import read_plan
+    from zoo.training.loop import StoppedError
 
     try:
         table = run(read_plan(plan, parse_overrides(overrides)), out, processes=processes)
@@ -163,7 +163,7 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
 
     Runs that differ in the seed alone share a colour.
     """
-    from zoo.plots import figure, grouped, read_run, refuse, save
+    from zoo.training.plots import figure, grouped, read_run, refuse, save
 
     refuse(out)
     save(figure(grouped(read_run(folder) for folder in runs)), out)
@@ -179,8 +179,8 @@ def convert(source: Path, destination: Path, form: Literal["zoo", "hf"]) -> None
 
     The tensors stay as they are, bit for bit; `--to hf` writes config.json and the names of the upstream project.
     """
+    from zoo.checkpoints.own import load, save
     from zoo.files import refuse_existing
-    from zoo.weights import load, save
 
     refuse_existing(destination)
     model = load(source)
@@ -210,8 +210,8 @@ def doctor(check: bool) -> None:
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep between turns, if not as the model has.")
 def chat(model: str, tokens: int, temperature: float, top_p: float, seed: int | None, loops: int | None) -> None:
     """Talk with MODEL, a folder or a name; it sleeps between turns. Ctrl-C ends an answer, Ctrl-D the conversation."""
-    from zoo.chat import converse
-    from zoo.session import Session
+    from zoo.serving.chat import converse
+    from zoo.sessions.session import Session
 
     opened, text = _open(model)
     converse(Session(opened), text, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
@@ -250,10 +250,10 @@ def serve(
 
     A request with "session": "some-id" in its body goes on where the last one with this id ended.
     """
-    from zoo.server import Limits, make_app  # says what to install
+    from zoo.serving.app import Limits, make_app  # says what to install
 
     import uvicorn  # isort: skip
-    from zoo.pool import SessionPool
+    from zoo.sessions.pool import SessionPool
 
     opened, text = _open(model)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
@@ -263,8 +263,8 @@ def serve(
 
 def _open(model: str) -> tuple[Model, Bytes]:
     """The model in a folder, or of a name or a YAML file with fresh weights; and its tokenizer."""
-    from zoo.text import text_of
-    from zoo.weights import create, load
+    from zoo.checkpoints.own import create, load
+    from zoo.text.tokenizers import text_of
 
     folder = Path(model) if Path(model).is_dir() else None
     opened = create(model) if folder is None else load(folder)

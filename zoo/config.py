@@ -14,14 +14,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zoo.eviction import evictions
-from zoo.kernels.registry import Registry, ZooError, nearest
-from zoo.pattern import expand
+from zoo.layer_pattern import expand
+from zoo.registry import Registry, ZooError, nearest
 
 M = TypeVar("M", bound=BaseModel)
 
 
 class Exit(BaseModel):
-    """Which wake loop's states the head reads; see `zoo.blocks.exit`."""
+    """Which wake loop's states the head reads; see `zoo.blocks.exit_gate`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

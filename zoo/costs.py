@@ -12,9 +12,9 @@ from torch import Tensor
 
 from zoo.blocks.block import Block
 from zoo.blocks.mixer import linear_flops
+from zoo.checkpoints.own import create
 from zoo.config import ModelConfig
 from zoo.model import Model
-from zoo.weights import create
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 import zoo.export
+from zoo.checkpoints.own import load
 from zoo.files import new_folder
 from zoo.model import Model
-from zoo.plots import accuracy_curves, against_level, read_run, save
-from zoo.processes import end_with_parent
-from zoo.progress import add_run, advance, new_progress
-from zoo.session import Session
+from zoo.sessions.session import Session
 from zoo.tasks import Task, new_task
-from zoo.train import StoppedError, TrainConfig, read_config, train
-from zoo.weights import load
+from zoo.training.loop import StoppedError, TrainConfig, read_config, train
+from zoo.training.plots import accuracy_curves, against_level, read_run, save
+from zoo.training.progress import add_run, advance, new_progress
+from zoo.training.workers import end_with_parent
 
 LOOPS = (1, 2, 4)
 SEQUENCES = 1024

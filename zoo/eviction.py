@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from zoo.kernels.registry import Registry
+from zoo.registry import Registry
 
 if TYPE_CHECKING:
     from zoo.blocks.mixer import WindowCache

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zoo.kernels.registry import ZooError
+from zoo.registry import ZooError
 
 
 def refuse_existing(path: Path) -> None:

@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from zoo.blocks.block import Block
-from zoo.blocks.exit import ExitGate
+from zoo.blocks.exit_gate import ExitGate
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import RMSNorm, norms
-from zoo.blocks.steps import Steps
+from zoo.blocks.positions import Steps
 from zoo.config import ModelConfig, validate
 from zoo.eviction import evictions
-from zoo.kernels import packed
-from zoo.kernels.registry import ZooError
+from zoo.kernels.common import packed
+from zoo.registry import ZooError
 from zoo.state import Answers, Output, State
 
 Recompute = Literal["nothing", "passes", "chunks"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from zoo.kernels.registry import Registry, ZooError
+from zoo.registry import Registry, ZooError
 
 
 class Schedule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.tape import taped
+from zoo.kernels.common.recording import taped
 
 
 def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:

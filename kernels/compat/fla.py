@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels import packed
 from zoo.kernels.causal_conv1d.op import causal_conv1d as _causal_conv1d
+from zoo.kernels.common import packed
 from zoo.kernels.compat.refuse import refuse
 from zoo.kernels.gated_delta_rule.op import gated_delta_rule
 from zoo.kernels.l2norm.op import l2norm

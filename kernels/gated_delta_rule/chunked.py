@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.decay import decays
-from zoo.kernels.tape import taped
+from zoo.kernels.common.decay import decays
+from zoo.kernels.common.recording import taped
 
 CHUNK = 64
 BASE = 4  # rows inverted by the nilpotent series; larger blocks lose digits on correlated keys

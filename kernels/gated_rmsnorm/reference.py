@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.common.recording import taped
 from zoo.kernels.rmsnorm.reference import scaled
-from zoo.kernels.tape import taped
 
 
 def norm_then_gate(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

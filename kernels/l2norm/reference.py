@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.squares import square_sum
+from zoo.kernels.common.squares import square_sum
 
 
 def normed(x: Tensor, eps: float) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.squares import square_sum
-from zoo.kernels.tape import taped
+from zoo.kernels.common.recording import taped
+from zoo.kernels.common.squares import square_sum
 
 
 def scaled(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.tape import taped
+from zoo.kernels.common.recording import taped
 
 SEGMENT = 64  # tokens whose states are held at once
 BLOCK = 2**17  # entries of the states of tokens that are in a CPU's cache at once

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from zoo.kernels import packed
-from zoo.kernels.checks import given_or_zeros
+from zoo.kernels.common import packed
+from zoo.kernels.common.checks import given_or_zeros
 from zoo.kernels.dispatch import choose, kernels, triton_form
 from zoo.kernels.selective_scan.chunked import chunked
 from zoo.kernels.selective_scan.reference import recurrent

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.decay import decays
+from zoo.kernels.common.decay import decays
 
 CHUNK = 64
 

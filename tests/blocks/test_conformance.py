@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import zoo
 from zoo.blocks.attention import KV
 from zoo.blocks.mixer import Mixer, mixers
-from zoo.blocks.steps import Steps
+from zoo.blocks.positions import Steps
 
 CPU = torch.device("cpu")
 D = 32

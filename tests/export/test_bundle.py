@@ -21,7 +21,7 @@ import zoo
 from zoo.export import bundle as making
 from zoo.export.cli import main
 from zoo.export.manifest import Bundle
-from zoo.kernels.registry import ZooError
+from zoo.registry import ZooError
 
 FILES = ["bundle.json", "consolidation.onnx", "prediction.onnx", "weights.bin"]
 
@@ -276,7 +276,7 @@ def test_a_saved_model_against_its_bundle(bundles, tmp_path):
 def test_a_folder_in_use_is_found_before_any_work(bundles, tmp_path, monkeypatch):
     model, folder, _ = bundles("hard")
     zoo.save(model, tmp_path / "run")
-    monkeypatch.setattr("zoo.weights.load", lambda *_, **__: pytest.fail("work"))
+    monkeypatch.setattr("zoo.checkpoints.own.load", lambda *_, **__: pytest.fail("work"))
     result = run(tmp_path / "run", "--out", folder)
     assert result.exit_code == 2
     assert "already exists" in result.stderr

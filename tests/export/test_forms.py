@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import zoo
-from zoo.export import deploy
+from zoo.export import page as deploy
 from zoo.export.manifest import Bundle
 from zoo.export.quantise import linear_weights, quantised
 

@@ -15,7 +15,7 @@ from zoo.export.ring import PAST, PRESENT, pack
 from zoo.export.runtime import ExportedModel
 from zoo.export.verify import SLEEP, STRESS, verify
 from zoo.export.verify import stream as verify_stream
-from zoo.kernels.registry import ZooError
+from zoo.registry import ZooError
 
 OF_EVERY_KIND = [*CASES, *FORMS, *(pytest.param(case, marks=pytest.mark.extended) for case in MORE if case != "ourojet-loud")]
 

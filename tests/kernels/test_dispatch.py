@@ -8,8 +8,8 @@ import torch
 import zoo
 from zoo.kernels import dispatch
 from zoo.kernels.dispatch import choose, kernels
-from zoo.kernels.registry import ZooError
 from zoo.kernels.ssd.op import ssd
+from zoo.registry import ZooError
 
 CPU = torch.zeros(1)
 

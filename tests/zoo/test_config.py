@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import zoo
 from zoo.config import merge, parse_overrides, resolve
-from zoo.pattern import expand
+from zoo.layer_pattern import expand
 
 
 @pytest.mark.parametrize(

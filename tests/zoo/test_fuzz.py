@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import zoo
-from zoo.blocks.steps import Steps
+from zoo.blocks.positions import Steps
 
 BLOCKS: dict[str, dict[str, Any]] = {
     "attn": {"heads": 2, "kv_heads": 1},

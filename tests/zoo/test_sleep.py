@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import zoo
 from tests.naive import NaiveStream
+from zoo.sessions import sliced
 
 TINY = {
     "d_model": 16,
@@ -212,7 +213,7 @@ def test_going_on_from_the_wake_pass(loops, overrides, evict):
     state, run = blocks_run(model, lambda: model.consolidate(ids, start, loops=loops, awake=awake))
     assert run == (loops - 1) * len(model.blocks)
     assert same(state, model.consolidate(ids, start, loops=loops))
-    bit_by_bit, _ = by_bits(zoo.sweep.consolidation(model, ids, start, loops=loops, awake=awake), [None]) if loops > 1 else (state, 0)
+    bit_by_bit, _ = by_bits(sliced.consolidation(model, ids, start, loops=loops, awake=awake), [None]) if loops > 1 else (state, 0)
     assert same(bit_by_bit, state)
 
 
@@ -327,10 +328,10 @@ def test_bit_by_bit(fields, evict, sizes):
     model = tiny(f"gdn4-sleep{1 if evict == 'full' else 3}-{evict}", **fields)
     start = model.init_state(2) if evict == "full" else model.consolidate(tokens(2, 5))
     state = model(tokens(2, 3), start).state
-    read, bits = by_bits(zoo.sweep.waking(model, tokens(2, 3, seed=1), state), sizes)
+    read, bits = by_bits(sliced.waking(model, tokens(2, 3, seed=1), state), sizes)
     torch.testing.assert_close(read, model(tokens(2, 3, seed=1), state), rtol=1e-9, atol=1e-9)
     blocks = len(model.blocks) * model.config.wake_loops + 1  # and the head
     assert bits == {1: blocks * 3, 4: blocks + (blocks + 1) // 4}.get(sizes[0], blocks)
     if evict != "full":
-        slept, _ = by_bits(zoo.sweep.consolidation(model, tokens(2, 6, seed=2), start, loops=2), sizes)
+        slept, _ = by_bits(sliced.consolidation(model, tokens(2, 6, seed=2), start, loops=2), sizes)
         torch.testing.assert_close(slept, model.consolidate(tokens(2, 6, seed=2), start, loops=2), rtol=1e-9, atol=1e-9)

@@ -16,8 +16,8 @@ from torch import Tensor
 import zoo.checkpoints
 from zoo.blocks.mixer import Options, mixers
 from zoo.config import ModelConfig
-from zoo.kernels.registry import Registry, ZooError
 from zoo.model import Model
+from zoo.registry import Registry, ZooError
 
 
 class Stacked(NamedTuple):

@@ -18,8 +18,8 @@ from zoo.checkpoints.family import Family, Link, expect, families, links
 from zoo.checkpoints.stored import WEIGHTS, open_folder, read_json
 from zoo.config import ModelConfig, resolve, validate
 from zoo.files import new_folder
-from zoo.kernels.registry import ZooError, nearest
 from zoo.model import Model
+from zoo.registry import ZooError, nearest
 
 CONFIG = "config.json"
 COMPUTES = ("vocab_size", "d_model", "pattern", "mlp_width", "norm", "norm_eps", "tie_embeddings")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 import zoo.tasks
 from zoo.config import validate
-from zoo.kernels.registry import Registry, ZooError
+from zoo.registry import Registry, ZooError
 
 Split = Literal["train", "test"]
 HELD_OUT = 16  # one context in this many belongs to the test split

@@ -1,0 +1,444 @@
+"""Folders that cannot be what they say: a clear error naming file and tensor. Shards, lit-gpt files, tied heads."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import zoo
+from zoo.checkpoints.family import families
+from zoo.checkpoints.stored import INDEX
+
+ORACLES = Path(__file__).parents[2] / "data" / "oracles"
+
+
+@pytest.fixture
+def jet(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ORACLES / "jet-nemotron-a", tmp_path / "jet", ignore=shutil.ignore_patterns("io*", "README*")))
+
+
+def shard(folder: Path, count: int = 3) -> dict[str, str]:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name, place in places.items() if place == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return places
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in fields.items():
+        if value is ...:
+            del config[key]
+        else:
+            config[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, **changed: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors") | changed
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+
+
+def refuses(folder: Path, *words: str) -> None:
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(zoo.ZooError) as caught:
+        zoo.load(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    assert sorted(folder.rglob("*")) == before
+
+
+@torch.no_grad()
+def test_shards(jet: Path) -> None:
+    ids = torch.arange(9)[None]
+    want = zoo.load(jet)(ids).logits
+    shard(jet)
+    assert torch.equal(zoo.load(jet)(ids).logits, want)
+
+
+def test_missing_shard(jet: Path) -> None:
+    places = shard(jet)
+    (jet / places["model.norm.weight"]).unlink()
+    refuses(jet, places["model.norm.weight"], "missing")
+
+
+def test_shard_without_its_tensor(jet: Path) -> None:
+    places = shard(jet)
+    edit = load_file(jet / places["model.norm.weight"])
+    save_file({name: x for name, x in edit.items() if name != "model.norm.weight"}, jet / places["model.norm.weight"])
+    refuses(jet, places["model.norm.weight"], "'model.norm.weight' is missing")
+
+
+@pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ""])
+def test_index_that_points_outside(jet: Path, outside: str) -> None:
+    places = shard(jet)
+    (jet / INDEX).write_text(json.dumps({"weight_map": {**places, "model.norm.weight": outside}}))
+    refuses(jet, INDEX)
+
+
+def test_index_that_is_none(jet: Path) -> None:
+    shard(jet)
+    (jet / INDEX).write_text("[]")
+    refuses(jet, INDEX, "want an object")
+    (jet / INDEX).write_text('{"weight_map": 3}')
+    refuses(jet, INDEX, "weight_map")
+
+
+def test_wrong_shape(jet: Path) -> None:
+    edit_tensors(jet, **{"model.layers.0.self_attn.A_log": torch.zeros(4)})
+    refuses(jet, "model.safetensors", "model.layers.0.self_attn.A_log", "[4]", "[3]")
+
+
+def test_missing_and_unexpected_tensors(jet: Path) -> None:
+    edit_tensors(jet, **{"model.layers.0.self_attn.A_log": None})
+    refuses(jet, "model.layers.0.self_attn.A_log", "missing")
+    edit_tensors(jet, **{"model.layers.0.self_attn.A_log": torch.zeros(3), "model.extra": torch.zeros(3)})
+    refuses(jet, "model.safetensors", "model.extra", "not part of")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 5000, -3])
+def test_truncated_file(jet: Path, kept: int) -> None:
+    file = jet / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    refuses(jet, "model.safetensors", "cannot be read")
+
+
+def test_corrupt_header(jet: Path) -> None:
+    file = jet / "model.safetensors"
+    file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+    refuses(jet, "model.safetensors", "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "jet_nemotrom"}, ("model_type", "did you mean 'jet_nemotron'")),
+        ({"model_type": ...}, ("model_type", "None")),
+        ({"hidden_size": ...}, ("config.json", "hidden_size", "missing")),
+        ({"hidden_size": 128}, ("embed_tokens",)),
+        ({"hidden_act": "gelu"}, ("hidden_act", "'gelu'", "'silu'")),
+        ({"hidden_size": "wide"}, ("config.json",)),
+        ({"layer_types": ["jet"] * 4 + ["mamba"]}, ("layer_types", "'mamba'")),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ("rope_type", "'yarn'")),
+        ({"num_attention_heads": 5}, ("config.json",)),
+        ({"efficient_attention_config": {}}, ("config.json", "swa")),
+    ],
+)
+def test_bad_config(jet: Path, fields: dict, words: tuple[str, ...]) -> None:
+    edit_config(jet, **fields)
+    refuses(jet, *words)
+
+
+def test_folder_without_files(tmp_path: Path, jet: Path) -> None:
+    refuses(tmp_path / "nothing", "config.json")
+    (jet / "model.safetensors").unlink()
+    refuses(jet, "model.safetensors: cannot be read")
+    (jet / "config.json").write_text("{")
+    refuses(jet, "config.json", "not JSON")
+
+
+def test_tied_heads_must_be_equal(jet: Path) -> None:
+    embedding = load_file(jet / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(jet, **{"lm_head.weight": embedding.clone()})
+    zoo.load(jet)
+    edit_tensors(jet, **{"lm_head.weight": embedding + 1})
+    refuses(jet, "lm_head.weight", "differs")
+
+
+@torch.no_grad()
+def test_lit_gpt_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((ORACLES / "samba-a" / "config.json").read_bytes())
+    tensors = load_file(ORACLES / "samba-a" / "model.safetensors")
+    torch.save({"model": tensors, "step": 3}, tmp_path / "iter-3-ckpt.pth")
+    ids = torch.arange(9)[None]
+    assert torch.equal(zoo.load(tmp_path)(ids).logits, zoo.load(ORACLES / "samba-a")(ids).logits)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_bytes((ORACLES / "samba-a" / "config.json").read_bytes())
+    torch.save({"model": Evil()}, tmp_path / "x.pth")
+    refuses(tmp_path, "x.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+@torch.no_grad()
+def test_samba_of_flash_linear_attention(tmp_path: Path) -> None:
+    """The same weights under the names of the other port."""
+    samba = zoo.load(ORACLES / "samba-a")
+    fields = {**samba.config.model_dump(), "d_ff": 256, "upstream": {"model_type": "samba"}}
+    model = zoo.create(fields)
+    zoo.save(model, tmp_path / "fla", format="hf")
+    names = load_file(tmp_path / "fla" / "model.safetensors").keys()
+    assert {"backbone.embeddings.weight", "backbone.layers.0.mixer.x_proj.weight", "backbone.layers.1.mixer.q_proj.weight"} <= names
+    ids = torch.arange(20)[None]
+    assert torch.equal(zoo.load(tmp_path / "fla")(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["gdn-fla-a", "jet-nemotron-a"])
+def test_value_heads_of_any_ratio(name: str, tmp_path: Path) -> None:
+    """Upstream cuts off the fraction of head_dim * expand_v; 28 * (244 / 28) is less than 244 in floating point."""
+    config = zoo.load(ORACLES / name).config
+    kind = "gdn" if "gdn" in config.blocks else "jet"
+    model = zoo.create(config, blocks={kind: {"head_dim": 28, "expand_v": 244 / 28}})
+    zoo.save(model, tmp_path / "x", format="hf")
+    assert zoo.load(tmp_path / "x").blocks[0].mixer.value_dim == 244
+
+
+def test_parent_of_another_architecture() -> None:
+    with pytest.raises(zoo.ZooError, match=r"config.json: vocab_size: the checkpoint has 256, jet2b-sleep6 has 151936"):
+        zoo.create("jet2b-sleep6", device="meta", pretrained=ORACLES / "jet-nemotron-a")
+    parent = zoo.load(ORACLES / "jet-nemotron-a").config
+    with pytest.raises(zoo.ZooError, match=r"blocks.swa.window: the checkpoint has 16, jet has 8"):
+        zoo.create(parent, name="jet", blocks={"swa": {"window": 8}}, pretrained=ORACLES / "jet-nemotron-a")
+
+
+@torch.no_grad()
+def test_parent_of_a_sleeping_model() -> None:
+    folder = ORACLES / "jet-nemotron-a"
+    parent = zoo.load(folder)
+    model = zoo.create(parent.config, evict="hard", window=8, loops=2, span=(1, 3), inject=True, pretrained=folder)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(ids).logits, parent(ids).logits)
+    assert model.consolidate(ids).position == 0
+    assert (model.inject == 0).all()  # into a trained model, nothing is injected at first
+    assert (zoo.create("gdn4-sleep2", inject=True).inject == 1).all()
+
+
+def test_saving_what_upstream_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(zoo.ZooError, match="model_type: None is unknown"):
+        zoo.save(zoo.create("gdn4"), tmp_path / "x", format="hf")
+    ouro = zoo.load(ORACLES / "ouro-a").config
+    jet = {"heads": 2, "head_dim": 16, "mlp": False, "inserted": True}
+    with pytest.raises(zoo.ZooError, match=r"layers \[4\] are not part of the upstream model"):
+        zoo.save(zoo.create(ouro, layers="attn*4 jet", wake_loops=1, blocks={"jet": jet}), tmp_path / "x", format="hf")
+    with pytest.raises(zoo.ZooError, match="has no 'jet'"):
+        zoo.save(zoo.create(ouro, layers="attn*4 jet", wake_loops=1, blocks={"jet": {"heads": 2}}), tmp_path / "x", format="hf")
+    llama = zoo.load(ORACLES / "llama-swa-a").config
+    with pytest.raises(zoo.ZooError, match=r"blocks.attn.rotary: 0.5: upstream has 1.0"):
+        zoo.save(zoo.create(llama, blocks={"attn": {"rotary": 0.5}}), tmp_path / "x", format="hf")
+    with pytest.raises(zoo.ZooError, match=r"norm: wide: upstream has plain"):
+        zoo.save(zoo.create(llama, norm="wide"), tmp_path / "x", format="hf")
+    with pytest.raises(zoo.ZooError, match="inject: True is not part"):
+        zoo.save(zoo.create(llama, inject=True, loops=2), tmp_path / "x", format="hf")
+    assert not (tmp_path / "x").exists()
+
+
+@torch.no_grad()
+def test_dtype(tmp_path: Path) -> None:
+    model = zoo.load(ORACLES / "mamba2-a", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    zoo.save(model, tmp_path / "x", format="hf")
+    assert {p.dtype for p in zoo.load(tmp_path / "x").parameters()} == {torch.bfloat16}
+
+
+class Hub:
+    """What zoo.create needs of huggingface_hub, over a folder of repositories: `snapshot_download` fills `cache`."""
+
+    def __init__(self, repositories: Path, cache: Path) -> None:
+        self.repositories, self.cache, self.fetched = repositories, cache, []
+
+    def snapshot_download(self, repo_id: str, *, allow_patterns: list[str]) -> str:
+        found = [file for file in sorted((self.repositories / repo_id).iterdir()) if any(map(file.match, allow_patterns))]
+        (self.cache / repo_id).mkdir(parents=True, exist_ok=True)
+        for file in found:
+            self.fetched.append(file.name)
+            shutil.copy(file, self.cache / repo_id / file.name)
+        return str(self.cache / repo_id)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", made := Hub(tmp_path / "hub", tmp_path / "cache"))
+    return made
+
+
+@torch.no_grad()
+def test_pretrained_downloads_one_format_of_the_weights(hub: Hub) -> None:
+    folder = hub.repositories / "jet-ai" / "tiny"
+    shutil.copytree(ORACLES / "jet-nemotron-a", folder, ignore=shutil.ignore_patterns("io*"))
+    shard(folder)
+    for other in ("pytorch_model.bin", "consolidated.safetensors", "tokenizer.json", "modeling_jet_nemotron.py", "flax_model.msgpack"):
+        (folder / other).write_bytes(b"x")
+    parent = zoo.load(folder)
+    model = zoo.create(parent.config, evict="hard", window=8, loops=2, hub="jet-ai/tiny", pretrained=True)
+    assert hub.fetched == ["config.json", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), INDEX]
+    for name, tensor in parent.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(ids).logits, parent(ids).logits)
+
+
+def test_pretrained_reads_pickled_weights_where_there_are_no_others(hub: Hub) -> None:
+    (hub.repositories / "state-spaces").mkdir(parents=True)
+    tensors = rename("mamba2-a", hub.repositories / "state-spaces" / "tiny", {}, {"backbone.embeddings": "backbone.embedding"})
+    config = {"d_model": 64, "n_layer": 4, "vocab_size": 256, "ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 16}}
+    (hub.repositories / "state-spaces" / "tiny" / "config.json").write_text(json.dumps({**config, "tie_embeddings": False}))
+    torch.save(tensors, hub.repositories / "state-spaces" / "tiny" / "pytorch_model.bin")
+    parent = zoo.load(hub.repositories / "state-spaces" / "tiny")
+    model = zoo.create(parent.config, hub="state-spaces/tiny", pretrained=True)
+    assert hub.fetched == ["config.json", "pytorch_model.bin"]
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in parent.state_dict().items())
+
+
+def test_pretrained_without_published_weights_or_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(zoo.ZooError, match="gdn4: pretrained: no published weights"):
+        zoo.create("gdn4", pretrained=True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(zoo.ZooError, match=r"jet2b: pretrained: .*jet-ai/Jet-Nemotron-2B"):
+        zoo.create("jet2b", device="meta", pretrained=True)
+
+
+def rename(name: str, folder: Path, config: dict, names: dict[str, str], **extra: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of an oracle under other names, beside another config.json."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(ORACLES / name / "model.safetensors")
+    return {re.sub("|".join(names), lambda match: names[match[0]], key): value for key, value in tensors.items()} | extra
+
+
+@torch.no_grad()
+def test_the_language_model_of_a_multimodal_folder(tmp_path: Path) -> None:
+    text = json.loads((ORACLES / "gdn-qwen3_5-a" / "config.json").read_text())
+    tied = text.pop("tie_word_embeddings")
+    config = {"model_type": "qwen3_5", "text_config": text, "vision_config": {"depth": 1}, "tie_word_embeddings": tied}
+    other = {"model.visual.patch_embed.weight": torch.ones(3), "mtp.norm.weight": torch.ones(3)}
+    tensors = rename("gdn-qwen3_5-a", tmp_path / "x", config, {"model.": "model.language_model."}, **other)
+    save_file(tensors, tmp_path / "x" / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"2 tensors are no part of the language model and left out: model.visual.\*, mtp.\*"):
+        model = zoo.load(tmp_path / "x")
+    io = load_file(ORACLES / "gdn-qwen3_5-a" / "io.safetensors")
+    assert torch.equal(model(io["input_ids"]).logits, zoo.load(ORACLES / "gdn-qwen3_5-a")(io["input_ids"]).logits)
+    zoo.save(model, tmp_path / "text", format="hf")
+    written = json.loads((tmp_path / "text" / "config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("qwen3_5_text", ["Qwen3_5ForCausalLM"])
+    assert load_file(tmp_path / "text" / "model.safetensors").keys() == load_file(ORACLES / "gdn-qwen3_5-a" / "model.safetensors").keys()
+    assert torch.equal(zoo.load(tmp_path / "text")(io["input_ids"]).logits, model(io["input_ids"]).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mamba1-a", "mamba2-a"])
+def test_folders_of_the_authors_of_mamba(name: str, tmp_path: Path) -> None:
+    stated = {"d_state": 16, "dt_rank": 4} if name == "mamba1-a" else {"layer": "Mamba2", "d_state": 16, "headdim": 16, "chunk_size": 16}
+    tied = name == "mamba1-a"
+    config = {"d_model": 64, "n_layer": 4, "vocab_size": 250, "ssm_cfg": stated, "pad_vocab_size_multiple": 16, "tie_embeddings": tied}
+    tensors = rename(name, tmp_path / "x", config, {"backbone.embeddings": "backbone.embedding"})
+    tensors.setdefault("lm_head.weight", tensors["backbone.embedding.weight"])
+    torch.save(tensors, tmp_path / "x" / "pytorch_model.bin")
+    model, io = zoo.load(tmp_path / "x"), load_file(ORACLES / name / "io.safetensors")
+    assert torch.equal(model(io["input_ids"]).logits, zoo.load(ORACLES / name)(io["input_ids"]).logits)
+    zoo.save(model, tmp_path / "hf", format="hf")
+    assert torch.equal(zoo.load(tmp_path / "hf")(io["input_ids"]).logits, model(io["input_ids"]).logits)
+    for fields, words in (
+        ({"attn_layer_idx": [1]}, ("attn_layer_idx", "[1]")),
+        ({"d_intermediate": 128}, ("d_intermediate", "128")),
+        ({"rms_norm": False}, ("rms_norm",)),
+        ({"ssm_cfg": {**stated, "layer": "Mamba3"}}, ("ssm_cfg.layer", "'Mamba3'")),
+        ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, ("D_has_hdim",)),
+        ({"ssm_cfg": {**stated, "d_stat": 3}}, ("d_stat",)),
+    ):
+        (tmp_path / "x" / "config.json").write_text(json.dumps({**config, **fields}))
+        refuses(tmp_path / "x", *words)
+
+
+@torch.no_grad()
+def test_folders_of_the_authors_of_gated_delta_net(tmp_path: Path) -> None:
+    """Nine heads of 0.75 and 1.5 times the width, a bias on the write strength, and a D that nothing reads."""
+    block = {"mixer_norm": "norm_1", "mlp_norm": "norm_2"}
+    block |= {"mlp.gate_proj": "mlp.swiglu.w1", "mlp.up_proj": "mlp.swiglu.w2", "mlp.down_proj": "mlp.swiglu.w3"}
+    gdn = {"a_proj": "gk_proj", "o_norm": "g_norm_swish_gate", **{f"{x}_conv": f"{x}_conv1d.weight" for x in "qkv"}}
+    config = {"name": "x", "vocab_size": 61, "padding_multiple": 64, "padded_vocab_size": 64, "n_layer": 3, "n_embd": 48, "n_head": 4}
+    config |= {"rotary_percentage": 1.0, "parallel_residual": False, "bias": False, "local_window": 5, "mlp": True, "norm_eps": 1e-5}
+    config |= {"gated_delta_per_layer": 2, "mb_per_layer": -1, "mamba_init": True, "n_query_groups": 2, "intermediate_size": 96}
+    config |= {"_norm_class": "FusedRMSNorm", "_mlp_class": "LLaMAMLP", "attn_layer_pos": None}
+    made = zoo.create(
+        {
+            **{"name": "x", "vocab_size": 64, "d_model": 48, "d_ff": 96, "layers": "gdn swa gdn", "norm_eps": 1e-5, "tie_embeddings": True},
+            "blocks": {
+                "gdn": {"heads": 9, "head_dim": 4, "expand_v": 2, "write_bias": True},
+                "swa": {"heads": 4, "kv_heads": 2, "window": 5},
+            },
+        }
+    )
+    for index in (0, 2):
+        made.blocks[index].mixer.b_proj.bias.copy_(torch.linspace(-1, 1, 9))
+    ours = made.state_dict()
+    theirs = {"transformer.wte.weight": ours["embed.weight"], "lm_head.weight": ours["embed.weight"]}
+    theirs["transformer.ln_f.weight"] = ours["norm.weight"]
+    for name, tensor in ours.items():
+        if name.startswith("blocks."):
+            _, layer, inner = name.split(".", 2)
+            if layer == "1" and inner.startswith("mixer."):
+                continue
+            for old, new in {**block, **gdn, "mixer.": "attn."}.items():
+                inner = inner.replace(old, new)
+            theirs[f"transformer.h.{layer}.{inner}"] = tensor[:, None] if "conv1d" in inner else tensor
+    q, k, v = (ours[f"blocks.1.mixer.{x}_proj.weight"].unflatten(0, (2, -1)) for x in "qkv")
+    theirs["transformer.h.1.attn.attn.weight"] = torch.cat([q, k, v], dim=1).flatten(0, 1)
+    theirs["transformer.h.1.attn.proj.weight"] = ours["blocks.1.mixer.o_proj.weight"]
+    theirs |= {f"transformer.h.{layer}.attn.D": torch.ones(9) for layer in (0, 2)}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    torch.save({"model": theirs, "hparams": {"lr": 1e-3}, "iter_num": 7}, tmp_path / "x" / "iter-000007-model-ckpt.pth")
+    loaded, ids = zoo.load(tmp_path / "x"), torch.arange(20)[None]
+    assert torch.equal(loaded(ids).logits, made(ids).logits)
+    zoo.save(loaded, tmp_path / "back", format="hf")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+    again = zoo.Model(loaded.config.model_copy(update={"upstream": {"model_type": "lit_gpt"}}))
+    again.load_state_dict(loaded.state_dict())
+    zoo.save(again, tmp_path / "again", format="hf")
+    assert torch.equal(zoo.load(tmp_path / "again")(ids).logits, made(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("llama-swa-a", {"use_sliding_window": False}, ("layer_types", "use_sliding_window")),
+        ("llama-swa-a", {"layer_types": ["full_attention"]}, ("layer_types", "1 entries", "num_hidden_layers is 5")),
+        ("llama-swa-a", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ("type", "'linear'")),
+        ("llama-swa-a", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5")),
+        ("llama-swa-a", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ("rope_parameters", "full_attention")),
+        ("llama-swa-a", {"quantization_config": {"bits": 4}}, ("quantization_config",)),
+        ("gdn-qwen3next-a", {"mlp_only_layers": [0, 1]}, ("num_experts", "layer 2")),
+        ("gdn-qwen3next-a", {"num_experts": ..., "mlp_only_layers": None}, ("num_experts: 512",)),
+        ("ouro-a", {"early_exit_step": 4}, ("exit.loop: 4", "4 wake loops")),
+        ("samba-a", {"bias": ...}, ("bias", "True")),
+        ("gdn-fla-a", {"attnres_block_size": 4}, ("attnres_block_size", "4")),
+        ("gdn-fla-a", {"attn": {"layers": [9], "num_heads": 2}}, ("attn: layers: 9",)),
+        ("mamba1-a", {"intermediate_size": 100}, ("intermediate_size", "100")),
+        ("jet-nemotron-a", {"efficient_attention_config": {"jet": {"window": 3}, "swa": {"window_size": 16}}}, ("jet: window",)),
+    ],
+)
+def test_fields_that_change_what_is_computed(name: str, fields: dict, words: tuple[str, ...], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ORACLES / name, tmp_path / "x"))
+    edit_config(folder, **fields)
+    refuses(folder, "config.json", *words)
+
+
+def test_defaults_of_upstream_where_a_field_is_absent() -> None:
+    """As the config classes of transformers 5 say."""
+    base = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 30, "num_attention_heads": 32}
+    read = {kind: families.get(kind).read({**base, "use_sliding_window": True}) for kind in ("llama", "mistral", "qwen2", "qwen3")}
+    assert [fields["layers"] for fields in read.values()] == ["attn*30", "swa*30", "attn*28 swa*2", "attn*28 swa*2"]
+    options = {kind: next(iter(fields["blocks"].values())) for kind, fields in read.items()}
+    assert [x["kv_heads"] for x in options.values()] == [32, 8, 32, 32]
+    assert [x["head_dim"] for x in options.values()] == [2, 2, 2, 128]
+    assert read["mistral"]["blocks"]["swa"]["window"] == read["qwen2"]["blocks"]["swa"]["window"] == 4096

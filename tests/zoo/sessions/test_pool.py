@@ -1,0 +1,327 @@
+"""A pool: every stream as if it were alone, whatever the others do; tokens go first; a bound that refuses."""
+
+import copy
+import gc
+import itertools
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import zoo
+from zoo.blocks.mixer import mixers
+from zoo.sessions import sliced as sweep
+from zoo.sessions.slots import Slots
+
+PAUSE = 60.0
+
+
+def model(name="gdn4-sleep2-hard6", layers="attn gdn", **fields):
+    return zoo.create(name, **{"layers": layers, "d_model": 32, "d_ff": 16, "vocab_size": 11, **fields})
+
+
+def tokens(count, seed=0):
+    return torch.randint(0, 11, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("evict", ["hard9", "slide9", "full"])
+@pytest.mark.parametrize("kind", [*mixers.names(), "learned positions"])
+@torch.no_grad()
+def test_slots(kind, evict):
+    """Streams at different positions, put in and taken out in any order, a token at a time: the model one by one."""
+    if kind == "learned positions" and evict != "hard9":
+        return
+    fields = {"layers": "attn gdn", "learned_positions": True} if kind == "learned positions" else {"layers": f"{kind} gdn"}
+    whole = model(f"gdn4-sleep2-{evict}", blocks={"swa": {"window": 4}, "attn": {"kv_heads": 2}}, **fields)
+    slots: Slots[str] = Slots(whole, 3, whole.config.window or 40)
+    states = {name: whole.init_state() for name in "abcd"}
+    if evict != "full":
+        for n, name in enumerate("abcd"):
+            states[name] = whole.consolidate(tokens(9, seed=n), states[name])
+    for n, name in enumerate("abcd"):  # prompts of different lengths
+        states[name] = whole(tokens(n + 1, seed=n), states[name]).state
+    for turn, names in enumerate(["ab", "abc", "cb", "bd", "dba", "a", "c"]):
+        for name in list(slots.names):
+            if name not in names and turn % 2:
+                close(slots.take(name), states[name])
+        while len({*slots.names, *names}) > 3:
+            slots.take(next(name for name in slots.names if name not in names))
+        for name in names:
+            if name not in slots.names:
+                slots.put(name, states[name])
+        ids = torch.cat([tokens(1, seed=turn + ord(name)) for name in names])
+        got = slots.read(names, ids)
+        for row, name in enumerate(names):
+            want, states[name] = whole(ids[row : row + 1], states[name])
+            close(got[row : row + 1], want)
+    for name in list(slots.names):
+        close(slots.take(name), states[name])
+
+
+@pytest.mark.parametrize("evict", ["hard9", "slide9"])
+@torch.no_grad()
+def test_slots_compiled(evict):
+    """A token of several streams is one graph, without a break."""
+    whole = model(f"gdn4-sleep2-{evict}", layers="attn jet")
+    slots, plain = (Slots(whole, 3, 9) for _ in range(2))
+    slots.token = torch.compile(slots.token, fullgraph=True, backend="aot_eager")
+    for each in (slots, plain):
+        for n, name in enumerate("ab"):
+            each.put(name, whole(tokens(3 + n, seed=n)).state)
+    for turn in range(4):
+        close(slots.read("ab", tokens(2, seed=turn).mT), plain.read("ab", tokens(2, seed=turn).mT))
+    close(slots.take("b"), plain.take("b"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("evict", ["hard9", "slide9"])
+@torch.no_grad()
+def test_slots_recorded(evict):
+    """On a GPU: graphs of one, two and three streams, replayed while streams come and go; and sessions, which use them too."""
+    whole = model(f"gdn4-sleep2-{evict}", layers="attn jet swa gdn").cuda()
+    slots, states = Slots(whole, 3, 9), {}
+    for turn, names in enumerate(["a", "ab", "ab", "abc", "ca", "b", "abc"]):
+        for n, name in enumerate(names):
+            if name not in states:
+                states[name] = whole(tokens(n + 1).cuda()).state
+                slots.put(name, states[name])
+        ids = tokens(len(names), seed=turn).mT.cuda()
+        got = slots.read(names, ids)
+        for n, name in enumerate(names):
+            want, states[name] = whole(ids[n : n + 1], states[name])
+            close(got[n : n + 1], want)
+    for name, state in states.items():
+        close(slots.take(name), state)
+    stream, plain = zoo.Session(whole), zoo.Session(copy.deepcopy(whole).cpu())
+    assert [int(t) for t in stream.generate(tokens(5).cuda(), 30)] == [int(t) for t in plain.generate(tokens(5), 30)]
+
+
+@pytest.mark.parametrize("evict", ["hard6", "slide6"])
+@pytest.mark.parametrize("when", ["full", "interval(4)"])
+def test_every_stream_as_if_alone(evict, when):
+    """More streams than slots, prompts longer than a window, sampling, sleeps together: what a session of its own says.
+
+    Under interval(4) a stream of the pool goes on while it sleeps, so only its state after that is the same.
+    """
+    sleeping = model(f"gdn4-sleep2-{evict}")
+
+    def alone(n, session):
+        how = {"temperature": 1.0, "seed": n}
+        said = [int(t) for t in session.generate(tokens(1 + 3 * n, seed=n), 17, **how)]
+        said += [int(t) for t in session.generate(tokens(2, seed=n), 9, stop=[3], **how)]
+        session.sleep()
+        return said, session.state, session.stats()
+
+    want = [alone(n, zoo.Session(sleeping, when=when)) for n in range(6)]
+    with zoo.SessionPool(sleeping, slots=4, streams=6, when=when) as pool, ThreadPoolExecutor(6) as threads:
+        got = list(threads.map(lambda n: alone(n, pool.open()), range(6)))
+    for (said, state, stats), (wanted, wanted_state, wanted_stats) in zip(got, want, strict=True):
+        assert (stats.tokens, stats.state_bytes) == (wanted_stats.tokens, wanted_stats.state_bytes) or when != "full"
+        if when == "full":
+            assert said == wanted
+            close(state, wanted_state)
+            assert stats.sleeps == wanted_stats.sleeps
+
+
+def test_a_stream_that_goes_on_while_it_sleeps():
+    """The state after a sleep in the background is that of a sleep at once."""
+    sleeping = model("gdn4-sleep2-slide6")
+    with zoo.SessionPool(sleeping, when="interval(4)") as pool:
+        stream, plain = pool.open(), zoo.Session(sleeping, when="manual")
+        ids = tokens(6)
+        stream.feed(ids)
+        plain.feed(ids[:, :4])
+        plain.sleep()
+        plain.feed(ids[:, 4:])
+        stream.sleep()  # waits for the one under way, then sleeps on the two tokens left
+        plain.sleep()
+        close(stream.state, plain.state)
+        assert stream.stats().sleeps == 2
+
+
+def test_idle_streams_sleep_in_the_gap_and_together(monkeypatch):
+    sleeping, widths, now = model(), [], [0.0]
+    consolidation = sweep.consolidation
+
+    def spy(self, ids, state=None, **how):
+        widths.append(len(ids))
+        return consolidation(self, ids, state, **how)
+
+    monkeypatch.setattr(sweep, "consolidation", spy)
+    monkeypatch.setattr("zoo.sessions.pool.time.monotonic", lambda: now[0])  # however long the machine takes to feed all of them
+    with zoo.SessionPool(sleeping, slots=4, when="idle(0.1)") as pool:
+        streams = [pool.open() for _ in range(4)]
+        for n, stream in enumerate(streams):
+            stream.feed(tokens(5, seed=n))
+        assert not widths
+        now[0] = 0.2
+        for stream in streams:
+            assert stream._nap.ended.wait(PAUSE)
+        assert widths == [4]
+        for n, stream in enumerate(streams):
+            plain = zoo.Session(sleeping)
+            plain.feed(tokens(5, seed=n))
+            plain.sleep()
+            close(stream.state, plain.state)
+            close(stream.feed(tokens(3)), plain.feed(tokens(3)))
+
+
+def test_fork_save_load(tmp_path):
+    sleeping = model()
+    with zoo.SessionPool(sleeping, slots=2, streams=3) as pool:
+        stream, plain = pool.open(), zoo.Session(sleeping)
+        for each in (stream, plain):
+            list(each.generate(tokens(8), 2))
+        twin = stream.fork()
+        stream.save(tmp_path / "stream")
+        loaded = pool.open().load(tmp_path / "stream")
+        want = plain.feed(tokens(9, seed=1))
+        for each in (stream, twin, loaded, zoo.Session(sleeping).load(tmp_path / "stream")):
+            close(each.feed(tokens(9, seed=1)), want)
+
+
+def test_the_bound():
+    with zoo.SessionPool(model(), slots=2, streams=2) as pool:
+        first, _ = pool.open(), pool.open()
+        with pytest.raises(zoo.PoolFullError, match="streams: 2 are open"):
+            pool.open()
+        with pytest.raises(zoo.PoolFullError):
+            first.fork()
+        first.close()
+        with pytest.raises(zoo.ZooError, match="it is closed"):
+            first.feed(tokens(1))
+        last = pool.open()
+    with pytest.raises(zoo.ZooError, match="pool: it is closed"):
+        last.feed(tokens(1))
+    last.close()
+    with pytest.raises(zoo.ZooError, match="context: None; gdn4 never sleeps"):
+        zoo.SessionPool(model("gdn4"))
+    with zoo.SessionPool(model("gdn4"), context=7) as pool:
+        stream, plain = pool.open(), zoo.Session(model("gdn4"))
+        close(stream.feed(tokens(4)), plain.feed(tokens(4)))
+        close(stream.feed(tokens(1)), plain.feed(tokens(1)))
+        with pytest.raises(zoo.ZooError, match="3 tokens after 5; the pool holds a context of 7"):
+            stream.feed(tokens(3))
+        close(stream.feed(tokens(2)), plain.feed(tokens(2)))
+
+
+def live_bytes():
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "when"), [("gdn4-sleep2-hard30", "interval(20)"), ("gdn4-sleep2-slide30", "interval(20)"), ("gdn4", "full")]
+)
+def test_the_bound_in_bytes(name, when, monkeypatch):
+    """Whatever the streams do, they hold no more than what the pool says, and it does not say far too much."""
+    whole, held, turns = model(name), [], itertools.count()
+    how = {"slots": 2, "streams": 4, "when": when, "context": 60}
+    turn = zoo.SessionPool._turn
+
+    def spy(self):
+        turn(self)
+        if next(turns) % 16 == 0:  # to look at every object takes long
+            held.append(live_bytes())
+
+    gc.collect()  # what earlier tests left is not given back while the streams speak
+    before = live_bytes()
+    with zoo.SessionPool(whole, **how) as pool, ThreadPoolExecutor(4) as threads:
+        streams = [pool.open() for _ in range(4)]
+        with monkeypatch.context() as watched:  # alone: no other thread may build a tuple while `gc` holds it
+            watched.setattr(zoo.SessionPool, "_turn", spy)
+            list(threads.map(lambda stream: list(stream.generate(tokens(29), 30)), streams))
+        assert pool.sleeps or name == "gdn4"
+        assert pool.bytes / 6 < max(held) - before < pool.bytes
+        zoo.SessionPool(whole, **how, max_bytes=pool.bytes).close()
+        with pytest.raises(zoo.ZooError, match=f"max_bytes: .*; 2 slots and 4 streams of {name} may need {pool.bytes}: allow fewer"):
+            zoo.SessionPool(whole, **how, max_bytes=pool.bytes - 1)
+
+
+def test_one_call_at_a_time_and_listeners_that_leave():
+    with zoo.SessionPool(model()) as pool:
+        stream, plain = pool.open(), zoo.Session(model())
+        speech = stream.generate(tokens(3), 10_000)
+        next(speech)
+        with pytest.raises(zoo.ZooError, match="busy"):
+            stream.feed(tokens(1))
+        speech.close()
+        said = stream.stats().tokens + 1 - 3
+        assert said < 9_000
+        list(plain.generate(tokens(3), said))
+        close(stream.feed(tokens(4)), plain.feed(tokens(4)))
+
+
+def test_an_error_is_that_of_one_stream(monkeypatch):
+    """Of a sleep: raised to who waits for it, or by the next call; others go on, and the stream is as it was."""
+    sleeping = model()
+    consolidation = sweep.consolidation
+
+    def fails(self, ids, state=None, *, loops=None):
+        if (ids == 7).all():
+            raise MemoryError("no memory")
+        return consolidation(self, ids, state, loops=loops)
+
+    monkeypatch.setattr(sweep, "consolidation", fails)
+    with zoo.SessionPool(sleeping) as pool:
+        bad, good = pool.open(), pool.open()
+        sevens = torch.full((1, 6), 7)
+        bad.feed(sevens)
+        good.feed(tokens(6))
+        with pytest.raises(MemoryError):
+            bad.feed(sevens)
+        good.feed(tokens(6))
+        assert bad.stats().tokens == 6
+        bad.sleep(wait=False)
+        bad._nap and bad._nap.ended.wait(PAUSE)
+        with pytest.raises(MemoryError):
+            bad.feed(tokens(1))
+        monkeypatch.undo()
+        plain = zoo.Session(sleeping)
+        plain.feed(sevens)
+        close(bad.feed(tokens(3)), plain.feed(tokens(3)))
+
+
+def test_a_scheduler_that_dies_is_heard_of(monkeypatch):
+    with zoo.SessionPool(model()) as pool:
+        stream = pool.open()
+        monkeypatch.setattr(pool, "_turn", lambda: 1 / 0)
+        for _ in range(2):
+            with pytest.raises((ZeroDivisionError, zoo.ZooError), match="division by zero"):
+                stream.feed(tokens(2))
+        assert not any(thread.name == "zoo-pool" and thread.is_alive() for thread in threading.enumerate() if thread is pool.thread)
+
+
+@pytest.mark.parametrize("cycles", [20, pytest.param(1000, marks=pytest.mark.extended)])
+def test_nothing_stays_of_a_stream(cycles):
+    """Opened, asked, put to sleep and closed: no object, no thread, no byte of a tensor is left."""
+    with zoo.SessionPool(model(), slots=2, when="interval(4)") as pool:
+
+        def use():
+            stream = pool.open()
+            list(stream.generate(tokens(3), 4))
+            stream.sleep(wait=False)
+            stream.close()
+            return weakref.ref(stream)
+
+        def left():
+            pool.open().close()  # what the scheduler was last about
+            gc.collect()
+            return len(gc.get_objects()), live_bytes(), threading.active_count()
+
+        used = [use() for _ in range(5)]
+        left()
+        before = left()
+        assert not any(stream() for stream in used)
+        for _ in range(cycles):
+            use()
+        after = left()
+        assert after[0] < before[0] + 20
+        assert after[1:] == before[1:]
+        assert len(pool) == 0

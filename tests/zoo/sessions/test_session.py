@@ -1,0 +1,522 @@
+"""Sessions: any cut of a stream gives the same logits; a sleep in the background is taken up whole or leaves no trace."""
+
+import dataclasses
+import gc
+import itertools
+import json
+import threading
+import weakref
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import zoo
+from zoo.blocks.mixer import mixers
+from zoo.sessions.file import fingerprint
+
+POLICIES = ["hard6", "slide6"]
+PAUSE = 60.0  # seconds that no test waits for
+
+
+def model(name="gdn4-sleep2-hard6", layers="attn gdn", **fields):
+    return zoo.create(name, **{"layers": layers, "d_model": 32, "d_ff": 16, "vocab_size": 11, **fields})
+
+
+def session(name="gdn4-sleep2-hard6", batch_size=2, **how):
+    return zoo.Session(model(name), batch_size, **how)
+
+
+def tokens(count, batch_size=2, seed=0):
+    return torch.randint(0, 11, (batch_size, count), generator=torch.Generator().manual_seed(seed))
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def equal(a, b):
+    pairs = zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True)
+    return all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in pairs)
+
+
+class Gated:
+    """A model whose sleeps wait at the first block until `gate` is set, and fail if `error` is set."""
+
+    def __init__(self, inner, error=None):
+        self.inner, self.error = inner, error
+        self.config, self.init_state = inner.config, inner.init_state
+        self.begun, self.gate = threading.Event(), threading.Event()
+
+    def __call__(self, ids, state):
+        return self.inner(ids, state)
+
+    async def consolidation(self, ids, state, *, loops=None):
+        self.begun.set()
+        assert self.gate.wait(PAUSE)
+        await zoo.sessions.sliced.Turn()
+        if self.error:
+            raise self.error
+        return await zoo.sessions.sliced.consolidation(self.inner, ids, state, loops=loops)
+
+
+def gated(name="gdn4-sleep2-hard6", error=None, **how):
+    return zoo.Session(Gated(model(name), error), 2, **how)
+
+
+def let_it_end(stream):
+    stream.model.gate.set()
+    assert stream._nap.ended.wait(PAUSE)
+
+
+@pytest.mark.parametrize("evict", POLICIES)
+@pytest.mark.parametrize("kind", mixers.names())
+def test_any_cut_is_what_the_loss_sees(kind, evict):
+    """Every mixer: the logits of a stream cut at random are those of training with `sleep_on: every`."""
+    sleeping = model(f"gdn4-sleep2-{evict}", layers=f"{kind} gdn", sleep_on="every")
+    ids = tokens(20)
+    answers = sleeping.answers(ids, torch.ones_like(ids))
+    want = torch.empty(40, 11).index_copy(0, answers.place, answers.logits.detach()).view(2, 20, 11)[:, 1:]
+    for cuts in ([], range(1, 20), [5, 6, 13], [6, 12, 18], [11]):
+        stream = zoo.Session(sleeping, 2)
+        fed = [stream.feed(piece) for piece in ids.tensor_split(list(cuts), dim=1)]
+        close(torch.cat(fed, 1)[:, :-1], want)
+
+
+def test_a_model_without_a_window_may_be_cut_anywhere():
+    ids, whole, pieces = tokens(20), session("gdn4"), session("gdn4")
+    close(torch.cat([pieces.feed(p) for p in ids.split([5, 8, 7], dim=1)], 1), whole.feed(ids))
+    pieces.sleep()
+    assert pieces.stats().sleeps == 0
+
+
+def test_a_full_window_sleeps_when_the_next_token_comes():
+    stream = session()
+    ids = tokens(6)
+    stream.feed(ids)
+    assert stream.state.position == 6
+    awake = stream.state
+    stream.sleep()
+    assert stream.state.position == 0
+    assert torch.equal(stream.state.fast[1], stream.model.consolidate(ids, stream.model.init_state(2)).fast[1])
+    assert not torch.equal(stream.state.fast[1], awake.fast[1])
+    asleep = stream.state
+    stream.sleep()  # nothing to sleep on
+    assert stream.state is asleep
+
+
+def test_sleeping_early_evicts_what_there_is():
+    stream = session()
+    stream.feed(tokens(4))
+    stream.sleep()
+    stream.feed(tokens(6))
+    assert stream.state.position == 6
+
+
+def test_passes_per_sleep():
+    stream = session()
+    stream.feed(tokens(4))
+    stream.sleep(loops=5)
+    assert equal(stream.state, stream.model.consolidate(tokens(4), loops=5))
+    stream.feed(tokens(4))
+    with pytest.raises(zoo.ZooError, match="loops: 0 must be at least 1"):
+        stream.sleep(loops=0)
+
+
+@pytest.mark.parametrize("evict", POLICIES)
+def test_interval(evict):
+    stream, manual = session(f"gdn4-sleep2-{evict}", when="interval(4)"), session(f"gdn4-sleep2-{evict}", when="manual")
+    ids = tokens(10)
+    got, want = stream.feed(ids), []
+    for piece in ids.split(4, dim=1):
+        want.append(manual.feed(piece))
+        if piece.shape[1] == 4:
+            manual.sleep()
+    close(got, torch.cat(want, 1))
+    assert stream.stats().sleeps == 2
+
+
+def test_manual_refuses_what_does_not_fit_before_it_reads():
+    stream = session(when="manual")
+    stream.feed(tokens(4))
+    before = stream.state
+    with pytest.raises(zoo.ZooError, match="3 tokens; the window of 6 has room for 2, and the schedule is manual"):
+        stream.feed(tokens(3))
+    assert stream.state is before
+    stream.sleep()
+    stream.feed(tokens(6))
+
+
+@pytest.mark.parametrize("evict", POLICIES)
+def test_a_sleep_in_the_background_counts_as_if_at_once(evict):
+    stream, plain, awake = gated(f"gdn4-sleep2-{evict}"), session(f"gdn4-sleep2-{evict}"), session(f"gdn4-sleep2-{evict}")
+    first, meanwhile, later = tokens(10).split([3, 2, 5], dim=1)
+    for each in (stream, plain, awake):
+        each.feed(first)
+    stream.sleep(wait=False)
+    assert stream.model.begun.wait(PAUSE)
+    assert torch.equal(stream.feed(meanwhile), awake.feed(meanwhile))  # answered by the state that has not slept
+    assert stream.stats().sleeps == 0
+    let_it_end(stream)
+    plain.sleep()
+    plain.feed(meanwhile)
+    assert stream.stats().sleeps == 1
+    close((stream.state.fast, stream.state.window), (plain.state.fast, plain.state.window))
+    assert stream.state.position == plain.state.position
+    close(stream.feed(later), plain.feed(later))
+
+
+def test_a_full_window_waits_for_the_sleep_in_the_background():
+    stream, plain = gated(), session()
+    ids = tokens(12)
+    stream.feed(ids[:, :2])
+    stream.sleep(wait=False)
+    assert stream.model.begun.wait(PAUSE)
+    stream.feed(ids[:, 2:6])
+    threading.Timer(0.05, stream.model.gate.set).start()
+    stream.feed(ids[:, 6:])
+    plain.feed(ids[:, :2])
+    plain.sleep()
+    plain.feed(ids[:, 2:])
+    close(stream.state.fast, plain.state.fast)
+    assert stream.stats().sleeps == plain.stats().sleeps == 2
+
+
+def test_idle_uses_the_pause():
+    stream, plain = session(when="idle(0)"), session()
+    ids = tokens(9)
+    for each in (stream, plain):
+        each.feed(ids[:, :4])
+    assert stream._nap.ended.wait(PAUSE)
+    plain.sleep()
+    assert equal(stream.state, plain.state)
+    assert stream.stats().sleeps == 1
+    assert torch.equal(stream.feed(ids[:, 4:]), plain.feed(ids[:, 4:]))
+
+
+def test_a_token_comes_before_an_idle_sleep_has_ended():
+    stream, plain = gated(when="idle(0)"), session()
+    ids = tokens(5)
+    stream.feed(ids[:, :3])
+    assert stream.model.begun.wait(PAUSE)
+    nap = stream._nap
+    stream.schedule.pause = PAUSE
+    got = stream.feed(ids[:, 3:])
+    stream.model.gate.set()
+    assert nap.ended.wait(PAUSE)
+    assert nap.after is None
+    close(torch.cat([got], 1), plain.feed(ids)[:, 3:])
+    assert stream.stats().sleeps == 0
+    close(stream.state, plain.state)
+
+
+def test_idle_waits_for_the_pause():
+    stream = gated(when=f"idle({PAUSE})")
+    stream.feed(tokens(3))
+    assert not stream.model.begun.wait(0.1)
+    stream.close()
+
+
+@pytest.mark.parametrize("how", ["wait", "background", "idle"])
+def test_a_sleep_that_fails_is_heard_of_and_leaves_the_stream_as_it_was(how):
+    stream = gated(error=RuntimeError("out of memory"), when="idle(0)" if how == "idle" else "full")
+    plain = session()
+    ids = tokens(9)
+    stream.model.gate.set()
+    stream.feed(ids[:, :4])
+    plain.feed(ids[:, :4])
+    if how == "wait":
+        with pytest.raises(RuntimeError, match="out of memory"):
+            stream.sleep()
+    else:
+        if how == "background":
+            stream.sleep(wait=False)
+        assert stream._nap.ended.wait(PAUSE)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            stream.feed(ids[:, 4:])
+    assert equal(stream._moment[:3], plain._moment[:3])
+    stream.model.error = None
+    close(stream.feed(ids[:, 4:]), plain.feed(ids[:, 4:]))
+
+
+@pytest.mark.parametrize("evict", POLICIES)
+def test_fork(evict):
+    stream, alone = session(f"gdn4-sleep2-{evict}"), session(f"gdn4-sleep2-{evict}")
+    ids, left, right = tokens(9), tokens(9, seed=1), tokens(9, seed=2)
+    stream.feed(ids)
+    twin = stream.fork()
+    got = [stream.feed(left[:, :4]), twin.feed(right), stream.feed(left[:, 4:])]
+    alone.feed(ids)
+    assert torch.equal(torch.cat([got[0], got[2]], 1), torch.cat([alone.feed(left[:, :4]), alone.feed(left[:, 4:])], 1))
+    alone = session(f"gdn4-sleep2-{evict}")
+    alone.feed(ids)
+    assert torch.equal(got[1], alone.feed(right))
+    assert stream.stats().tokens == twin.stats().tokens == 18
+
+
+@pytest.mark.parametrize("evict", POLICIES)
+@pytest.mark.parametrize("kind", mixers.names())
+def test_decode_steps_of_fixed_shapes(kind, evict, tmp_path, monkeypatch):
+    """What a GPU records: the same logits and states, whatever comes between the tokens."""
+    sleeping, ids, file = model(f"gdn4-sleep2-{evict}", layers=f"{kind} gdn"), tokens(40), tmp_path / "stream"
+
+    def live():
+        stream, at, logits = zoo.Session(sleeping, 2), iter(range(40)), []
+
+        def feed(count):
+            logits.extend(stream.feed(ids[:, n : n + 1]) for n in itertools.islice(at, count))
+
+        feed(4)
+        logits.append(stream.feed(ids[:, [next(at) for _ in range(4)]]))
+        feed(9)  # over the end of a window
+        stream.sleep(loops=3)
+        feed(2)
+        stream.sleep(wait=False)
+        assert stream._nap.ended.wait(PAUSE)
+        feed(3)
+        twin = stream.fork()
+        feed(3)
+        logits.append(twin.feed(ids[:, :1]))
+        stream.save(file)
+        feed(2)
+        logits.append(stream.state.fast)
+        stream.load(file)
+        logits += stream.generate(ids[:, :1], 8)
+        return logits, stream.state, dataclasses.astuple(stream.stats())[:4]
+
+    def in_slots(self, ids):
+        used.append(self)
+        return decode(self, ids)
+
+    want, used, decode = live(), [], zoo.Session._decode
+    monkeypatch.setattr("zoo.sessions.session._decodes_in_slots", lambda model: True)
+    monkeypatch.setattr(zoo.Session, "_decode", in_slots)
+    close(live(), want)
+    assert len(used) > 25
+
+
+@pytest.mark.parametrize("evict", POLICIES)
+def test_stats(evict):
+    stream = session(f"gdn4-sleep2-{evict}")
+    described = zoo.describe(stream.model)
+    stream.feed(tokens(12))
+    stats = stream.stats()
+    assert (stats.tokens, stats.window, stats.sleeps) == (12, 6, 1)
+    assert stats.evicted == {"hard6": 6, "slide6": 1}[evict]
+    assert stats.state_bytes == 2 * described.state_bytes
+    if evict == "hard6":
+        assert stats.cache_bytes == 2 * described.window_bytes
+    stream.sleep()
+    assert stream.stats().evicted == {"hard6": 12, "slide6": 7}[evict]
+    assert 0 < stream.stats().seconds_asleep < PAUSE
+    assert 0 < stats.seconds_awake < PAUSE
+
+
+def test_generate_streams_greedily():
+    stream, manual = session(), session()
+    prompt = tokens(5)
+    token = manual.feed(prompt)[:, -1].argmax(-1)
+    for made in stream.generate(prompt, 9):
+        assert torch.equal(made, token)
+        token = manual.feed(token[:, None])[:, -1].argmax(-1)
+    # what was said is part of the stream: it is read when the stream goes on
+    assert stream.stats().tokens + 1 == manual.stats().tokens
+    close(stream.feed(tokens(3)), manual.feed(tokens(3)))
+    want = manual.feed(tokens(1))[:, -1].argmax(-1)
+    stream.feed(tokens(1))
+    assert torch.equal(next(stream.generate(None, 1)), want)
+
+
+def test_generation_that_is_dropped_keeps_what_was_said():
+    stream, manual = session(), session()
+    made = list(itertools.islice(stream.generate(tokens(5), 9), 3))
+    assert all(map(torch.equal, made, manual.generate(tokens(5), 3)))
+    close(stream.feed(tokens(2)), manual.feed(tokens(2)))
+
+
+def test_stop():
+    stream = session()
+    free = torch.stack(list(session().generate(tokens(5), 30, temperature=1, seed=1)), 1)
+    stop = [int(free[0, 3]), int(free[1, 7])]
+    ends = [min(i for i in range(30) if row[i] in stop) for row in free]
+    made = torch.stack(list(stream.generate(tokens(5), 30, temperature=1, seed=1, stop=stop)), 1)
+    assert made.shape[1] == max(ends) + 1
+    for row, end in zip(made, ends, strict=True):
+        assert row[end] in torch.tensor(stop)
+        assert (row[end:] == row[end]).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.generate(tokens(1), 0), "generate: tokens: 0: input should be greater than or equal to 1"),
+        (lambda s: s.generate(tokens(1), 3, temperature=-1), "temperature: -1"),
+        (lambda s: s.generate(tokens(1), 3, top_p=0), "top_p: 0"),
+        (lambda s: s.generate(None, 3), "prompt: nothing has been read yet"),
+        (lambda s: s.generate(tokens(0), 3), r"ids: \[2, 0\]"),
+        (lambda s: s.feed(tokens(3, batch_size=1)), r"ids: \[1, 3\] torch.int64; want \[2, T\]"),
+        (lambda s: s.feed(tokens(3).float()), "torch.float32; want"),
+        (lambda s: s.feed(tokens(0)), "T at least 1"),
+        (lambda s: s.feed(tokens(3) + 9), "vocabulary is 0 to 10"),
+        (lambda s: s.feed(tokens(3) - 9), "vocabulary is 0 to 10"),
+        (lambda s: zoo.Session(s.model, 0), "batch_size: 0"),
+        (lambda s: zoo.Session(s.model, when="intervall(3)"), r"unknown schedule 'intervall'; did you mean 'interval'"),
+        (lambda s: zoo.Session(s.model, when="interval"), r"schedule: 'interval'; interval takes `interval\(n\)`"),
+        (lambda s: zoo.Session(s.model, when="interval(two)"), "interval takes"),
+        (lambda s: zoo.Session(s.model, when="full(3)"), "schedule: 'full"),
+        (lambda s: zoo.Session(s.model, when="interval(7)"), "interval: 7 tokens; the model's window holds 6"),
+        (lambda s: zoo.Session(s.model, when="interval(2.5)"), "interval: 2.5"),
+        (lambda s: zoo.Session(s.model, when="idle(-1)"), "idle: -1"),
+        (lambda s: zoo.Session(s.model, when="interval("), "want a name"),
+        (lambda s: zoo.Session(model("gdn4"), when="idle(1)"), "never sleeps"),
+    ],
+)
+def test_bad_calls(call, message):
+    stream = session()
+    with pytest.raises(zoo.ZooError, match=message):
+        call(stream)
+    assert stream.stats().tokens == 0
+
+
+@pytest.mark.parametrize("evict", POLICIES)
+@pytest.mark.parametrize("layers", ["attn gdn", "swa jet mamba2", "mamba"])
+def test_a_saved_stream_goes_on_bit_for_bit(tmp_path, layers, evict):
+    sleeping = model(f"gdn4-sleep2-{evict}", layers=layers)
+    for read in (0, 3, 6, 9):
+        stream = zoo.Session(sleeping, 2)
+        if read:
+            list(stream.generate(tokens(read), 2))
+        stream.save(tmp_path / "stream")
+        loaded = zoo.Session(sleeping).load(tmp_path / "stream")
+        assert loaded._moment.counts == stream._moment.counts
+        ids = tokens(15, seed=1)
+        assert torch.equal(loaded.feed(ids), stream.feed(ids))
+    assert [path.name for path in tmp_path.iterdir()] == ["stream"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("evict", POLICIES)
+def test_a_sleep_goes_on_from_the_wake_pass(tmp_path, evict):
+    """Blocks that run while it sleeps: those of one pass less, also after a file and in a fork; all where tokens were read elsewhere."""
+    sleeping, seen = model(f"gdn4-sleep3-{evict}"), []
+    stream = zoo.Session(sleeping, 2, when="manual")
+    for block in sleeping.blocks:
+        block.register_forward_hook(lambda *_: seen.append(1))
+
+    def asleep(session):
+        seen.clear()
+        session.sleep()
+        return len(seen)
+
+    assert stream.stats().hidden_bytes == 0
+    stream.feed(tokens(3))
+    stream.feed(tokens(1, seed=1))
+    assert stream.stats().hidden_bytes == 2 * 4 * sleeping.config.d_model * 4
+    stream.save(tmp_path / "stream")
+    twins = [stream.fork(), zoo.Session(sleeping, when="manual").load(tmp_path / "stream")]
+    assert [asleep(session) for session in (stream, *twins)] == [2 * 2] * 3
+    wanted = sleeping.consolidate(torch.cat([tokens(3), tokens(1, seed=1)], dim=1))
+    for session in (stream, *twins):
+        assert session.stats().hidden_bytes == 0
+        close(session.state, wanted)
+    with zoo.SessionPool(sleeping, when="manual") as pool:
+        pooled = pool.open().load(one_row(tmp_path, sleeping))
+        assert asleep(pooled) == 3 * 2
+
+
+def one_row(folder, sleeping):
+    """The file of a session of one stream that has read something."""
+    stream = zoo.Session(sleeping, when="manual")
+    stream.feed(tokens(3, batch_size=1))
+    stream.save(folder / "row")
+    return folder / "row"
+
+
+def test_the_header_of_a_session(tmp_path):
+    session().save(tmp_path / "stream")
+    with safe_open(tmp_path / "stream", "pt") as file:
+        header = file.metadata()
+    assert header["model"] == "gdn4-sleep2-hard6"
+    assert len(header["config"]) == 16
+    assert json.loads(header["versions"])["torch"] == torch.__version__
+
+
+def test_another_model_is_refused(tmp_path):
+    stream = session()
+    stream.feed(tokens(4))
+    stream.save(tmp_path / "stream")
+    others = {
+        "model": model("gdn4-sleep3-hard6"),
+        "config": model(norm_eps=1e-5),
+        "weights": model(seed=1),
+    }
+    for field, other in others.items():
+        there = zoo.Session(other, 2)
+        there.feed(tokens(2))
+        before = there.state
+        with pytest.raises(zoo.ZooError, match=f"stream: {field}: the session is of"):
+            there.load(tmp_path / "stream")
+        assert there.state is before
+
+
+def test_weights_of_any_size_have_a_fingerprint():
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.zeros(1).expand(233_373_696))  # the embedding of jet2b; its last index is no float32
+    assert fingerprint(layer) != fingerprint(torch.nn.Linear(1, 1))
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    stream = session()
+    stream.feed(tokens(8))
+    file = tmp_path / "stream"
+    with pytest.raises(zoo.ZooError, match="stream: No such file"):
+        stream.load(file)
+    stream.save(file)
+    whole = file.read_bytes()
+    for cut in (0, 7, 100, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(zoo.ZooError, match="stream: cannot be read"):
+            stream.load(file)
+    file.write_bytes(whole)
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    for name in tensors:
+        rest = {other: tensor for other, tensor in tensors.items() if other != name}
+        save_file(rest, file, header)
+        with pytest.raises(zoo.ZooError, match="not a whole session"):
+            stream.load(file)
+        save_file({**rest, name: tensors[name].repeat(2, *[1] * (tensors[name].ndim - 1))}, file, header)
+        with pytest.raises(zoo.ZooError, match="not a whole session"):
+            stream.load(file)
+    save_file(tensors, file)
+    with pytest.raises(zoo.ZooError, match="format: None; want a session's file"):
+        stream.load(file)
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(zoo.ZooError, match="No such file"):
+        session().save(tmp_path / "nowhere" / "stream")
+
+
+@pytest.mark.parametrize("cycles", [20, pytest.param(1000, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_nothing_stays_of_a_session(how, cycles):
+    sleeping = model()
+
+    def use():
+        stream = zoo.Session(sleeping, when="idle(0)")
+        stream.feed(tokens(3, batch_size=1))
+        if how == "closed":
+            stream.close()
+        return weakref.ref(stream)
+
+    assert use()() is None
+    gc.collect()
+    threads, objects = threading.active_count(), len(gc.get_objects())
+    for _ in range(cycles):
+        use()
+    gc.collect()
+    assert threading.active_count() == threads
+    assert len(gc.get_objects()) < objects + 20

@@ -1,0 +1,331 @@
+"""Labels against brute force, splits apart, baselines against enumeration and simulation."""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+import zoo
+from zoo.config import validate
+from zoo.tasks import new_task, tasks
+from zoo.training.loop import TrainConfig, train
+
+
+@pytest.mark.parametrize(
+    ("fields", "length", "count"),
+    [({"nodes": 10}, 3, 3), ({"nodes": 9, "questions": 6}, 3, 6), ({"nodes": 10, "joint": True, "questions": 20}, 2, 20)],
+)
+def test_cycle_labels(fields, length, count):
+    task = new_task({"name": "cycle", "hops": 6, **fields})
+    m = task.nodes
+    ids, mask, level = task.batch(0, 0, 500)
+    assert ids.shape == (500, m + length * count)
+    for row, supervised, hops in zip(ids, mask, level, strict=True):
+        follows = dict(enumerate(row[:m]))
+        walked, node = [0], follows[0]
+        while node != 0:
+            walked.append(node)
+            node = follows[node]
+        assert sorted(walked) == list(range(m))
+        questions = row[m:].reshape(-1, length)
+        assert len({tuple(q[:-1]) for q in questions}) == len(questions)
+        for t, (*asked, answer) in enumerate(questions):
+            k, node = divmod(asked[0], m) if task.joint else (asked[0] - m + 1, asked[1])
+            assert 1 <= k <= 6
+            for _ in range(k):
+                node = follows[node]
+            assert answer == node
+            at = slice(m + length * t, m + length * (t + 1))
+            assert supervised[at].tolist() == [False] * (length - 1) + [True]
+            assert hops[at].tolist() == [0] * (length - 1) + [k]
+            assert at.start // m == (at.stop - 1) // m  # asked and answered in one window
+        assert not supervised[:m].any()
+
+
+def test_cycle_chance_by_simulation():
+    task = new_task({"name": "cycle", "nodes": 9, "hops": 8})
+    ids, mask, _ = task.batch(1, 0, 20_000)
+    start, answer = ids[:, 10::3], ids[:, 11::3]
+    assert mask[:, 11::3].all()
+    assert (start != answer).all()  # so a guess among the other nodes is right 1 in m - 1 times
+    counts = np.bincount(((answer - start) % 9).ravel(), minlength=9)[1:] / answer.size
+    assert np.abs(counts - task.chance()).max() < 0.01
+
+
+def brute_force_rule110(cells, steps):
+    table = {(1, 1, 1): 0, (1, 1, 0): 1, (1, 0, 1): 1, (1, 0, 0): 0, (0, 1, 1): 1, (0, 1, 0): 1, (0, 0, 1): 1, (0, 0, 0): 0}
+    for _ in range(steps):
+        cells = [table[cells[i - 1], cells[i], cells[(i + 1) % len(cells)]] for i in range(len(cells))]
+    return cells
+
+
+@pytest.mark.parametrize(("steps", "count"), [(0, 50), (1, 50), (5, 50), (32, 2500)])
+def test_rule110_labels(steps, count):
+    """At the paper's size, 10,000 labels."""
+    task = new_task({"name": "rule110", "width": 24, "strings": 4, "steps": steps})
+    ids, mask, level = task.batch(0, 0, count)
+    assert ids.shape == (count, 101)
+    for row, supervised in zip(ids, mask, strict=True):
+        states = row[:96].reshape(4, 24).tolist()
+        assert row[96] == 2
+        assert row[97:].tolist() == [brute_force_rule110(state, steps)[0] for state in states]
+        assert np.flatnonzero(supervised).tolist() == [97, 98, 99, 100]
+    assert set(level[mask]) == {steps}
+
+
+def test_rule110_baseline():
+    """The paper's width: .5617 of all cells are 1 after 32 steps, so always guessing 1 is right on .0995 of the sequences."""
+    task = new_task({"name": "rule110"})
+    assert task.chance() == pytest.approx(0.5617, abs=5e-5)
+    assert task.exact_chance() == pytest.approx(0.0995, abs=5e-5)
+
+
+def test_rule110_baseline_by_simulation():
+    """On 65,536 sequences the standard error is .0012."""
+    answers = new_task({"name": "rule110"}).batch(5, 0, 65_536).ids[:, -4:]
+    assert answers.all(axis=1).mean() == pytest.approx(0.0995, abs=0.005)
+
+
+@pytest.mark.parametrize(("width", "steps"), [(5, 3), (9, 8), (30, 4)])
+def test_rule110_share_of_ones(width, steps):
+    task = new_task({"name": "rule110", "width": width, "steps": steps})
+    if width < 10:
+        cells = [brute_force_rule110([(n >> i) & 1 for i in range(width)], steps)[0] for n in range(2**width)]
+        assert task.share_of_ones() == pytest.approx(np.mean(cells), abs=1e-12)
+    else:
+        ids = task.batch(0, 0, 20_000).ids
+        assert task.share_of_ones() == pytest.approx(ids[:, -4:].mean(), abs=0.01)
+
+
+SMALL = {
+    "cycle": {"nodes": 5, "hops": 2},
+    "rule110": {"width": 6, "strings": 1, "steps": 2},
+    "depo": {"nodes": 12, "hops": 3, "questions": 2},
+    "passkey": {"width": 4, "windows": 2, "pairs": 1, "keys": 2, "values": 3, "noise": 2},
+    "gsm-infinite": {"operations": 2, "shortest": 90, "longest": 120, "width": 100},
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        np.save(tmp_path / f"{split}.npy", rng.integers(0, 10, 5000, dtype=np.uint16) + 10 * (split == "test"))
+    return {
+        "name": "text",
+        "train": str(tmp_path / "train.npy"),
+        "test": str(tmp_path / "test.npy"),
+        "vocab": 20,
+        "length": 50,
+        "width": 20,
+    }
+
+
+def test_every_task_is_here():
+    assert tasks.names() == sorted([*SMALL, "text"])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_batches_are_reproducible_and_held_out(name):
+    task = new_task({"name": name, **SMALL[name]})
+    first, again, other = task.batch(3, 7, 64), task.batch(3, 7, 64), task.batch(3, 8, 64)
+    for a, b in zip(first, again, strict=True):
+        assert np.array_equal(a, b)
+    assert not np.array_equal(first.ids, other.ids)
+    contexts = {}
+    shown = first.ids.shape[1] // task.window * task.window
+    for split in ("train", "test"):
+        ids = np.concatenate([task.batch(0, step, 64 if name == "depo" else 256, split).ids[:, :shown] for step in range(20)])
+        contexts[split] = {row.tobytes() for row in ids}
+    assert contexts["train"]
+    assert contexts["test"]
+    assert not contexts["train"] & contexts["test"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_tokens_fit_the_vocabulary_and_the_window(name):
+    task = new_task({"name": name})
+    ids, mask, level = task.batch(0, 0, 300)
+    assert ids.min() == 0
+    assert ids.max() == task.vocab_size - 1
+    supervised_chunks = {t // task.window for t in np.flatnonzero(mask.any(0))}
+    assert supervised_chunks == {(ids.shape[1] - 1) // task.window}  # one prediction chunk, at the end
+    assert ((level > 0) == mask).all()
+
+
+def test_too_few_contexts_to_hold_any_out():
+    with pytest.raises(zoo.ZooError, match="too few contexts"):
+        new_task({"name": "cycle", "nodes": 3, "hops": 1}).batch(0, 0, 4, "test")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "task.name: None: want one of cycle, depo, gsm-infinite, passkey, rule110, text"),
+        ({"name": "cicle"}, "unknown task 'cicle'; did you mean 'cycle'"),
+        ({"name": "cycle", "node": 3}, "node: unknown field; did you mean 'nodes'"),
+        ({"name": "cycle", "nodes": 4, "hops": 4}, "hops: 4 must be less than nodes: 4"),
+        ({"name": "cycle", "nodes": 7, "questions": 3}, "questions: 3 of 3 tokens each do not fit into a window of 7"),
+        ({"name": "cycle", "nodes": 6, "questions": 25}, "questions: 25 is more than the 24 that there are"),
+        ({"name": "rule110", "width": 2}, "width: 2"),
+        ({"name": "depo", "nodes": 12, "questions": 3}, "questions: 3 of up to six tokens each do not fit into a window of 12"),
+        ({"name": "passkey", "width": 6, "pairs": 4}, "pairs: 4 of two tokens each"),
+        ({"name": "passkey", "keys": 15}, "keys: 15 are too few for 16 pairs"),
+        ({"name": "passkey", "questions": 17}, "questions: 17: want at most 16"),
+        ({"name": "text", "train": "nowhere.npy", "test": "b.npy", "vocab": 9}, "train: nowhere.npy: not a .npy file"),
+        ({"name": "text", "train": "a.npy", "test": "./a.npy", "vocab": 9}, "test: ./a.npy is also the file to train on"),
+    ],
+)
+def test_wrong_task(fields, message):
+    with pytest.raises(zoo.ZooError, match=message):
+        new_task(fields)
+
+
+def read_names(tokens):
+    """Names of a stretch of Depo tokens, read from left to right: a token above 50 ends a name."""
+    names, name = [], ()
+    for token in tokens:
+        assert 1 <= token <= 100
+        name += (int(token),)
+        if token > 50:
+            names.append(name)
+            name = ()
+    assert name == ()
+    return names
+
+
+def solve_depo(row):
+    """Questions of a sequence of the paper's size, walked hop by hop over the edges: [(k, answer, walked to)], and how many nodes."""
+    names = read_names(row[:300][row[:300] != 0])
+    assert (row[: np.flatnonzero(row)[0]] == 0).all()
+    follows = dict(zip(names[::2], names[1::2], strict=True))
+    questions, rest = [], [t for t in row[300:] if t != 0]
+    while rest:
+        k = rest.pop(0) - 100
+        end = rest.index(117)
+        ((start,), rest) = read_names(rest[:end]), rest[end + 1 :]
+        end = next(i for i, t in enumerate(rest) if t > 50)
+        ((answer,), rest) = read_names(rest[: end + 1]), rest[end + 1 :]
+        walked = start
+        for _ in range(k):
+            walked = follows[walked]
+        questions.append((k, start, answer, walked))
+    return questions, follows
+
+
+def test_depo_labels():
+    """10,000 training sequences of the paper's size; the sizes of the cycles are distributed as the source says."""
+    task = new_task({"name": "depo"})
+    sizes, hops = [], []
+    ids, mask, level = task.batch(0, 0, 10_000)
+    assert ids.shape == (10_000, 360)
+    for row, supervised, levels in zip(ids, mask, level, strict=True):
+        questions, follows = solve_depo(row)
+        assert all(answer == walked for _, _, answer, walked in questions)
+        assert len({start for _, start, _, _ in questions}) == len(questions) == min(len(follows), 10)
+        asked = [t for k, _, answer, _ in questions for t in [k] * (1 + len(answer))]
+        assert levels[supervised].tolist() == asked
+        marked = [t for _, _, answer, _ in questions for t in (117, *answer)]
+        assert row[supervised].tolist() == marked
+        sizes.append(len(follows))
+        hops += [k for k, *_ in questions]
+    n = np.arange(3, 76)
+    expected = 1 / (n + 75**0.5)
+    assert np.mean(sizes) == pytest.approx((n * expected).sum() / expected.sum(), abs=1)
+    assert np.abs(np.bincount(sizes, minlength=76)[3:] / 10_000 - expected / expected.sum()).max() < 0.01
+    assert np.abs(np.bincount(hops, minlength=17)[1:] / len(hops) - 1 / 16).max() < 0.005
+
+
+def test_depo_cycles_are_whole_and_the_largest_when_held_out():
+    for row in new_task({"name": "depo"}).batch(0, 0, 10, "test").ids:
+        _, follows = solve_depo(row)
+        node, seen = next(iter(follows)), set()
+        while node not in seen:
+            seen.add(node)
+            node = follows[node]
+        assert len(seen) == len(follows) == 75
+
+
+def test_depo_chance_by_simulation():
+    task = new_task({"name": "depo"})
+    ids, mask, _ = task.batch(0, 0, 2000, "test")
+    after, before = ids[mask], ids[:, :-1][mask[:, 1:]]
+    right = sum(np.bincount(after[before == token]).max() for token in np.unique(before))
+    assert right / mask.sum() == pytest.approx(task.chance(), abs=0.01)
+
+
+def test_passkey_labels():
+    task = new_task({"name": "passkey", "width": 16, "windows": 3, "pairs": 2, "keys": 10, "values": 5, "noise": 3})
+    ids, mask, level = task.batch(0, 0, 500)
+    assert ids.shape == (500, 3 * 16 + 2 * 6)
+    for row, supervised, ago in zip(ids, mask, level, strict=True):
+        found = {row[t]: (row[t + 1], 3 - t // 16) for t in range(48) if row[t] < 10}
+        assert len(found) == 6
+        assert all(10 <= value < 15 for value, _ in found.values())
+        assert np.flatnonzero(supervised).tolist() == list(range(49, 60, 2))
+        for t in range(48, 60, 2):
+            assert (row[t + 1], ago[t + 1]) == found[row[t]]
+    assert np.bincount(ids[mask])[10:].min() / mask.sum() == pytest.approx(task.chance(), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "cycle", "questions": 1},
+        {"name": "rule110", "strings": 1, "steps": 3},
+        {"name": "depo", "nodes": 12, "hops": 1, "questions": 1, "largest": True},
+        {"name": "passkey", "pairs": 1, "windows": 2, "keys": 8, "values": 8, "questions": 1},
+        {"name": "gsm-infinite", "operations": 2, "shortest": 90, "longest": 120, "width": 100},
+    ],
+    ids=lambda fields: fields["name"],
+)
+def test_the_answer_cannot_be_read_from_the_prediction_chunk(fields):
+    """A table of what followed the same prediction chunk elsewhere is right no more often than chance."""
+    task = new_task(fields)
+    (ids, mask, _), (asked, asked_mask, _) = task.batch(0, 0, 10_000), task.batch(0, 1, 2000)
+    shown = (ids.shape[1] - 1) // task.window * task.window
+    table, letters = defaultdict(Counter), defaultdict(Counter)
+    for row, t in zip(*np.nonzero(mask), strict=True):
+        table[ids[row, shown:t].tobytes()][ids[row, t]] += 1
+        letters[ids[row, t - 1]][ids[row, t]] += 1
+    right = [
+        (table.get(asked[row, shown:t].tobytes()) or letters[asked[row, t - 1]]).most_common(1)[0][0] == asked[row, t]
+        for row, t in zip(*np.nonzero(asked_mask), strict=True)
+    ]
+    assert np.mean(right) == pytest.approx(task.chance(), abs=0.03)
+
+
+def test_text(text):
+    task = new_task(text)
+    tokens = {split: np.load(text[split]) for split in ("train", "test")}
+    for split in ("train", "test"):
+        ids, mask, level = task.batch(0, 3, 8, split)
+        assert np.array_equal(ids, task.batch(0, 3, 8, split).ids)
+        windows = np.lib.stride_tricks.sliding_window_view(tokens[split], 50)
+        assert all((windows == row).all(axis=1).any() for row in ids)
+        assert level.tolist() == [[0] + [1] * 19 + [2] * 20 + [3] * 10] * 8
+        assert np.array_equal(mask, level > 0)
+    assert task.chance() == np.bincount(tokens["test"]).max() / 5000
+
+
+def test_text_refuses(text, tmp_path):
+    with pytest.raises(zoo.ZooError, match="length: 6000"):
+        new_task({**text, "length": 6000})
+    with pytest.raises(zoo.ZooError, match="token 9 in the train file; vocab says they are less than 9"):
+        new_task({**text, "vocab": 9}).batch(0, 0, 4)
+    np.save(tmp_path / "signed.npy", np.zeros(100, dtype=np.int64))
+    with pytest.raises(zoo.ZooError, match=r"train: .*signed.npy: int64 .*; want one dimension of unsigned integers"):
+        new_task({**text, "train": str(tmp_path / "signed.npy")})
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
+    with pytest.raises(zoo.ZooError, match=r"train: .*objects.npy: not a .npy file of numbers"):
+        new_task({**text, "train": str(tmp_path / "objects.npy")})
+
+
+def test_text_trains_and_sleeps_on_every_window(text, tmp_path):
+    plan = {"model": "gdn4-sleep2-hard20", "overrides": {"layers": "attn gdn", "d_model": 16}, "task": text, "steps": 3, "batch_size": 2}
+    results = train(validate(TrainConfig, {**plan, "eval_sequences": 2}, "test"), tmp_path / "run")
+    assert zoo.load(tmp_path / "run").config.sleep_on == "every"
+    assert set(results["loss_by_level"]) == {1, 2, 3}
+    plan["overrides"]["sleep_on"] = "unsupervised"
+    with pytest.raises(zoo.ZooError, match="sleep_on: 'unsupervised', but every window"):
+        train(validate(TrainConfig, plan, "test"), tmp_path / "other")

@@ -1,0 +1,82 @@
+"""Train in child processes that are killed, then go on in this one. Prints a JSON object: losses and a hash of the weights by case.
+
+A fresh process, because a process that has threads (as a test runner has) must not fork.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import zoo
+import zoo.training.parallel
+from zoo.config import validate
+from zoo.training.loop import StoppedError, TrainConfig, train
+
+CONFIG = {
+    "model": "gdn4-sleep2-hard6",
+    "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16},
+    "task": {"name": "cycle", "nodes": 6, "hops": 1},
+    "steps": 16,
+    "batch_size": 4,
+    "accumulate": 2,
+    "muon_lr": 0.02,
+    "log_every": 1,
+    "eval_sequences": 4,
+    "checkpoint_every": 3,
+}
+
+
+def send(number, step, metrics):
+    """Kill this very process at `step`."""
+    if metrics["step"] == step:
+        os.kill(os.getpid(), number)
+
+
+def kill_while_saving(step, metrics):
+    if metrics["step"] == step:
+        zoo.training.parallel.save_file = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def child(config, out, report):
+    """How the run ended: the signal that killed it, 0 if it stopped by itself."""
+    if (pid := os.fork()) == 0:
+        try:
+            train(config, out, report=report)
+        except StoppedError:
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def outcome(out):
+    digest = hashlib.sha256()
+    for name, tensor in zoo.load(out).state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    left = sorted(path.name for path in (out / "checkpoints").iterdir())
+    return {"steps": [m["step"] for m in lines], "losses": [m["loss"] for m in lines], "weights": digest.hexdigest(), "left": left}
+
+
+def main(folder, dtype, count):
+    torch.set_num_threads(1)
+    config = validate(TrainConfig, {**CONFIG, "dtype": dtype}, "test")
+    chosen = random.Random(0).sample(range(1, config.steps), count)
+    cases = {f"{number.name} at {step}": partial(send, number, step) for number in (signal.SIGTERM, signal.SIGKILL) for step in chosen}
+    cases["killed while saving"] = partial(kill_while_saving, 7)
+    ends = {name: child(config, folder / name, report) for name, report in cases.items()}
+    assert all(end == (0 if name.startswith("SIGTERM") else -signal.SIGKILL) for name, end in ends.items()), ends
+    train(config, folder / "uninterrupted")
+    for name in cases:
+        train(config, folder / name)
+    print(json.dumps({name: outcome(folder / name) for name in ["uninterrupted", *cases]}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

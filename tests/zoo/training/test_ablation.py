@@ -1,0 +1,253 @@
+"""Ablations: the arms a plan stands for, how they are matched, what is refused, and what a folder of runs becomes."""
+
+import csv
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import zoo
+from zoo.costs import training_flops
+from zoo.training.ablation import ablate, arms_of, read_plan, runs_of
+from zoo.training.plots import read_run
+
+BASE = {
+    "model": "gdn4-sleep2-hard5",
+    "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16},
+    "task": {"name": "cycle", "nodes": 5, "hops": 2},
+    "steps": 4,
+    "batch_size": 4,
+    "log_every": 1,
+    "eval_sequences": 8,
+}
+PLAN = {"base": BASE, "grid": {"overrides.loops": [1, 4]}, "seeds": [0, 3]}
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """A function that reads a plan from a file."""
+
+    def read(overrides=None, **fields):
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **fields}, sort_keys=False))
+        return read_plan(tmp_path / "plan.yaml", overrides)
+
+    return read
+
+
+def test_a_grid_is_every_combination_and_arms_come_on_top(planned):
+    plan = planned(
+        grid={"overrides.loops": [1, 4], "task.hops": [1, 3], "lr": [0.1]},
+        arms={"deep": {"overrides.layers": "(attn gdn)*2", "overrides.blocks.gdn.heads": 2}},
+    )
+    arms = arms_of(plan)
+    assert [arm.name for arm in arms] == [*(f"N={n} task.hops={k} lr=0.1" for n in (1, 4) for k in (1, 3)), "deep"]
+    assert [(a.config.overrides["loops"], a.config.task["hops"], a.config.lr) for a in arms[:4]] == [
+        (1, 1, 0.1), (1, 3, 0.1), (4, 1, 0.1), (4, 3, 0.1),
+    ]  # fmt: skip
+    deep = arms[-1].config
+    assert deep.overrides == {**BASE["overrides"], "layers": "(attn gdn)*2", "blocks": {"gdn": {"heads": 2}}}
+    assert (deep.task["nodes"], deep.lr) == (5, 3e-3)
+
+
+def test_a_plan_may_start_from_a_shipped_run_and_be_changed_on_the_command_line(tmp_path):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"run": "cycle", "base": {"steps": 7}, "grid": {"lr": [0.1, 0.2]}}))
+    plan = read_plan(tmp_path / "plan.yaml", {"base": {"task": {"hops": 2}}, "seeds": [5]})
+    assert plan.seeds == (5,)
+    assert (plan.base["steps"], plan.base["batch_size"], plan.base["task"]) == (7, 192, {"name": "cycle", "nodes": 12, "hops": 2})
+
+
+def test_matching_by_tokens_and_by_operations(planned):
+    """Counted apart from the plan: the steps that the costs of single passes call for."""
+    plan = planned(
+        {"base": {"steps": 100}},
+        grid={"overrides.loops": [1, 4]},
+        arms={"half": {"batch_size": 2, "overrides.loops": 1}, "deep": {"overrides.layers": "(attn gdn)*2", "overrides.loops": 1}},
+        match=["tokens", "flops"],
+    )
+    arms = arms_of(plan)
+    matched = runs_of(plan, arms)
+    steps = {match: {run.arm.name: run.steps for run in runs} for match, runs in matched.items()}
+    assert steps["tokens"] == {"N=1": 100, "N=4": 100, "half": 200, "deep": 100}
+
+    def per_sequence(layers, loops):
+        """A window of 5 consolidated, a question of 3 read, one answer scored; forward and twice that backward."""
+        fields = {"d_model": 16, "d_ff": 16, "layers": layers, "vocab_size": 7}
+        sleep = zoo.describe(f"gdn4-sleep{loops}-hard5", **fields).flops_per_sleep
+        wake = zoo.describe("gdn4-sleep1-hard3", **fields).flops_per_sleep
+        return 3 * (sleep + wake + 2 * 7 * 16)
+
+    once = per_sequence("attn gdn", 1)
+    assert arms[0].costs.flops == 4 * once
+    assert steps["flops"] == {
+        "N=1": 100,
+        "N=4": round(100 * once / per_sequence("attn gdn", 4)),
+        "half": 200,
+        "deep": round(100 * once / per_sequence("(attn gdn)*2", 1)),
+    }
+    assert steps["flops"]["N=4"] < steps["flops"]["deep"] < 100
+    by_other = {run.arm.name: run.steps for run in runs_of(planned({"base": {"steps": 100}}, reference="N=4"), arms[:2])["flops"]}
+    assert by_other == {"N=1": round(100 * per_sequence("attn gdn", 4) / once), "N=4": 100}
+
+
+def test_a_run_that_both_matchings_call_for_is_one(planned):
+    plan = planned()
+    matched = runs_of(plan, arms_of(plan))
+    assert {run for run in matched["tokens"] if run.arm.name == "N=1"} == {run for run in matched["flops"] if run.arm.name == "N=1"}
+    assert len({*matched["tokens"], *matched["flops"]}) == 6
+    assert len({run.folder for runs in matched.values() for run in runs}) == 6
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers": "attn swa", "evict": "sliding", "window": 4, "loops": 3, "span": (1, 1), "blocks": {"swa": {"window": 3}}},
+        {"layers": "attn", "evict": "none"},
+        {"layers": "attn*2", "evict": "sliding", "window": 4, "loops": 2, "sleep_on": "every"},
+    ],
+)
+def test_operations_of_a_step_as_torch_counts_them(fields):
+    """Attention and MLPs hold nothing but products that torch counts, and every one of these is also two backward."""
+    model = zoo.create("gdn4", d_model=16, **fields)
+    ids, mask = torch.randint(3, (2, 11)), torch.zeros(2, 11, dtype=torch.bool)
+    mask[:, [6, 9]] = True
+    if model.config.sleep_on == "every":
+        mask[:] = True
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.answers(ids, mask)
+    assert training_flops(model, mask) == 3 * counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"grid": {"overrides.lops": [1]}}, r"arm 'lops=1': .*lops: unknown field; did you mean 'loops'"),
+        ({"grid": {"stepz": [1]}}, r"arm 'stepz=1': stepz: unknown field"),
+        ({"grid": {"lr": [0.1, -1]}}, r"arm 'lr=-1': lr: -1"),
+        ({"grid": {"overrides.layers": ["attn gdn", "attn gdm"]}}, "arm 'layers=attn gdm': unknown block 'gdm'"),
+        ({"grid": {"task.hops": [1, 9]}}, "arm 'task.hops=9': .*hops: 9 must be less"),
+        ({"grid": {"overrides.window": [5, 6]}}, "arm 'window=6': window: 6, but the task"),
+        ({"arms": {"odd": {"optimizer": "adamv"}}}, "arm 'odd': unknown optimizer 'adamv'"),
+        ({"grid": {"steps": [1, 2]}}, "steps: belongs into base"),
+        ({"arms": {"other": {"seed": 1}}}, "seed: belongs into seeds"),
+        ({"grid": {}}, "neither grid nor arms"),
+        ({"grid": {"lr": []}}, "grid.lr: no values"),
+        ({"seeds": [1, 1]}, r"seeds: \[1, 1\] names one twice"),
+        ({"seeds": []}, "seeds: "),
+        ({"match": ["time"]}, "match.0: 'time'"),
+        ({"reference": "N=3"}, "reference: there is no arm 'N=3'; did you mean"),
+        ({"arms": {"N=1": {"lr": 1.0}}}, "arms.N=1: the grid has an arm of this name"),
+        ({"arms": {"a b": {"lr": 1.0}, "a_b": {"lr": 2.0}}}, "two would share a folder"),
+        ({"sedes": [1]}, "sedes: unknown field; did you mean 'seeds'"),
+        ({"run": "cycel"}, "unknown run 'cycel'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_data_is_made(planned, tmp_path, monkeypatch, fields, message):
+    monkeypatch.setattr("zoo.tasks.cycle.Cycle.contexts", lambda *_: pytest.fail("data was made"))
+    with pytest.raises(zoo.ZooError, match=message):
+        ablate(planned(**fields), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", [file.name for file in files("zoo.configs").joinpath("ablations").iterdir() if file.name.endswith(".yaml")]
+)
+def test_shipped_plans_fit_together(name):
+    plan = read_plan(name.removesuffix(".yaml"))
+    arms = arms_of(plan)
+    assert len(arms) > 1
+    assert plan.reference in (None, *(arm.name for arm in arms))
+
+
+def test_a_folder_becomes_a_table(planned, tmp_path):
+    """Trained once; what is written is what the runs' folders say; nothing is trained again."""
+    plan, out = planned(arms={"wild": {"lr": 1e30, "clip": 1e30, "overrides.loops": 1}}), tmp_path / "out"
+    with pytest.raises(zoo.ZooError, match=r"2 runs failed: wild, 4 steps, seed 3: .*try a lower lr"):
+        ablate(plan, out, processes=1)
+    folders = {path.name: path for path in (out / "runs").iterdir() if (path / "results.json").exists()}
+    assert len(folders) == 6
+    rows = list(csv.DictReader((out / "runs.csv").open()))
+    assert len(rows) == 2 * 2 * 2 * 3  # matchings, arms, seeds, two levels and all
+    for row in rows:
+        run = read_run(folders[f"{row['arm']}-{row['steps']}steps-seed{row['seed']}"])
+        level = row["level"]
+        assert float(row["accuracy"]) == (run.results["accuracy"] if level == "all" else run.results["by_level"][int(level)])
+        assert float(row["loss"]) == (run.results["loss"] if level == "all" else run.results["loss_by_level"][int(level)])
+        assert (run.config.seed, run.config.steps, run.loops) == (int(row["seed"]), int(row["steps"]), int(row["overrides.loops"]))
+        assert int(row["tokens"]) == run.metrics[-1]["tokens"] == run.config.steps * 4 * 8
+    flops = {(row["arm"], int(row["flops"])) for row in rows if row["match"] == "flops"}
+    (_, low), (_, high) = sorted(flops, key=lambda pair: pair[1])
+    assert high / low < 1.5  # of 4 steps and of 2
+
+    table = (out / "table.md").read_text()
+    tokens = table.partition("## The same training FLOPs")[0]
+    (line,) = (line for line in tokens.splitlines() if line.startswith("| N=4 |"))
+    found = [float(row["accuracy"]) for row in rows if (row["match"], row["arm"], row["level"]) == ("tokens", "N=4", "all")]
+    assert f"{sum(found) / 2:.1%} ({100 * min(found):.1f}-{100 * max(found):.1f})" in line
+    assert "wild" not in table
+    assert (out / "tokens.png").read_bytes()[:4] == (out / "flops.png").read_bytes()[:4] == b"\x89PNG"
+
+    finished = {path: (path / "results.json").stat().st_mtime_ns for path in folders.values()}
+    with pytest.raises(zoo.ZooError, match="holds another ablation"):
+        ablate(planned(), out)
+    (out / "table.md").unlink()
+    with pytest.raises(zoo.ZooError, match="2 runs failed"):
+        ablate(plan, out, processes=1)
+    assert (out / "table.md").read_text() == table
+    assert {path: (path / "results.json").stat().st_mtime_ns for path in folders.values()} == finished
+
+
+def test_something_else_in_the_folder_is_left_alone(planned, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(zoo.ZooError, match="already exists"):
+        ablate(planned(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("blow", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_ablation_goes_on(planned, tmp_path, blow):
+    """No process is left behind, what was under way goes on from its checkpoint, and no run is lost."""
+    plan, out = (
+        planned({"base": {"steps": 300, "checkpoint_every": 5}}, grid={"lr": [0.001]}, seeds=[0], match=["tokens"]),
+        tmp_path / "out",
+    )
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")))
+    command = [sys.executable, "-c", "from zoo.cli import main; main()", "ablate", tmp_path / "plan.yaml", "--out", out, "--processes", "1"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    folder = out / "runs" / "lr=0.001-300steps-seed0"
+    wait_for(lambda: list(folder.glob("checkpoints/[0-9]*")))
+    running.send_signal(blow)
+    _, errors = running.communicate(timeout=600)
+    assert ("goes on from there" in errors) == (blow == signal.SIGTERM)
+    wait_for(lambda: not held(folder))  # after SIGKILL the worker stops by itself
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    reached = int(max(path.name for path in folder.glob("checkpoints/[0-9]*")))
+    assert 5 <= reached == lines[-1]["step"] < 300
+    assert "| lr=0.001 |" in ablate(plan, out, processes=1)
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 301))
+    assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][: len(lines)] == lines
+
+
+def held(folder):
+    """Whether a process trains there."""
+    with (folder / "train.yaml").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def wait_for(happened, seconds=600):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)

@@ -1,0 +1,216 @@
+"""Training: it learns, repeats itself, splits parameters as it says, and treats files with care."""
+
+import json
+
+import pytest
+import torch
+
+import zoo
+from zoo.config import validate
+from zoo.tasks import new_task
+from zoo.training.loop import TrainConfig, backward, evaluate, read_config, schedule, train
+from zoo.training.optimizers import Weights, freeze, make_optimizers
+from zoo.training.parallel import Team
+
+SMALL = {
+    "model": "gdn4-sleep2",
+    "overrides": {
+        "layers": "attn gdn",
+        "learned_positions": True,
+        "d_model": 32,
+        "d_ff": 48,
+        "window": 6,
+        "blocks": {"attn": {"heads": 2}, "gdn": {"heads": 2}},
+    },
+    "task": {"name": "cycle", "nodes": 6, "hops": 1},
+    "steps": 6,
+    "batch_size": 16,
+    "log_every": 2,
+    "eval_sequences": 40,
+}
+
+
+ALONE = Team(torch.device("cpu"))
+
+
+def plan(**changes):
+    return validate(TrainConfig, {**SMALL, **changes}, "test")
+
+
+def test_it_learns(tmp_path):
+    results = train(plan(steps=250, batch_size=64, lr=1e-2), tmp_path / "run")
+    assert results["accuracy"] > 0.9 > 2 * results["chance"]
+    assert results["accuracy"] == pytest.approx(results["by_level"][1], abs=1e-4)
+
+
+@pytest.mark.parametrize("muon_lr", [None, 0.02])
+def test_a_run_repeats_itself_and_loads(tmp_path, muon_lr):
+    for name in ("first", "second"):
+        results = train(plan(muon_lr=muon_lr), tmp_path / name)
+    first, second = (zoo.load(tmp_path / name) for name in ("first", "second"))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("first", "second")]
+    assert [line["step"] for line in lines[0]] == [2, 4, 6]
+    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+    assert (
+        evaluate(first, new_task(SMALL["task"]), 40)
+        == results
+        == json.loads(
+            (tmp_path / "second" / "results.json").read_text(),
+            object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()},
+        )
+    )
+    assert read_config(tmp_path / "first" / "train.yaml") == plan(muon_lr=muon_lr)
+
+
+def test_evaluate_counts_like_a_loop_over_answers():
+    task = new_task({"name": "cycle", "nodes": 9, "hops": 2})
+    model = zoo.create("gdn4-sleep2-hard9", layers="attn gdn", d_model=16, vocab_size=task.vocab_size)
+    results = evaluate(model, task, 30, batch_size=30)
+    ids, mask, level = (torch.from_numpy(x) for x in task.batch(0, 0, 30, "test"))
+    right = {1: [], 2: []}
+    exact = []
+    for row, supervised, hops in zip(ids, mask, level, strict=True):
+        state = model.consolidate(row[None, :9])
+        predicted = model(row[None, 9:], state).logits[0].argmax(-1)
+        hits = [(int(hops[t]), bool(predicted[t - 10] == row[t])) for t in range(9, len(row)) if supervised[t]]
+        exact.append(all(hit for _, hit in hits))
+        for k, hit in hits:
+            right[k].append(hit)
+    assert results["by_level"] == {k: pytest.approx(sum(hits) / len(hits), abs=1e-5) for k, hits in right.items()}
+    assert results["exact"] == pytest.approx(sum(exact) / 30)
+    assert results["answers"] == 30 * 3
+    assert evaluate(model, task, 30, loops=1) != evaluate(model, task, 30, loops=3)
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    model = zoo.create("gdn4", d_model=16)
+    adam, muon = make_optimizers(model, Weights(model), lr=1e-3, muon_lr=0.02)
+    names = {id(p): name for name, p in model.named_parameters()}
+    in_muon, in_adam = ({names[id(p)] for group in o.param_groups for p in group["params"]} for o in (muon, adam))
+    assert in_muon | in_adam == set(names.values())
+    assert not in_muon & in_adam
+    assert in_muon == {n for n in names.values() if n.startswith("blocks.") and n.endswith("_proj.weight")}
+
+
+def rates(optimizers, model):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
+
+
+def test_rates_and_freezing_by_name():
+    model = zoo.create("gdn4", d_model=16)
+    freeze(model, ["*.mlp.*", "head.*"])
+    scale = {"blocks.0.*": 0.5, "*.A_log": 3.0, "blocks.*.mixer_norm.*": 2.0}
+    found = rates(make_optimizers(model, Weights(model), lr=0.1, muon_lr=0.01, lr_scale=scale), model)
+    assert found.keys() == {name for name, _ in model.named_parameters() if ".mlp." not in name and name != "head.weight"}
+    for name, rate in found.items():
+        factor = 0.5 if name.startswith("blocks.0.") else 3 if name.endswith("A_log") else 2 if ".mixer_norm." in name else 1
+        base = 0.01 if name.startswith("blocks.") and name.endswith("_proj.weight") else 0.1
+        assert rate == pytest.approx(base * factor), name
+
+
+def test_what_is_frozen_stays(tmp_path):
+    train(plan(frozen=["blocks.0.*"]), tmp_path / "run")
+    trained = zoo.load(tmp_path / "run").state_dict()
+    fresh = zoo.create("gdn4-sleep2", **SMALL["overrides"], vocab_size=7).state_dict()
+    assert {name for name in fresh if torch.equal(fresh[name], trained[name])} == {name for name in fresh if name.startswith("blocks.0.")}
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    config = plan()
+    task = new_task(config.task)
+    gradients, losses = [], []
+    for accumulate in (1, 3):  # 16 sequences do not divide evenly
+        model = zoo.create(config.model, **config.overrides, vocab_size=7, dtype=torch.float64)
+        weights = Weights(model)
+        losses.append(backward(model.answers, weights, task.batch(0, 0, 16), accumulate=accumulate, team=ALONE).loss)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
+    assert torch.allclose(*gradients, rtol=0, atol=1e-12)
+    ids, mask, _ = (torch.from_numpy(x) for x in task.batch(0, 0, 16))
+    assert losses[0] == pytest.approx(model.loss(ids, mask).item(), abs=1e-12)
+
+
+def test_bfloat16_is_trained_through_float32_copies(tmp_path):
+    config = plan(dtype="bfloat16", lr=1e-2, steps=80, batch_size=32)
+    train(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert all(p.dtype == torch.bfloat16 for p in zoo.load(tmp_path / "run").parameters())
+    model = torch.nn.ParameterDict({"w": torch.ones(1, dtype=torch.bfloat16)})
+    weights = Weights(model)
+    (sgd,) = [torch.optim.SGD(weights.wide.values(), lr=1e-3)]
+    for _ in range(8):  # each too small a step to change a bfloat16 1
+        (model["w"] * 1).sum().backward()
+        weights.take_gradients()
+        sgd.step()
+        sgd.zero_grad()
+        weights.hand_back()
+    assert weights.wide["w"].item() == pytest.approx(0.992)
+    assert model["w"].item() == torch.tensor(0.992, dtype=torch.bfloat16).item()
+
+
+def test_schedule():
+    rates = [schedule(step, plan(steps=100, warmup=0.1, decay=0.3)) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:71] == [1.0] * 62
+    assert rates[85] == pytest.approx(0.5)
+    assert 0 < rates[99] < 0.04
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(zoo.ZooError, match="try a lower lr; there is no checkpoint yet"):
+        train(plan(lr=1e30, steps=20, clip=1e30), tmp_path / "run")
+
+
+def test_a_loss_that_grows_stops_the_run_and_the_last_checkpoint_is_named(tmp_path):
+    with pytest.raises(
+        zoo.ZooError, match=r"loss .* at step \d+; try a lower lr; the last good checkpoint is .*checkpoints/000000\d\d"
+    ) as raised:
+        train(plan(lr=3.0, steps=40, clip=1e30, diverged=2, checkpoint_every=1, warmup=0.9), tmp_path / "run")
+    model = zoo.load(str(raised.value).rpartition(" is ")[2])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(zoo.ZooError, match="already exists"):
+        train(plan(), tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: 0"),
+        ({"stepz": 5}, "stepz: unknown field; did you mean 'steps'"),
+        ({"model": "gdn4-sleep2-hard9", "overrides": {}}, "window: 9, but the task lays its sequences out for windows of 6"),
+        ({"overrides": {"vocab_size": 3, "window": 6}}, "vocab_size: 3 is less than the 7 tokens of the task"),
+        ({"task": {"name": "cycle", "nodes": 1}}, "nodes: 1"),
+        ({"model": "gdn9"}, "unknown model 'gdn9'"),
+        ({"optimizer": "adamv"}, "unknown optimizer 'adamv'; did you mean 'adamw'"),
+        ({"frozen": ["blocks.7.*"]}, "frozen: 'blocks.7.*' matches no parameter"),
+        ({"frozen": ["*"]}, "frozen: no parameter is left to train"),
+        ({"lr_scale": {"embd*": 2.0}}, "lr_scale: 'embd.' matches no parameter"),
+    ],
+)
+def test_wrong_config_is_refused_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(zoo.ZooError, match=message):
+        train(plan(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 17}, "accumulate: 17 parts are more than the 16 sequences"),
+        ({"lr_scale": {"*": 0.0}}, "want factors above 0"),
+        ({"dtype": "float16"}, "dtype: 'float16'"),
+        ({"keep": 0}, "keep: 0"),
+    ],
+)
+def test_wrong_values(changes, message):
+    with pytest.raises(zoo.ZooError, match=message):
+        plan(**changes)

@@ -1,0 +1,178 @@
+"""Every shipped run fits together at full shape, every small twin trains, and runs start from weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from zoo.config import shipped, validate
+from zoo.training.loop import TrainConfig, prepare, read_config, train
+
+RUNS = sorted(shipped("train"))
+SMALL = [name for name in RUNS if name.endswith("-small")]
+QUICK = {"steps": 2, "batch_size": 4, "eval_sequences": 4, "log_every": 1}
+ORACLES = "tests/data/oracles"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A tokenizer.json in place of those that the recipes download."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(["The number of"], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(path))
+    return str(path)
+
+
+def whole(name, tokenizer):
+    config = read_config(name)
+    return read_config(name, {"task": {"tokenizer": tokenizer}}) if str(config.task.get("tokenizer")).startswith("hub:") else config
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_shipped_runs_fit_together(name, tokenizer):
+    """At full shape, with its optimisers and the patterns of its names, in no memory."""
+    config = whole(name, tokenizer)
+    task, model, _, weights, optimizers = prepare(config, torch.device("meta"))
+    assert task.window == model.config.window
+    assert model.config.vocab_size >= task.vocab_size
+    trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in weights.wide.values()}
+    assert len(optimizers) == 1 + (config.muon_lr is not None)
+    new = {f"blocks.{i}.{n}" for i, block in enumerate(model.blocks) for n, _ in block.named_parameters() if block.inserted}
+    assert set(weights.wide) == (new if "warmup" in name else {n for n, _ in model.named_parameters()})
+
+
+def test_recipes_that_are_asked_for_have_their_twins():
+    for name in ("rule110-paper", "depo-paper", "gsm-jet2b", "gsm-ourojet", "gsm-ourojet-slide512", "gsm-samba421m"):
+        assert {name, f"{name}-small", f"{name}-h200"} <= set(RUNS)
+        paper, twin = read_config(name), read_config(f"{name}-h200")
+        assert (twin.steps, twin.batch_size, twin.lr, twin.muon_lr, twin.task) == (
+            paper.steps,
+            paper.batch_size,
+            paper.lr,
+            paper.muon_lr,
+            paper.task,
+        )
+
+
+@pytest.mark.parametrize("name", ["gsm-jet2b", "gsm-ourojet", "gsm-ourojet-slide512", "gsm-ourojet-slide512-warmup"])
+def test_fine_tuning_is_that_of_the_paper(name):
+    config = read_config(name)
+    assert (config.batch_size, config.lr, config.muon_lr, config.seed) == (256, 5e-5, 1e-3, 0)
+    assert config.task["operations"] == 8
+    model = prepare(read_config(name, {"task": {"tokenizer": None}}), torch.device("meta")).model
+    assert model.config.loops == (6 if "jet2b" in name else 4)
+    assert model.config.vocab_size == zoo.create(model.config.name.partition("-")[0], device="meta").config.vocab_size
+
+
+def quick(name):
+    return read_config(name, QUICK)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if "slide512" not in name])
+def test_small_twins_train(name, tmp_path):
+    results = train(quick(name), tmp_path / "run")
+    assert results["answers"] >= 4
+
+
+def test_a_recipe_of_two_phases(tmp_path, monkeypatch):
+    """The inserted blocks alone under hard eviction, then everything under a sliding window, from where the first run ended."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("gsm-ourojet-slide512-warmup-small", "gsm-ourojet-slide512-small"):
+        train(quick(name), tmp_path / "runs" / name)
+    before = prepare(quick("gsm-ourojet-slide512-warmup-small"), torch.device("cpu")).model.state_dict()
+    warm, done = (zoo.load(tmp_path / "runs" / name).state_dict() for name in ("gsm-ourojet-slide512-warmup-small", name))
+    changed = {name for name in before if not torch.equal(before[name], warm[name])}
+    assert changed
+    assert all(name.startswith(("blocks.2.", "blocks.5.")) for name in changed)
+    assert {name for name in warm if not torch.equal(warm[name], done[name])} >= {"embed.weight", "blocks.0.mixer.q_proj.weight"}
+    start = prepare(quick("gsm-ourojet-slide512-small"), torch.device("cpu")).model
+    assert start.config.evict == "sliding"
+    assert all(torch.equal(warm[name], tensor) for name, tensor in start.state_dict().items())
+
+
+SMALLEST = {
+    "model": "gdn4-sleep2-hard6",
+    "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16},
+    "task": {"name": "cycle", "nodes": 6, "hops": 1},
+    "checkpoint_every": 1,
+    **QUICK,
+}
+
+
+def plan(**changes):
+    return validate(TrainConfig, {**SMALLEST, **changes}, "test")
+
+
+def test_a_run_starts_from_another_and_goes_on_without_it(tmp_path):
+    train(plan(lr=0.1), tmp_path / "first")
+
+    def stop(metrics):
+        shutil.rmtree(tmp_path / "first")
+        raise KeyboardInterrupt
+
+    expected = zoo.load(tmp_path / "first").state_dict()
+    second = plan(weights=str(tmp_path / "first"), seed=1, steps=4, model="gdn4-sleep3-slide6")
+    assert all(torch.equal(expected[n], t) for n, t in prepare(second, torch.device("cpu")).model.state_dict().items())
+    train(second, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(second, tmp_path / "second", report=lambda metrics: stop(metrics) if metrics["step"] == 3 else None)
+    train(second, tmp_path / "second")
+    ends = [zoo.load(tmp_path / name).state_dict() for name in ("whole", "second")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_run_starts_from_upstream(tmp_path):
+    overrides = {"evict": "hard", "window": 6, "loops": 2}
+    config = json.loads(Path(f"{ORACLES}/jet-nemotron-a/config.json").read_text())
+    model = zoo.load(f"{ORACLES}/jet-nemotron-a")
+    (tmp_path / "model.yaml").write_text(model.config.yaml())
+    fields = {**overrides, "vocab_size": config["vocab_size"]}
+    run = plan(model=str(tmp_path / "model.yaml"), overrides=fields, weights=f"{ORACLES}/jet-nemotron-a")
+    started = prepare(run, torch.device("cpu")).model
+    assert all(torch.equal(tensor, started.state_dict()[name]) for name, tensor in model.state_dict().items())
+    train(run, tmp_path / "run")
+    for name, tensor in zoo.load(f"{ORACLES}/jet-nemotron-a").state_dict().items():  # the file is as it was
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": "nowhere"}, "nowhere"),
+        ({"weights": "hub"}, "pretrained: no published weights are known"),
+        ({"weights": "first", "overrides": {"layers": "attn gdn gdn", "d_model": 16, "d_ff": 16}}, "pattern: the checkpoint has"),
+        ({"weights": "first", "overrides": {"layers": "attn gdn", "d_model": 32, "d_ff": 16}}, "d_model: the checkpoint has 16"),
+        (
+            {"weights": "first", "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16, "blocks": {"attn": {"heads": 2}}}},
+            "blocks.attn.heads",
+        ),
+        ({"weights": "first", "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16, "inject": True}}, "'inject'"),
+    ],
+)
+def test_weights_that_do_not_fit(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    train(plan(), "first")
+    with pytest.raises(zoo.ZooError, match=message):
+        train(plan(**changes), "second")
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_file_says_only_what_differs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("base: cycle\nsteps: 7\ntask: {hops: 2}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nlr: 0.5\n")
+    config, cycle = read_config("b.yaml", {"seed": 3}), read_config("cycle")
+    assert (config.steps, config.lr, config.seed, config.task) == (7, 0.5, 3, {**cycle.task, "hops": 2})
+    assert config.model_dump(exclude={"steps", "lr", "seed", "task"}) == cycle.model_dump(exclude={"steps", "lr", "seed", "task"})
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    with pytest.raises(zoo.ZooError, match=r"base: 'b.yaml' is based on this run itself"):
+        read_config("b.yaml")
+    (tmp_path / "a.yaml").write_text("base: cicle\n")
+    with pytest.raises(zoo.ZooError, match="unknown run 'cicle'; a YAML file, or did you mean 'cycle'"):
+        read_config("a.yaml")

@@ -1,0 +1,168 @@
+"""Metrics reach TensorBoard and Weights & Biases as they stand in metrics.jsonl; utilisation and time left are arithmetic."""
+
+import json
+import sys
+import types
+from datetime import timedelta
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.utils.flop_counter import FlopCounterMode
+
+import zoo
+from zoo.cli import main
+from zoo.costs import training_flops
+from zoo.tasks import new_task
+from zoo.training.progress import _line, _time_left, add_run, advance, new_progress
+from zoo.training.reporting import peak_flops, tensorboard
+
+RUN = """
+model: gdn4-sleep2-hard6
+overrides: {layers: attn gdn, d_model: 16, d_ff: 16}
+task: {name: cycle, nodes: 6, hops: 2}
+steps: 6
+batch_size: 4
+eval_sequences: 4
+log_every: 1
+checkpoint_every: 2
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "run.yaml").write_text(RUN)
+    return tmp_path / "run.yaml"
+
+
+def command(*arguments, status=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == status, result.output + repr(result.exception)
+    return result
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder):
+    """Name -> step -> value, as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return {name: {event.step: event.value for event in board.Scalars(name)} for name in board.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_what_the_lines_say(tmp_path, config):
+    command("train", config, "--out", tmp_path / "run")
+    shown = events(tmp_path / "run" / "tensorboard")
+    assert {"loss", "accuracy", "by_level/1", "by_level/2", "grad_norm", "lr", "tokens_per_second", "memory"} <= shown.keys()
+    for line in lines(tmp_path / "run"):
+        for name in ("loss", "grad_norm", "lr", "tokens"):
+            assert shown[name][line["step"]] == pytest.approx(line[name], rel=1e-6)
+        for level, share in line["by_level"].items():
+            assert shown[f"by_level/{level}"][line["step"]] == pytest.approx(share, rel=1e-6)
+
+
+def test_a_run_that_goes_on_takes_back_what_was_lost(tmp_path):
+    for first, loss in ((1, 1.0), (3, 2.0)):  # killed after 5, saved at 2
+        with tensorboard(tmp_path) as write:
+            for step in range(first, 6):
+                write({"step": step, "loss": loss, "by_level": {}})
+    assert events(tmp_path / "tensorboard")["loss"] == {1: 1.0, 2: 1.0, 3: 2.0, 4: 2.0, 5: 2.0}
+
+
+def test_without_tensorboard_nothing_is_written(tmp_path, config, monkeypatch):
+    monkeypatch.setattr("zoo.training.reporting.find_spec", lambda name: None)
+    command("train", config, "steps=1", "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_weights_and_biases(tmp_path, config, monkeypatch):
+    calls, logged = [], []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: calls.append("finish"))
+
+    def init(**settings):
+        assert (tmp_path / "run").is_dir()
+        calls.append(settings)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    command("train", config, "--out", tmp_path / "run", "--wandb", "sleep")
+    settings, end = calls
+    assert end == "finish"
+    assert (settings["project"], settings["name"], settings["resume"]) == ("sleep", "run", "allow")
+    assert settings["config"]["steps"] == 6
+    assert [(step, values["loss"]) for step, values in logged] == [(m["step"], m["loss"]) for m in lines(tmp_path / "run")]
+    assert "by_level/2" in logged[0][1]
+    command("train", config, "--out", tmp_path / "other", "--wandb", "sleep")
+    assert calls[2]["id"] != settings["id"]
+
+
+def test_weights_and_biases_that_is_not_installed_is_told_before_any_work(tmp_path, config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    said = command("train", config, "--out", tmp_path / "run", "--wandb", "sleep", status=2).stderr
+    assert "--wandb: sleep: needs pip install 'sleep-zoo[wandb]'" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peaks(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_utilisation(tmp_path, config, monkeypatch):
+    """FLOPs of a token in training, as torch counts them, times tokens per second, of what the device could do."""
+    monkeypatch.setattr("zoo.training.loop.peak_flops", lambda device: 1e9)
+    command("train", config, "overrides.layers=attn swa", "overrides.evict=sliding", "dtype=bfloat16", "--out", tmp_path / "run")
+    model = zoo.load(tmp_path / "run")
+    ids, mask, _ = (torch.from_numpy(x) for x in new_task({"name": "cycle", "nodes": 6, "hops": 2}).batch(0, 0, 4))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model.answers(ids, mask).losses().sum().backward()
+    assert training_flops(model, mask) == pytest.approx(counter.get_total_flops(), rel=0.1)  # the first layer's input has no gradient
+    for line in lines(tmp_path / "run"):
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * training_flops(model, mask) / ids.numel() / 1e9, abs=1e-4)
+    command("train", config, "--out", tmp_path / "float32")
+    assert "mfu" not in lines(tmp_path / "float32")[0]
+
+
+METRICS = {
+    "step": 25,
+    "tokens": 50_000,
+    "loss": 1.5,
+    "accuracy": 0.25,
+    "by_level": {1: 0.5, 2: 0.0},
+    "tokens_per_second": 1000,
+    "memory": 3 * 2**30,
+}
+
+
+def test_time_left():
+    assert _time_left(METRICS, 100) == timedelta(seconds=150)
+    assert _time_left(METRICS, 25) == timedelta()
+
+
+def test_progress_says_it_all():
+    line = _line("run", 100, {**METRICS, "mfu": 0.415})
+    assert line == "run step 25/100 loss 1.500 accuracy 0.250 (50% 0%) 1,000 tokens/s  MFU 41.5% 3.0 GiB, 0:02:30 left"
+    with new_progress() as progress:
+        bar = add_run(progress, "run", 100)
+        advance(progress, bar, METRICS)
+        assert progress.tasks[bar].fields["mfu"] == ""
+        advance(progress, bar, {**METRICS, "mfu": 0.415})
+        assert progress.tasks[bar].fields["mfu"].strip() == "MFU 41.5%"

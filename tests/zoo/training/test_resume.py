@@ -1,0 +1,104 @@
+"""A run that was interrupted ends as if it had not been, and a run's folder is never taken for another's."""
+
+import fcntl
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from zoo.config import validate
+from zoo.training.loop import TrainConfig, train
+from zoo.training.run_folder import NotFiniteError, RunFolder
+
+
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 5), ("bfloat16", 1)])
+def test_interrupted_at_any_step_and_resumed_is_bit_identical(tmp_path, dtype, count):
+    script = Path(__file__).with_name("interrupted.py")
+    done = subprocess.run([sys.executable, script, tmp_path, dtype, str(count)], check=True, capture_output=True, text=True)
+    cases = json.loads(done.stdout)
+    whole = cases.pop("uninterrupted")
+    assert len(cases) == 2 * count + 1
+    assert whole["steps"] == list(range(1, 17))
+    assert len(set(whole["losses"])) == 16
+    for name, case in cases.items():
+        assert case["losses"] == whole["losses"], name
+        assert case["steps"] == whole["steps"], name
+        assert case["weights"] == whole["weights"], name
+        assert not [left for left in case["left"] if left.startswith(".")], name
+
+
+SMALL = {
+    "model": "gdn4-sleep2-hard6",
+    "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16},
+    "task": {"name": "cycle", "nodes": 6, "hops": 1},
+    "steps": 8,
+    "batch_size": 4,
+    "eval_sequences": 64,
+    "checkpoint_every": 1,
+    "lr": 1e-2,
+}
+
+
+def plan(**changes):
+    return validate(TrainConfig, {**SMALL, **changes}, "test")
+
+
+def test_the_newest_and_the_best_checkpoints_stay(tmp_path):
+    held_out = {}
+
+    class Watched(RunFolder):
+        def save(self, model, tensors, progress, *, keep):
+            held_out[progress["step"]] = progress["held_out_loss"]
+            path = super().save(model, tensors, progress, keep=keep)
+            best = min(held_out, key=held_out.get)
+            expected = sorted({*list(held_out)[-2:], best})
+            assert [int(p.name) for p in self.checkpoints()] == expected
+            assert int(self.best().name) == best
+            return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zoo.training.loop.RunFolder", Watched)
+        patch.setattr("zoo.training.loop.evaluate", lambda *_, **__: {"loss": next(losses)})
+        losses = iter([3.0, 1.0, 2.0, 2.5, 0.5, 0.7, 0.6, 0.1])
+        train(plan(), tmp_path / "run")
+    assert list(held_out.values()) == [3.0, 1.0, 2.0, 2.5, 0.5, 0.7, 0.6]
+    assert zoo.load(tmp_path / "run" / "checkpoints" / "00000005").config.name == "gdn4-sleep2-hard6"
+
+
+def test_no_pickle_is_written(tmp_path):
+    train(plan(muon_lr=0.01, dtype="bfloat16"), tmp_path / "run")
+    endings = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert endings == {".yaml", ".json", ".jsonl", ".safetensors"}
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    model = zoo.create("gdn4", layers="gdn", d_model=16)
+    run = RunFolder(tmp_path / "run", {"steps": 1})
+    with run.held(), pytest.raises(NotFiniteError, match="momentum/x is not finite after step 3"):
+        run.save(model, {"momentum/x": torch.tensor([1.0, float("nan")])}, {"step": 3, "held_out_loss": 1.0}, keep=1)
+    assert run.checkpoints() == []
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    with pytest.raises(zoo.ZooError, match="stopped here"):
+        train(plan(), tmp_path / "run", report=stop)
+    with (tmp_path / "run" / "train.yaml").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(zoo.ZooError, match="another process is training here"):
+            train(plan(), tmp_path / "run")
+    train(plan(), tmp_path / "run")
+
+
+def stop(metrics):
+    raise zoo.ZooError("stopped here")
+
+
+def test_half_a_line_of_metrics_is_forgotten(tmp_path):
+    run = RunFolder(tmp_path, {})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    run.trim_metrics(2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -1,0 +1,446 @@
+"""An HTTP server with the routes of OpenAI's completions and chat. A session id keeps a stream's fast weights between requests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from zoo.registry import ZooError
+from zoo.sessions.pool import BusyError, PoolFullError, SessionPool, Stream
+from zoo.text.tokenizers import Bytes
+
+try:
+    import anyio
+    import anyio.to_thread
+    import prometheus_client as prometheus
+    from fastapi import FastAPI, Request
+    from fastapi import HTTPException as FastAPIHTTPException
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+    from starlette.exceptions import HTTPException
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+except ImportError:
+    raise ZooError("serve: needs pip install 'sleep-zoo[serve]'") from None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on."""
+
+    body: int = 2**20
+    """Bytes of a request."""
+    prompt: int = 32_768
+    """Tokens of a request's prompt."""
+    tokens: int = 4_096
+    """Tokens of an answer."""
+    idle: float = 3_600.0
+    """Seconds after which a session that nobody asks may be forgotten."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class Ask(_Strict):
+    """What both routes take."""
+
+    model: str
+    stream: bool = False
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    n: Literal[1] = 1
+    session: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]{1,64}$", description="keeps the stream between requests")
+
+
+class Completion(Ask):
+    """The prompt continues the session's stream, if there is one."""
+
+    prompt: str | list[Annotated[int, Field(ge=0, lt=2**31)]]
+    max_tokens: int = Field(16, ge=1)
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+
+class Chat(Ask):
+    """With a session, messages that it has seen are skipped: send the whole conversation, or what is new."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+class Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: Problem
+
+
+class Refusal(Exception):  # noqa: N818
+    """An answer in OpenAI's error shape."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        self.status = status
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A stream that lives between requests, and which messages it has seen."""
+
+    stream: Stream
+    used: float = field(default_factory=time.monotonic)
+    busy: bool = False
+    seen: int = 0
+    digest: str = ""
+
+
+class _Sessions:
+    def __init__(self, pool: SessionPool, idle: float) -> None:
+        self._pool, self._idle, self._lock = pool, idle, Lock()
+        self._kept: dict[str, _Kept] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def borrow(self, name: str | None) -> _Kept:
+        """The stream of a session, for one request; without a name, a new one."""
+        with self._lock:
+            self._forget_idle()
+            kept = self._kept.get(name) if name else None
+            if kept is not None and kept.busy:
+                raise Refusal(409, f"session: '{name}' is busy with another request", "session", "session_busy")
+            if kept is None:
+                try:
+                    kept = _Kept(self._pool.open())
+                except PoolFullError as error:
+                    raise Refusal(429, f"{error}; try again later", None, "too_many_sessions") from None
+                if name:
+                    self._kept[name] = kept
+            kept.busy = True
+            return kept
+
+    def give_back(self, name: str | None, kept: _Kept) -> None:
+        kept.busy, kept.used = False, time.monotonic()
+        if not name:
+            kept.stream.close()
+
+    def forget(self, name: str) -> bool:
+        with self._lock:
+            kept = self._kept.get(name)
+            if kept is None or kept.busy:
+                return False
+            del self._kept[name]
+            kept.stream.close()
+            return True
+
+    def _forget_idle(self) -> None:
+        now = time.monotonic()
+        for name in [name for name, kept in self._kept.items() if not kept.busy and now - kept.used > self._idle]:
+            self._kept.pop(name).stream.close()
+
+
+class _Metrics:
+    def __init__(self, sessions: _Sessions, pool: SessionPool) -> None:
+        self.registry = prometheus.CollectorRegistry()
+        self.requests = prometheus.Counter("zoo_requests", "Requests answered", ["route", "status"], registry=self.registry)
+        self.tokens = prometheus.Counter("zoo_tokens", "Tokens read and generated", ["kind"], registry=self.registry)
+        buckets = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+        self.first = prometheus.Histogram("zoo_first_token_seconds", "To the first token", registry=self.registry, buckets=buckets)
+        self.each = prometheus.Histogram("zoo_token_seconds", "Between tokens", registry=self.registry, buckets=buckets)
+        prometheus.Gauge("zoo_sessions", "Sessions kept", registry=self.registry).set_function(lambda: len(sessions))
+        prometheus.Gauge("zoo_streams", "Streams open", registry=self.registry).set_function(lambda: len(pool))
+        prometheus.Gauge("zoo_streams_bytes", "Bytes that states of streams take at most", registry=self.registry).set(pool.bytes)
+        prometheus.Gauge("zoo_sleeps", "Sleeps that have ended", registry=self.registry).set_function(lambda: pool.sleeps)
+
+
+def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = None) -> FastAPI:
+    """The server of one model as an ASGI app. Closes the pool when it shuts down."""
+    limits = limits or Limits()
+    sessions = _Sessions(pool, limits.idle)
+    metrics = _Metrics(sessions, pool)
+    born = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = pool.streams + 16  # a thread for every stream that speaks
+        yield
+        pool.close()
+
+    app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(_SmallBodies, limit=limits.body)
+
+    def refuse(request: Request, refusal: Refusal) -> JSONResponse:
+        metrics.requests.labels(_route(request), refusal.status).inc()
+        return JSONResponse(refusal.body, refusal.status)
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> JSONResponse:
+        return refuse(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return refuse(
+                request, Refusal(400, f"body: no JSON: {first['ctx']['error']}, character {first['loc'][-1]}", None, "json_invalid")
+            )
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return refuse(request, Refusal(400, f"{where}: {first['msg']}" if where else first["msg"], where or None, first["type"]))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        answer = refuse(request, Refusal(error.status_code, str(error.detail)))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return refuse(request, Refusal(500, f"{type(error).__name__}: {error}"))
+
+    errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}},
+        **errors,
+    }
+
+    @app.get("/v1/models", responses=errors)
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": born, "owned_by": "sleep-zoo"}]}
+
+    @app.delete("/v1/sessions/{session}", responses=errors)
+    def forget(session: str) -> dict[str, Any]:
+        if not sessions.forget(session):
+            raise Refusal(404, f"session: '{session}' does not exist, or is busy", "session", "session_not_found")
+        return {"id": session, "object": "session", "deleted": True}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def numbers() -> Response:
+        return Response(prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+    @app.post("/v1/completions", response_model=None, responses=answers)
+    def completions(ask: Completion, request: Request) -> Response:
+        ids = text.encode(ask.prompt) if isinstance(ask.prompt, str) else ask.prompt
+        shape = _Shape("cmpl", "text_completion", "text_completion", name, lambda piece: {"text": piece}, lambda piece: {"text": piece})
+        return answer(ask, request, lambda kept: ids, ask.max_tokens, shape)
+
+    @app.post("/v1/chat/completions", response_model=None, responses=answers)
+    def chat(ask: Chat, request: Request) -> Response:
+        def new_ids(kept: _Kept) -> list[int]:
+            messages = [message.model_dump() for message in ask.messages]
+            known = kept.seen < len(messages) and _digest(messages[: kept.seen]) == kept.digest
+            return text.chat(messages[kept.seen :] if known else messages)
+
+        shape = _Shape(
+            "chatcmpl",
+            "chat.completion",
+            "chat.completion.chunk",
+            name,
+            lambda piece: {"message": {"role": "assistant", "content": piece}},
+            lambda piece: {"delta": {"role": "assistant", "content": piece}},
+        )
+        return answer(ask, request, new_ids, ask.max_completion_tokens or ask.max_tokens or limits.tokens, shape)
+
+    def answer(ask: Ask, request: Request, new_ids: Callable[[_Kept], list[int]], tokens: int, shape: _Shape) -> Response:
+        if ask.model != name:
+            raise Refusal(404, f"model: '{ask.model}' does not exist; there is '{name}'", "model", "model_not_found")
+        if tokens > limits.tokens:
+            raise Refusal(400, f"max_tokens: {tokens} is more than {limits.tokens}", "max_tokens", "max_tokens_exceeded")
+        kept = sessions.borrow(ask.session)
+        try:
+            ids = new_ids(kept)
+            if len(ids) > limits.prompt:
+                raise Refusal(400, f"prompt: {len(ids)} tokens are more than {limits.prompt}", "prompt", "context_length_exceeded")
+            speech = _Speech(kept, ids, ask, tokens, text, metrics)
+            if isinstance(ask, Chat):
+                speech.messages = [message.model_dump() for message in ask.messages]
+        except ZooError as error:
+            sessions.give_back(ask.session, kept)
+            raise Refusal(409 if isinstance(error, BusyError) else 400, str(error)) from None
+        except BaseException:
+            sessions.give_back(ask.session, kept)
+            raise
+
+        over = False
+
+        def end() -> None:
+            nonlocal over
+            if not over:
+                over = True
+                speech.close()
+                sessions.give_back(ask.session, kept)
+
+        metrics.requests.labels(_route(request), 200).inc()
+        if ask.stream:
+            return _Events(shape.events(speech, end), end)
+        try:
+            return JSONResponse(shape.whole("".join(speech), speech))
+        finally:
+            end()
+
+    return app
+
+
+class _Speech:
+    """One answer: pieces of text, cut where a stop word begins. The first token is there when it has been made."""
+
+    def __init__(self, kept: _Kept, ids: list[int], ask: Ask, tokens: int, text: Bytes, metrics: _Metrics) -> None:
+        self.prompt_tokens, self.tokens, self.finish = len(ids), 0, "length"
+        self.messages: list[dict[str, str]] | None = None
+        self._kept, self._metrics, self._text = kept, metrics, text
+        self._stops = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
+        started = time.perf_counter()
+        self._ids = kept.stream.generate(
+            torch.tensor([ids], dtype=torch.int64) if ids else None,
+            tokens,
+            stop=text.stop,
+            temperature=ask.temperature,
+            top_p=ask.top_p,
+            top_k=ask.top_k,
+            repetition_penalty=ask.repetition_penalty,
+            seed=ask.seed,
+        )
+        self._first = int(next(self._ids))
+        self._at = time.perf_counter()
+        metrics.first.observe(self._at - started)
+        metrics.tokens.labels("prompt").inc(len(ids))
+
+    def close(self) -> None:
+        self._ids.close()  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[str]:
+        said, sent = "", 0
+        for piece in self._pieces():
+            said += piece
+            ends = [at for stop in self._stops if (at := said.find(stop, max(0, sent - len(stop)))) >= 0]
+            if ends:
+                self.finish, said = "stop", said[: min(ends)]
+                break
+            certain = len(said) - max((len(stop) - 1 for stop in self._stops), default=0)
+            if certain > sent:
+                yield said[sent:certain]
+                sent = certain
+        if said[sent:]:
+            yield said[sent:]
+        if self.messages is not None:
+            messages = [*self.messages, {"role": "assistant", "content": said}]
+            self._kept.seen, self._kept.digest = len(messages), _digest(messages)
+
+    def _pieces(self) -> Iterator[str]:
+        decode, token = self._text.decoder(), self._first
+        while True:
+            self.tokens += 1
+            self._metrics.tokens.labels("completion").inc()
+            if token in self._text.stop:
+                self.finish = "stop"
+                return
+            yield decode(token)
+            following = next(self._ids, None)
+            if following is None:
+                return
+            token, now = int(following), time.perf_counter()
+            self._metrics.each.observe(now - self._at)
+            self._at = now
+
+    def usage(self) -> dict[str, int]:
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": self.prompt_tokens + self.tokens}
+
+
+class _Shape:
+    """How a route writes its answers."""
+
+    def __init__(self, prefix: str, kind: str, chunk: str, model: str, whole: Callable[[str], Any], part: Callable[[str], Any]) -> None:
+        self._id, self._kind, self._chunk = f"{prefix}-{uuid.uuid4().hex}", kind, chunk
+        self._model, self._whole, self._part = model, whole, part
+        self._created = int(time.time())
+
+    def _frame(self, kind: str, choice: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        choices = [{"index": 0, "finish_reason": finish, "logprobs": None, **choice}]
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+
+    def whole(self, said: str, speech: _Speech) -> dict[str, Any]:
+        return {**self._frame(self._kind, self._whole(said), speech.finish), "usage": speech.usage()}
+
+    def events(self, speech: _Speech, end: Callable[[], None]) -> Iterator[str]:
+        try:
+            for piece in speech:
+                yield f"data: {json.dumps(self._frame(self._chunk, self._part(piece), None))}\n\n"
+            end()  # before the client hears of it: its next request may be here at once
+            yield f"data: {json.dumps({**self._frame(self._chunk, self._part(''), speech.finish), 'usage': speech.usage()})}\n\n"
+        except Exception as error:  # the status has been sent
+            yield f"data: {json.dumps(Refusal(500, str(error)).body)}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+class _Events(StreamingResponse):
+    """Server-sent events; `end` is called when they have been sent, or the client has left."""
+
+    def __init__(self, events: Iterator[str], end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._end)
+
+
+class _SmallBodies:
+    """Refuses a request whose body is larger than the limit, before and while it is read."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.limit:
+                raise FastAPIHTTPException(413, f"body: more than {self.limit} bytes")
+            return message
+
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.limit:
+            refusal = Refusal(413, f"body: {int(declared)} bytes are more than {self.limit}", None, "request_too_large")
+            await JSONResponse(refusal.body, refusal.status, {"connection": "close"})(scope, receive, send)
+            return
+        await self.app(scope, counted, send)
+
+
+def _digest(messages: list[dict[str, str]]) -> str:
+    return hashlib.sha256(json.dumps(messages).encode()).hexdigest() if messages else ""
+
+
+def _route(request: Request) -> str:
+    route = request.scope.get("route")
+    return getattr(route, "path", "other")

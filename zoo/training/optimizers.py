@@ -1,0 +1,151 @@
+"""Which optimiser changes which parameter, how fast, and where its state is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from zoo.model import Model
+from zoo.registry import Registry, ZooError
+from zoo.training.parallel import shared_like
+
+MakeOptimizer = Callable[[list[dict[str, Any]], float, float], torch.optim.Optimizer]
+"""Groups of `params` and `lr`, default rate, weight decay -> optimiser."""
+
+optimizers: Registry[MakeOptimizer] = Registry("optimizer", "optimizers")
+optimizers.register("adamw", lambda groups, lr, decay: torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=decay))
+optimizers.register("muon", lambda groups, lr, decay: Muon(groups, lr=lr, weight_decay=decay))
+
+
+class Muon(torch.optim.Muon):
+    """Also for matrices that processes hold shares of (FSDP2).
+
+    Momentum and parameters stay shared; the update of one matrix after the other is put together and made orthogonal by every
+    process, which is what one process would do with it.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            settings = {name: value for name, value in group.items() if name in self.defaults}
+            alone = {**settings, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                change = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=p.device))
+                change.grad = update.full_tensor()
+                torch.optim.Muon([change], **alone).step()
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(shared_like(change, p))
+        return loss
+
+
+class Weights:
+    """The float32 (or wider) parameters that the optimisers change, by name: the model's own, or copies of narrower ones."""
+
+    def __init__(self, model: Model) -> None:
+        self.of_model = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.wide = {name: p if p.itemsize >= 4 else nn.Parameter(p.detach().float()) for name, p in self.of_model.items()}
+        self.copied = {name: p for name, p in self.wide.items() if p is not self.of_model[name]}
+
+    def take_gradients(self) -> None:
+        """Add the gradients of narrow parameters to those of their copies."""
+        for name, copy in self.copied.items():
+            if (grad := self.of_model[name].grad) is not None:
+                copy.grad = grad.float() if copy.grad is None else copy.grad + grad
+                self.of_model[name].grad = None
+
+    @torch.no_grad()
+    def hand_back(self) -> None:
+        """Round the copies into the narrow parameters."""
+        for name, copy in self.copied.items():
+            self.of_model[name].copy_(copy)
+
+
+def freeze(model: Model, patterns: Iterable[str]) -> None:
+    """Let the parameters whose names match a pattern stay as they are. Raises ZooError."""
+    for pattern in patterns:
+        for name in _matching(model, pattern, "frozen"):
+            model.get_parameter(name).requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ZooError("frozen: no parameter is left to train")
+
+
+def make_optimizers(
+    model: Model,
+    weights: Weights,
+    *,
+    lr: float,
+    muon_lr: float | None = None,
+    weight_decay: float = 0.0,
+    optimizer: str = "adamw",
+    lr_scale: Mapping[str, float] | None = None,
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks if `muon_lr` is given; `optimizer` for everything else.
+
+    Args:
+        lr_scale: name patterns and what the rate is multiplied by; the first that matches counts.
+    Raises:
+        ZooError: an unknown optimiser, or a pattern that matches nothing.
+    """
+    scale: dict[str, float] = {}
+    for pattern, factor in (lr_scale or {}).items():
+        scale = {**dict.fromkeys(_matching(model, pattern, "lr_scale"), factor), **scale}
+    linear = {f"blocks.{name}.weight" for name, m in model.blocks.named_modules() if isinstance(m, nn.Linear)} if muon_lr else set()
+    made = []
+    for kind, rate, chosen in (
+        (optimizer, lr, [n for n in weights.wide if n not in linear]),
+        ("muon", muon_lr, [n for n in weights.wide if n in linear]),
+    ):
+        if rate is not None and chosen:
+            factors = dict.fromkeys(scale.get(name, 1.0) for name in chosen)
+            groups = [{"params": [weights.wide[n] for n in chosen if scale.get(n, 1.0) == f], "lr": rate * f} for f in factors]
+            made.append(optimizers.get(kind)(groups, rate, weight_decay))
+    for one in made:
+        for group in one.param_groups:
+            group["initial_lr"] = group["lr"]
+    return made
+
+
+def _matching(model: Model, pattern: str, field: str) -> list[str]:
+    names = [name for name, _ in model.named_parameters()]
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise ZooError(f"{field}: '{pattern}' matches no parameter; there are, for example, {names[0]} and {names[-1]}")
+    return found
+
+
+def state_of(made: list[torch.optim.Optimizer], weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that the optimisers remember, as tensors and as plain numbers, each under `<what>/<parameter>`."""
+    names: dict[Tensor, str] = {p: name for name, p in weights.wide.items()}
+    tensors: dict[str, Tensor] = {f"float32/{name}": copy.detach() for name, copy in weights.copied.items()}
+    numbers: dict[str, Any] = {}
+    for optimizer in made:
+        for parameter, remembered in optimizer.state.items():
+            for what, value in remembered.items():
+                (tensors if isinstance(value, Tensor) else numbers)[f"{what}/{names[parameter]}"] = value
+    return tensors, numbers
+
+
+@torch.no_grad()
+def restore(made: list[torch.optim.Optimizer], weights: Weights, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Put back what `state_of` gave."""
+    names = {p: name for name, p in weights.wide.items()}
+    remembered: dict[str, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers}.items():
+        what, _, name = key.partition("/")
+        remembered.setdefault(name, {})[what] = value
+    for name, copy in weights.copied.items():
+        copy.copy_(remembered[name].pop("float32"))
+    for optimizer in made:
+        order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        state = {i: remembered[name] for i, name in enumerate(order) if remembered.get(name)}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
