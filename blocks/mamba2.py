@@ -13,10 +13,10 @@ from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.positions import Steps
+from zoo.errors import ZooError
 from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.gated_rmsnorm.op import gated_rmsnorm
 from zoo.kernels.ssd.op import ssd
-from zoo.registry import ZooError
 
 
 class Mamba2Options(mixer.Options):

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import zoo.blocks
 from zoo.blocks.positions import Steps
-from zoo.registry import Registry, ZooError
+from zoo.errors import ZooError
+from zoo.registry import Registry
 
 
 class Options(BaseModel):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.config import validate
+from zoo.errors import ZooError
 from zoo.eviction import evictions
 from zoo.export import graphs, trace
 from zoo.export.genai import GENAI, genai_config
@@ -20,7 +21,6 @@ from zoo.export.target import targets
 from zoo.export.verify import Parity, verify
 from zoo.files import new_folder
 from zoo.model import Model
-from zoo.registry import ZooError
 from zoo.sessions.file import fingerprint
 
 import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)

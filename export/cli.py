@@ -130,7 +130,7 @@ def _model(name: str, overrides: tuple[str, ...], seed: int, dtype: str | None, 
 
     from zoo.checkpoints.own import create, load
     from zoo.config import parse_overrides
-    from zoo.registry import ZooError
+    from zoo.errors import ZooError
 
     fields = parse_overrides(overrides)
     precision = None if dtype is None else getattr(torch, dtype)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from zoo.config import ModelConfig, validate
+from zoo.errors import ZooError
 from zoo.export.plan import Plan
-from zoo.registry import ZooError
 
 MANIFEST, WEIGHTS = "bundle.json", "weights.bin"
 PREDICTION, PREFILL, CONSOLIDATION = "prediction.onnx", "prefill.onnx", "consolidation.onnx"

@@ -10,10 +10,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from zoo.blocks.attention import KV
+from zoo.errors import ZooError
 from zoo.eviction import evictions
 from zoo.export.ring import PAST, pack, with_rings
 from zoo.model import Model
-from zoo.registry import ZooError
 
 PRECISIONS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 GRAPHS_BYTES = 32 << 20  # more than the graphs of any model take

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
+from zoo.errors import ZooError
 from zoo.export.operators import DOMAIN, MICROSOFT, trips
-from zoo.registry import ZooError
 
 try:
     import onnx_ir as ir

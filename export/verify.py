@@ -9,11 +9,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from zoo.errors import ZooError
 from zoo.export.quantise import rounded
 from zoo.export.ring import PAST, pack
 from zoo.export.runtime import ExportedModel
 from zoo.model import Model
-from zoo.registry import ZooError
 from zoo.state import State
 
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2}

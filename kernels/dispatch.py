@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.registry import Registry, ZooError, nearest
+from zoo.errors import ZooError
+from zoo.registry import Registry, nearest
 
 OPERATORS = (
     "causal_conv1d",

@@ -8,8 +8,8 @@ from zoo.checkpoints.own import save as save
 from zoo.config import ModelConfig as ModelConfig
 from zoo.config import list_models as list_models
 from zoo.costs import describe as describe
+from zoo.errors import ZooError as ZooError
 from zoo.model import Model as Model
-from zoo.registry import ZooError as ZooError
 from zoo.sessions.pool import PoolFullError as PoolFullError
 from zoo.sessions.pool import SessionPool as SessionPool
 from zoo.sessions.session import Session as Session

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from zoo.config import list_models, parse_overrides
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from zoo.model import Model

@@ -13,9 +13,10 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from zoo.errors import ZooError
 from zoo.eviction import evictions
 from zoo.layer_pattern import expand
-from zoo.registry import Registry, ZooError, nearest
+from zoo.registry import Registry, nearest
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 
 
 def refuse_existing(path: Path) -> None:

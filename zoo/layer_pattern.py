@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 
 _TOKEN = re.compile(r"\s*(?:(?P<word>[A-Za-z_][\w-]*)|(?P<open>\()|(?P<close>\))|\*\s*(?P<count>\d+))")
 _MOST = 10_000

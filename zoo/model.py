@@ -18,9 +18,9 @@ from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import RMSNorm, norms
 from zoo.blocks.positions import Steps
 from zoo.config import ModelConfig, validate
+from zoo.errors import ZooError
 from zoo.eviction import evictions
 from zoo.kernels.common import packed
-from zoo.registry import ZooError
 from zoo.state import Answers, Output, State
 
 Recompute = Literal["nothing", "passes", "chunks"]

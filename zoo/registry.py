@@ -9,11 +9,9 @@ from typing import Any, Generic, TypeVar
 
 import catalogue
 
+from zoo.errors import ZooError
+
 T = TypeVar("T")
-
-
-class ZooError(ValueError):
-    """Bad input. The message is one line: the field, the value, and what is allowed."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from zoo.registry import Registry, ZooError
+from zoo.errors import ZooError
+from zoo.registry import Registry
 
 
 class Schedule:

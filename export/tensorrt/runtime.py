@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
 from zoo.export.manifest import PREDICTION, Bundle, EngineSpec
 from zoo.export.ring import PAST, PRESENT
 from zoo.export.runtime import providers
-from zoo.registry import ZooError
 
 DTYPES = {
     "FLOAT": torch.float32,

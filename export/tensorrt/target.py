@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import Field, field_validator
 
+from zoo.errors import ZooError
 from zoo.export.manifest import WEIGHTS, Bundle, EngineSpec, digest
 from zoo.export.plan import Plan
 from zoo.export.target import Target, targets
 from zoo.export.tensorrt import build_engine
 from zoo.export.tensorrt.build_engine import capabilities
 from zoo.files import replacing
-from zoo.registry import ZooError
 
 OLDEST = (10, 15)  # the first tensorrt whose parser knows TensorScatter
 BFLOAT16_SINCE = 8.0

@@ -18,10 +18,10 @@ from click.testing import CliRunner
 from onnx import AttributeProto
 
 import zoo
+from zoo.errors import ZooError
 from zoo.export import bundle as making
 from zoo.export.cli import main
 from zoo.export.manifest import Bundle
-from zoo.registry import ZooError
 
 FILES = ["bundle.json", "consolidation.onnx", "prediction.onnx", "weights.bin"]
 

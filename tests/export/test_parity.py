@@ -11,11 +11,11 @@ import torch
 
 import zoo
 from tests.export.conftest import CASES, FORMS, MORE
+from zoo.errors import ZooError
 from zoo.export.ring import PAST, PRESENT, pack
 from zoo.export.runtime import ExportedModel
 from zoo.export.verify import SLEEP, STRESS, verify
 from zoo.export.verify import stream as verify_stream
-from zoo.registry import ZooError
 
 OF_EVERY_KIND = [*CASES, *FORMS, *(pytest.param(case, marks=pytest.mark.extended) for case in MORE if case != "ourojet-loud")]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import zoo
+from zoo.errors import ZooError
 from zoo.kernels import dispatch
 from zoo.kernels.dispatch import choose, kernels
 from zoo.kernels.ssd.op import ssd
-from zoo.registry import ZooError
 
 CPU = torch.zeros(1)
 

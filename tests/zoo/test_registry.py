@@ -6,7 +6,8 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from zoo import registry
-from zoo.registry import Registry, ZooError
+from zoo.errors import ZooError
+from zoo.registry import Registry
 
 numbers = itertools.count()
 

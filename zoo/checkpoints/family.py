@@ -16,8 +16,9 @@ from torch import Tensor
 import zoo.checkpoints
 from zoo.blocks.mixer import Options, mixers
 from zoo.config import ModelConfig
+from zoo.errors import ZooError
 from zoo.model import Model
-from zoo.registry import Registry, ZooError
+from zoo.registry import Registry
 
 
 class Stacked(NamedTuple):

@@ -9,7 +9,7 @@ from zoo.checkpoints import mamba
 from zoo.checkpoints.family import Family, Names, Taps, compact, expect, families, options, truncated_ratio
 from zoo.checkpoints.llama import MLP
 from zoo.config import ModelConfig
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 
 GDN: Names = {
     **{f"{name}_proj.weight": f"{name}_proj.weight" for name in "qkvgabo"},

@@ -8,7 +8,7 @@ from typing import Any
 from zoo.checkpoints.family import Family, Names, compact, families, layer_kinds, options, truncated_ratio
 from zoo.checkpoints.llama import ATTENTION, BLOCK, LAYER, TOP, heads, size, write_heads, write_size
 from zoo.config import ModelConfig
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 
 JET: Names = {
     **{f"self_attn.{name}_proj.weight": f"{name}_proj.weight" for name in "qkvgabo"},

@@ -10,7 +10,7 @@ from zoo.checkpoints import fla
 from zoo.checkpoints.family import Family, Names, Ones, Stacked, compact, expect, families, options
 from zoo.checkpoints.mamba import MAMBA, under
 from zoo.config import ModelConfig
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 
 TOP: Names = {"transformer.wte.weight": "embed.weight", "transformer.ln_f.weight": "norm.weight", "lm_head.weight": "head.weight"}
 BLOCK: Names = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from zoo.checkpoints.family import Family, Names, Taps, expect, families, options
 from zoo.config import ModelConfig
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 
 TOP: Names = {"backbone.embeddings.weight": "embed.weight", "backbone.norm_f.weight": "norm.weight", "lm_head.weight": "head.weight"}
 LAYER = "backbone.layers.{}."

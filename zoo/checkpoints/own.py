@@ -13,9 +13,9 @@ from torch import nn
 from zoo.checkpoints import upstream
 from zoo.checkpoints.stored import WEIGHTS, open_folder
 from zoo.config import ModelConfig, resolve
+from zoo.errors import ZooError
 from zoo.files import new_folder, replacing
 from zoo.model import Model
-from zoo.registry import ZooError
 
 CONFIG = "zoo.yaml"
 

@@ -10,7 +10,7 @@ from typing import Any
 from zoo.checkpoints.family import Family, Names, Stacked, Taps, compact, expect, families, layer_kinds, options
 from zoo.checkpoints.llama import ATTENTION, BLOCK, LAYER, TOP, heads, size, write_heads, write_size
 from zoo.config import ModelConfig
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 
 GATED_ATTENTION: Names = {**ATTENTION, "self_attn.q_proj.weight": Stacked(("q_proj.weight", "g_proj.weight"), per="heads")}
 SHARED: Names = {

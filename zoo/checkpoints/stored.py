@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -17,9 +17,10 @@ from zoo.blocks.mixer import mixers
 from zoo.checkpoints.family import Family, Link, expect, families, links
 from zoo.checkpoints.stored import WEIGHTS, open_folder, read_json
 from zoo.config import ModelConfig, resolve, validate
+from zoo.errors import ZooError
 from zoo.files import new_folder
 from zoo.model import Model
-from zoo.registry import ZooError, nearest
+from zoo.registry import nearest
 
 CONFIG = "config.json"
 COMPUTES = ("vocab_size", "d_model", "pattern", "mlp_width", "norm", "norm_eps", "tie_embeddings")

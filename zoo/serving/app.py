@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 from zoo.sessions.pool import BusyError, PoolFullError, SessionPool, Stream
 from zoo.text.tokenizers import Bytes
 

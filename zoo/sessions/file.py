@@ -15,8 +15,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from zoo.config import ModelConfig
+from zoo.errors import ZooError
 from zoo.files import replacing
-from zoo.registry import ZooError
 from zoo.sessions.snapshot import Counts, Moment, Sleeper, opening
 from zoo.state import State
 

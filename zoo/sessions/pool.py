@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from zoo.costs import window_bytes
+from zoo.errors import ZooError
 from zoo.model import Model
-from zoo.registry import ZooError
 from zoo.schedule import Schedule, new_schedule
 from zoo.sessions import sliced as sweep
 from zoo.sessions.sampling import Sampler, Sampling

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from zoo.config import validate
+from zoo.errors import ZooError
 from zoo.model import Model
-from zoo.registry import ZooError
 from zoo.schedule import Schedule, new_schedule
 from zoo.sessions.file import read_file, write_file
 from zoo.sessions.sampling import Sampler, Sampling

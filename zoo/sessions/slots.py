@@ -12,8 +12,8 @@ from torch import Tensor
 
 from zoo.blocks.attention import KV
 from zoo.blocks.positions import Steps
+from zoo.errors import ZooError
 from zoo.model import Model
-from zoo.registry import ZooError
 from zoo.state import State
 
 Name = TypeVar("Name", bound=Hashable)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from zoo.config import ModelConfig
+from zoo.errors import ZooError
 from zoo.eviction import evictions
 from zoo.model import Model
-from zoo.registry import ZooError
 from zoo.sessions import sliced as sweep
 from zoo.state import Output, State
 

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 import zoo.tasks
 from zoo.config import validate
-from zoo.registry import Registry, ZooError
+from zoo.errors import ZooError
+from zoo.registry import Registry
 
 Split = Literal["train", "test"]
 HELD_OUT = 16  # one context in this many belongs to the test split

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 from zoo.tasks.task import Batch, Split, Task, tasks
 
 

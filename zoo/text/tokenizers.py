@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 
 Messages = Iterable[Mapping[str, str]]
 

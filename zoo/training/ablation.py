@@ -33,8 +33,9 @@ from rich.progress import TaskID
 
 from zoo.config import merge, nested, read_shipped, read_yaml, validate
 from zoo.costs import training_flops
+from zoo.errors import ZooError
 from zoo.files import new_folder, refuse_existing, replacing
-from zoo.registry import ZooError, nearest
+from zoo.registry import nearest
 from zoo.training.loop import StoppedError, TrainConfig, prepare, read_config, sigterm, train
 from zoo.training.plots import figure, read_run, save
 from zoo.training.progress import add_run, advance, new_progress

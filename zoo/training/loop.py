@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from zoo.checkpoints.own import create
 from zoo.config import merge, read_shipped, shipped, validate
 from zoo.costs import training_flops
+from zoo.errors import ZooError
 from zoo.model import Model, Recompute
-from zoo.registry import ZooError
 from zoo.tasks import Batch, Task, new_task
 from zoo.training.optimizers import Weights, freeze, make_optimizers, restore, state_of
 from zoo.training.parallel import Answer, Parallel, Team, forget_gathered, join, whole

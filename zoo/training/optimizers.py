@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from zoo.errors import ZooError
 from zoo.model import Model
-from zoo.registry import Registry, ZooError
+from zoo.registry import Registry
 from zoo.training.parallel import shared_like
 
 MakeOptimizer = Callable[[list[dict[str, Any]], float, float], torch.optim.Optimizer]

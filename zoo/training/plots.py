@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from zoo.config import resolve
+from zoo.errors import ZooError
 from zoo.files import refuse_existing, replacing
-from zoo.registry import ZooError
 from zoo.tasks import Task, new_task
 from zoo.training.loop import TrainConfig, read_config
 from zoo.training.run_folder import METRICS, RESULTS, SETTINGS

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoo.registry import ZooError
+from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from zoo.training.loop import Report, TrainConfig

@@ -28,9 +28,9 @@ from torch import Tensor
 from zoo.checkpoints.own import write_config
 from zoo.checkpoints.stored import WEIGHTS
 from zoo.config import read_yaml
+from zoo.errors import ZooError
 from zoo.files import new_folder, refuse_existing, replacing
 from zoo.model import Model
-from zoo.registry import ZooError
 from zoo.training.parallel import Team, held, shared_like
 
 SETTINGS, METRICS, RESULTS = "train.yaml", "metrics.jsonl", "results.json"

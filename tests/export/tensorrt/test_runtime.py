@@ -15,12 +15,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
+from zoo.errors import ZooError
 from zoo.export.manifest import Bundle, EngineSpec, digest
 from zoo.export.ring import PAST, pack
 from zoo.export.runtime import ExportedModel
 from zoo.export.tensorrt import runtime as runtime
 from zoo.export.tensorrt.target import TensorRT
-from zoo.registry import ZooError
 
 BUILT_BY = "tensorrt_rtx 0.0"
 MOST = 4  # streams that the stand-in's engines take

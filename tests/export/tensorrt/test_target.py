@@ -17,12 +17,12 @@ from click.testing import CliRunner
 
 import zoo
 from zoo.config import validate
+from zoo.errors import ZooError
 from zoo.export.cli import main
 from zoo.export.manifest import Bundle, digest
 from zoo.export.plan import Plan
 from zoo.export.tensorrt.build_engine import capabilities, grouped, profile
 from zoo.export.tensorrt.target import TensorRT, check_space
-from zoo.registry import ZooError
 
 TWO_GPUS = TensorRT(batch=(1, 2, 4), compute_capability=("8.0", "12.0"))
 
