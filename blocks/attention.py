@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo.blocks import mixer
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import norms
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 
 
 class KV(NamedTuple):
@@ -30,30 +30,30 @@ class KV(NamedTuple):
             return self
         return KV(self.key[:, :, dropped:].clone(), self.value[:, :, dropped:].clone())  # a view would hold what is dropped
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, steps: Steps, reach: int | None) -> tuple[Tensor, KV]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, KV]:
         """Attention of new tokens q [B, H, T, D] to the cached and the new k, v [B, Hkv, T, D].
 
         Returns [B, H, T, D] and the cache of what a later token can still see.
         """
-        if steps.cu_seqlens is not None:
-            return self._attend_packed(q, k, v, steps, reach)
+        if positions.cu_seqlens is not None:
+            return self._attend_packed(q, k, v, positions, reach)
         past, T = self.key.shape[2], q.shape[2]
         cache = KV(torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)) if past else KV(k, v)
         gqa = q.shape[1] != k.shape[1]
-        if T == 1 and (reach is None or past < reach) and not steps.ragged:
+        if T == 1 and (reach is None or past < reach) and not positions.ragged:
             y = F.scaled_dot_product_attention(q, *cache, enable_gqa=gqa)
         elif past == 0 and (reach is None or reach >= T):
             y = F.scaled_dot_product_attention(q, *cache, is_causal=True, enable_gqa=gqa)
         else:
-            y = F.scaled_dot_product_attention(q, *cache, attn_mask=steps.band(past, reach), enable_gqa=gqa)
+            y = F.scaled_dot_product_attention(q, *cache, attn_mask=positions.band(past, reach), enable_gqa=gqa)
         return y, cache if reach is None else cache.keep(reach - 1)
 
-    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, steps: Steps, reach: int | None) -> tuple[Tensor, KV]:
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, KV]:
         """`attend` for each packed sequence by itself; their caches end alike, with zeros before a shorter one."""
-        lengths, past = [own.length for own in steps.sequences], self.key.shape[2]
+        lengths, past = [own.length for own in positions.sequences], self.key.shape[2]
         outputs, caches = [], []
         qs, ks, vs = (x.split(lengths, dim=2) for x in (q, k, v))
-        for s, own in enumerate(steps.sequences):
+        for s, own in enumerate(positions.sequences):
             empty = max(0, past - int(own.start))
             cached = KV(self.key[s : s + 1, :, empty:], self.value[s : s + 1, :, empty:])
             y, cache = cached.attend(qs[s], ks[s], vs[s], own, reach)
@@ -108,7 +108,7 @@ class Attention(Mixer):
         self.o_proj = nn.Linear(self.heads * self.head_dim, d_model, bias=False)
 
     def new_window(self, batch: int) -> KV:
-        empty = self._zeros(batch, self.kv_heads, 0, self.head_dim)
+        empty = self.zeros(batch, self.kv_heads, 0, self.head_dim)
         return KV(empty, empty)
 
     def window_bytes(self, tokens: int) -> int:
@@ -119,11 +119,11 @@ class Attention(Mixer):
         seen = tokens + (past if self.reach is None else min(past, self.reach - 1))
         return super().flops(tokens, past) + tokens * seen * 4 * self.heads * self.head_dim  # scores and values
 
-    def forward(self, x: Tensor, fast: None, window: KV, steps: Steps) -> tuple[Tensor, None, KV]:
+    def forward(self, x: Tensor, fast: None, window: KV, positions: Positions) -> tuple[Tensor, None, KV]:
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = steps.rotary(self.rotated, self.theta, x.dtype)
+        cos, sin = positions.rotary(self.rotated, self.theta, x.dtype)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        y, window = window.attend(q, k, v, steps, self.reach)
+        y, window = window.attend(q, k, v, positions, self.reach)
         y = y.transpose(1, 2).flatten(2)
         return self.o_proj(y if self.g_proj is None else y * self.g_proj(x).sigmoid()), None, window
 

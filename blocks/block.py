@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo.blocks.mixer import Mixer, Options, linear_flops
 from zoo.blocks.mlp import SwiGLU
 from zoo.blocks.norm import RMSNorm
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 
 
 class Block(nn.Module):
@@ -31,8 +31,8 @@ class Block(nn.Module):
         """Operations on `tokens` new tokens after `past` cached ones; see `Mixer.flops`."""
         return self.mixer.flops(tokens, past) + (0 if self.mlp is None else tokens * linear_flops(self.mlp))
 
-    def forward(self, x: Tensor, fast: Any, window: Any, steps: Steps) -> tuple[Tensor, Any, Any]:
-        y, fast, window = self.mixer(self.mixer_norm(x), fast, window, steps)
+    def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions) -> tuple[Tensor, Any, Any]:
+        y, fast, window = self.mixer(self.mixer_norm(x), fast, window, positions)
         x = x + self.mixer_post_norm(y)
         if self.mlp is not None:
             x = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))

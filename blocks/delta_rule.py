@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo.blocks import mixer
 from zoo.blocks.mixer import Mixer
 from zoo.blocks.norm import RMSNorm
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.kernels.gated_delta_rule.op import gated_delta_rule
 from zoo.kernels.gated_rmsnorm.op import gated_rmsnorm
 from zoo.kernels.l2norm.op import l2norm
@@ -57,14 +57,14 @@ class DeltaRule(Mixer):
         mixer.init_step_bias(self.dt_bias, generator)
 
     def new_fast(self, batch: int) -> Tensor:
-        return self._zeros(batch, self.value_heads, self.key_dim, self.value_dim, fast=True)
+        return self.zeros(batch, self.value_heads, self.key_dim, self.value_dim, fast=True)
 
     def flops(self, tokens: int, past: int) -> int:
         # predict, write, read
         return super().flops(tokens, past) + tokens * 6 * self.value_heads * self.key_dim * self.value_dim
 
     def update(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, fast: Tensor, steps: Steps, beta_scale: float = 1.0
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, fast: Tensor, positions: Positions, beta_scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Write k: [B, T, keys] and v: [B, T, values] into the fast weights and read them with q; x: [B, T, D] sets the gates.
 
@@ -74,9 +74,9 @@ class DeltaRule(Mixer):
         g = -self.A_log.to(fast.dtype).exp() * F.softplus(self.a_proj(x).to(fast.dtype) + self.dt_bias)
         beta = beta_scale * self.b_proj(x).to(fast.dtype).sigmoid()
         # padding neither decays nor writes
-        g, beta = steps.without_padding(g), steps.without_padding(beta)
+        g, beta = positions.without_padding(g), positions.without_padding(beta)
         v = v.unflatten(-1, (self.value_heads, -1))
-        o, final = gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=fast, output_final_state=True, cu_seqlens=steps.cu_seqlens)
+        o, final = gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=fast, output_final_state=True, cu_seqlens=positions.cu_seqlens)
         assert final is not None
         if self.g_proj is None:
             y = self.o_norm(o)

@@ -12,7 +12,7 @@ from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.delta_rule import DeltaRule, DeltaRuleOptions
 from zoo.blocks.mixer import mixers
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.gdn_step.op import gdn_step, one_launch
 
@@ -56,22 +56,22 @@ class GatedDeltaNet(DeltaRule):
                 mixer.init_conv(conv, conv.shape[1], generator)
 
     def new_window(self, batch: int) -> ConvTail:
-        return ConvTail(self._zeros(batch, 2 * self.keys + self.values, self.q_conv.shape[1] - 1))
+        return ConvTail(self.zeros(batch, 2 * self.keys + self.values, self.q_conv.shape[1] - 1))
 
     def flops(self, tokens: int, past: int) -> int:
         return super().flops(tokens, past) + tokens * 2 * sum(conv.numel() for conv in (self.q_conv, self.k_conv, self.v_conv))
 
-    def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
-        if steps.valid is None and one_launch(x):
+    def forward(self, x: Tensor, fast: Tensor, window: ConvTail, positions: Positions) -> tuple[Tensor, Tensor, ConvTail]:
+        if positions.valid is None and one_launch(x):
             return self._step(x, fast, window)
         mixed = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         weight = torch.cat([self.q_conv, self.k_conv, self.v_conv])
         convolved, tail = causal_conv1d(
-            mixed, weight, initial_state=window.conv_state, output_final_state=True, cu_seqlens=steps.cu_seqlens
+            mixed, weight, initial_state=window.conv_state, output_final_state=True, cu_seqlens=positions.cu_seqlens
         )
         q, k, v = convolved.split([self.keys, self.keys, self.values], dim=-1)
-        y, fast = self.update(x, q, k, v, fast, steps, self.beta_scale)
-        return y, fast, ConvTail(steps.tail(mixed, window.conv_state, tail))
+        y, fast = self.update(x, q, k, v, fast, positions, self.beta_scale)
+        return y, fast, ConvTail(positions.tail(mixed, window.conv_state, tail))
 
     def _step(self, x: Tensor, fast: Tensor, window: ConvTail) -> tuple[Tensor, Tensor, ConvTail]:
         y, fast, tail = gdn_step(

@@ -11,7 +11,7 @@ from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.delta_rule import DeltaRule, DeltaRuleOptions
 from zoo.blocks.mixer import mixers
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.kernels.dynamic_conv1d.op import dynamic_conv1d
 
 
@@ -42,14 +42,14 @@ class Jet(DeltaRule):
         mixer.init_conv(self.kernel_out.bias, self.taps, generator)
 
     def new_window(self, batch: int) -> ConvTail:
-        return ConvTail(self._zeros(batch, self.values, self.taps - 1))
+        return ConvTail(self.zeros(batch, self.values, self.taps - 1))
 
     def flops(self, tokens: int, past: int) -> int:
         return super().flops(tokens, past) + tokens * 2 * self.values * self.taps
 
-    def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
+    def forward(self, x: Tensor, fast: Tensor, window: ConvTail, positions: Positions) -> tuple[Tensor, Tensor, ConvTail]:
         values = self.v_proj(x)
         kernel = self.kernel_out(F.silu(self.kernel_in(x))).unflatten(-1, (-1, self.taps))
-        v, tail = dynamic_conv1d(values, kernel, initial_state=window.conv_state, output_final_state=True, cu_seqlens=steps.cu_seqlens)
-        y, fast = self.update(x, F.silu(self.q_proj(x)), F.silu(self.k_proj(x)), v, fast, steps)
-        return y, fast, ConvTail(steps.tail(values, window.conv_state, tail))
+        v, tail = dynamic_conv1d(values, kernel, initial_state=window.conv_state, output_final_state=True, cu_seqlens=positions.cu_seqlens)
+        y, fast = self.update(x, F.silu(self.q_proj(x)), F.silu(self.k_proj(x)), v, fast, positions)
+        return y, fast, ConvTail(positions.tail(values, window.conv_state, tail))

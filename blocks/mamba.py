@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.mixer import Mixer, mixers
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.selective_scan.op import selective_scan
 
@@ -55,25 +55,32 @@ class Mamba(Mixer):
         nn.init.ones_(self.D)
 
     def new_fast(self, batch: int) -> Tensor:
-        return self._zeros(batch, self.inner, self.state_dim, fast=True)
+        return self.zeros(batch, self.inner, self.state_dim, fast=True)
 
     def new_window(self, batch: int) -> ConvTail:
-        return ConvTail(self._zeros(batch, self.inner, self.taps - 1))
+        return ConvTail(self.zeros(batch, self.inner, self.taps - 1))
 
     def flops(self, tokens: int, past: int) -> int:
         # the convolution; write and read
         return super().flops(tokens, past) + tokens * self.inner * (2 * self.taps + 4 * self.state_dim)
 
-    def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
+    def forward(self, x: Tensor, fast: Tensor, window: ConvTail, positions: Positions) -> tuple[Tensor, Tensor, ConvTail]:
         mixed, gate = self.in_proj(x).chunk(2, dim=-1)
         u, tail = causal_conv1d(
-            mixed, self.conv_weight, self.conv_bias, initial_state=window.conv_state, output_final_state=True, cu_seqlens=steps.cu_seqlens
+            mixed,
+            self.conv_weight,
+            self.conv_bias,
+            initial_state=window.conv_state,
+            output_final_state=True,
+            cu_seqlens=positions.cu_seqlens,
         )
         low, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         # padding takes a step of zero: it neither decays nor writes
-        dt = steps.without_padding(F.softplus(self.dt_proj(low).to(fast.dtype)))
+        dt = positions.without_padding(F.softplus(self.dt_proj(low).to(fast.dtype)))
         A = -self.A_log.to(fast.dtype).exp()
-        y, final = selective_scan(u.to(fast.dtype), dt, A, B, C, initial_state=fast, output_final_state=True, cu_seqlens=steps.cu_seqlens)
+        y, final = selective_scan(
+            u.to(fast.dtype), dt, A, B, C, initial_state=fast, output_final_state=True, cu_seqlens=positions.cu_seqlens
+        )
         assert final is not None
         y = (y + self.D * u).to(x.dtype) * F.silu(gate)
-        return self.o_proj(y), final, ConvTail(steps.tail(mixed, window.conv_state, tail))
+        return self.o_proj(y), final, ConvTail(positions.tail(mixed, window.conv_state, tail))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.mixer import Mixer, mixers
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.errors import ZooError
 from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.gated_rmsnorm.op import gated_rmsnorm
@@ -74,30 +74,35 @@ class Mamba2(Mixer):
         nn.init.ones_(self.norm_weight)
 
     def new_fast(self, batch: int) -> Tensor:
-        return self._zeros(batch, self.heads, self.state_dim, self.inner // self.heads, fast=True)
+        return self.zeros(batch, self.heads, self.state_dim, self.inner // self.heads, fast=True)
 
     def new_window(self, batch: int) -> ConvTail:
-        return ConvTail(self._zeros(batch, self.convolved, self.taps - 1))
+        return ConvTail(self.zeros(batch, self.convolved, self.taps - 1))
 
     def flops(self, tokens: int, past: int) -> int:
         # the convolution; write and read
         return super().flops(tokens, past) + tokens * (2 * self.convolved * self.taps + 4 * self.inner * self.state_dim)
 
-    def forward(self, x: Tensor, fast: Tensor, window: ConvTail, steps: Steps) -> tuple[Tensor, Tensor, ConvTail]:
+    def forward(self, x: Tensor, fast: Tensor, window: ConvTail, positions: Positions) -> tuple[Tensor, Tensor, ConvTail]:
         gate, mixed, dt = self.in_proj(x).split([self.inner, self.convolved, self.heads], dim=-1)
         convolved, tail = causal_conv1d(
-            mixed, self.conv_weight, self.conv_bias, initial_state=window.conv_state, output_final_state=True, cu_seqlens=steps.cu_seqlens
+            mixed,
+            self.conv_weight,
+            self.conv_bias,
+            initial_state=window.conv_state,
+            output_final_state=True,
+            cu_seqlens=positions.cu_seqlens,
         )
         grouped = self.groups * self.state_dim
         u, B, C = convolved.to(fast.dtype).split([self.inner, grouped, grouped], dim=-1)
         u, B, C = u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
         # padding takes a step of zero: it neither decays nor writes
-        dt = steps.without_padding(F.softplus(dt.to(fast.dtype) + self.dt_bias).clamp(*self.dt_limit))
+        dt = positions.without_padding(F.softplus(dt.to(fast.dtype) + self.dt_bias).clamp(*self.dt_limit))
         y, final = ssd(
-            u, dt, -self.A_log.to(fast.dtype).exp(), B, C, initial_state=fast, output_final_state=True, cu_seqlens=steps.cu_seqlens
+            u, dt, -self.A_log.to(fast.dtype).exp(), B, C, initial_state=fast, output_final_state=True, cu_seqlens=positions.cu_seqlens
         )
         assert final is not None
         y = (y + self.D[:, None] * u).flatten(2)
         y, gate, weight = (part.unflatten(-1, (self.groups, -1)) for part in (y, gate, self.norm_weight))
         normed = gated_rmsnorm(y, gate, weight, eps=self.norm_eps, gate_first=True).flatten(2)
-        return self.o_proj(normed), final, ConvTail(steps.tail(mixed, window.conv_state, tail))
+        return self.o_proj(normed), final, ConvTail(positions.tail(mixed, window.conv_state, tail))

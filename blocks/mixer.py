@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import zoo.blocks
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.errors import ZooError
 from zoo.registry import Registry
 
@@ -51,7 +51,7 @@ class Mixer(nn.Module):
 
     Options: ClassVar[type[Options]] = Options
     packs: ClassVar[bool] = False
-    """Whether it keeps apart the sequences that `steps.cu_seqlens` marks in one row."""
+    """Whether it keeps apart the sequences that `positions.cu_seqlens` marks in one row."""
 
     def __init__(self, d_model: int, options: Any, reach: int | None) -> None:
         super().__init__()
@@ -64,11 +64,11 @@ class Mixer(nn.Module):
         """Window cache of `batch` streams before their first token; None: this mixer keeps nothing of the window."""
         return None
 
-    def forward(self, x: Tensor, fast: Any, window: Any, steps: Steps) -> tuple[Tensor, Any, Any]:
+    def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions) -> tuple[Tensor, Any, Any]:
         """Mix the tokens of x: [B, T, D], given what came before them.
 
         Returns y [B, T, D], the fast weights and the window cache after the last token. Never changes its inputs.
-        Where `steps.cu_seqlens` marks S packed sequences, B is 1, and fast weights and window cache are those of S streams.
+        Where `positions.cu_seqlens` marks S packed sequences, B is 1, and fast weights and window cache are those of S streams.
         """
         raise NotImplementedError
 
@@ -87,7 +87,7 @@ class Mixer(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Set the parameters that are not the weights of a Linear, and those weights that start differently."""
 
-    def _zeros(self, *shape: int, fast: bool = False) -> Tensor:
+    def zeros(self, *shape: int, fast: bool = False) -> Tensor:
         weight = next(module for module in self.modules() if isinstance(module, nn.Linear)).weight
         dtype = torch.promote_types(weight.dtype, torch.float32) if fast else weight.dtype
         return torch.zeros(shape, dtype=dtype, device=weight.device)  # not new_zeros: weights may be shared out (FSDP2), states never

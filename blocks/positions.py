@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Steps:
+class Positions:
     """T tokens starting at a position. One object serves every layer and every pass, so its tables are made once.
 
     Args:
@@ -26,7 +26,7 @@ class Steps:
         self.cu_seqlens = cu_seqlens
         self.index = torch.arange(length, device=device)
         self._tables: dict[object, Tensor | tuple[Tensor, Tensor]] = {}
-        self._sequences: list[Steps] = []
+        self._sequences: list[Positions] = []
 
     @property
     def ragged(self) -> bool:
@@ -47,13 +47,13 @@ class Steps:
         return (self.start[:, None] if isinstance(self.start, Tensor) and self.ragged else self.start) + self.index
 
     @property
-    def sequences(self) -> list[Steps]:
-        """The steps of each packed sequence."""
+    def sequences(self) -> list[Positions]:
+        """The positions of each packed sequence."""
         assert self.cu_seqlens is not None
         if not self._sequences:
             lengths = self.cu_seqlens.diff().tolist()
             starts = self.start.tolist() if isinstance(self.start, Tensor) else [self.start] * len(lengths)
-            self._sequences = [Steps(start, length, self.index.device) for start, length in zip(starts, lengths, strict=True)]
+            self._sequences = [Positions(start, length, self.index.device) for start, length in zip(starts, lengths, strict=True)]
         return self._sequences
 
     def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

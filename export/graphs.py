@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic_multi_out
 
 from zoo.blocks.block import Block
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.export.operators import DIALECTS, DOMAIN
 from zoo.export.ring import PAST, PRESENT, pack, unpack, with_rings
 from zoo.export.trace import hand_over_initializers, inline, prefix_names, reads, replace, tidy, trace
@@ -39,8 +39,8 @@ class Run(NamedTuple):
         place = {} if self.fresh else {"position": torch.tensor(0)}
         return ({"n_valid": torch.tensor(self.length)} if self.padded else {}) | place
 
-    def steps(self, inputs: Mapping[str, Tensor], device: torch.device) -> Steps:
-        return Steps(inputs.get("position", 0), self.length, device, inputs.get("n_valid"))
+    def positions(self, inputs: Mapping[str, Tensor], device: torch.device) -> Positions:
+        return Positions(inputs.get("position", 0), self.length, device, inputs.get("n_valid"))
 
 
 class BlockPart(nn.Module):
@@ -59,7 +59,7 @@ class BlockPart(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         h = inputs["h"]
         state = unpack(inputs, PAST, self._fresh(h.shape[0]))
-        y, fast, window = self.model(h, state.fast[0], state.window[0], self.tokens.steps(inputs, h.device))
+        y, fast, window = self.model(h, state.fast[0], state.window[0], self.tokens.positions(inputs, h.device))
         return {"y": y, **pack(State((fast,), (window,), 0), PRESENT, window=not self.tokens.fresh)}
 
     def _fresh(self, batch: int) -> State:
@@ -99,7 +99,7 @@ class Graph(nn.Module):
 
     def embedded(self, inputs: Mapping[str, Tensor]) -> Tensor:
         ids = inputs["input_ids"]
-        return self.model.embedded(ids, self.tokens.steps(inputs, ids.device), asleep=self.asleep)
+        return self.model.embedded(ids, self.tokens.positions(inputs, ids.device), asleep=self.asleep)
 
     def run(self, layers: range, h: Tensor, state: State, inputs: Mapping[str, Tensor], loop: int = 0) -> tuple[Tensor, State]:
         """Blocks one after the other, a stand-in for each; with wake loops, each loop has window caches of its own."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.blocks.attention import KV
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.state import State
 
 PAST, PRESENT = "past_key_values", "present"  # what onnxruntime-genai calls the states that go in, and come out
@@ -31,30 +31,32 @@ class RingKV(NamedTuple):
     def keep(self, tokens: int) -> RingKV:
         return self
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, steps: Steps, reach: int | None) -> tuple[Tensor, RingKV]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, RingKV]:
         """Attention of q [B, H, T, D] to the cached and the new k, v [B, Hkv, T, D]; T is at most L."""
-        if steps.valid is None:
-            return self._attend_token(q, k, v, steps, reach)
-        return self._attend_piece(q, k, v, steps, steps.valid, reach)
+        if positions.valid is None:
+            return self._attend_token(q, k, v, positions, reach)
+        return self._attend_piece(q, k, v, positions, positions.valid, reach)
 
-    def _attend_token(self, q: Tensor, k: Tensor, v: Tensor, steps: Steps, reach: int | None) -> tuple[Tensor, RingKV]:
+    def _attend_token(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, RingKV]:
         slots = self.key.shape[2]
-        ring = RingKV(_scatter(self.key, k, steps.start), _scatter(self.value, v, steps.start))
-        age = (steps.start - torch.arange(slots)) % slots
-        return attention(q, *ring, _visible(age, steps.start, reach)), ring
+        ring = RingKV(_scatter(self.key, k, positions.start), _scatter(self.value, v, positions.start))
+        age = (positions.start - torch.arange(slots)) % slots
+        return attention(q, *ring, _visible(age, positions.start, reach)), ring
 
-    def _attend_piece(self, q: Tensor, k: Tensor, v: Tensor, steps: Steps, valid: Tensor, reach: int | None) -> tuple[Tensor, RingKV]:
+    def _attend_piece(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, valid: Tensor, reach: int | None
+    ) -> tuple[Tensor, RingKV]:
         slots = self.key.shape[2]
-        behind = steps.index[:, None] - steps.index  # padding stands at the end, so no token that counts sees it
-        visible = (behind >= 0) & _visible(behind, steps.index[:, None], reach)
+        behind = positions.index[:, None] - positions.index  # padding stands at the end, so no token that counts sees it
+        visible = (behind >= 0) & _visible(behind, positions.index[:, None], reach)
         keys, values = k, v
-        if isinstance(steps.start, Tensor):  # a window that starts at 0 finds nothing cached
-            age = 1 + steps.index[:, None] + (steps.start - 1 - torch.arange(slots)) % slots
-            visible = torch.cat([_visible(age, steps.start + steps.index[:, None], reach), visible], dim=-1)
+        if isinstance(positions.start, Tensor):  # a window that starts at 0 finds nothing cached
+            age = 1 + positions.index[:, None] + (positions.start - 1 - torch.arange(slots)) % slots
+            visible = torch.cat([_visible(age, positions.start + positions.index[:, None], reach), visible], dim=-1)
             keys, values = torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)
-        token = (torch.arange(slots) - steps.start) % slots  # which of the new tokens lands in each slot
+        token = (torch.arange(slots) - positions.start) % slots  # which of the new tokens lands in each slot
         lands = (token < valid)[:, None]
-        token = token.clamp(max=steps.length - 1)
+        token = token.clamp(max=positions.length - 1)
         ring = RingKV(*(torch.where(lands, new.index_select(2, token), old) for new, old in ((k, self.key), (v, self.value))))
         return attention(q, keys, values, visible), ring
 

@@ -51,8 +51,8 @@ class Decay(Mixer):
         self.rate = options.rate
         self.o_proj = torch.nn.Linear(d_model, d_model, bias=False)
     def new_fast(self, batch):
-        return self._zeros(batch, self.o_proj.in_features, fast=True)
-    def forward(self, x, fast, window, steps):
+        return self.zeros(batch, self.o_proj.in_features, fast=True)
+    def forward(self, x, fast, window, positions):
         out = []
         for t in range(x.shape[1]):
             fast = self.rate * fast + (1 - self.rate) * x[:, t]

@@ -16,7 +16,7 @@ from zoo.blocks.block import Block
 from zoo.blocks.exit_gate import ExitGate
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import RMSNorm, norms
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.config import ModelConfig, validate
 from zoo.errors import ZooError
 from zoo.eviction import evictions
@@ -156,8 +156,8 @@ class Model(nn.Module):
         awake: tuple[Tensor, State] | None = None,
         recompute: bool = False,
     ) -> State:
-        h, state, steps, loops = self.fall_asleep(ids, state, loops, cu_seqlens, awake)
-        return self.evict(self.run(h, state, steps, loops * self.config.wake_loops, awake=awake, recompute=recompute)[1])
+        h, state, positions, loops = self.fall_asleep(ids, state, loops, cu_seqlens, awake)
+        return self.evict(self.run(h, state, positions, loops * self.config.wake_loops, awake=awake, recompute=recompute)[1])
 
     def fall_asleep(
         self,
@@ -166,7 +166,7 @@ class Model(nn.Module):
         loops: int | None,
         cu_seqlens: Tensor | None = None,
         awake: tuple[Tensor, State] | None = None,
-    ) -> tuple[Tensor, State, Steps, int]:
+    ) -> tuple[Tensor, State, Positions, int]:
         """What a sleep starts from: embedded tokens, state, positions and the number of passes. Raises ZooError, as `consolidate`."""
         loops = self.config.loops if loops is None else loops
         if loops < 1:
@@ -175,11 +175,18 @@ class Model(nn.Module):
             raise ZooError(f"ids: {longest} tokens are more than one window of {self.config.window}")
         if awake is not None and not self.wakes_as_it_sleeps:
             raise ZooError(f"awake: {self.config.name} does not read awake as in its first pass asleep; give no `awake`")
-        state, steps = self._open(ids, state, cu_seqlens)
-        return self.embedded(ids, steps, asleep=True), state, steps, loops
+        state, positions = self._open(ids, state, cu_seqlens)
+        return self.embedded(ids, positions, asleep=True), state, positions, loops
 
     def run(
-        self, h: Tensor, state: State, steps: Steps, passes: int, *, awake: tuple[Tensor, State] | None = None, recompute: bool = False
+        self,
+        h: Tensor,
+        state: State,
+        positions: Positions,
+        passes: int,
+        *,
+        awake: tuple[Tensor, State] | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, State]:
         """h [B, T, D] through the prelude, `passes` passes of the span, and the coda.
 
@@ -196,15 +203,15 @@ class Model(nn.Module):
         h = h if awake is None else awake[0]
         one_pass = partial(checkpoint, self._pass, use_reentrant=False) if recompute else self._pass
         for n in range(0 if awake is None else 1, passes):
-            h, first, fast, caches = one_pass(n, n == passes - 1, state, steps, h, first, *fast)
+            h, first, fast, caches = one_pass(n, n == passes - 1, state, positions, h, first, *fast)
             for at, cache in caches.items():
                 window[at] = cache
             after.append(h)
         h = torch.stack(after, dim=-2) if self.config.wake_loops > 1 else h
-        return h, State(tuple(fast), tuple(window), steps.end)
+        return h, State(tuple(fast), tuple(window), positions.end)
 
     def _pass(
-        self, n: int, last: bool, start: State, steps: Steps, h: Tensor, first: Tensor, *carried: Tensor | None
+        self, n: int, last: bool, start: State, positions: Positions, h: Tensor, first: Tensor, *carried: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None], dict[int, Any]]:
         """The span once; before the first pass the prelude, after the last one the coda. `checkpoint` wants the tensors one by one."""
         fast, window = list(carried), {}
@@ -214,7 +221,7 @@ class Model(nn.Module):
             if n and not self.config.carry and i in self.span:
                 fast[i] = start.fast[i]
             at = n % self.config.wake_loops * len(self.blocks) + i
-            h, fast[i], window[at] = self.blocks[i](h, fast[i], start.window[at], steps)
+            h, fast[i], window[at] = self.blocks[i](h, fast[i], start.window[at], positions)
         return h, first, fast, window
 
     def evict(self, state: State) -> State:
@@ -308,30 +315,30 @@ class Model(nn.Module):
     def _awake(
         self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None = None, *, recompute: bool = False
     ) -> tuple[Tensor, State]:
-        state, steps = self._open(ids, state, cu_seqlens)
-        return self.run(self.embedded(ids, steps), state, steps, self.config.wake_loops, recompute=recompute)
+        state, positions = self._open(ids, state, cu_seqlens)
+        return self.run(self.embedded(ids, positions), state, positions, self.config.wake_loops, recompute=recompute)
 
-    def _open(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[State, Steps]:
+    def _open(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[State, Positions]:
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ZooError(f"ids {list(ids.shape)}: want [B, T] with at least one token")
         streams = packed.streams(ids.shape[0], ids.shape[1], cu_seqlens)
         if cu_seqlens is not None and (loose := {kind for kind in self.config.pattern if not mixers.get(kind).packs}):
             raise ZooError(f"{self.config.name}: cu_seqlens: block '{min(loose)}' cannot keep packed sequences apart")
         state = self.init_state(streams) if state is None else state
-        steps = Steps(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
-        end = int(steps.end.max()) if isinstance(steps.end, Tensor) else steps.end
+        positions = Positions(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
+        end = int(positions.end.max()) if isinstance(positions.end, Tensor) else positions.end
         if self.eviction.restarts and end > (window := self.config.window or 0):
             given = _longest(ids, cu_seqlens)
             raise ZooError(f"ids: {given} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first")
-        return state, steps
+        return state, positions
 
-    def embedded(self, ids: Tensor, steps: Steps, *, asleep: bool = False) -> Tensor:
+    def embedded(self, ids: Tensor, positions: Positions, *, asleep: bool = False) -> Tensor:
         """What the first block reads: ids [B, T] -> [B, T, D]."""
         h = self.embed(ids)
         if not self.config.learned_positions or (self.config.learned_positions == "asleep" and not asleep):
             return h
         # the padding of an exported graph may reach past the window
-        return h + self.positions(steps.position.clamp(max=self.positions.num_embeddings - 1))
+        return h + self.positions(positions.position.clamp(max=self.positions.num_embeddings - 1))
 
     def between_passes(self, h: Tensor, first: Tensor) -> Tensor:
         """What one pass hands to the next: h: [B, T, D], and optionally the span's first input again."""

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import zoo
 from zoo.blocks.attention import KV
 from zoo.blocks.mixer import Mixer, mixers
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 
 CPU = torch.device("cpu")
 D = 32
@@ -54,7 +54,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 def run(mixer: Mixer, x: torch.Tensor, pieces: list[int] | None = None) -> tuple[torch.Tensor, Any, Any]:
     fast, window, at, outputs = mixer.new_fast(len(x)), mixer.new_window(len(x)), 0, []
     for piece in x.split(pieces or [x.shape[1]], dim=1):
-        y, fast, window = mixer(piece, fast, window, Steps(at, piece.shape[1], CPU))
+        y, fast, window = mixer(piece, fast, window, Positions(at, piece.shape[1], CPU))
         at += piece.shape[1]
         outputs.append(y)
     return torch.cat(outputs, dim=1), fast, window
@@ -133,7 +133,7 @@ def test_flops(mixer: Mixer, variant: str, length: int, past: int) -> None:
     _, fast, window = run(mixer, tokens(1, past)) if past else (None, mixer.new_fast(1), mixer.new_window(1))
     # torch counts the products of attention in this form alone on a CPU
     with sdpa_kernel(SDPBackend.MATH), zoo.kernels.use("reference"), FlopCounterMode(display=False) as counter:
-        mixer(tokens(1, length), fast, window, Steps(past, length, CPU))
+        mixer(tokens(1, length), fast, window, Positions(past, length, CPU))
     counted = counter.get_total_flops()
     assert counted > 0
     assert mixer.flops(length, past) == counted + length * STEPS.get(VARIANTS[variant][0], lambda mixer: 0)(mixer)
@@ -167,7 +167,7 @@ def test_inputs_are_not_changed(mixer: Mixer) -> None:
     _, fast, window = run(mixer, x)
     before = [x.clone() for x in (*(window or ()), *([] if fast is None else [fast]))]
     with torch.no_grad():
-        mixer(x, fast, window, Steps(5, 5, CPU))
+        mixer(x, fast, window, Positions(5, 5, CPU))
     assert_same([*(window or ()), *([] if fast is None else [fast])], before)
 
 
@@ -178,7 +178,7 @@ def test_gradients(mixer: Mixer) -> None:
 
     def outputs(x: torch.Tensor, *rest: torch.Tensor) -> list[torch.Tensor]:
         weights = dict(zip(names, rest[len(start) :], strict=True))
-        y, new, _ = torch.func.functional_call(mixer, weights, (x, rest[0] if start else None, window, Steps(0, 6, CPU)))
+        y, new, _ = torch.func.functional_call(mixer, weights, (x, rest[0] if start else None, window, Positions(0, 6, CPU)))
         return [y] if new is None else [y, new]
 
     assert torch.autograd.gradcheck(outputs, (tokens(2, 6).requires_grad_(), *start, *parameters), fast_mode=True)
@@ -189,8 +189,8 @@ def test_gradients(mixer: Mixer) -> None:
 def test_padding_changes_nothing(mixer: Mixer, valid: int) -> None:
     x, first = tokens(2, 8), tokens(2, 3, seed=1)
     fast, window = run(mixer, first)[1:]
-    want, want_fast, want_window = mixer(x[:, :valid], fast, window, Steps(3, valid, CPU))
-    got, got_fast, got_window = mixer(x, fast, window, Steps(3, 8, CPU, valid=torch.tensor(valid)))
+    want, want_fast, want_window = mixer(x[:, :valid], fast, window, Positions(3, valid, CPU))
+    got, got_fast, got_window = mixer(x, fast, window, Positions(3, 8, CPU, valid=torch.tensor(valid)))
     assert_same(got[:, :valid], want)
     if fast is not None:  # a KV cache is cut by whoever padded it
         assert_same((got_fast, got_window), (want_fast, want_window))
@@ -254,9 +254,9 @@ def test_packed_sequences_are_apart(mixer: Mixer, variant: str) -> None:
     ends = torch.tensor([0, *LENGTHS]).cumsum(0)
     turned = torch.tensor([0, *LENGTHS[::-1]]).cumsum(0).to(torch.int32)
     fast = mixer.new_fast(streams)
-    once, *state = mixer(first, fast, mixer.new_window(streams), before := Steps(0, 21, CPU, cu_seqlens=ends))
-    twice, *state = mixer(second, *state, after := Steps(before.end, 21, CPU, cu_seqlens=turned))
-    token, *state = mixer(last, *state, Steps(after.end, 1, CPU))
+    once, *state = mixer(first, fast, mixer.new_window(streams), before := Positions(0, 21, CPU, cu_seqlens=ends))
+    twice, *state = mixer(second, *state, after := Positions(before.end, 21, CPU, cu_seqlens=turned))
+    token, *state = mixer(last, *state, Positions(after.end, 1, CPU))
     alone = {}
     for s in range(streams):
         parts = first[:, ends[s] : ends[s + 1]], second[:, turned[s] : turned[s + 1]], last[s : s + 1]
@@ -303,7 +303,7 @@ class Piece(nn.Module):
         self.mixer, self.length = mixer, length
 
     def forward(self, x: torch.Tensor, fast: Any, window: Any, start: torch.Tensor, valid: torch.Tensor) -> Any:
-        return self.mixer(x, fast, window, Steps(start, self.length, x.device, valid))
+        return self.mixer(x, fast, window, Positions(start, self.length, x.device, valid))
 
 
 def traced_inputs(mixer: Mixer) -> tuple[Any, ...]:

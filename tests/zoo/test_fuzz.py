@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import zoo
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 
 BLOCKS: dict[str, dict[str, Any]] = {
     "attn": {"heads": 2, "kv_heads": 1},
@@ -70,7 +70,7 @@ def in_chunks(model: zoo.Model, ids: torch.Tensor, loops: int, pieces: int) -> t
 
 def sleep_by_the_book(model: zoo.Model, ids: torch.Tensor, start: zoo.State, loops: int) -> zoo.State:
     """Section 3 of the design, line by line, one block at a time."""
-    steps = Steps(start.position, ids.shape[1], ids.device)
+    steps = Positions(start.position, ids.shape[1], ids.device)
     fast, window, h = list(start.fast), list(start.window), model.embed(ids)
     first, last = model.config.span
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.model import Model
 from zoo.state import Output, State
 
@@ -25,8 +25,8 @@ class Turn:
 
 async def waking(model: Model, ids: Tensor, state: State | None = None) -> Output:
     """`model.forward` in slices."""
-    state, steps = model._open(ids, state, None)
-    h, state = await run(model, model.embedded(ids, steps), state, steps, model.config.wake_loops)
+    state, positions = model._open(ids, state, None)
+    h, state = await run(model, model.embedded(ids, positions), state, positions, model.config.wake_loops)
     logits = await _slices(h.shape[1], lambda first, last: model.logits(h[:, first:last]))
     return Output(logits, state)
 
@@ -35,19 +35,19 @@ async def consolidation(
     model: Model, ids: Tensor, state: State | None = None, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
 ) -> State:
     """`model.consolidate` in slices."""
-    h, state, steps, loops = model.fall_asleep(ids, state, loops, awake=awake)
-    _, state = await run(model, h, state, steps, loops * model.config.wake_loops, awake)
+    h, state, positions, loops = model.fall_asleep(ids, state, loops, awake=awake)
+    _, state = await run(model, h, state, positions, loops * model.config.wake_loops, awake)
     return model.evict(state)
 
 
 async def run(
-    model: Model, h: Tensor, start: State, steps: Steps, passes: int, awake: tuple[Tensor, State] | None = None
+    model: Model, h: Tensor, start: State, positions: Positions, passes: int, awake: tuple[Tensor, State] | None = None
 ) -> tuple[Tensor, State]:
     """`model.run` in slices, the definition of what happens here."""
     config, first, after = model.config, h, []
     fast, window = (list(start.fast), list(start.window)) if awake is None else (list(awake[1].fast), list(awake[1].window))
     h = h if awake is None else awake[0]
-    parts = {(0, steps.length): steps}
+    parts = {(0, positions.length): positions}
     for n in range(0 if awake is None else 1, passes):
         for i in (*(model.prelude if n == 0 else ()), *model.span, *(model.coda if n == passes - 1 else ())):
             if i == model.span.start:
@@ -59,14 +59,14 @@ async def run(
 
             def over(begin: int, end: int, i: int = i, at: int = at, h: Tensor = h) -> Tensor:
                 if (begin, end) not in parts:
-                    parts[begin, end] = Steps(steps.start + begin, end - begin, h.device)
+                    parts[begin, end] = Positions(positions.start + begin, end - begin, h.device)
                 y, fast[i], window[at] = model.blocks[i](h[:, begin:end], fast[i], window[at], parts[begin, end])
                 return y
 
-            h = await _slices(steps.length, over)
+            h = await _slices(positions.length, over)
         after.append(h)
     h = torch.stack(after, dim=-2) if config.wake_loops > 1 else h
-    return h, State(tuple(fast), tuple(window), steps.end)
+    return h, State(tuple(fast), tuple(window), positions.end)
 
 
 async def _slices(tokens: int, over: Callable[[int, int], Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.blocks.attention import KV
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.errors import ZooError
 from zoo.model import Model
 from zoo.state import State
@@ -19,7 +19,7 @@ from zoo.state import State
 Name = TypeVar("Name", bound=Hashable)
 
 
-class SlotSteps(Steps):
+class SlotPositions(Positions):
     """The next token of each of n streams, at positions start: [n], none of them at `longest` or beyond."""
 
     def __init__(self, start: Tensor, longest: int) -> None:
@@ -45,14 +45,14 @@ class SlotKV(NamedTuple):
     key: Tensor
     value: Tensor
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, steps: SlotSteps, reach: int | None) -> tuple[Tensor, SlotKV]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: SlotPositions, reach: int | None) -> tuple[Tensor, SlotKV]:
         """Attention of q [n, H, 1, D] to what is cached and to k, v [n, Hkv, 1, D]."""
         ring = self.key.shape[2]
-        at = steps.position[:, 0] % ring
-        self.key[steps.rows, :, at] = k[:, :, 0]
-        self.value[steps.rows, :, at] = v[:, :, 0]
-        used = min(ring, steps.longest)
-        visible = steps.visible(ring)[..., :used]
+        at = positions.position[:, 0] % ring
+        self.key[positions.rows, :, at] = k[:, :, 0]
+        self.value[positions.rows, :, at] = v[:, :, 0]
+        used = min(ring, positions.longest)
+        visible = positions.visible(ring)[..., :used]
         y = F.scaled_dot_product_attention(
             q, self.key[:, :, :used], self.value[:, :, :used], attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -170,10 +170,12 @@ class Slots(Generic[Name]):
         What it reads and changes stands in buffers that stay where they are, so it can be compiled or recorded.
         """
         position = self._position[:n]
-        steps = SlotSteps(position, longest)
+        positions = SlotPositions(position, longest)
         fast: tuple[Any, ...] = tuple(None if s is None else s[:n] for s in self._fast)
         window: tuple[Any, ...] = tuple(c and c._make(tensor[:n] for tensor in c) for c in self._window)
-        h, after = self.model.run(self.model.embedded(self.ids[:n], steps), State(fast, window, 0), steps, self.model.config.wake_loops)
+        h, after = self.model.run(
+            self.model.embedded(self.ids[:n], positions), State(fast, window, 0), positions, self.model.config.wake_loops
+        )
         logits = self.model.logits(h)
         for old, new in zip(fast, after.fast, strict=True):
             if new is not None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import zoo
-from zoo.blocks.positions import Steps
+from zoo.blocks.positions import Positions
 from zoo.checkpoints.family import families, links
 from zoo.checkpoints.upstream import read_config
 
@@ -141,7 +141,7 @@ def test_one_gated_delta_net_layer() -> None:
             parts = link.unpack(stored[link.theirs.removeprefix("model.layers.0.")], [x.shape[0] for x in ours])
             for parameter, part in zip(ours, parts, strict=True):
                 parameter.copy_(part)
-    steps = Steps(0, io["hidden"].shape[1], torch.device("cpu"))
+    steps = Positions(0, io["hidden"].shape[1], torch.device("cpu"))
     y, fast, _ = mixer(io["hidden"], mixer.new_fast(2), mixer.new_window(2), steps)
     assert_close("gdn", y, io["out"])
     torch.testing.assert_close(fast.double(), io["final_state_f64"], rtol=0, atol=1e-5)
