@@ -60,7 +60,7 @@ def test_blocks_of_values_in_reversed_order() -> None:
 
 @torch.no_grad()
 def test_gates_at_the_ends_of_their_range() -> None:
-    """Positions so small that 1 + e^x rounds to 1, and so large that nothing is left of the state."""
+    """Steps so small that 1 + e^x rounds to 1, and so large that nothing is left of the state."""
     given = inputs("usual")
     given["a"] = torch.tensor([[[-60.0, 60.0]], [[-35.0, 1000.0]]], dtype=torch.float64)
     found, wanted = (gdn_step(**given, form=form) for form in ("triton", "reference"))
