@@ -1,4 +1,4 @@
-"""A bundle on onnxruntime, with the interface of the PyTorch model."""
+"""Run a bundle through the interface of the PyTorch model; onnxruntime is the default provider."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ except ImportError:
     raise ZooError("export: needs pip install 'sleep-zoo[onnx]'") from None
 
 
-WORTH_A_PREFILL = 8  # fewer tokens are read one by one
+WORTH_A_PREFILL = 8  # fewer tokens run one at a time through the prediction graph
 
 
 class Runner(Protocol):
-    """One graph of a bundle, as a function of tensors by name."""
+    """One graph of a bundle as a function of named tensors."""
 
     device: torch.device
-    """Where its tensors live."""
+    """Device of its inputs and outputs."""
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every output by its name in the graph, of these inputs; there may be more of them than the graph has. Changes none."""
+        """Return every output of the graph by name. Inputs are not modified; names that the graph lacks are ignored."""
         ...
 
 
@@ -51,26 +51,27 @@ def _register() -> None:
 
 MODULES = ("zoo.export.tensorrt.runtime",)  # each registers a provider
 
-# a provider opens a graph: (folder of the bundle, its manifest, file name of the graph) -> Runner
+# a provider opens one graph: (bundle folder, manifest, file name of the graph) -> Runner
 providers: Registry[Callable[[Path, Bundle, str], Runner]] = Registry("provider", "providers", _register)
 
 
 def load(path: str | Path, *, provider: str = "cpu", batch_size: int = 1) -> Session:
-    """A session on the bundle that `zoo-export` wrote to the folder `path`.
+    """Open a session on the bundle that `zoo-export` wrote to the folder `path`.
 
     Args:
-        provider: what runs the graphs: "cpu" and "cuda" are onnxruntime's, and know no bfloat16; "tensorrt" runs the engines beside them.
+        provider: runtime that executes the graphs. "cpu" and "cuda" are onnxruntime's and do not support bfloat16;
+            "tensorrt" runs the engines next to the graphs.
     Raises:
-        ZooError: a file that is missing, damaged, or of another bundle; a provider that is not there.
+        ZooError: a file is missing, damaged or from another bundle, or the provider is unavailable.
     """
     return Session(ExportedModel(Path(path), provider), batch_size)
 
 
 class ExportedModel:
-    """The graphs of a bundle, with the interface of the PyTorch model. States are never changed in place.
+    """The graphs of a bundle behind the interface of the PyTorch model. States are never modified in place.
 
     Raises:
-        ZooError: as `load`.
+        ZooError: as in `load`.
     """
 
     def __init__(self, folder: Path, provider: str = "cpu") -> None:
@@ -85,16 +86,18 @@ class ExportedModel:
         self.device = self._graphs[PREDICTION].device
 
     def init_state(self, batch_size: int = 1) -> State:
-        """The state of `batch_size` streams before their first token."""
+        """Return the state of `batch_size` streams before their first token."""
         like = with_rings(self._shapes.init_state(batch_size), self._slots)
         zeros = {name: torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device) for name, tensor in pack(like, PAST).items()}
         return unpack(zeros, PAST, like)
 
     def __call__(self, ids: Tensor, state: State) -> Output:
-        """One wake pass over ids: [B, T] int64, by the prefill graph if there is one and the tokens are worth it, else token by token.
+        """Run one wake pass over ids [B, T] int64.
+
+        Long inputs go through the prefill graph if the bundle has one; otherwise tokens run one at a time.
 
         Raises:
-            ZooError: the tokens do not fit into the window that the state has open.
+            ZooError: the tokens do not fit into the current window.
         """
         self._check(ids, state)
         if not self._slides and state.position + ids.shape[1] > self._slots:
@@ -123,17 +126,17 @@ class ExportedModel:
         """Sleep on one whole chunk, then evict.
 
         Args:
-            ids: the chunk's tokens, [B, T] int64, T at most the window.
-            state: as it stood at the chunk's start.
-            loops: passes of the span; other than `config.loops` only where the passes are graphs of their own.
+            ids: tokens of the chunk, [B, T] int64, T at most the window.
+            state: state at the start of the chunk.
+            loops: number of passes of the span; differs from `config.loops` only in bundles exported with --per-pass.
         Raises:
-            ZooError: more tokens than the window holds, a state within a window that restarts, a model that never sleeps,
-                or loops that the graph does not have.
+            ZooError: more tokens than the window holds, a state taken inside a window that restarts, a model that never
+                sleeps, or a number of passes that the graph does not offer.
         """
         return finish(self.consolidation(ids, state, loops=loops))
 
     async def consolidation(self, ids: Tensor, state: State, *, loops: int | None = None) -> State:
-        """`consolidate` bit by bit: where the passes are graphs of their own, a pass is a bit."""
+        """Run `consolidate` in slices: one per pass in bundles exported with --per-pass, else a single one."""
         if not self._eviction.uses_window:
             raise ZooError(f"{self.config.name} never sleeps (evict '{self.config.evict}')")
         self._check(ids, state)
@@ -141,10 +144,10 @@ class ExportedModel:
         if self._slots < T:
             raise ZooError(f"ids: {T} tokens are more than one window of {self._slots}")
         if self._eviction.restarts and state.position:
-            raise ZooError(f"state: at position {state.position}; a sleep starts from the state at its window's start")
+            raise ZooError(f"state: at position {state.position}; a sleep starts from the state at the start of its window")
         loops = self.config.loops if loops is None else loops
         if loops < 1 or (loops != self.config.loops and CONSOLIDATION in self._graphs):
-            raise ZooError(f"loops: {loops}; this bundle was exported with {self.config.loops} (--per-pass leaves them open)")
+            raise ZooError(f"loops: {loops}; this bundle was exported with {self.config.loops}; --per-pass allows any number")
         given = self._padded(ids, self._slots) | {"position": torch.tensor(state.position, device=self.device)} | pack(state, PAST)
         out = self._graphs[CONSOLIDATION](given) if CONSOLIDATION in self._graphs else (await self._pass_by_pass(given, loops))
         return unpack(out, PRESENT, state)._replace(position=0 if self._eviction.restarts else state.position + T)
@@ -157,7 +160,7 @@ class ExportedModel:
             await Turn()
             after = self._graphs[PASS](carried | {"pass": torch.tensor(n, device=self.device), "h": h, "first": first})
             h = after.pop("h_out")
-            # fast weights carry on; every pass starts from the window cache at the chunk's start
+            # fast weights carry over; every pass starts from the window cache at the start of the chunk
             carried = given | {name.replace(PRESENT, PAST): x for name, x in after.items() if name.endswith("recurrent_state")}
         return out | after | (self._graphs[CODA](given | {"h": h}) if CODA in self._graphs else {})
 
@@ -166,7 +169,7 @@ class ExportedModel:
         return {"input_ids": F.pad(ids, (0, length - T)), "n_valid": torch.tensor(T, device=self.device)}
 
     def plain(self, state: State) -> State:
-        """The state as the PyTorch model would have it: caches that grow, oldest token first."""
+        """Convert a state to the PyTorch model's form: growing caches, oldest token first."""
         position = int(state.position)
 
         def ordered(i: int, cache: Any) -> Any:
@@ -178,7 +181,7 @@ class ExportedModel:
         return State(state.fast, tuple(ordered(i, cache) for i, cache in enumerate(state.window)), position)
 
     def ringed(self, state: State) -> State:
-        """The state of a PyTorch model as the graphs want it."""
+        """Convert a state of the PyTorch model to the graphs' form, with ring caches."""
         position = int(state.position)
         caches = (RingKV.of(cache, position, self._slots) if isinstance(cache, KV) else cache for cache in state.window)
         return State(state.fast, tuple(caches), position)
@@ -197,17 +200,17 @@ class ExportedModel:
 
 
 class OnnxRuntime:
-    """A graph on onnxruntime, with as many threads as `torch.get_num_threads`."""
+    """One graph on onnxruntime, with `torch.get_num_threads()` threads."""
 
     def __init__(self, file: Path, bundle: Bundle, provider: str) -> None:
         if bundle.precision == "bfloat16":
-            raise ZooError("provider: onnxruntime on a CPU, and its tensors in numpy, know no bfloat16; allowed: tensorrt")
+            raise ZooError("provider: onnxruntime has no bfloat16 kernels on a CPU, and numpy no bfloat16; allowed: tensorrt")
         if provider not in onnxruntime.get_available_providers():
-            raise ZooError(f"provider: this onnxruntime has no {provider}; it has {', '.join(onnxruntime.get_available_providers())}")
+            raise ZooError(f"provider: {provider} is not in this onnxruntime; allowed: {', '.join(onnxruntime.get_available_providers())}")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns that states which never change in place are copied
+        options.log_severity_level = 3  # it warns that states, which are never written in place, are copied
         options.intra_op_num_threads = torch.get_num_threads()
-        # products with integer weights would round the activations to 8 bits as well
+        # by default, products with integer weights also round the activations to 8 bits
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.device = torch.device("cpu")
         self._session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
