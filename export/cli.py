@@ -128,9 +128,10 @@ def _compare(name: str, overrides: tuple[str, ...], seed: int, folder: Path) -> 
 def _model(name: str, overrides: tuple[str, ...], seed: int, dtype: str | None, device: str = "cpu") -> Model:
     import torch
 
-    from zoo.checkpoints.own import create, load
+    from zoo.checkpoints.own import load
     from zoo.config import parse_overrides
     from zoo.errors import ZooError
+    from zoo.factory import create
 
     fields = parse_overrides(overrides)
     precision = None if dtype is None else getattr(torch, dtype)

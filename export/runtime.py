@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.blocks.attention import KV
-from zoo.checkpoints.own import create
 from zoo.errors import ZooError
 from zoo.eviction import evictions
 from zoo.export.manifest import CODA, CONSOLIDATION, PASS, PREDICTION, PREFILL, PRELUDE, Bundle
 from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_rings
+from zoo.factory import create
 from zoo.registry import Registry
 from zoo.sessions.session import Session
 from zoo.sessions.sliced import Turn

@@ -2,13 +2,13 @@ __version__: str
 
 from zoo import export as export
 from zoo import kernels as kernels
-from zoo.checkpoints.own import create as create
 from zoo.checkpoints.own import load as load
 from zoo.checkpoints.own import save as save
 from zoo.config import ModelConfig as ModelConfig
 from zoo.config import list_models as list_models
 from zoo.costs import describe as describe
 from zoo.errors import ZooError as ZooError
+from zoo.factory import create as create
 from zoo.model import Model as Model
 from zoo.sessions.pool import PoolFullError as PoolFullError
 from zoo.sessions.pool import SessionPool as SessionPool

@@ -263,7 +263,8 @@ def serve(
 
 def _open(model: str) -> tuple[Model, Bytes]:
     """The model in a folder, or of a name or a YAML file with fresh weights; and its tokenizer."""
-    from zoo.checkpoints.own import create, load
+    from zoo.checkpoints.own import load
+    from zoo.factory import create
     from zoo.text.tokenizers import text_of
 
     folder = Path(model) if Path(model).is_dir() else None

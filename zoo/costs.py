@@ -12,8 +12,8 @@ from torch import Tensor
 
 from zoo.blocks.block import Block
 from zoo.blocks.mixer import linear_flops
-from zoo.checkpoints.own import create
 from zoo.config import ModelConfig
+from zoo.factory import create
 from zoo.model import Model
 
 

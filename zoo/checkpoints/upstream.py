@@ -59,7 +59,7 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
             config.json of another architecture; names the file and the tensor. `model` is unchanged then.
     """
     config = read_config(folder)
-    same_architecture(config, model.config, folder / CONFIG)
+    check_same_architecture(config, model.config, folder / CONFIG)
     family = _family(read_json(folder / CONFIG), str(folder / CONFIG))
     ours = model.state_dict()
     with open_folder(folder, device) as stored:
@@ -138,7 +138,7 @@ def _written_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     return written
 
 
-def same_architecture(stored: ModelConfig, wanted: ModelConfig, file: Path) -> None:
+def check_same_architecture(stored: ModelConfig, wanted: ModelConfig, file: Path) -> None:
     """ZooError if the weights that the config in `file` describes are none for a model that computes what `wanted` says."""
     if differences := _differences(stored, wanted, COMPUTES):
         field, theirs, ours = differences[0]

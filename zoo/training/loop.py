@@ -17,10 +17,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from zoo.checkpoints.own import create
 from zoo.config import merge, read_shipped, shipped, validate
 from zoo.costs import training_flops
 from zoo.errors import ZooError
+from zoo.factory import create
 from zoo.model import Model, Recompute
 from zoo.tasks import Batch, Task, new_task
 from zoo.training.optimizers import Weights, freeze, make_optimizers, restore, state_of
