@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from zoo.errors import ZooError
+from zoo.serving.schemas import ApiError, ChatRequest, CompletionRequest, ErrorResponse, GenerationRequest
 from zoo.sessions.pool import BusyError, PoolFullError, SessionPool, Stream
 from zoo.text.tokenizers import Bytes
 
@@ -47,65 +47,6 @@ class Limits:
     """Seconds after which a session that nobody asks may be forgotten."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class Ask(_Strict):
-    """What both routes take."""
-
-    model: str
-    stream: bool = False
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
-    n: Literal[1] = 1
-    session: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]{1,64}$", description="keeps the stream between requests")
-
-
-class Completion(Ask):
-    """The prompt continues the session's stream, if there is one."""
-
-    prompt: str | list[Annotated[int, Field(ge=0, lt=2**31)]]
-    max_tokens: int = Field(16, ge=1)
-
-
-class ChatMessage(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
-
-
-class Chat(Ask):
-    """With a session, messages that it has seen are skipped: send the whole conversation, or what is new."""
-
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-
-
-class Problem(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    error: Problem
-
-
-class Refusal(Exception):  # noqa: N818
-    """An answer in OpenAI's error shape."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        self.status = status
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 @dataclass(eq=False)
 class _Kept:
     """A stream that lives between requests, and which messages it has seen."""
@@ -131,12 +72,12 @@ class _Sessions:
             self._forget_idle()
             kept = self._kept.get(name) if name else None
             if kept is not None and kept.busy:
-                raise Refusal(409, f"session: '{name}' is busy with another request", "session", "session_busy")
+                raise ApiError(409, f"session: '{name}' is busy with another request", "session", "session_busy")
             if kept is None:
                 try:
                     kept = _Kept(self._pool.open())
                 except PoolFullError as error:
-                    raise Refusal(429, f"{error}; try again later", None, "too_many_sessions") from None
+                    raise ApiError(429, f"{error}; try again later", None, "too_many_sessions") from None
                 if name:
                     self._kept[name] = kept
             kept.busy = True
@@ -192,12 +133,12 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
     app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(_SmallBodies, limit=limits.body)
 
-    def refuse(request: Request, refusal: Refusal) -> JSONResponse:
+    def refuse(request: Request, refusal: ApiError) -> JSONResponse:
         metrics.requests.labels(_route(request), refusal.status).inc()
         return JSONResponse(refusal.body, refusal.status)
 
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, error: Refusal) -> JSONResponse:
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> JSONResponse:
         return refuse(request, error)
 
     @app.exception_handler(RequestValidationError)
@@ -205,22 +146,22 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return refuse(
-                request, Refusal(400, f"body: no JSON: {first['ctx']['error']}, character {first['loc'][-1]}", None, "json_invalid")
+                request, ApiError(400, f"body: no JSON: {first['ctx']['error']}, character {first['loc'][-1]}", None, "json_invalid")
             )
         where = ".".join(str(part) for part in first["loc"][1:])
-        return refuse(request, Refusal(400, f"{where}: {first['msg']}" if where else first["msg"], where or None, first["type"]))
+        return refuse(request, ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], where or None, first["type"]))
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
-        answer = refuse(request, Refusal(error.status_code, str(error.detail)))
+        answer = refuse(request, ApiError(error.status_code, str(error.detail)))
         answer.headers.update(error.headers or {})
         return answer
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return refuse(request, Refusal(500, f"{type(error).__name__}: {error}"))
+        return refuse(request, ApiError(500, f"{type(error).__name__}: {error}"))
 
-    errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+    errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
     answers: dict[int | str, dict[str, Any]] = {
         200: {"content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}},
         **errors,
@@ -233,7 +174,7 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
     @app.delete("/v1/sessions/{session}", responses=errors)
     def forget(session: str) -> dict[str, Any]:
         if not sessions.forget(session):
-            raise Refusal(404, f"session: '{session}' does not exist, or is busy", "session", "session_not_found")
+            raise ApiError(404, f"session: '{session}' does not exist, or is busy", "session", "session_not_found")
         return {"id": session, "object": "session", "deleted": True}
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -241,13 +182,13 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
         return Response(prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     @app.post("/v1/completions", response_model=None, responses=answers)
-    def completions(ask: Completion, request: Request) -> Response:
+    def completions(ask: CompletionRequest, request: Request) -> Response:
         ids = text.encode(ask.prompt) if isinstance(ask.prompt, str) else ask.prompt
         shape = _Shape("cmpl", "text_completion", "text_completion", name, lambda piece: {"text": piece}, lambda piece: {"text": piece})
         return answer(ask, request, lambda kept: ids, ask.max_tokens, shape)
 
     @app.post("/v1/chat/completions", response_model=None, responses=answers)
-    def chat(ask: Chat, request: Request) -> Response:
+    def chat(ask: ChatRequest, request: Request) -> Response:
         def new_ids(kept: _Kept) -> list[int]:
             messages = [message.model_dump() for message in ask.messages]
             known = kept.seen < len(messages) and _digest(messages[: kept.seen]) == kept.digest
@@ -263,22 +204,22 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
         )
         return answer(ask, request, new_ids, ask.max_completion_tokens or ask.max_tokens or limits.tokens, shape)
 
-    def answer(ask: Ask, request: Request, new_ids: Callable[[_Kept], list[int]], tokens: int, shape: _Shape) -> Response:
+    def answer(ask: GenerationRequest, request: Request, new_ids: Callable[[_Kept], list[int]], tokens: int, shape: _Shape) -> Response:
         if ask.model != name:
-            raise Refusal(404, f"model: '{ask.model}' does not exist; there is '{name}'", "model", "model_not_found")
+            raise ApiError(404, f"model: '{ask.model}' does not exist; there is '{name}'", "model", "model_not_found")
         if tokens > limits.tokens:
-            raise Refusal(400, f"max_tokens: {tokens} is more than {limits.tokens}", "max_tokens", "max_tokens_exceeded")
+            raise ApiError(400, f"max_tokens: {tokens} is more than {limits.tokens}", "max_tokens", "max_tokens_exceeded")
         kept = sessions.borrow(ask.session)
         try:
             ids = new_ids(kept)
             if len(ids) > limits.prompt:
-                raise Refusal(400, f"prompt: {len(ids)} tokens are more than {limits.prompt}", "prompt", "context_length_exceeded")
+                raise ApiError(400, f"prompt: {len(ids)} tokens are more than {limits.prompt}", "prompt", "context_length_exceeded")
             speech = _Speech(kept, ids, ask, tokens, text, metrics)
-            if isinstance(ask, Chat):
+            if isinstance(ask, ChatRequest):
                 speech.messages = [message.model_dump() for message in ask.messages]
         except ZooError as error:
             sessions.give_back(ask.session, kept)
-            raise Refusal(409 if isinstance(error, BusyError) else 400, str(error)) from None
+            raise ApiError(409 if isinstance(error, BusyError) else 400, str(error)) from None
         except BaseException:
             sessions.give_back(ask.session, kept)
             raise
@@ -306,7 +247,7 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
 class _Speech:
     """One answer: pieces of text, cut where a stop word begins. The first token is there when it has been made."""
 
-    def __init__(self, kept: _Kept, ids: list[int], ask: Ask, tokens: int, text: Bytes, metrics: _Metrics) -> None:
+    def __init__(self, kept: _Kept, ids: list[int], ask: GenerationRequest, tokens: int, text: Bytes, metrics: _Metrics) -> None:
         self.prompt_tokens, self.tokens, self.finish = len(ids), 0, "length"
         self.messages: list[dict[str, str]] | None = None
         self._kept, self._metrics, self._text = kept, metrics, text
@@ -390,7 +331,7 @@ class _Shape:
             end()  # before the client hears of it: its next request may be here at once
             yield f"data: {json.dumps({**self._frame(self._chunk, self._part(''), speech.finish), 'usage': speech.usage()})}\n\n"
         except Exception as error:  # the status has been sent
-            yield f"data: {json.dumps(Refusal(500, str(error)).body)}\n\n"
+            yield f"data: {json.dumps(ApiError(500, str(error)).body)}\n\n"
         yield "data: [DONE]\n\n"
 
 
@@ -431,7 +372,7 @@ class _SmallBodies:
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limit:
-            refusal = Refusal(413, f"body: {int(declared)} bytes are more than {self.limit}", None, "request_too_large")
+            refusal = ApiError(413, f"body: {int(declared)} bytes are more than {self.limit}", None, "request_too_large")
             await JSONResponse(refusal.body, refusal.status, {"connection": "close"})(scope, receive, send)
             return
         await self.app(scope, counted, send)
