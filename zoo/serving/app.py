@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from threading import Lock
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from zoo.errors import ZooError
+from zoo.serving.kept import KeptSession, KeptSessions
 from zoo.serving.schemas import ApiError, ChatRequest, CompletionRequest, ErrorResponse, GenerationRequest
-from zoo.sessions.pool import BusyError, PoolFullError, SessionPool, Stream
+from zoo.sessions.pool import BusyError, SessionPool
 from zoo.text.tokenizers import Bytes
 
 try:
@@ -47,64 +46,8 @@ class Limits:
     """Seconds after which a session that nobody asks may be forgotten."""
 
 
-@dataclass(eq=False)
-class _Kept:
-    """A stream that lives between requests, and which messages it has seen."""
-
-    stream: Stream
-    used: float = field(default_factory=time.monotonic)
-    busy: bool = False
-    seen: int = 0
-    digest: str = ""
-
-
-class _Sessions:
-    def __init__(self, pool: SessionPool, idle: float) -> None:
-        self._pool, self._idle, self._lock = pool, idle, Lock()
-        self._kept: dict[str, _Kept] = {}
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def borrow(self, name: str | None) -> _Kept:
-        """The stream of a session, for one request; without a name, a new one."""
-        with self._lock:
-            self._forget_idle()
-            kept = self._kept.get(name) if name else None
-            if kept is not None and kept.busy:
-                raise ApiError(409, f"session: '{name}' is busy with another request", "session", "session_busy")
-            if kept is None:
-                try:
-                    kept = _Kept(self._pool.open())
-                except PoolFullError as error:
-                    raise ApiError(429, f"{error}; try again later", None, "too_many_sessions") from None
-                if name:
-                    self._kept[name] = kept
-            kept.busy = True
-            return kept
-
-    def give_back(self, name: str | None, kept: _Kept) -> None:
-        kept.busy, kept.used = False, time.monotonic()
-        if not name:
-            kept.stream.close()
-
-    def forget(self, name: str) -> bool:
-        with self._lock:
-            kept = self._kept.get(name)
-            if kept is None or kept.busy:
-                return False
-            del self._kept[name]
-            kept.stream.close()
-            return True
-
-    def _forget_idle(self) -> None:
-        now = time.monotonic()
-        for name in [name for name, kept in self._kept.items() if not kept.busy and now - kept.used > self._idle]:
-            self._kept.pop(name).stream.close()
-
-
 class _Metrics:
-    def __init__(self, sessions: _Sessions, pool: SessionPool) -> None:
+    def __init__(self, sessions: KeptSessions, pool: SessionPool) -> None:
         self.registry = prometheus.CollectorRegistry()
         self.requests = prometheus.Counter("zoo_requests", "Requests answered", ["route", "status"], registry=self.registry)
         self.tokens = prometheus.Counter("zoo_tokens", "Tokens read and generated", ["kind"], registry=self.registry)
@@ -120,7 +63,7 @@ class _Metrics:
 def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = None) -> FastAPI:
     """The server of one model as an ASGI app. Closes the pool when it shuts down."""
     limits = limits or Limits()
-    sessions = _Sessions(pool, limits.idle)
+    sessions = KeptSessions(pool, limits.idle)
     metrics = _Metrics(sessions, pool)
     born = int(time.time())
 
@@ -173,7 +116,7 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
 
     @app.delete("/v1/sessions/{session}", responses=errors)
     def forget(session: str) -> dict[str, Any]:
-        if not sessions.forget(session):
+        if not sessions.delete(session):
             raise ApiError(404, f"session: '{session}' does not exist, or is busy", "session", "session_not_found")
         return {"id": session, "object": "session", "deleted": True}
 
@@ -189,10 +132,8 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
 
     @app.post("/v1/chat/completions", response_model=None, responses=answers)
     def chat(ask: ChatRequest, request: Request) -> Response:
-        def new_ids(kept: _Kept) -> list[int]:
-            messages = [message.model_dump() for message in ask.messages]
-            known = kept.seen < len(messages) and _digest(messages[: kept.seen]) == kept.digest
-            return text.chat(messages[kept.seen :] if known else messages)
+        def new_ids(kept: KeptSession) -> list[int]:
+            return text.chat(kept.unread([message.model_dump() for message in ask.messages]))
 
         shape = _Shape(
             "chatcmpl",
@@ -204,12 +145,14 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
         )
         return answer(ask, request, new_ids, ask.max_completion_tokens or ask.max_tokens or limits.tokens, shape)
 
-    def answer(ask: GenerationRequest, request: Request, new_ids: Callable[[_Kept], list[int]], tokens: int, shape: _Shape) -> Response:
+    def answer(
+        ask: GenerationRequest, request: Request, new_ids: Callable[[KeptSession], list[int]], tokens: int, shape: _Shape
+    ) -> Response:
         if ask.model != name:
             raise ApiError(404, f"model: '{ask.model}' does not exist; there is '{name}'", "model", "model_not_found")
         if tokens > limits.tokens:
             raise ApiError(400, f"max_tokens: {tokens} is more than {limits.tokens}", "max_tokens", "max_tokens_exceeded")
-        kept = sessions.borrow(ask.session)
+        kept = sessions.acquire(ask.session)
         try:
             ids = new_ids(kept)
             if len(ids) > limits.prompt:
@@ -218,10 +161,10 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
             if isinstance(ask, ChatRequest):
                 speech.messages = [message.model_dump() for message in ask.messages]
         except ZooError as error:
-            sessions.give_back(ask.session, kept)
+            sessions.release(ask.session, kept)
             raise ApiError(409 if isinstance(error, BusyError) else 400, str(error)) from None
         except BaseException:
-            sessions.give_back(ask.session, kept)
+            sessions.release(ask.session, kept)
             raise
 
         over = False
@@ -231,7 +174,7 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
             if not over:
                 over = True
                 speech.close()
-                sessions.give_back(ask.session, kept)
+                sessions.release(ask.session, kept)
 
         metrics.requests.labels(_route(request), 200).inc()
         if ask.stream:
@@ -247,13 +190,13 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
 class _Speech:
     """One answer: pieces of text, cut where a stop word begins. The first token is there when it has been made."""
 
-    def __init__(self, kept: _Kept, ids: list[int], ask: GenerationRequest, tokens: int, text: Bytes, metrics: _Metrics) -> None:
+    def __init__(self, kept: KeptSession, ids: list[int], ask: GenerationRequest, tokens: int, text: Bytes, metrics: _Metrics) -> None:
         self.prompt_tokens, self.tokens, self.finish = len(ids), 0, "length"
         self.messages: list[dict[str, str]] | None = None
         self._kept, self._metrics, self._text = kept, metrics, text
         self._stops = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
         started = time.perf_counter()
-        self._ids = kept.stream.generate(
+        self._ids = kept.session.generate(
             torch.tensor([ids], dtype=torch.int64) if ids else None,
             tokens,
             stop=text.stop,
@@ -286,8 +229,7 @@ class _Speech:
         if said[sent:]:
             yield said[sent:]
         if self.messages is not None:
-            messages = [*self.messages, {"role": "assistant", "content": said}]
-            self._kept.seen, self._kept.digest = len(messages), _digest(messages)
+            self._kept.remember([*self.messages, {"role": "assistant", "content": said}])
 
     def _pieces(self) -> Iterator[str]:
         decode, token = self._text.decoder(), self._first
@@ -376,10 +318,6 @@ class _SmallBodies:
             await JSONResponse(refusal.body, refusal.status, {"connection": "close"})(scope, receive, send)
             return
         await self.app(scope, counted, send)
-
-
-def _digest(messages: list[dict[str, str]]) -> str:
-    return hashlib.sha256(json.dumps(messages).encode()).hexdigest() if messages else ""
 
 
 def _route(request: Request) -> str:
