@@ -21,15 +21,17 @@ from zoo.text.tokenizers import Bytes
 try:
     import anyio
     import anyio.to_thread
-    import prometheus_client as prometheus
     from fastapi import FastAPI, Request
     from fastapi import HTTPException as FastAPIHTTPException
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+    from prometheus_client import CONTENT_TYPE_LATEST
     from starlette.exceptions import HTTPException
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError:
     raise ZooError("serve: needs pip install 'sleep-zoo[serve]'") from None
+
+from zoo.serving.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,11 @@ class Limits:
     """Seconds after which a session that nobody asks may be forgotten."""
 
 
-class _Metrics:
-    def __init__(self, sessions: KeptSessions, pool: SessionPool) -> None:
-        self.registry = prometheus.CollectorRegistry()
-        self.requests = prometheus.Counter("zoo_requests", "Requests answered", ["route", "status"], registry=self.registry)
-        self.tokens = prometheus.Counter("zoo_tokens", "Tokens read and generated", ["kind"], registry=self.registry)
-        buckets = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
-        self.first = prometheus.Histogram("zoo_first_token_seconds", "To the first token", registry=self.registry, buckets=buckets)
-        self.each = prometheus.Histogram("zoo_token_seconds", "Between tokens", registry=self.registry, buckets=buckets)
-        prometheus.Gauge("zoo_sessions", "Sessions kept", registry=self.registry).set_function(lambda: len(sessions))
-        prometheus.Gauge("zoo_streams", "Streams open", registry=self.registry).set_function(lambda: len(pool))
-        prometheus.Gauge("zoo_streams_bytes", "Bytes that states of streams take at most", registry=self.registry).set(pool.bytes)
-        prometheus.Gauge("zoo_sleeps", "Sleeps that have ended", registry=self.registry).set_function(lambda: pool.sleeps)
-
-
 def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = None) -> FastAPI:
     """The server of one model as an ASGI app. Closes the pool when it shuts down."""
     limits = limits or Limits()
     sessions = KeptSessions(pool, limits.idle)
-    metrics = _Metrics(sessions, pool)
+    metrics = Metrics(sessions, pool)
     born = int(time.time())
 
     @asynccontextmanager
@@ -122,7 +110,7 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def numbers() -> Response:
-        return Response(prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/v1/completions", response_model=None, responses=answers)
     def completions(ask: CompletionRequest, request: Request) -> Response:
@@ -190,7 +178,7 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
 class _Speech:
     """One answer: pieces of text, cut where a stop word begins. The first token is there when it has been made."""
 
-    def __init__(self, kept: KeptSession, ids: list[int], ask: GenerationRequest, tokens: int, text: Bytes, metrics: _Metrics) -> None:
+    def __init__(self, kept: KeptSession, ids: list[int], ask: GenerationRequest, tokens: int, text: Bytes, metrics: Metrics) -> None:
         self.prompt_tokens, self.tokens, self.finish = len(ids), 0, "length"
         self.messages: list[dict[str, str]] | None = None
         self._kept, self._metrics, self._text = kept, metrics, text
@@ -208,7 +196,7 @@ class _Speech:
         )
         self._first = int(next(self._ids))
         self._at = time.perf_counter()
-        metrics.first.observe(self._at - started)
+        metrics.first_token.observe(self._at - started)
         metrics.tokens.labels("prompt").inc(len(ids))
 
     def close(self) -> None:
@@ -244,7 +232,7 @@ class _Speech:
             if following is None:
                 return
             token, now = int(following), time.perf_counter()
-            self._metrics.each.observe(now - self._at)
+            self._metrics.next_token.observe(now - self._at)
             self._at = now
 
     def usage(self) -> dict[str, int]:

@@ -1,0 +1,36 @@
+"""Metrics of the server, in Prometheus' form."""
+
+from __future__ import annotations
+
+import prometheus_client as prometheus
+
+from zoo.serving.kept import KeptSessions
+from zoo.sessions.pool import SessionPool
+
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
+
+class Metrics:
+    def __init__(self, sessions: KeptSessions, pool: SessionPool) -> None:
+        self.registry = prometheus.CollectorRegistry()
+        self.requests = self._counter("zoo_requests", "Requests answered", "route", "status")
+        self.tokens = self._counter("zoo_tokens", "Tokens read and generated", "kind")
+        self.first_token = self._histogram("zoo_first_token_seconds", "Time to the first token")
+        self.next_token = self._histogram("zoo_token_seconds", "Time between tokens")
+        self._gauge("zoo_sessions", "Sessions kept").set_function(lambda: len(sessions))
+        self._gauge("zoo_streams", "Open streams").set_function(lambda: len(pool))
+        self._gauge("zoo_streams_bytes", "Upper bound on the memory of all stream states").set(pool.bytes)
+        self._gauge("zoo_sleeps", "Completed sleeps").set_function(lambda: pool.sleeps)
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return prometheus.generate_latest(self.registry)
+
+    def _counter(self, name: str, about: str, *labels: str) -> prometheus.Counter:
+        return prometheus.Counter(name, about, labels, registry=self.registry)
+
+    def _histogram(self, name: str, about: str) -> prometheus.Histogram:
+        return prometheus.Histogram(name, about, registry=self.registry, buckets=SECONDS)
+
+    def _gauge(self, name: str, about: str) -> prometheus.Gauge:
+        return prometheus.Gauge(name, about, registry=self.registry)
