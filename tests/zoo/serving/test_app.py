@@ -170,7 +170,7 @@ def test_malformed(url, path, body, status):
     code, answer = raw(url, path, body)
     assert code == status
     message = json.loads(answer)["error"]["message"]
-    assert message.startswith("body: no JSON: ") or body != b"{", message
+    assert message.startswith("body: not JSON: ") or body != b"{", message
 
 
 def test_a_large_body_without_a_length(url):

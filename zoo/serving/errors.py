@@ -1,0 +1,54 @@
+"""Error responses: every exception becomes a status and a body in OpenAI's form."""
+
+from __future__ import annotations
+
+from fastapi import HTTPException as FastAPIHTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from zoo.serving.schemas import ApiError
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Return the response to an exception that a route or the framework raised."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail))
+    if not isinstance(error, RequestValidationError):
+        return ApiError(500, f"{type(error).__name__}: {error}")
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"body: not JSON: {first['ctx']['error']}, character {first['loc'][-1]}", None, "json_invalid")
+    where = ".".join(str(part) for part in first["loc"][1:])
+    return ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], where or None, first["type"])
+
+
+class BodyLimit:
+    """Middleware that refuses a request whose body is larger than `limit` bytes, by its declared length or while it is read."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.limit:
+                raise FastAPIHTTPException(413, f"body: more than {self.limit} bytes")
+            return message
+
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.limit:
+            error = ApiError(413, f"body: {int(declared)} bytes are more than {self.limit}", None, "request_too_large")
+            await JSONResponse(error.body, error.status, {"connection": "close"})(scope, receive, send)
+            return
+        await self.app(scope, counted, send)
