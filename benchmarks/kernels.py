@@ -1,9 +1,9 @@
-"""Operators beside their peers: time forward, time forward and backward, and error against the float64 recurrence.
+"""Time operators beside their peers, forward and with backward, and measure their error against the float64 recurrence.
 
     python -m benchmarks.kernels --device cpu      our chunked PyTorch forms, transformers' PyTorch paths
     python -m benchmarks.kernels --device cuda     our Triton kernels, fla, mamba_ssm (whichever is installed)
 
-A peer that is not installed or a row that was not measured says so in its cell; a result that fails its check is not timed.
+The cell of a peer that is not installed, or of a row that was not measured, gives the reason. A result that fails its check is not timed.
 """
 
 from __future__ import annotations
@@ -19,35 +19,26 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.measure import OURS, compare, console, difference, record
+from zoo.kernels.common.examples import Inputs, example
+from zoo.kernels.dispatch import operators
 
-Inputs = dict[str, Tensor]
 Run = Callable[[Inputs], tuple[Tensor, Tensor]]
-"""Takes the inputs of our operator, returns what our operator returns."""
+"""Takes the inputs of our operator and returns its results."""
 
 TARGET = 1.5
-TOLERANCE = 2e-2  # of a result in bfloat16, relative to the largest entry; float32 stays far below
+TOLERANCE = 2e-2  # error of a bfloat16 result relative to its largest entry; float32 stays far below
 
 
-def delta_rule(B: int, T: int, H: int, D: int, *, dtype: torch.dtype, device: str) -> Inputs:
-    r = _random(device, dtype)
-    q, k = (torch.nn.functional.normalize(r(B, T, H, D), dim=-1) for _ in range(2))
-    g, beta = -0.1 * r(B, T, H).abs().float(), r(B, T, H).float().sigmoid()
-    return {"q": q, "k": k, "v": r(B, T, H, D), "g": g, "beta": beta, "initial_state": torch.zeros(B, H, D, D, device=device)}
+def delta_rule(B: int, T: int, H: int, D: int) -> dict[str, int]:
+    return {"batch": B, "T": T, "H": H, "HV": H, "K": D, "V": D}
 
 
-def selective_scan(B: int, T: int, D: int, N: int, *, dtype: torch.dtype, device: str) -> Inputs:
-    r = _random(device, dtype)
-    A = -torch.arange(1, N + 1, device=device, dtype=torch.float32).repeat(D, 1)
-    dt = torch.nn.functional.softplus(r(B, T, D) - 3)
-    return {"u": r(B, T, D), "dt": dt, "A": A, "B": r(B, T, N), "C": r(B, T, N), "initial_state": torch.zeros(B, D, N, device=device)}
+def selective_scan(B: int, T: int, D: int, N: int) -> dict[str, int]:
+    return {"batch": B, "T": T, "D": D, "N": N}
 
 
-def ssd(B: int, T: int, H: int, P: int, N: int, *, dtype: torch.dtype, device: str) -> Inputs:
-    r = _random(device, dtype)
-    dt = torch.nn.functional.softplus(r(B, T, H).float() - 3)
-    A = -torch.linspace(1, 16, H, device=device)
-    state = torch.zeros(B, H, N, P, device=device)
-    return {"x": r(B, T, H, P), "dt": dt, "A": A, "B": r(B, T, 1, N), "C": r(B, T, 1, N), "initial_state": state}
+def ssd(B: int, T: int, H: int, P: int, N: int) -> dict[str, int]:
+    return {"batch": B, "T": T, "H": H, "P": P, "N": N}
 
 
 def transformers_delta_rule(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -75,7 +66,7 @@ def fla_delta_rule(x: Inputs) -> tuple[Tensor, Tensor]:
 
 def mamba_ssm_selective_scan(x: Inputs) -> tuple[Tensor, Tensor]:
     scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    u, dt, B, C = (x[name].mT.contiguous() for name in ("u", "dt", "B", "C"))
+    u, dt, B, C = (x[name].to(x["u"].dtype).mT.contiguous() for name in ("u", "dt", "B", "C"))
     y, state = scan(u, dt, x["A"], B, C, return_last_state=True)
     return y.mT, state
 
@@ -87,7 +78,7 @@ def mamba_ssm_ssd(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def ours(operator: str, form: str | None) -> Run:
-    run = getattr(importlib.import_module(f"zoo.kernels.{operator}.op"), operator)
+    run = operators.get(operator)
     return lambda x: run(**x, output_final_state=True, form=form)
 
 
@@ -122,21 +113,23 @@ def main(device: str, rounds: int) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         console.print("[bold]not measured[/]: there is no GPU; these rows would be:")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    operators = CPU if device == "cpu" else CUDA
-    cases = [(operator, make, peers, shape) for operator, (make, peers, shapes) in operators.items() for shape in shapes]
+    table = CPU if device == "cpu" else CUDA
+    cases = [(operator, sizes, peers, shape) for operator, (sizes, peers, shapes) in table.items() for shape in shapes]
     rows: list[dict[str, Any]] = []
-    for operator, make, peers, shape in track(cases, description=f"operators on {device}"):
+    for operator, sizes, peers, shape in track(cases, description=f"operators on {device}"):
         case = f"{operator} {' x '.join(map(str, shape))}"
         if device == "cuda" and not torch.cuda.is_available():
             console.print(f"{case}, beside {', '.join(peers)}")
         else:
-            rows += measure(case, make(*shape, dtype=dtype, device=device), operator, peers, rounds)
+            inputs = example(operator, dtype=dtype, device=device, **sizes(*shape))
+            inputs["initial_state"] = torch.zeros_like(inputs["initial_state"])  # mamba_ssm has no other
+            rows += measure(case, inputs, operator, peers, rounds)
     if rows:
         record("kernels", rows)
 
 
 def measure(case: str, inputs: Inputs, operator: str, peers: dict[str, Run], rounds: int) -> list[dict[str, Any]]:
-    """Rows of forward, and of forward and backward. Errors are those of all results and gradients to the float64 recurrence."""
+    """Return the rows for forward, and for forward and backward. Errors compare all results and gradients with the float64 recurrence."""
     runs = {OURS: ours(operator, None)} | peers
     want = gradients(ours(operator, "reference"), {name: x.double() for name, x in inputs.items()})
     errors, problems = {}, {}
@@ -164,16 +157,11 @@ def forward(run: Run, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, ...]:
-    """The results and the gradient of their sum with respect to every input but the state."""
+    """Return the results and the gradients of their sum with respect to every input except the state."""
     leaves = {name: x.detach().requires_grad_(name != "initial_state") for name, x in inputs.items()}
     y, state = run(leaves)
     wanted = [x for x in leaves.values() if x.requires_grad]
     return y.detach(), state.detach(), *torch.autograd.grad(y.float().sum() + state.float().sum(), wanted)
-
-
-def _random(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.kernels.common.recording import taped
+from zoo.kernels.common.recording import recorded
 
 
 class SwiGLU(nn.Module):
@@ -19,5 +19,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = F.silu(self.gate_proj(x)), self.up_proj(x)
-        y: Tensor = self.down_proj(gate * up if taped(gate, up) else gate.mul_(up))
+        y: Tensor = self.down_proj(gate * up if recorded(gate, up) else gate.mul_(up))
         return y

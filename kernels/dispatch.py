@@ -8,36 +8,32 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import zoo.kernels
 from zoo.errors import ZooError
 from zoo.registry import Registry, nearest
 
-OPERATORS = (
-    "causal_conv1d",
-    "dynamic_conv1d",
-    "gated_delta_rule",
-    "gated_rmsnorm",
-    "gdn_step",
-    "l2norm",
-    "rmsnorm",
-    "selective_scan",
-    "ssd",
-)
 ENVIRONMENT = "ZOO_KERNELS"
 
 log = logging.getLogger("zoo.kernels")
 
 
 def _import_operators() -> None:
-    for operator in OPERATORS:
-        importlib.import_module(f"zoo.kernels.{operator}.op")
+    for folder in zoo.kernels.__path__:
+        for file in Path(folder).glob("*/op.py"):
+            importlib.import_module(f"zoo.kernels.{file.parent.name}.op")
 
 
-kernels: Registry[Callable[..., Any]] = Registry("kernel", "kernels", _import_operators)  # "<operator>.<form>"
+operators: Registry[Callable[..., Any]] = Registry("operator", "operators", _import_operators)
+"""Public functions. Each is defined in a module `op`, which also registers its forms; a module `example` stands beside it."""
+
+kernels: Registry[Callable[..., Any]] = Registry("kernel", "kernels", _import_operators)
+"""Forms of operators, "<operator>.<form>"."""
 
 _forced: str | Mapping[str, Callable[..., Any]] | None = None
 _told: set[tuple[str, str]] = set()
@@ -115,11 +111,6 @@ def _imports(function: Callable[..., bool]) -> Callable[..., bool]:
 @_imports
 def _look_around() -> bool:
     return "" in kernels
-
-
-def public(operator: str) -> Callable[..., Any]:
-    """The function that users call."""
-    return getattr(importlib.import_module(f"zoo.kernels.{operator}.op"), operator)
 
 
 def triton_problem(x: Tensor) -> str | None:

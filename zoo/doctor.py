@@ -17,8 +17,8 @@ from torch import Tensor
 
 from zoo.files import replacing
 from zoo.kernels import tuning
-from zoo.kernels.dispatch import OPERATORS, choose, kernels, public, triton_problem
-from zoo.kernels.examples import SIZES, Inputs, example
+from zoo.kernels.common.examples import Inputs, example
+from zoo.kernels.dispatch import choose, kernels, operators, triton_problem
 
 LENGTH = 130  # tokens: two chunks and a bit
 BUDGET = 60.0  # seconds that the self-check may take; what it does not reach stays unproven
@@ -57,7 +57,7 @@ def serving(device: torch.device) -> list[tuple[str, str, str]]:
     """For each operator the form that serves it, and which of its configurations are proven here."""
     x = torch.empty(1, device=device)
     lines = []
-    for operator in OPERATORS:
+    for operator in operators.names():
         forms = _forms(operator)
         served = choose(operator, x, "chunked" if "chunked" in forms else "reference")
         form = next(name for name, run in forms.items() if run is served)
@@ -68,11 +68,11 @@ def serving(device: torch.device) -> list[tuple[str, str, str]]:
 def self_check(device: torch.device) -> Iterator[Finding]:
     """Every form that runs here, then every shipped configuration for this GPU, until the budget is spent."""
     start = time.perf_counter()
-    for operator in SIZES:
+    for operator in operators.names():
         for form in _forms(operator):
             if form != "triton" or device.type == "cuda":
                 for dtype in (torch.float32, torch.bfloat16) if form == "triton" else (torch.float32,):
-                    yield check(operator, device, dtype, SIZES[operator], form)
+                    yield check(operator, device, dtype, {}, form)
     if device.type != "cuda":
         return
     for row in tuning.table():
@@ -146,7 +146,7 @@ def run(check: bool = True) -> bool:
 
 
 def _call(operator: str, inputs: Inputs, form: str) -> tuple[Tensor, ...]:
-    function = public(operator)
+    function = operators.get(operator)
     final = {"output_final_state": True} if "output_final_state" in inspect.signature(function).parameters else {}
     results = function(**inputs, **final, form=form)
     return results if isinstance(results, tuple) else (results,)
@@ -158,6 +158,7 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def _forms(operator: str) -> dict[str, Any]:
+    operators.get(operator)  # importing an operator registers its forms
     return {name.split(".")[1]: kernels.get(name) for name in kernels.names() if name.startswith(f"{operator}.")}
 
 

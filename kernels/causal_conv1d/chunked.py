@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.common.recording import taped
+from zoo.kernels.common.recording import recorded
 
 
 def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     T, taps = x.shape[1], weight.mT.contiguous()
     inputs = torch.cat([tail.mT, x], dim=1)
     y = inputs[:, :T] * taps[0]
-    into = None if taped(x, weight, tail) else y
+    into = None if recorded(x, weight, tail) else y
     for tap in range(1, len(taps)):
         y = torch.addcmul(y, inputs[:, tap : tap + T], taps[tap], out=into)
     return y

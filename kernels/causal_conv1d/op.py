@@ -1,4 +1,4 @@
-"""Public face of the short causal convolution."""
+"""Public API of the short causal convolution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zoo.kernels.causal_conv1d.chunked import chunked
 from zoo.kernels.causal_conv1d.reference import stepwise
 from zoo.kernels.common import packed
 from zoo.kernels.common.checks import given_or_zeros
-from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.dispatch import choose, kernels, operators, triton_form
 
 
 def causal_conv1d(
@@ -64,6 +64,7 @@ def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..
     return run
 
 
+operators.register("causal_conv1d", causal_conv1d)
 kernels.register("causal_conv1d.chunked", _in_pytorch(chunked))
 kernels.register("causal_conv1d.reference", _in_pytorch(stepwise))
 kernels.register("causal_conv1d.triton", triton_form("causal_conv1d"))

@@ -14,4 +14,4 @@ def stepwise(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     """
     window = torch.cat([tail, x.mT], dim=-1)
     K = weight.shape[-1]
-    return torch.stack([(window[..., t : t + K] * weight).sum(-1) for t in range(x.shape[1])], dim=1)
+    return torch.stack([torch.einsum("bck,ck->bc", window[..., t : t + K], weight) for t in range(x.shape[1])], dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.common.recording import taped
+from zoo.kernels.common.recording import recorded
 
 
 def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
@@ -13,7 +13,7 @@ def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     T, K = x.shape[1], weight.shape[-1]
     window = torch.cat([tail.mT, x], dim=1)
     y = weight[..., 0] * window[:, :T]
-    into = None if taped(x, weight, tail) else y
+    into = None if recorded(x, weight, tail) else y
     for j in range(1, K):
         y = torch.addcmul(y, weight[..., j], window[:, j : j + T], out=into)
     return y

@@ -1,4 +1,4 @@
-"""Public face of the dynamic causal convolution."""
+"""Public API of the dynamic causal convolution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels.common import packed
 from zoo.kernels.common.checks import given_or_zeros
-from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.dispatch import choose, kernels, operators, triton_form
 from zoo.kernels.dynamic_conv1d.chunked import chunked
 from zoo.kernels.dynamic_conv1d.reference import stepwise
 
@@ -56,6 +56,7 @@ def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..
     return run
 
 
+operators.register("dynamic_conv1d", dynamic_conv1d)
 kernels.register("dynamic_conv1d.chunked", _in_pytorch(chunked))
 kernels.register("dynamic_conv1d.reference", _in_pytorch(stepwise))
 kernels.register("dynamic_conv1d.triton", triton_form("dynamic_conv1d"))

@@ -14,4 +14,4 @@ def stepwise(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     """
     window = torch.cat([tail, x.mT], dim=-1)
     K = weight.shape[-1]
-    return torch.stack([(window[..., t : t + K] * weight[:, t]).sum(-1) for t in range(x.shape[1])], dim=1)
+    return torch.stack([torch.einsum("bck,bck->bc", window[..., t : t + K], weight[:, t]) for t in range(x.shape[1])], dim=1)

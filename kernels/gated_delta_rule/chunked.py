@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.common.decay import decays
-from zoo.kernels.common.recording import taped
+from zoo.kernels.common.recording import recorded
 
 CHUNK = 64
 BASE = 4  # rows inverted by the nilpotent series; larger blocks lose digits on correlated keys
@@ -27,7 +27,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: flo
         o, state, *_ = _forward(q, k, v, g, beta, scale, state)
         return o, state
     tokens = max(1, SEGMENT // (q.shape[0] * q.shape[2])) * CHUNK
-    run: Callable[..., tuple[Tensor, ...]] = _Chunked.apply if taped(q, k, v, g, beta, state) else partial(_forward, keep=False)
+    run: Callable[..., tuple[Tensor, ...]] = _Chunked.apply if recorded(q, k, v, g, beta, state) else partial(_forward, keep=False)
     outputs = []
     for segment in zip(*(x.split(tokens, dim=1) for x in (q, k, v, g, beta)), strict=True):
         o, state, *_ = run(*segment, scale, state)

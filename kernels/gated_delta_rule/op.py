@@ -1,4 +1,4 @@
-"""Public face of the gated delta rule."""
+"""Public API of the gated delta rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels.common import packed
 from zoo.kernels.common.checks import given_or_zeros
-from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.dispatch import choose, kernels, operators, triton_form
 from zoo.kernels.gated_delta_rule.chunked import chunked
 from zoo.kernels.gated_delta_rule.reference import recurrent
 
@@ -74,6 +74,7 @@ def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
     return run
 
 
+operators.register("gated_delta_rule", gated_delta_rule)
 kernels.register("gated_delta_rule.chunked", _in_pytorch(chunked))
 kernels.register("gated_delta_rule.reference", _in_pytorch(recurrent))
 kernels.register("gated_delta_rule.triton", triton_form("gated_delta_rule"))

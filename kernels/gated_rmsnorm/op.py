@@ -1,10 +1,10 @@
-"""Public face of the root mean square norm with a gate."""
+"""Public API of the root mean square norm with a gate."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.dispatch import choose, kernels, operators, triton_form
 from zoo.kernels.gated_rmsnorm.reference import normed
 from zoo.kernels.rmsnorm.op import check_weight
 
@@ -33,5 +33,6 @@ def gated_rmsnorm(
     return y
 
 
+operators.register("gated_rmsnorm", gated_rmsnorm)
 kernels.register("gated_rmsnorm.reference", normed)
 kernels.register("gated_rmsnorm.triton", triton_form("gated_rmsnorm"))

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.common.recording import taped
+from zoo.kernels.common.recording import recorded
 from zoo.kernels.rmsnorm.reference import scaled
 
 
 def norm_then_gate(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * norm(x) * silu(gate). x, gate: [..., N] or [..., G, N]. weight: [N] or [G, N]."""
     y, gates = scaled(x, weight, eps, x.dtype), F.silu(gate)
-    return (y * gates if y.dtype != gate.dtype or taped(y, gates) else y.mul_(gates)).to(gate.dtype)
+    return (y * gates if y.dtype != gate.dtype or recorded(y, gates) else y.mul_(gates)).to(gate.dtype)
 
 
 def gate_then_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,11 +1,11 @@
-"""Public face of the decode step of Gated DeltaNet."""
+"""Public API of the decode step of Gated DeltaNet."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.dispatch import choose, kernels, operators, triton_form
 from zoo.kernels.gdn_step.reference import composed
 
 
@@ -70,5 +70,6 @@ def one_launch(x: Tensor) -> bool:
     return x.shape[1] == 1 and not torch.is_grad_enabled() and choose("gdn_step", x, "reference") is kernels.get("gdn_step.triton")
 
 
+operators.register("gdn_step", gdn_step)
 kernels.register("gdn_step.reference", composed)
 kernels.register("gdn_step.triton", triton_form("gdn_step"))

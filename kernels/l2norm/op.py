@@ -1,10 +1,10 @@
-"""Public face of the L2 norm."""
+"""Public API of the L2 norm."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.dispatch import choose, kernels, operators, triton_form
 from zoo.kernels.l2norm.reference import normed
 
 
@@ -21,5 +21,6 @@ def l2norm(x: Tensor, *, eps: float = 1e-6, form: str | None = None) -> Tensor:
     return y
 
 
+operators.register("l2norm", l2norm)
 kernels.register("l2norm.reference", normed)
 kernels.register("l2norm.triton", triton_form("l2norm"))

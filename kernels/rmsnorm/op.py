@@ -1,4 +1,4 @@
-"""Public face of the root mean square norm."""
+"""Public API of the root mean square norm."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.dispatch import choose, kernels, operators, triton_form
 from zoo.kernels.rmsnorm.reference import normed
 
 Style = Literal["plain", "wide", "centred"]
@@ -39,5 +39,6 @@ def check_weight(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weight {list(weight.shape)}: want [N] or [G, N] for x {list(x.shape)} as [..., N] or [..., G, N]")
 
 
+operators.register("rmsnorm", rmsnorm)
 kernels.register("rmsnorm.reference", normed)
 kernels.register("rmsnorm.triton", triton_form("rmsnorm"))

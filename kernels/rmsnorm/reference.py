@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.common.recording import taped
+from zoo.kernels.common.recording import recorded
 from zoo.kernels.common.squares import square_sum
 
 
@@ -15,7 +15,7 @@ def scaled(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if not torch.compiler.is_compiling():
         y = (x * (square_sum(x) / x.shape[-1] + eps).rsqrt()).to(dtype)
-        return y * weight if weight.dtype != dtype or taped(y, weight) else y.mul_(weight)
+        return y * weight if weight.dtype != dtype or recorded(y, weight) else y.mul_(weight)
     if weight.ndim == 1 and weight.dtype == dtype == x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)  # one operator of an exported graph
     return F.rms_norm(x, x.shape[-1:], None, eps).to(dtype) * weight

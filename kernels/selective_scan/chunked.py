@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.common.recording import taped
+from zoo.kernels.common.recording import recorded
 
 SEGMENT = 64  # tokens whose states are held at once
 BLOCK = 2**17  # entries of the states of tokens that are in a CPU's cache at once
@@ -24,7 +24,7 @@ BLOCK = 2**17  # entries of the states of tokens that are in a CPU's cache at on
 
 def chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Same result as `reference.recurrent`, up to rounding; same shapes and arguments."""
-    in_place = u.is_cpu and not taped(u, dt, A, B, C, state)
+    in_place = u.is_cpu and not recorded(u, dt, A, B, C, state)
     size, run = (max(4, BLOCK // state.numel()), _block) if in_place else (SEGMENT, _segment)
     outputs = []
     for u_c, dt_c, B_c, C_c in zip(*(x.split(size, dim=1) for x in (u, dt, B, C)), strict=True):

@@ -1,4 +1,4 @@
-"""Public face of the selective scan."""
+"""Public API of the selective scan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels.common import packed
 from zoo.kernels.common.checks import given_or_zeros
-from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.dispatch import choose, kernels, operators, triton_form
 from zoo.kernels.selective_scan.chunked import chunked
 from zoo.kernels.selective_scan.reference import recurrent
 
@@ -65,6 +65,7 @@ def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
     return run
 
 
+operators.register("selective_scan", selective_scan)
 kernels.register("selective_scan.chunked", _in_pytorch(chunked))
 kernels.register("selective_scan.reference", _in_pytorch(recurrent))
 kernels.register("selective_scan.triton", triton_form("selective_scan"))

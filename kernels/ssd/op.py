@@ -1,4 +1,4 @@
-"""Public face of state-space duality."""
+"""Public API of state-space duality."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels.common import packed
 from zoo.kernels.common.checks import given_or_zeros
-from zoo.kernels.dispatch import choose, kernels, triton_form
+from zoo.kernels.dispatch import choose, kernels, operators, triton_form
 from zoo.kernels.ssd.chunked import chunked
 from zoo.kernels.ssd.reference import recurrent
 
@@ -66,6 +66,7 @@ def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
     return run
 
 
+operators.register("ssd", ssd)
 kernels.register("ssd.chunked", _in_pytorch(chunked))
 kernels.register("ssd.reference", _in_pytorch(recurrent))
 kernels.register("ssd.triton", triton_form("ssd"))

@@ -78,8 +78,8 @@ def serve() -> None:
     from triton.runtime.jit import JITFunction
 
     from zoo.kernels import dispatch
+    from zoo.kernels.common.examples import example
     from zoo.kernels.dispatch import kernels
-    from zoo.kernels.examples import example
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what compilers print is no answer
@@ -119,7 +119,7 @@ def serve() -> None:
         try:
             inputs = example(operator, dtype=getattr(torch, row["dtype"]), device="meta", **{"T": 2048, **row["shape"]})
             with tuning.forced(row):
-                function = dispatch.public(operator)
+                function = dispatch.operators.get(operator)
                 final = {"output_final_state": True} if "output_final_state" in inspect.signature(function).parameters else {}
                 results = function(**inputs, **final, form="triton")
                 results = results if isinstance(results, tuple) else (results,)

@@ -1,6 +1,7 @@
-"""Which form of an operator serves a call."""
+"""The form of an operator that serves a call, and where operators come from."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 import zoo
 from zoo.errors import ZooError
 from zoo.kernels import dispatch
-from zoo.kernels.dispatch import choose, kernels
+from zoo.kernels.common.examples import example
+from zoo.kernels.dispatch import choose, kernels, operators
 from zoo.kernels.ssd.op import ssd
 
 CPU = torch.zeros(1)
@@ -69,3 +71,37 @@ def test_the_first_call_may_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     x, dt, A, B = torch.randn(1, 3, 2, 4), torch.rand(1, 3, 2), -torch.rand(2), torch.randn(1, 3, 1, 5)
     traced = torch.compile(ssd, fullgraph=True, backend="eager")
     torch.testing.assert_close(traced(x, dt, A, B, B)[0], ssd(x, dt, A, B, B)[0])
+
+
+PLUG_IN = {
+    "double/op.py": """
+from zoo.kernels.dispatch import choose, kernels
+
+def double(x, *, form=None):
+    return choose("double", x, "reference", form)(x)
+
+kernels.register("double.reference", lambda x: 2 * x)
+""",
+    "double/example.py": """
+WIDE = ()
+
+def inputs(random, batch, T, *, N=3):
+    return {"x": random(batch, T, N)}
+""",
+    "double-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: double\nVersion: 1\n",
+    "double-1.dist-info/entry_points.txt": "[zoo_operators]\ndouble = double.op:double\n",
+}
+
+
+def test_an_operator_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in PLUG_IN.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(operators, "_others", None)
+    assert {"double", "ssd"} <= set(operators.names())
+    inputs = example("double", T=5, dtype=torch.bfloat16)
+    assert torch.equal(operators.get("double")(**inputs, form="reference"), 2 * inputs["x"])
+    assert "double.reference" in kernels.names()
+    with pytest.raises(ZooError, match="unknown operator 'dubble'; did you mean 'double'"):
+        operators.get("dubble")

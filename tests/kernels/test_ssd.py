@@ -8,7 +8,7 @@ import torch
 from tests.kernels import checking
 from tests.kernels.interpreter import rehearse
 from zoo.kernels import tuning
-from zoo.kernels.examples import example
+from zoo.kernels.common.examples import example
 from zoo.kernels.ssd import triton
 from zoo.kernels.ssd.op import ssd
 
