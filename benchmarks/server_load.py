@@ -22,7 +22,7 @@ import torch
 
 import zoo
 from benchmarks.measure import quartiles, record
-from zoo.text.tokenizers import Bytes
+from zoo.text.tokenizers import ByteTokenizer
 
 MODEL = {"model": "gdn4-sleep2-hard64", "d_model": 128, "vocab_size": 256}
 TOKENS = 16
@@ -44,7 +44,7 @@ def talk(url: str, name: str, seconds: float, client: int) -> tuple[list[str], l
 
 
 def expected(model: zoo.Model, client: int, count: int) -> list[str]:
-    session, text, answers = zoo.Session(model), Bytes(256), []
+    session, text, answers = zoo.Session(model), ByteTokenizer(256), []
     for n in range(count):
         decode = text.decoder()
         prompt = torch.tensor([text.encode(f"{client} says {n}")])

@@ -15,7 +15,7 @@ from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from zoo.model import Model
-    from zoo.text.tokenizers import Bytes
+    from zoo.text.tokenizers import ByteTokenizer
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -261,15 +261,15 @@ def serve(
     uvicorn.run(make_app(pool, text, opened.config.name, limits), host=host, port=port, access_log=False, timeout_graceful_shutdown=5)
 
 
-def _open(model: str) -> tuple[Model, Bytes]:
+def _open(model: str) -> tuple[Model, ByteTokenizer]:
     """The model in a folder, or of a name or a YAML file with fresh weights; and its tokenizer."""
     from zoo.checkpoints.own import load
     from zoo.factory import create
-    from zoo.text.tokenizers import text_of
+    from zoo.text.tokenizers import load_tokenizer
 
     folder = Path(model) if Path(model).is_dir() else None
     opened = create(model) if folder is None else load(folder)
-    text = text_of(folder, opened.config.vocab_size)
+    text = load_tokenizer(folder, opened.config.vocab_size)
     if folder is None:
         click.echo(f"{model}: fresh weights; give a folder for trained ones", err=True)
     return opened, text

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from zoo.serving.metrics import Metrics
 from zoo.serving.schemas import ApiError, GenerationRequest
 from zoo.sessions.session import Session
-from zoo.text.tokenizers import Bytes
+from zoo.text.tokenizers import ByteTokenizer
 
 
 class Answer:
@@ -27,7 +27,7 @@ class Answer:
     """
 
     def __init__(
-        self, session: Session, ids: list[int], request: GenerationRequest, max_tokens: int, tokenizer: Bytes, metrics: Metrics
+        self, session: Session, ids: list[int], request: GenerationRequest, max_tokens: int, tokenizer: ByteTokenizer, metrics: Metrics
     ) -> None:
         self.finish_reason = "length"
         self.text: str | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.sessions.pool import BusyError, SessionPool
-from zoo.text.tokenizers import Bytes
+from zoo.text.tokenizers import ByteTokenizer
 
 try:
     import anyio.to_thread
@@ -49,9 +49,9 @@ class Limits:
     """Seconds without a request after which a session may be closed."""
 
 
-def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = None) -> FastAPI:
+def make_app(pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits | None = None) -> FastAPI:
     """Return the server of one model as an ASGI app. Closes the pool on shutdown."""
-    server = Server(pool, text, name, limits or Limits())
+    server = Server(pool, tokenizer, name, limits or Limits())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -74,8 +74,8 @@ def make_app(pool: SessionPool, text: Bytes, name: str, limits: Limits | None = 
 class Server:
     """The routes of one model."""
 
-    def __init__(self, pool: SessionPool, text: Bytes, name: str, limits: Limits) -> None:
-        self.text, self.name, self.limits = text, name, limits
+    def __init__(self, pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits) -> None:
+        self.tokenizer, self.name, self.limits = tokenizer, name, limits
         self.sessions = KeptSessions(pool, limits.idle)
         self.metrics = Metrics(self.sessions, pool)
         self.created = int(time.time())
@@ -84,13 +84,15 @@ class Server:
         return {"object": "list", "data": [{"id": self.name, "object": "model", "created": self.created, "owned_by": "sleep-zoo"}]}
 
     def completions(self, body: CompletionRequest, request: Request) -> Response:
-        ids = self.text.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
+        ids = self.tokenizer.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
         return self._answer(body, request, body.max_tokens, lambda kept: ids, CompletionBody(self.name))
 
     def chat(self, body: ChatRequest, request: Request) -> Response:
         messages = [message.model_dump() for message in body.messages]
         max_tokens = body.max_completion_tokens or body.max_tokens or self.limits.tokens
-        return self._answer(body, request, max_tokens, lambda kept: self.text.chat(kept.unread(messages)), ChatBody(self.name), messages)
+        return self._answer(
+            body, request, max_tokens, lambda kept: self.tokenizer.chat(kept.unread(messages)), ChatBody(self.name), messages
+        )
 
     def delete_session(self, session: str) -> dict[str, Any]:
         if not self.sessions.delete(session):
@@ -128,7 +130,7 @@ class Server:
                     raise ApiError(
                         400, f"prompt: {len(ids)} tokens are more than {self.limits.prompt}", "prompt", "context_length_exceeded"
                     )
-                answer = Answer(kept.session, ids, body, max_tokens, self.text, self.metrics)
+                answer = Answer(kept.session, ids, body, max_tokens, self.tokenizer, self.metrics)
             except ZooError as error:
                 raise ApiError(409 if isinstance(error, BusyError) else 400, str(error)) from None
             if messages is not None:

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: the answer as it comes, and a sleep between turns."""
+"""A conversation in the terminal: the answer as it is generated, and a sleep between turns."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from zoo.sessions.session import Session
-from zoo.text.tokenizers import Bytes
+from zoo.text.tokenizers import ByteTokenizer
 
 
 def converse(
     session: Session,
-    text: Bytes,
+    tokenizer: ByteTokenizer,
     tokens: int,
     *,
     loops: int | None = None,
@@ -24,12 +24,13 @@ def converse(
     console: Console | None = None,
     **sampling: Any,
 ) -> None:
-    """Answer each line with at most `tokens` tokens, until the input ends. Sleeps in the background while the user writes.
+    """Answer each line until the input ends. Sleeps in the background while the user types.
 
     Args:
-        loops: passes per sleep, if not as the model has.
-        seed: of the first answer; each further one has the next.
-        sampling: as `Session.generate` takes it.
+        tokens: maximum number of tokens in an answer.
+        loops: passes per sleep; default as in the model.
+        seed: for the first answer; each later answer uses the next one.
+        sampling: options of `Session.generate`.
     """
     console = console or Console()
     for turn in itertools.count(seed or 0):
@@ -40,11 +41,11 @@ def converse(
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
-        ids = text.chat([{"role": "user", "content": line}])
-        decode = text.decoder()
+        ids = tokenizer.chat([{"role": "user", "content": line}])
+        decode = tokenizer.decoder()
         try:
-            chosen = None if seed is None else turn
-            for token in session.generate(torch.tensor([ids]), tokens, stop=text.stop, seed=chosen, **sampling):
+            turn_seed = None if seed is None else turn
+            for token in session.generate(torch.tensor([ids]), tokens, stop=tokenizer.stop, seed=turn_seed, **sampling):
                 console.print(Text(decode(int(token))), end="", soft_wrap=True)
         except KeyboardInterrupt:
             console.print(" ...", end="")
@@ -53,8 +54,8 @@ def converse(
 
 
 def _status(session: Session) -> Text:
-    """The window's filling, sleeps, and the memory of the stream."""
+    """Return one line: how full the window is, the number of sleeps, and the memory of the stream."""
     stats, window = session.stats(), session.model.config.window
-    place = f"{stats.window}/{window} tokens in the window" if window is not None else f"{stats.tokens} tokens"
+    filled = f"{stats.window}/{window} tokens in the window" if window is not None else f"{stats.tokens} tokens"
     memory = f"state {decimal(stats.state_bytes)}, cache {decimal(stats.cache_bytes)}"
-    return Text(f"{place}, {stats.sleeps} sleeps, {memory}", style="dim")
+    return Text(f"{filled}, {stats.sleeps} sleeps, {memory}", style="dim")

@@ -1,4 +1,4 @@
-"""The real server on loopback, asked by the official client, by many clients at once, and with nonsense."""
+"""The real server on loopback: the official client, many clients at once, and malformed requests."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import zoo
-from zoo.text.tokenizers import Bytes
+from zoo.text.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).parents[3]
 FIELDS = {"layers": "attn gdn", "d_model": 32, "d_ff": 16, "vocab_size": 256}
@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def url(model, tmp_path_factory):
-    """A server of its own process, as `zoo serve` starts it."""
+    """A server in a process of its own, as `zoo serve` starts it."""
     folder = tmp_path_factory.mktemp("server") / "model"
     zoo.save(model, folder)
     code = "import faulthandler, signal; faulthandler.register(signal.SIGUSR1, all_threads=True); from zoo.cli import main; main()"
@@ -50,7 +50,7 @@ def url(model, tmp_path_factory):
                 assert server.poll() is None, (folder.parent / "log").read_text()
                 time.sleep(0.1)
             yield match[0]
-            assert server.poll() is None, "the server has died"
+            assert server.poll() is None, "the server has exited"
         finally:
             server.terminate()
             assert server.wait(30) in (0, -15)
@@ -63,12 +63,12 @@ def client(url):
 
 
 def alone(model, *prompts, tokens=20):
-    """What a session of its own answers to each prompt in turn, greedily."""
-    session, text = zoo.Session(model), Bytes(256)
+    """Greedy answers of a separate session to each prompt in turn."""
+    session, tokenizer = zoo.Session(model), ByteTokenizer(256)
     answers = []
     for prompt in prompts:
-        decode = text.decoder()
-        answers.append("".join(decode(int(t)) for t in session.generate(torch.tensor([text.encode(prompt)]), tokens)))
+        decode = tokenizer.decoder()
+        answers.append("".join(decode(int(t)) for t in session.generate(torch.tensor([tokenizer.encode(prompt)]), tokens)))
     return answers
 
 
@@ -100,15 +100,15 @@ def test_a_session_keeps_its_stream(client, model):
 
 def test_chat(client, model):
     first = alone(model, "user: hi\nassistant: ")[0]
-    said = client.chat.completions.create(messages=[{"role": "user", "content": "hi"}], **GREEDY)
-    assert said.choices[0].message.content == first
-    # a session goes on, whether the client sends the whole conversation or what is new
+    answer = client.chat.completions.create(messages=[{"role": "user", "content": "hi"}], **GREEDY)
+    assert answer.choices[0].message.content == first
+    # a session continues, whether the client sends the whole conversation or only the new messages
     want = alone(model, "user: hi\nassistant: ", "user: and?\nassistant: ")[1]
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": first}, {"role": "user", "content": "and?"}]
     for session, messages in (("whole", turns), ("new", turns[2:])):
         client.chat.completions.create(messages=turns[:1], extra_body={"session": session}, **GREEDY)
-        said = client.chat.completions.create(messages=messages, extra_body={"session": session}, **GREEDY)
-        assert said.choices[0].message.content == want
+        answer = client.chat.completions.create(messages=messages, extra_body={"session": session}, **GREEDY)
+        assert answer.choices[0].message.content == want
         client.delete(f"/sessions/{session}", cast_to=object)
 
 
@@ -120,7 +120,7 @@ def test_streaming(client, model):
     assert "".join(p.choices[0].delta.content for p in pieces) == alone(model, "user: hi\nassistant: ")[0]
 
 
-def test_stop_words(client, model):
+def test_stop_strings(client, model):
     whole = alone(model, "abc")[0]
     stop = whole[7:9]
     for stream in (False, True):
@@ -146,7 +146,7 @@ def test_stop_words(client, model):
         ({"extra_body": {"session": "a b"}}, openai.BadRequestError, "session"),
     ],
 )
-def test_refusals(client, change, error, message):
+def test_refused_requests(client, change, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         client.completions.create(**{"prompt": "x", **GREEDY, **change})
     assert set(caught.value.response.json()["error"]) == {"message", "type", "param", "code"}
@@ -196,7 +196,7 @@ def test_metrics(url, client):
 
 
 def test_clients_at_once(url, client, model):
-    """32 conversations at the same time: each as if alone."""
+    """32 conversations at the same time: each answer is as if it were alone."""
     want = [alone(model, f"talk {n}", "more", tokens=8) for n in range(32)]
 
     def talk(n):
@@ -214,7 +214,7 @@ def test_one_request_of_a_session_at_a_time_and_too_many_sessions(client):
         next(iter(slow))
         with pytest.raises(openai.ConflictError, match="busy"):
             client.completions.create(prompt="a", model=NAME, extra_body={"session": "one"})
-    for _ in range(100):  # the server hears of a listener that has left when it speaks
+    for _ in range(100):  # the server notices that a client has disconnected when it writes
         with contextlib.suppress(openai.NotFoundError):
             client.delete("/sessions/one", cast_to=object)
             break
@@ -228,8 +228,8 @@ def test_one_request_of_a_session_at_a_time_and_too_many_sessions(client):
 
 
 @pytest.mark.parametrize("examples", [15, pytest.param(500, marks=pytest.mark.extended)])
-def test_nonsense(url, examples):
-    """schemathesis over the OpenAPI description: no server error, and every answer as described."""
+def test_fuzzing(url, examples):
+    """schemathesis with the OpenAPI schema: no server error, and every response matches the schema."""
     done = subprocess.run(
         [
             str(Path(sys.executable).parent / "schemathesis"), "run", f"{url}/openapi.json", "--seed", "1", "--phases", "fuzzing",

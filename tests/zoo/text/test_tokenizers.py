@@ -1,4 +1,4 @@
-"""Text to tokens and back, token by token."""
+"""Text to token ids and back, token by token."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import zoo
-from zoo.text.tokenizers import Bytes, text_of
+from zoo.text.tokenizers import ByteTokenizer, load_tokenizer
 
 WORDS = "The quick brown fox, naïve café, 日本語, 🦊🦊 and ﬀ. " * 3
 
@@ -28,45 +28,45 @@ def folder(tmp_path):
     return tmp_path
 
 
-def decoded(text, ids):
-    decode = text.decoder()
+def decoded(tokenizer, ids):
+    decode = tokenizer.decoder()
     return [decode(i) for i in ids]
 
 
-def test_there_and_back(folder):
-    for text in (Bytes(256), text_of(folder, 1000)):
-        pieces = decoded(text, text.encode(WORDS))
+def test_round_trip(folder):
+    for tokenizer in (ByteTokenizer(256), load_tokenizer(folder, 1000)):
+        pieces = decoded(tokenizer, tokenizer.encode(WORDS))
         assert "".join(pieces) == WORDS
-        assert not any("\ufffd" in piece for piece in pieces)  # half a character is not shown
+        assert not any("\ufffd" in piece for piece in pieces)  # an incomplete character is not shown
 
 
-def test_bytes_that_are_no_text():
-    text = Bytes(300)
-    assert "".join(decoded(text, [72, 255, 105, 299])) == "H\ufffdi"
-    assert text.encode("\ud800") == [63]
-    assert bytes(text.chat([{"role": "user", "content": "hi"}])).decode() == "user: hi\nassistant: "
+def test_bytes_that_are_not_text():
+    tokenizer = ByteTokenizer(300)
+    assert "".join(decoded(tokenizer, [72, 255, 105, 299])) == "H\ufffdi"
+    assert tokenizer.encode("\ud800") == [63]
+    assert bytes(tokenizer.chat([{"role": "user", "content": "hi"}])).decode() == "user: hi\nassistant: "
     with pytest.raises(zoo.ZooError, match="vocab_size: 3; text in bytes needs 256"):
-        text_of(None, 3)
+        load_tokenizer(None, 3)
 
 
-def test_a_checkpoint_says_what_ends_an_answer_and_how_a_conversation_is_written(folder):
-    text = text_of(folder, 1000)
-    assert text.stop == (0, 7)
-    ids = text.chat([{"role": "user", "content": "fox"}])
-    assert "".join(decoded(text, ids)) == "[user] fox[assistant]"
+def test_end_tokens_and_chat_template_come_from_the_checkpoint(folder):
+    tokenizer = load_tokenizer(folder, 1000)
+    assert tokenizer.stop == (0, 7)
+    ids = tokenizer.chat([{"role": "user", "content": "fox"}])
+    assert "".join(decoded(tokenizer, ids)) == "[user] fox[assistant]"
     assert 0 in ids
-    assert text.encode("\ud800") == text.encode("?")
+    assert tokenizer.encode("\ud800") == tokenizer.encode("?")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ 1 / 0 }}"}))
     with pytest.raises(zoo.ZooError, match="chat_template: division by zero"):
-        text_of(folder, 1000).chat([])
+        load_tokenizer(folder, 1000).chat([])
 
 
-def test_files_that_do_not_fit(folder):
+def test_damaged_or_mismatched_files(folder):
     with pytest.raises(zoo.ZooError, match=r"tokenizer.json: \d+ tokens; the model has 20"):
-        text_of(folder, 20)
+        load_tokenizer(folder, 20)
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(zoo.ZooError, match=r"generation_config\.json: cannot be read"):
-        text_of(folder, 1000)
+        load_tokenizer(folder, 1000)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(zoo.ZooError, match=r"tokenizer\.json: cannot be read"):
-        text_of(folder, 1000)
+        load_tokenizer(folder, 1000)
