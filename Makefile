@@ -2,25 +2,38 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all bench
-demo: demo/results.json
+.PHONY: help demo format lint test test-all docs bench
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: demo/results.json  ## train one small model at N = 1, 2 and 4, export it and draw the comparison in demo/
 	@echo "the demo is in demo/; remove that folder to run it again"
 
 demo/results.json: | .venv/installed
 	$(BIN)/zoo demo
 
-test: .venv/installed
+format: .venv/installed  ## format the code and apply the safe fixes of the linter
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lint: .venv/installed  ## check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+test: lint  ## lint, then run every test that is fast enough for every change
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-# also what takes too long for every change: kernels for every GPU architecture and beside those of other projects, streams that run for long
-test-all: test .venv/peers
+# kernels for every GPU architecture and beside those of other projects, streams that run for long
+test-all: test .venv/peers  ## also run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m extended
 
-# every benchmark that this machine's CPU can run, beside transformers; writes benchmarks/results/ and docs/performance.md
-bench: .venv/bench
+docs: .venv/installed  ## build the documentation site in build/site; any warning or broken link is an error
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d build/doctrees . build/site
+	@echo "open build/site/index.html"
+
+# beside transformers; writes benchmarks/results/ and docs/performance.md
+bench: .venv/bench  ## run every benchmark that this machine's CPU can run
 	$(BIN)/python -m benchmarks
 
 .venv/bench: .venv/installed
@@ -33,5 +46,5 @@ bench: .venv/bench
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx,serve,tensorrt-rtx,triton]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,onnx,serve,tensorrt-rtx,triton]'
 	touch $@

@@ -1,0 +1,94 @@
+"""The documentation: links, completeness, and the site."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import zoo
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LINK = re.compile(r"\]\((?!\w+:)([^)\s]*)\)")
+
+
+def files(*patterns):
+    """Files of the repository, tracked or about to be."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    return [Path(name) for name in names if name and (ROOT / name).exists()]
+
+
+def prose(file):
+    """A Markdown file without its code blocks."""
+    return re.sub(r"^```.*?^```", "", (ROOT / file).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(file):
+    """The anchors that GitHub gives to a file's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(file), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(file, text):
+    for link in LINK.findall(text):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / file.parent / path).resolve() if path else ROOT / file
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            yield f"{file}: {link}"
+
+
+def test_no_relative_link_is_dead():
+    assert [dead for file in files("*.md") for dead in dead_links(file, prose(file))] == []
+
+
+def test_dead_links_are_found():
+    assert list(dead_links(Path("README.md"), "[a](docs/nowhere.md) [b](README.md#nowhere) [c](https://x.org) [d](README.md)")) == [
+        "README.md: docs/nowhere.md",
+        "README.md: README.md#nowhere",
+    ]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built with warnings as errors."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-c", "docs", ".", str(out)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_the_first_page_shows_the_picture(site):
+    picture = re.search(r'<img [^>]*src="([^"]*demo\.png)"', (site / "index.html").read_text(encoding="utf-8"))
+    assert (site / picture[1]).is_file()
+
+
+def test_the_reference_has_every_public_name(site):
+    page = (site / "docs/api/zoo.html").read_text(encoding="utf-8")
+    modules = {"export", "kernels"}
+    assert [name for name in zoo.__all__ if name not in modules and f"zoo.{name}" not in page] == []
+
+
+def test_the_reference_has_every_field(site):
+    from zoo.blocks.mixer import mixers
+    from zoo.tasks import tasks
+
+    page = (site / "docs/api/config.html").read_text(encoding="utf-8")
+    models = [zoo.ModelConfig, *(mixers.get(name).Options for name in mixers.names()), *(tasks.get(name) for name in tasks.names())]
+    assert [field for model in models for field in model.model_fields if f">{field}<" not in page] == []
+
+
+def test_every_page_is_in_the_site(site):
+    pages = [file for file in files("docs/*.md", "kernels/*.md", "export/*.md") if "/_" not in str(file)]
+    assert [str(page) for page in pages if not (site / page).with_suffix(".html").is_file()] == []
+
+
+def test_the_citation_names_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
