@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -12,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-import zoo.blocks
 from zoo.blocks.positions import Positions
 from zoo.errors import ZooError
 from zoo.registry import Registry
@@ -125,9 +122,4 @@ def init_step_bias(bias: Tensor, generator: torch.Generator) -> None:
     bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 
-def _import_blocks() -> None:
-    for module in pkgutil.iter_modules(zoo.blocks.__path__):
-        importlib.import_module(f"zoo.blocks.{module.name}")
-
-
-mixers: Registry[type[Mixer]] = Registry("block", "blocks", _import_blocks)
+mixers: Registry[type[Mixer]] = Registry("block", "blocks", "zoo.blocks.*")

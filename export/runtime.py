@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,15 +43,8 @@ class Runner(Protocol):
         ...
 
 
-def _register() -> None:
-    for module in MODULES:
-        importlib.import_module(module)
-
-
-MODULES = ("zoo.export.tensorrt.runtime",)  # each registers a provider
-
 # a provider opens one graph: (bundle folder, manifest, file name of the graph) -> Runner
-providers: Registry[Callable[[Path, Bundle, str], Runner]] = Registry("provider", "providers", _register)
+providers: Registry[Callable[[Path, Bundle, str], Runner]] = Registry("provider", "providers", "zoo.export.*.runtime")
 
 
 def load(path: str | Path, *, provider: str = "cpu", batch_size: int = 1) -> Session:

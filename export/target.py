@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -25,12 +24,5 @@ class Target(BaseModel):
         return bundle
 
 
-def _register() -> None:
-    for module in MODULES:
-        importlib.import_module(module)
-
-
-MODULES = ("zoo.export.tensorrt.target",)  # each registers a target
-
-targets: Registry[type[Target]] = Registry("export target", "targets", _register)
+targets: Registry[type[Target]] = Registry("export target", "targets", "zoo.export.*.target")
 targets.register("onnx", Target)

@@ -8,13 +8,11 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import zoo.kernels
 from zoo.errors import ZooError
 from zoo.registry import Registry, nearest
 
@@ -22,17 +20,10 @@ ENVIRONMENT = "ZOO_KERNELS"
 
 log = logging.getLogger("zoo.kernels")
 
-
-def _import_operators() -> None:
-    for folder in zoo.kernels.__path__:
-        for file in Path(folder).glob("*/op.py"):
-            importlib.import_module(f"zoo.kernels.{file.parent.name}.op")
-
-
-operators: Registry[Callable[..., Any]] = Registry("operator", "operators", _import_operators)
+operators: Registry[Callable[..., Any]] = Registry("operator", "operators", "zoo.kernels.*.op")
 """Public functions. Each is defined in a module `op`, which also registers its forms; a module `example` stands beside it."""
 
-kernels: Registry[Callable[..., Any]] = Registry("kernel", "kernels", _import_operators)
+kernels: Registry[Callable[..., Any]] = Registry("kernel", "kernels", "zoo.kernels.*.op")
 """Forms of operators, "<operator>.<form>"."""
 
 _forced: str | Mapping[str, Callable[..., Any]] | None = None

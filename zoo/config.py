@@ -90,13 +90,9 @@ def shipped(folder: str) -> dict[str, Traversable]:
     return {path.name.removesuffix(".yaml"): path for path in there if path.name.endswith(".yaml")}
 
 
-def _register_files() -> None:
-    for name, path in shipped("models").items():
-        models.register(name, path)
-
-
-# a YAML file of ours, or a mapping of the same form from another package
-models: Registry[Any] = Registry("model", "models", _register_files)
+models: Registry[Traversable | Mapping[str, Any]] = Registry("model", "models")  # a YAML file, or a mapping of the same form
+for _name, _path in shipped("models").items():
+    models.register(_name, _path)
 
 _SUFFIX = re.compile(r"-(sleep|hard|slide|full)(\d*)")
 _SUFFIX_HELP = "allowed: -sleep<N>, then -hard<L>, -slide<L> or -full"

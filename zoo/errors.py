@@ -1,4 +1,4 @@
-"""The one kind of error this package raises for bad input."""
+"""The error that this package raises for bad input."""
 
 
 class ZooError(ValueError):

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from zoo.blocks.mixer import WindowCache
 
 
+evictions: Registry[type[Eviction]] = Registry("eviction policy", "evictions")
+
+
+@evictions.register("none")
 class Eviction:
     """`none`: everything stays. The base of every policy.
 
@@ -34,6 +38,7 @@ class Eviction:
         return cache
 
 
+@evictions.register("hard")
 class Hard(Eviction):
     """The window cache is emptied: only the fast weights cross from one window to the next."""
 
@@ -44,6 +49,7 @@ class Hard(Eviction):
         return cache.empty()
 
 
+@evictions.register("sliding")
 class Sliding(Eviction):
     """The newest L-1 tokens stay, so every token sees itself and the L-1 before it."""
 
@@ -56,9 +62,3 @@ class Sliding(Eviction):
     def evict(self, cache: WindowCache) -> WindowCache:
         assert self.window is not None
         return cache.keep(self.window - 1)
-
-
-evictions: Registry[type[Eviction]] = Registry("eviction policy", "evictions")
-evictions.register("none", Eviction)
-evictions.register("hard", Hard)
-evictions.register("sliding", Sliding)

@@ -1,90 +1,154 @@
-"""The registry that every floor builds on: catalogue, with duplicates refused and the nearest name offered."""
+"""The registry that every layer builds on: catalogue with entry points, duplicates refused and the nearest name offered."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import catalogue
 
 from zoo.errors import ZooError
 
 T = TypeVar("T")
+Decorated = TypeVar("Decorated")
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """What to tell someone who wrote `word` where only `allowed` words fit."""
+    """Return the end of an error about an unknown `word`: the nearest allowed word, then all of them."""
     allowed = sorted(allowed)
     near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"{hint}allowed: {', '.join(allowed) or 'nothing'}"
 
 
+class Origin(NamedTuple):
+    """The place an object comes from."""
+
+    home: str
+    """Full name of a class or function; of any other object, the module that registered it."""
+    source: str
+    """The object in an error."""
+    spec: object = None
+    """Spec of the module that registered it. importlib.reload makes a new one; in a notebook it is None."""
+
+    def repeats(self, before: Origin) -> bool:
+        """Return whether this is the object of `before`, after its module or a cell of a notebook has run again."""
+        return self.home == before.home and (":" in self.home or self.spec is None or self.spec is not before.spec)
+
+
 class Registry(Generic[T]):
-    """Names to objects of one kind, from this package and from any installed package.
+    """Objects of one kind by name, from this package and from any other that is installed.
+
+    An object is added by `register`, called in a module, or by an entry point of the group `zoo_<group>`; both may name the
+    same object. A name that stands for two different objects is an error.
 
     Args:
-        kind: the word for errors ("block", "task", ...).
-        group: catalogue namespace; another package adds an object through the entry point group `zoo_<group>`.
-        populate: registers what this package brings itself; called once, before the first look-up.
+        kind: the word used in errors ("block", "task", ...).
+        group: catalogue namespace, and the end of the name of the entry point group.
+        modules: modules of this package that register objects, imported before the first look-up: "zoo.blocks.*", or
+            "zoo.kernels.*.op" for one module in each folder. None if they are registered where the registry is made.
     """
 
-    def __init__(self, kind: str, group: str, populate: Callable[[], None] | None = None) -> None:
+    def __init__(self, kind: str, group: str, modules: str | None = None) -> None:
         self.kind = kind
         self.group = f"zoo_{group}"
-        self._own = catalogue.create("zoo", group)
-        self._populate = populate
-        self._others: dict[str, EntryPoint] | None = None
+        self._modules = modules
+        self._registered = catalogue.create("zoo", group)
+        self._origins: dict[str, Origin] = {}
+        self._points: dict[str, list[EntryPoint]] | None = None
         self._found: dict[str, T] = {}  # catalogue takes microseconds, and a token asks for a kernel dozens of times
 
-    def register(self, name: str, item: T | None = None) -> Any:
-        """Add `item` under `name`; without `item`, a decorator. A name that is taken is an error."""
-        if item is None:
-            return lambda decorated: self.register(name, decorated)
-        if name in self._own and not _same_source(self._own.get(name), item):
-            raise ZooError(f"{self.kind} '{name}' is registered twice")
-        self._own.register(name, func=item)
-        self._found.pop(name, None)
-        return item
+    @overload
+    def register(self, name: str, item: T) -> T: ...
+    @overload
+    def register(self, name: str) -> Callable[[Decorated], Decorated]: ...
+    def register(self, name: str, item: Any = None) -> Any:
+        """Add `item` under `name`; without `item`, return a decorator.
+
+        Raises:
+            ZooError: another object has this name. The same one may be registered again, also after importlib.reload.
+        """
+        caller = sys._getframe(1).f_globals
+
+        def add(item: Any) -> Any:
+            home = _home(item, caller["__name__"])
+            origin = Origin(home, home, caller.get("__spec__"))
+            if name in self._registered:
+                self._check_same(name, item, origin)
+            self._registered.register(name, func=item)
+            self._origins[name] = origin
+            self._found.pop(name, None)
+            return item
+
+        return add if item is None else add(item)
 
     def names(self) -> list[str]:
-        """Every name, sorted; imports no other package."""
-        others = self._look_around()
-        return sorted({*self._own.get_all(), *others})
+        """Every name, sorted. Imports no other package."""
+        return sorted({*self._entry_points(), *self._registered.get_all()})
 
     def __contains__(self, name: str) -> bool:
-        return name in self._look_around() or name in self._own
+        return name in self._entry_points() or name in self._registered
 
     def get(self, name: str) -> T:
-        """The object called `name`. Raises ZooError with the nearest names."""
+        """Return the object called `name`.
+
+        Raises:
+            ZooError: there is none (the message offers the nearest name), two packages offer different ones, or the package
+                that offers it cannot be imported.
+        """
         if name not in self._found:
-            others = self._look_around()
-            if name in self._own:
-                self._found[name] = self._own.get(name)
-            elif name in others:
-                self._found[name] = others[name].load()
-            else:
+            for point in self._entry_points().get(name, ()):
+                self._load(name, point)
+            if name not in self._registered:
                 raise ZooError(f"unknown {self.kind} '{name}'; {nearest(name, self.names())}")
+            self._found[name] = self._registered.get(name)
         return self._found[name]
 
-    def _look_around(self) -> dict[str, EntryPoint]:
-        """Once, before the first look-up: register what is ours and find what other packages offer."""
-        if self._others is None:
-            if self._populate is not None:
-                self._populate()
-            others = {point.name: point for point in entry_points(group=self.group)}
-            for name, point in others.items():
-                if name in self._own:
-                    raise ZooError(f"{self.kind} '{name}' is registered twice: here and by {point.value}")
-            self._others = others
-        return self._others
+    def _entry_points(self) -> dict[str, list[EntryPoint]]:
+        """Entry points of the group by name, unloaded. The first call imports this package's own modules."""
+        if self._points is None:
+            for module in _matching(self._modules) if self._modules else ():
+                importlib.import_module(module)
+            points: dict[str, list[EntryPoint]] = {}
+            for point in entry_points(group=self.group):
+                points.setdefault(point.name, []).append(point)
+            self._points = points
+        return self._points
+
+    def _load(self, name: str, point: EntryPoint) -> None:
+        """Register the object that an entry point names, unless its module has done so."""
+        source = point.value + (f" of {point.dist.name} {point.dist.version}" if point.dist else "")
+        try:
+            item = point.load()
+        except Exception as error:  # a module may raise anything while it is imported
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ZooError(f"{self.kind} '{name}': cannot import {source}: {reason}") from error
+        origin = Origin(_home(item, point.value), source)
+        if name in self._registered:
+            self._check_same(name, item, origin)
+        else:
+            self._registered.register(name, func=item)
+            self._origins[name] = origin
+
+    def _check_same(self, name: str, item: Any, origin: Origin) -> None:
+        known = self._origins.get(name)  # None after a reload of the module that holds this registry
+        if known and item is not self._registered.get(name) and not origin.repeats(known):
+            raise ZooError(f"{self.kind} '{name}' is registered twice: by {known.source} and by {origin.source}")
 
 
-def _same_source(a: Any, b: Any) -> bool:
-    """True when a module was only imported again (importlib.reload, notebooks)."""
-    return (getattr(a, "__module__", a), getattr(a, "__qualname__", a)) == (
-        getattr(b, "__module__", b),
-        getattr(b, "__qualname__", b),
-    )
+def _home(item: Any, where: str) -> str:
+    name = getattr(item, "__qualname__", None)
+    return where if name is None else f"{where if '<' in name else item.__module__}:{name}"
+
+
+def _matching(pattern: str) -> list[str]:
+    """Names of the modules that a pattern with one `*` matches, sorted."""
+    package, _, rest = pattern.partition(".*")
+    folders = map(Path, importlib.import_module(package).__path__)
+    files = {file.relative_to(folder).with_suffix("") for folder in folders for file in folder.glob(f"*{rest.replace('.', '/')}.py")}
+    return [".".join((package, *file.parts)) for file in sorted(files) if file.name != "__init__"]

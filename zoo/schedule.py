@@ -1,4 +1,4 @@
-"""When a session sleeps. A schedule is written as its name and what it takes: `full`, `interval(512)`, `idle(0.5)`, `manual`."""
+"""When a session sleeps. A schedule is written as a name with arguments: `full`, `interval(512)`, `idle(0.5)`, `manual`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import re
 from zoo.errors import ZooError
 from zoo.registry import Registry
 
+schedules: Registry[type[Schedule]] = Registry("schedule", "schedules")
 
+
+@schedules.register("full")
 class Schedule:
-    """`full`: when the window is full and a further token comes, as trained. The base of every schedule."""
+    """`full`: when the window is full and another token arrives, as in training. The base class of every schedule."""
 
     pause: float | None = None
-    """Seconds without a token after which a sleep starts in the background; None: it never does."""
+    """Seconds without a token after which a sleep starts in the background; None: no background sleeps."""
 
     def due(self, window: int | None) -> int | None:
-        """Tokens of a window after which the next one waits for a sleep; None: nobody sleeps unasked.
+        """Return the number of tokens in the window after which the next token waits for a sleep; None: it never does.
 
         Args:
-            window: L, the tokens a window of the model holds; None: it never sleeps.
+            window: L, the size of the model's window in tokens; None: the model never sleeps.
         Raises:
-            ZooError: the schedule makes no sense with this window.
+            ZooError: the schedule does not fit this window.
         """
         return window
 
 
+@schedules.register("interval")
 class Interval(Schedule):
     """`interval(n)`: every n tokens."""
 
@@ -34,15 +38,18 @@ class Interval(Schedule):
         self.tokens = int(tokens)
 
     def due(self, window: int | None) -> int | None:
-        if window is None or self.tokens > window:
-            raise ZooError(f"interval: {self.tokens} tokens; the model's window holds {window or 'any number, and it never sleeps'}")
+        if window is None:
+            raise ZooError(f"interval: {self.tokens} tokens; the model has no window, so it never sleeps")
+        if self.tokens > window:
+            raise ZooError(f"interval: {self.tokens} tokens; the model's window holds {window}")
         return self.tokens
 
 
+@schedules.register("idle")
 class Idle(Schedule):
-    """`idle(seconds)`: in the background when no token has come for so long; else when the window is full.
+    """`idle(seconds)`: in the background after this many seconds without a token, or when the window is full.
 
-    A token that comes while it sleeps goes first: what the sleep has done is thrown away.
+    A token that arrives during a background sleep cancels it.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -56,25 +63,19 @@ class Idle(Schedule):
         return window
 
 
+@schedules.register("manual")
 class Manual(Schedule):
-    """`manual`: only when told to. A token that no longer fits into the window is refused."""
+    """`manual`: only when `Session.sleep` is called. A token that no longer fits into the window is refused."""
 
     def due(self, window: int | None) -> int | None:
         return None
 
 
-schedules: Registry[type[Schedule]] = Registry("schedule", "schedules")
-schedules.register("full", Schedule)
-schedules.register("interval", Interval)
-schedules.register("idle", Idle)
-schedules.register("manual", Manual)
-
-
 def new_schedule(text: str) -> Schedule:
-    """The schedule that `text` names, such as "interval(512)". Raises ZooError."""
+    """Return the schedule written as `text`, such as "interval(512)". Raises ZooError."""
     match = re.fullmatch(r"([\w-]+)(?:\(([^()]*)\))?", text.strip())
     if match is None:
-        raise ZooError(f"schedule: '{text}'; want a name such as full, or a name and numbers such as interval(512)")
+        raise ZooError(f"schedule: '{text}'; want a name such as full, or a name with numbers such as interval(512)")
     kind = schedules.get(match[1])
     try:
         return kind(*(float(number) for number in match[2].split(",")) if match[2] else ())

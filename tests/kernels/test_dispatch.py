@@ -67,7 +67,7 @@ def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixt
 
 def test_the_first_call_may_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operators and other packages are looked up at the first call, by imports that cannot be traced."""
-    monkeypatch.setattr(kernels, "_others", None)
+    monkeypatch.setattr(kernels, "_points", None)
     x, dt, A, B = torch.randn(1, 3, 2, 4), torch.rand(1, 3, 2), -torch.rand(2), torch.randn(1, 3, 1, 5)
     traced = torch.compile(ssd, fullgraph=True, backend="eager")
     torch.testing.assert_close(traced(x, dt, A, B, B)[0], ssd(x, dt, A, B, B)[0])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import zoo.checkpoints
 from zoo.blocks.mixer import Options, mixers
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
@@ -128,12 +125,7 @@ def links(family: Family, model: Model) -> list[Link]:
     return found
 
 
-def _import_families() -> None:
-    for module in pkgutil.iter_modules(zoo.checkpoints.__path__):
-        importlib.import_module(f"zoo.checkpoints.{module.name}")
-
-
-families: Registry[Family] = Registry("model_type", "checkpoints", _import_families)
+families: Registry[Family] = Registry("model_type", "checkpoints", "zoo.checkpoints.*")
 
 
 def expect(config: Mapping[str, Any], key: str, *allowed: Any, default: Any = None) -> Any:

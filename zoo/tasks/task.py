@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-import zoo.tasks
 from zoo.config import validate
 from zoo.errors import ZooError
 from zoo.registry import Registry
@@ -103,12 +100,7 @@ def _hash(contexts: NDArray[np.int64]) -> NDArray[np.uint64]:
     return mixed
 
 
-def _import_tasks() -> None:
-    for module in pkgutil.iter_modules(zoo.tasks.__path__):
-        importlib.import_module(f"zoo.tasks.{module.name}")
-
-
-tasks: Registry[type[Task]] = Registry("task", "tasks", _import_tasks)
+tasks: Registry[type[Task]] = Registry("task", "tasks", "zoo.tasks.*")
 
 
 def new_task(fields: Mapping[str, Any]) -> Task:
