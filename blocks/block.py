@@ -27,13 +27,14 @@ class Block(nn.Module):
             self.mlp_norm = norm(d_model)
             self.mlp_post_norm = norm(d_model) if options.post_norm else nn.Identity()
 
-    def flops(self, tokens: int, past: int) -> int:
-        """Operations on `tokens` new tokens after `past` cached ones; see `Mixer.flops`."""
-        return self.mixer.flops(tokens, past) + (0 if self.mlp is None else tokens * linear_flops(self.mlp))
+    def flops(self, tokens: int, past: int, *, mlp: bool = True) -> int:
+        """Return the operations on `tokens` new tokens after `past` cached ones; see `Mixer.flops`."""
+        return self.mixer.flops(tokens, past) + (tokens * linear_flops(self.mlp) if mlp and self.mlp is not None else 0)
 
-    def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions) -> tuple[Tensor, Any, Any]:
+    def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions, *, mlp: bool = True) -> tuple[Tensor, Any, Any]:
+        """Run the block. With `mlp` false the MLP is skipped, for callers that read only the state."""
         y, fast, window = self.mixer(self.mixer_norm(x), fast, window, positions)
         x = x + self.mixer_post_norm(y)
-        if self.mlp is not None:
+        if mlp and self.mlp is not None:
             x = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
         return x, fast, window

@@ -14,7 +14,8 @@ from zoo.blocks.block import Block
 from zoo.blocks.mixer import linear_flops
 from zoo.config import ModelConfig
 from zoo.factory import create
-from zoo.model import Model
+from zoo.loss import chunks, predicted
+from zoo.model import Model, Passes
 
 
 @dataclass(frozen=True)
@@ -82,39 +83,33 @@ def training_flops(model: Model, loss_mask: Tensor) -> int:
     """Operations of one training step on sequences with this mask, [B, T] bool: those of `Model.answers`, and twice as many
     for the backward pass. What is computed a second time to save memory is not counted.
     """
-    config = model.config
-    width, every = config.window or loss_mask.shape[1], config.sleep_on == "every"
-    forward, before_awake = 0, False
-    for start in range(0, loss_mask.shape[1], width):
-        mask = loss_mask[:, start : start + width]
-        tokens, past = mask.shape[1], 0 if model.eviction.restarts else start
-        awake = every or bool(mask.any())
-        asleep = start + width < loss_mask.shape[1] and (every or not awake)
-        if awake:
-            forward += len(mask) * _passes(model, config.wake_loops, tokens, past)
-            forward += int(mask[:, 0 if before_awake else 1 :].sum()) * _head(model)
-        if asleep:
-            loops = config.loops - (awake and model.wakes_as_it_sleeps)
-            forward += len(mask) * _passes(model, loops * config.wake_loops, tokens, past)
-        before_awake = awake
+    config, plan = model.config, chunks(loss_mask, model.config)
+    forward = int(predicted(loss_mask, plan).sum()) * _head(model)
+    for chunk in plan:
+        tokens, past = chunk.stop - chunk.start, 0 if model.eviction.restarts else chunk.start
+        if chunk.awake:
+            forward += len(loss_mask) * _blocks(model, model.passes(config.wake_loops), tokens, past)
+        if chunk.asleep:
+            passes = model.passes(config.loops * config.wake_loops, asleep=True)
+            done = 1 if chunk.awake and model.wakes_as_it_sleeps else 0
+            forward += len(loss_mask) * _blocks(model, passes[done:], tokens, past)
     return 3 * forward
 
 
 def _awake(model: Model) -> int:
-    """Operations of the first token of a stream."""
-    return _passes(model, model.config.wake_loops) + _head(model)
+    """Return the operations of the first token of a stream."""
+    return _blocks(model, model.passes(model.config.wake_loops)) + _head(model)
 
 
 def _asleep(model: Model, window: int) -> int:
-    """Operations of a sleep on a stream's first window."""
-    return _passes(model, model.config.loops * model.config.wake_loops, window)
+    """Return the operations of a sleep on a stream's first window."""
+    return _blocks(model, model.passes(model.config.loops * model.config.wake_loops, asleep=True), window)
 
 
-def _passes(model: Model, loops: int, tokens: int = 1, past: int = 0) -> int:
-    """Operations of prelude, `loops` passes of the span, and coda, on tokens of one stream that has `past` cached."""
+def _blocks(model: Model, passes: Passes, tokens: int = 1, past: int = 0) -> int:
+    """Return the operations of `passes` on tokens of one stream that has `past` cached."""
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
-    once = [block.flops(tokens, past) for block in blocks]
-    return sum(once) + (loops - 1) * sum(once[i] for i in model.span)
+    return sum(blocks[i].flops(tokens, past, mlp=mlp) for each in passes for i, mlp in each)
 
 
 def _head(model: Model) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from zoo.blocks.block import Block
@@ -21,9 +20,11 @@ from zoo.config import ModelConfig, validate
 from zoo.errors import ZooError
 from zoo.eviction import evictions
 from zoo.kernels.common import packed
+from zoo.loss import Recompute, answers
 from zoo.state import Answers, Output, State
 
-Recompute = Literal["nothing", "passes", "chunks"]
+Passes = list[list[tuple[int, bool]]]
+"""Blocks that each pass runs, in order, and whether each runs its MLP."""
 
 
 class Model(nn.Module):
@@ -48,9 +49,10 @@ class Model(nn.Module):
         self.exit = None if config.exit is None else ExitGate(config.d_model, **config.exit.model_dump())
         if config.inject:
             self.inject = nn.Parameter(torch.empty(config.d_model))
-        if config.wake_loops > 1 and any(fast is not None for fast in self.init_state().fast):
+        self._has_fast = [fast is not None for fast in self.init_state().fast]
+        if config.wake_loops > 1 and any(self._has_fast):
             raise ZooError(f"{config.name}: wake_loops: {config.wake_loops} needs blocks without fast weights, which read ahead")
-        if self.eviction.restarts and all(fast is None for fast in self.init_state().fast):
+        if self.eviction.restarts and not any(self._has_fast):
             raise ZooError(f"{config.name}: evict: '{config.evict}' empties the window, and no block of '{config.layers}' has fast weights")
         self.prelude = range(config.looped.start)
         self.span = config.looped
@@ -105,9 +107,15 @@ class Model(nn.Module):
         h, state = self.wake(ids, state, cu_seqlens=cu_seqlens)
         return Output(self.logits(h), state)
 
-    def wake(self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
-        """`forward` up to the last block: its hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state."""
-        return self._awake(ids, state, cu_seqlens)
+    def wake(
+        self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None, recompute: bool = False
+    ) -> tuple[Tensor, State]:
+        """Run `forward` without the head: return the hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state.
+
+        Args:
+            recompute: recompute the activations of each pass in the backward pass instead of storing them.
+        """
+        return self.run(*self.start_wake(ids, state, cu_seqlens), recompute=recompute)
 
     def logits(self, h: Tensor) -> Tensor:
         """Final norm and head: h [..., D] -> [..., V]; with wake loops, h [..., loops, D] holds the states after each."""
@@ -129,100 +137,129 @@ class Model(nn.Module):
         loops: int | None = None,
         cu_seqlens: Tensor | None = None,
         awake: tuple[Tensor, State] | None = None,
-    ) -> State:
-        """Sleep on one whole chunk, then evict.
-
-        Runs the prelude once, the span `loops` times and the coda once. Each pass reads the last one's hidden
-        states and carries S on; each starts from the window cache as it stood at the chunk's start.
-
-        Args:
-            ids: the chunk's tokens, [B, T] int64, T at most the window.
-            state: as it stood at the chunk's start (default: a new stream). It is not changed.
-            loops: passes of the span, default `config.loops`.
-            cu_seqlens: as in `forward`; every sequence is one whole chunk.
-            awake: what `wake` gave for these tokens and this state, where `wakes_as_it_sleeps`: one pass less to run.
-        Raises:
-            ZooError: more tokens than the window holds, loops < 1, or `awake` of a model whose wake pass is no pass of a sleep.
-            ValueError: `cu_seqlens` does not fit the tokens.
-        """
-        return self._asleep(ids, state, loops, cu_seqlens, awake)
-
-    def _asleep(
-        self,
-        ids: Tensor,
-        state: State | None,
-        loops: int | None,
-        cu_seqlens: Tensor | None = None,
-        awake: tuple[Tensor, State] | None = None,
         recompute: bool = False,
     ) -> State:
-        h, state, positions, loops = self.fall_asleep(ids, state, loops, cu_seqlens, awake)
-        return self.evict(self.run(h, state, positions, loops * self.config.wake_loops, awake=awake, recompute=recompute)[1])
+        """Sleep on one whole chunk, then evict its window cache.
 
-    def fall_asleep(
-        self,
-        ids: Tensor,
-        state: State | None,
-        loops: int | None,
-        cu_seqlens: Tensor | None = None,
-        awake: tuple[Tensor, State] | None = None,
-    ) -> tuple[Tensor, State, Positions, int]:
-        """What a sleep starts from: embedded tokens, state, positions and the number of passes. Raises ZooError, as `consolidate`."""
-        loops = self.config.loops if loops is None else loops
-        if loops < 1:
-            raise ZooError(f"loops: {loops} must be at least 1")
-        if self.config.window is not None and (longest := _longest(ids, cu_seqlens)) > self.config.window:
-            raise ZooError(f"ids: {longest} tokens are more than one window of {self.config.window}")
+        Runs the prelude once, the span `loops` times and the coda once. Each pass reads the hidden states of the pass before
+        and carries S on; each starts from the window cache as it stood at the chunk's start.
+
+        Args:
+            ids: tokens of the chunk, [B, T] int64, T at most the window.
+            state: state at the chunk's start (default: a new stream). It is not changed.
+            loops: passes of the span, default `config.loops`.
+            cu_seqlens: as in `forward`; every sequence is one whole chunk.
+            awake: result of `wake` for these tokens and this state, used as the first pass where `wakes_as_it_sleeps`.
+            recompute: as in `wake`.
+        Raises:
+            ZooError: more tokens than the window holds, loops < 1, or `awake` for a model whose wake pass is not the first pass
+                of a sleep.
+            ValueError: `cu_seqlens` does not fit the tokens.
+        """
         if awake is not None and not self.wakes_as_it_sleeps:
             raise ZooError(f"awake: {self.config.name} does not read awake as in its first pass asleep; give no `awake`")
-        state, positions = self._open(ids, state, cu_seqlens)
-        return self.embedded(ids, positions, asleep=True), state, positions, loops
+        _, state = self.run(*self.start_sleep(ids, state, loops, cu_seqlens), awake=awake, recompute=recompute)
+        return self.evict(state)
 
     def run(
         self,
         h: Tensor,
-        state: State,
+        start: State,
         positions: Positions,
-        passes: int,
+        passes: Passes,
         *,
         awake: tuple[Tensor, State] | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, State]:
-        """h [B, T, D] through the prelude, `passes` passes of the span, and the coda.
+        """Run tokens through `passes`: the loop that is a sleep, and with one pass the wake pass.
 
-        Each pass reads the hidden states of the last one and writes on in its fast weights, but starts from the window cache of `state`.
+        Each pass reads the hidden states of the pass before and carries the fast weights on, but starts from the window cache
+        of `start`. The first four arguments are what `start_wake` and `start_sleep` return.
 
-        Args:
-            awake: the first pass, already run: it came to these hidden states and this state.
-            recompute: keep no activation of a pass for the backward pass, which makes them again.
         Returns:
-            Hidden states [B, T, D] ([B, T, passes, D] with wake loops) and the state after the tokens.
+            Hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state after the tokens, before eviction.
         """
-        first, after = h, []
-        fast, window = (list(state.fast), list(state.window)) if awake is None else (list(awake[1].fast), list(awake[1].window))
-        h = h if awake is None else awake[0]
+        first, outputs = h, []
+        fast, window = list(start.fast), list(start.window)
+        if awake is not None:  # the first pass has been run
+            h, fast, window = awake[0], list(awake[1].fast), list(awake[1].window)
         one_pass = partial(checkpoint, self._pass, use_reentrant=False) if recompute else self._pass
-        for n in range(0 if awake is None else 1, passes):
-            h, first, fast, caches = one_pass(n, n == passes - 1, state, positions, h, first, *fast)
-            for at, cache in caches.items():
-                window[at] = cache
-            after.append(h)
-        h = torch.stack(after, dim=-2) if self.config.wake_loops > 1 else h
+        for n, blocks in enumerate(passes):
+            if n > 0 or awake is None:
+                h, first, fast, caches = one_pass(n, blocks, start, positions, h, first, *fast)
+                for at, cache in caches.items():
+                    window[at] = cache
+                outputs.append(h)
+        h = torch.stack(outputs, dim=-2) if self.config.wake_loops > 1 else h
         return h, State(tuple(fast), tuple(window), positions.end)
 
     def _pass(
-        self, n: int, last: bool, start: State, positions: Positions, h: Tensor, first: Tensor, *carried: Tensor | None
+        self,
+        n: int,
+        blocks: list[tuple[int, bool]],
+        start: State,
+        positions: Positions,
+        h: Tensor,
+        first: Tensor,
+        *carried: Tensor | None,  # `checkpoint` stores only tensors that are arguments of their own
     ) -> tuple[Tensor, Tensor, list[Tensor | None], dict[int, Any]]:
-        """The span once; before the first pass the prelude, after the last one the coda. `checkpoint` wants the tensors one by one."""
+        """Run the blocks of pass n. Returns h, the span's first input, the fast weights and the window caches by their place."""
         fast, window = list(carried), {}
-        for i in (*(self.prelude if n == 0 else ()), *self.span, *(self.coda if last else ())):
+        for i, mlp in blocks:
             if i == self.span.start:
                 first, h = (h, h) if n == 0 else (first, self.between_passes(h, first))
             if n and not self.config.carry and i in self.span:
                 fast[i] = start.fast[i]
             at = n % self.config.wake_loops * len(self.blocks) + i
-            h, fast[i], window[at] = self.blocks[i](h, fast[i], start.window[at], positions)
+            h, fast[i], window[at] = self.blocks[i](h, fast[i], start.window[at], positions, mlp=mlp)
         return h, first, fast, window
+
+    def passes(self, loops: int, *, asleep: bool = False) -> Passes:
+        """Return the blocks that each pass runs, in order, and whether each runs its MLP.
+
+        The first pass begins with the prelude, the last one ends with the coda. A sleep that empties the window ends with the
+        last mixer that has fast weights: nothing reads what comes after it.
+        """
+        passes = [[(i, True) for i in self.span] for _ in range(loops)]
+        passes[0][:0] = [(i, True) for i in self.prelude]
+        passes[-1] += [(i, True) for i in self.coda]
+        if asleep and self.eviction.restarts:
+            while not self._has_fast[passes[-1][-1][0]]:
+                passes[-1].pop()
+                if not passes[-1]:
+                    passes.pop()
+            passes[-1][-1] = passes[-1][-1][0], False
+        return passes
+
+    def start_wake(
+        self, ids: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State, Positions, Passes]:
+        """Return what `run` needs for a wake pass. Raises as `forward`."""
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            raise ZooError(f"ids {list(ids.shape)}: want [B, T] with at least one token")
+        streams = packed.streams(ids.shape[0], ids.shape[1], cu_seqlens)
+        if cu_seqlens is not None and (loose := {kind for kind in self.config.pattern if not mixers.get(kind).packs}):
+            raise ZooError(f"{self.config.name}: cu_seqlens: block '{min(loose)}' cannot keep packed sequences apart")
+        state = self.init_state(streams) if state is None else state
+        positions = Positions(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
+        end = int(positions.end.max()) if isinstance(positions.end, Tensor) else positions.end
+        if self.eviction.restarts and end > (window := self.config.window or 0):
+            given = _longest(ids, cu_seqlens)
+            raise ZooError(f"ids: {given} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first")
+        return self.embedded(ids, positions), state, positions, self.passes(self.config.wake_loops)
+
+    def start_sleep(
+        self, ids: Tensor, state: State | None = None, loops: int | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State, Positions, Passes]:
+        """Return what `run` needs for a sleep. Raises as `consolidate`."""
+        loops = self.config.loops if loops is None else loops
+        if loops < 1:
+            raise ZooError(f"loops: {loops} must be at least 1")
+        if self.config.window is not None and (longest := _longest(ids, cu_seqlens)) > self.config.window:
+            raise ZooError(f"ids: {longest} tokens are more than one window of {self.config.window}")
+        h, state, positions, _ = self.start_wake(ids, state, cu_seqlens)
+        h = h if self.config.learned_positions != "asleep" else self.embedded(ids, positions, asleep=True)
+        return h, state, positions, self.passes(loops * self.config.wake_loops, asleep=True)
 
     def evict(self, state: State) -> State:
         """The state after the eviction that ends a chunk."""
@@ -230,10 +267,11 @@ class Model(nn.Module):
         return State(state.fast, window, 0 if self.eviction.restarts else state.position)
 
     def loss(self, ids: Tensor, loss_mask: Tensor) -> Tensor:
-        """Mean cross-entropy of the supervised tokens, with sleep between the chunks (Algorithm 1 of arXiv 2605.26099).
+        """Return the mean cross-entropy of the supervised tokens, with sleep between the chunks (Algorithm 1 of arXiv 2605.26099).
 
         Args:
-            ids: [B, T] int64. loss_mask: [B, T], true where a token is to be predicted from the one before it.
+            ids: [B, T] int64.
+            loss_mask: [B, T], bool or 0 and 1: true where a token is to be predicted from the one before it.
         Raises:
             ZooError: as `answers`.
         """
@@ -248,89 +286,22 @@ class Model(nn.Module):
         recompute: Recompute = "nothing",
         backward_chunks: int | None = None,
     ) -> Answers:
-        """What `loss` scores: the stream is cut at multiples of the window; a chunk without loss is consolidated,
-        a chunk with loss gets one wake pass. Under `sleep_on: every`, each chunk gets a wake pass for its loss and is
-        then consolidated from its start. Gradients cross chunks through the state alone.
+        """Return the predictions of the supervised tokens, which `loss` averages.
 
-        The first token of a chunk is predicted from the chunk before, if that was awake; after a sleep (and at the
-        start of the stream) nothing predicts it, and it carries no loss.
+        `zoo.loss.chunks` says which chunks sleep. The first token of a chunk is predicted from the chunk before, if that was
+        awake. After a sleep, and at the start of the stream, nothing predicts it, and it carries no loss.
 
         Args:
             loops: passes per sleep, default `config.loops`.
-            recompute: activations that the backward pass makes again, to save memory. "passes": what is kept is the hidden
-                states between passes, and the activations of one pass. "chunks": of each chunk only the state at its start is
-                kept, and while the backward pass is at a chunk, what "passes" keeps of that one; two more forward passes.
-            backward_chunks: gradients stay within groups of so many chunks, counted from the last; default: all.
+            recompute: activations that the backward pass recomputes to save memory. "passes" stores the hidden states between
+                passes and the activations of one pass. "chunks" stores only the state at the start of each chunk and, while the
+                backward pass is at a chunk, what "passes" stores for that one; it costs two more forward passes.
+            backward_chunks: truncate gradients to groups of this many chunks, counted from the last; default: no truncation.
         Raises:
-            ZooError: shapes that differ, no token that can be predicted, or rows that disagree on which chunks
-                carry loss (they would have to sleep at different times).
+            ZooError: shapes that differ, a mask that is not bool or 0 and 1, no token that can be predicted, rows that disagree
+                on which chunks carry loss, or a model with several loops that would never sleep.
         """
-        if ids.shape != loss_mask.shape or ids.ndim != 2:
-            raise ZooError(f"loss_mask {list(loss_mask.shape)} and ids {list(ids.shape)}: want the same [B, T]")
-        every = self.config.sleep_on == "every"
-        index = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-        hidden, found = [], []
-        state, before = self.init_state(ids.shape[0]), None
-        chunks = list(self._chunks(ids, index, loss_mask.bool()))
-        for number, (chunk, place, mask) in enumerate(chunks):
-            with_loss = mask.any(dim=1)
-            if not every and bool(with_loss.any()) != bool(with_loss.all()):
-                raise ZooError(f"loss_mask: some rows have loss in chunk {number} and others do not; such rows sleep at different times")
-            if backward_chunks is not None and (len(chunks) - number) % backward_chunks == 0:
-                state = tree_map_only(Tensor, Tensor.detach, state)
-            if every or with_loss.any():
-                h, after = self._awake(chunk, state, recompute=recompute != "nothing")
-                source = h[:, :-1] if before is None else torch.cat([before, h[:, :-1]], dim=1)
-                targets = slice(h.shape[1] - source.shape[1], None)
-                hidden.append(source[mask[:, targets]])
-                found.append(place[:, targets][mask[:, targets]])
-                before = h[:, -1:]
-            else:
-                before = None
-            if number + 1 < len(chunks):
-                asleep = every or before is None
-                if not asleep:
-                    state = self.evict(after)
-                elif every and self.wakes_as_it_sleeps and recompute != "chunks":
-                    state = self._consolidated(chunk, state, loops, recompute, awake=(h, after))
-                else:
-                    state = self._consolidated(chunk, state, loops, recompute)
-        if not sum(len(place) for place in found):
-            raise ZooError("loss_mask: marks no token that can be predicted (the first of a stream, or after a sleep, cannot)")
-        where = torch.cat(found)
-        return Answers(self.logits(torch.cat(hidden)), where, ids.flatten()[where])
-
-    def _consolidated(
-        self, ids: Tensor, state: State, loops: int | None, recompute: Recompute, awake: tuple[Tensor, State] | None = None
-    ) -> State:
-        """`consolidate`, keeping for the backward pass what `recompute` says."""
-        if recompute == "chunks":
-            return checkpoint(self._consolidated, ids, state, loops, "passes", use_reentrant=False)
-        return self._asleep(ids, state, loops, awake=awake, recompute=recompute == "passes")
-
-    def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        width = self.config.window or tensors[0].shape[1]
-        return zip(*(tensor.split(width, dim=1) for tensor in tensors), strict=True)
-
-    def _awake(
-        self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None = None, *, recompute: bool = False
-    ) -> tuple[Tensor, State]:
-        state, positions = self._open(ids, state, cu_seqlens)
-        return self.run(self.embedded(ids, positions), state, positions, self.config.wake_loops, recompute=recompute)
-
-    def _open(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[State, Positions]:
-        if ids.ndim != 2 or ids.shape[1] == 0:
-            raise ZooError(f"ids {list(ids.shape)}: want [B, T] with at least one token")
-        streams = packed.streams(ids.shape[0], ids.shape[1], cu_seqlens)
-        if cu_seqlens is not None and (loose := {kind for kind in self.config.pattern if not mixers.get(kind).packs}):
-            raise ZooError(f"{self.config.name}: cu_seqlens: block '{min(loose)}' cannot keep packed sequences apart")
-        state = self.init_state(streams) if state is None else state
-        positions = Positions(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
-        end = int(positions.end.max()) if isinstance(positions.end, Tensor) else positions.end
-        if self.eviction.restarts and end > (window := self.config.window or 0):
-            given = _longest(ids, cu_seqlens)
-            raise ZooError(f"ids: {given} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first")
-        return state, positions
+        return answers(self, ids, loss_mask, loops=loops, recompute=recompute, backward_chunks=backward_chunks)
 
     def embedded(self, ids: Tensor, positions: Positions, *, asleep: bool = False) -> Tensor:
         """What the first block reads: ids [B, T] -> [B, T, D]."""

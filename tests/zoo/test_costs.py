@@ -72,11 +72,23 @@ def test_a_block_of_another_package_is_counted_by_its_linear_layers(monkeypatch)
 
 
 def test_a_sleep_costs_its_passes():
-    once, thrice = (zoo.describe(f"gdn4-sleep{n}", d_model=32, span=(1, 2)).flops_per_sleep for n in (1, 3))
-    half = zoo.describe("gdn4-sleep1", d_model=32, layers="gdn attn").flops_per_sleep
+    once, thrice = (zoo.describe(f"gdn4-sleep{n}-slide24", d_model=32, span=(1, 2)).flops_per_sleep for n in (1, 3))
+    half = zoo.describe("gdn4-sleep1-slide24", d_model=32, layers="gdn attn").flops_per_sleep
     assert thrice - once == 2 * half
     assert zoo.describe("gdn4").flops_per_sleep is None
     assert zoo.describe("gdn4-sleep3-hard1").window_bytes == zoo.describe("gdn4-sleep3-hard1").kv_bytes_per_token + 2 * 3 * 1024 * 4
+
+
+def test_a_sleep_that_empties_the_window_ends_with_the_last_fast_weights():
+    """On a first window, hard and sliding differ by what nothing reads: here the MLP of the gdn block, and two attention blocks."""
+
+    def flops(evict, layers, **fields):
+        return zoo.describe(f"gdn4-sleep3-{evict}24", d_model=32, layers=layers, **fields).flops_per_sleep
+
+    attention = flops("slide", "attn", loops=1)
+    with_mlp, without = (flops("slide", "gdn", loops=1, blocks={"gdn": {"mlp": mlp}}) for mlp in (True, False))
+    assert flops("slide", "attn gdn attn*2") - flops("hard", "attn gdn attn*2") == with_mlp - without + 2 * attention
+    assert flops("slide", "gdn attn*2", span=(1, 2)) - flops("hard", "gdn attn*2", span=(1, 2)) == with_mlp - without + 6 * attention
 
 
 def test_a_table_says_what_it_found():

@@ -335,3 +335,51 @@ def test_bit_by_bit(fields, evict, sizes):
     if evict != "full":
         slept, _ = by_bits(sliced.consolidation(model, tokens(2, 6, seed=2), start, loops=2), sizes)
         torch.testing.assert_close(slept, model.consolidate(tokens(2, 6, seed=2), start, loops=2), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("fields", "last"),
+    [
+        ({"layers": "gdn attn gdn attn"}, [(0, True), (1, True), (2, False)]),
+        ({"layers": "attn gdn attn gdn"}, [(0, True), (1, True), (2, True), (3, False)]),
+        ({"layers": "gdn attn gdn attn", "span": (0, 1)}, [(0, True), (1, True), (2, False)]),
+        ({"layers": "attn gdn swa*2", "span": (0, 0)}, [(0, True), (1, False)]),
+        ({"layers": "gdn swa*2", "span": (1, 2)}, [(0, False)]),
+    ],
+)
+def test_nothing_runs_after_the_last_fast_weights_of_a_sleep_that_empties_the_window(fields, last):
+    """The state equals, bit for bit, that of a sleep which runs every block; under `sliding`, and awake, every block runs."""
+    model, ids = tiny("gdn4-sleep3-hard6", dtype=torch.float32, **fields), tokens(2, 6)
+    start = model.consolidate(tokens(2, 6, seed=1))
+    assert model.passes(3, asleep=True)[-1] == last
+    h, state, positions, _ = model.start_sleep(ids, start)
+    assert same(model.consolidate(ids, start), model.evict(model.run(h, state, positions, model.passes(3))[1]))
+    sliding = tiny("gdn4-sleep3-slide6", **fields)
+    assert sliding.passes(3, asleep=True) == sliding.passes(3) == model.passes(3)
+    mlps = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda *_: mlps.append(1))
+    model(ids)
+    assert len(mlps) == len(model.blocks)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.full((2, 12), 0.5), "loss_mask: 0.5 to 0.5; allowed: bool, or 0 and 1"),
+        (torch.full((2, 12), 2), "loss_mask: 2 to 2; allowed"),
+        (
+            torch.ones(2, 12),
+            "loss_mask: every window carries loss, so gdn4-sleep2-hard6 would never sleep; create it with sleep_on 'every'",
+        ),
+    ],
+)
+def test_masks_that_cannot_be_meant(mask, message):
+    with pytest.raises(zoo.ZooError, match=message):
+        tiny("gdn4-sleep2-hard6").loss(tokens(2, 12), mask)
+
+
+def test_masked_labels_in_ids_are_refused():
+    with pytest.raises(zoo.ZooError, match="ids: -100 is no token"):
+        tiny("gdn4-sleep2-hard6", sleep_on="every").loss(tokens(2, 12).where(torch.arange(12) > 3, -100), torch.ones(2, 12))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.blocks.positions import Positions
-from zoo.model import Model
+from zoo.model import Model, Passes
 from zoo.state import Output, State
 
 
@@ -25,8 +25,7 @@ class Turn:
 
 async def waking(model: Model, ids: Tensor, state: State | None = None) -> Output:
     """`model.forward` in slices."""
-    state, positions = model._open(ids, state, None)
-    h, state = await run(model, model.embedded(ids, positions), state, positions, model.config.wake_loops)
+    h, state = await run(model, *model.start_wake(ids, state))
     logits = await _slices(h.shape[1], lambda first, last: model.logits(h[:, first:last]))
     return Output(logits, state)
 
@@ -35,21 +34,27 @@ async def consolidation(
     model: Model, ids: Tensor, state: State | None = None, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
 ) -> State:
     """`model.consolidate` in slices."""
-    h, state, positions, loops = model.fall_asleep(ids, state, loops, awake=awake)
-    _, state = await run(model, h, state, positions, loops * model.config.wake_loops, awake)
+    _, state = await run(model, *model.start_sleep(ids, state, loops), awake)
     return model.evict(state)
 
 
 async def run(
-    model: Model, h: Tensor, start: State, positions: Positions, passes: int, awake: tuple[Tensor, State] | None = None
+    model: Model,
+    h: Tensor,
+    start: State,
+    positions: Positions,
+    passes: Passes,
+    awake: tuple[Tensor, State] | None = None,
 ) -> tuple[Tensor, State]:
     """`model.run` in slices, the definition of what happens here."""
     config, first, after = model.config, h, []
     fast, window = (list(start.fast), list(start.window)) if awake is None else (list(awake[1].fast), list(awake[1].window))
     h = h if awake is None else awake[0]
     parts = {(0, positions.length): positions}
-    for n in range(0 if awake is None else 1, passes):
-        for i in (*(model.prelude if n == 0 else ()), *model.span, *(model.coda if n == passes - 1 else ())):
+    for n, blocks in enumerate(passes):
+        if n == 0 and awake is not None:
+            continue
+        for i, mlp in blocks:
             if i == model.span.start:
                 first, h = (h, h) if n == 0 else (first, model.between_passes(h, first))
             if n and not config.carry and i in model.span:
@@ -57,10 +62,10 @@ async def run(
             at = n % config.wake_loops * len(model.blocks) + i
             window[at] = start.window[at]
 
-            def over(begin: int, end: int, i: int = i, at: int = at, h: Tensor = h) -> Tensor:
+            def over(begin: int, end: int, i: int = i, at: int = at, h: Tensor = h, mlp: bool = mlp) -> Tensor:
                 if (begin, end) not in parts:
                     parts[begin, end] = Positions(positions.start + begin, end - begin, h.device)
-                y, fast[i], window[at] = model.blocks[i](h[:, begin:end], fast[i], window[at], parts[begin, end])
+                y, fast[i], window[at] = model.blocks[i](h[:, begin:end], fast[i], window[at], parts[begin, end], mlp=mlp)
                 return y
 
             h = await _slices(positions.length, over)

@@ -174,7 +174,7 @@ class Slots(Generic[Name]):
         fast: tuple[Any, ...] = tuple(None if s is None else s[:n] for s in self._fast)
         window: tuple[Any, ...] = tuple(c and c._make(tensor[:n] for tensor in c) for c in self._window)
         h, after = self.model.run(
-            self.model.embedded(self.ids[:n], positions), State(fast, window, 0), positions, self.model.config.wake_loops
+            self.model.embedded(self.ids[:n], positions), State(fast, window, 0), positions, self.model.passes(self.model.config.wake_loops)
         )
         logits = self.model.logits(h)
         for old, new in zip(fast, after.fast, strict=True):

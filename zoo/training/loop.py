@@ -21,7 +21,8 @@ from zoo.config import merge, read_shipped, shipped, validate
 from zoo.costs import training_flops
 from zoo.errors import ZooError
 from zoo.factory import create
-from zoo.model import Model, Recompute
+from zoo.loss import Recompute
+from zoo.model import Model
 from zoo.tasks import Batch, Task, new_task
 from zoo.training.optimizers import Weights, freeze, make_optimizers, restore, state_of
 from zoo.training.parallel import Answer, Parallel, Team, forget_gathered, join, whole
