@@ -98,7 +98,7 @@ def test_an_operator_of_another_package(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(operators, "_others", None)
+    monkeypatch.setattr(operators, "_points", None)
     assert {"double", "ssd"} <= set(operators.names())
     inputs = example("double", T=5, dtype=torch.bfloat16)
     assert torch.equal(operators.get("double")(**inputs, form="reference"), 2 * inputs["x"])
