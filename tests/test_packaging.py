@@ -126,7 +126,7 @@ def test_no_generic_name_is_installed(environment):
 
 def test_the_commands(environment):
     code = "import zoo; print(zoo.describe(zoo.create('gdn4-sleep4')))"
-    assert "3,702,800" in run(environment, "python", "-c", code)
+    assert "3.70 M" in run(environment, "python", "-c", code)
     assert "gdn4" in run(environment, "zoo", "list", "gdn*")
     for command in (
         ["zoo"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class Description:
 
     config: ModelConfig
     parameters: int
+    weight_bytes: int
+    """Parameters, at the model's dtype."""
     state_bytes: int
     """Fast weights, whatever the stream's length."""
     kv_bytes_per_token: int
@@ -39,23 +42,25 @@ class Description:
         config = self.config
         rows = [
             ("layers", f"{len(config.pattern)}: {config.layers}"),
-            ("parameters", f"{self.parameters:,}"),
+            ("parameters", f"{count(self.parameters)} ({_bytes(self.weight_bytes)})"),
             ("fast weights", f"{_bytes(self.state_bytes)} per stream"),
             (
                 "window cache",
                 f"{_bytes(self.kv_bytes_per_token)} per token"
                 + (f", {_bytes(self.window_bytes)} when full" if self.window_bytes is not None else ""),
             ),
-            ("awake", f"{self.flops_per_token:,} FLOPs per token"),
+            ("awake", f"{count(self.flops_per_token)} FLOPs per token"),
         ]
         if self.flops_per_sleep is None:
             rows.append(("asleep", f"never (evict: {config.evict})"))
         else:
             span = f"layers {config.looped.start}-{config.looped.stop - 1}"
-            rows.append(("asleep", f"{self.flops_per_sleep:,} FLOPs per window of {config.window} ({config.loops} passes of {span})"))
+            rows.append(("asleep", f"{count(self.flops_per_sleep)} FLOPs per window of {config.window} ({config.loops} passes of {span})"))
             rows.append(("evict", config.evict))
-        head = f"{config.name}\n{config.about}".strip()
-        return "\n".join([head, *(f"  {name:<13} {value}" for name, value in rows)])
+        lines = [config.name, *wrap(config.about, 80)]
+        for name, value in rows:
+            lines += wrap(value, 80, initial_indent=f"  {name:<14}", subsequent_indent=" " * 16)
+        return "\n".join(lines)
 
 
 def describe(model: str | Path | Mapping[str, Any] | ModelConfig | Model, **overrides: Any) -> Description:
@@ -71,6 +76,7 @@ def describe(model: str | Path | Mapping[str, Any] | ModelConfig | Model, **over
     return Description(
         config=config,
         parameters=sum(p.numel() for p in blank.parameters()),
+        weight_bytes=sum(p.nbytes for p in blank.parameters()),
         state_bytes=sum(fast.nbytes for fast in blank.init_state().fast if fast is not None),
         kv_bytes_per_token=one - window_bytes(blank, 0),
         window_bytes=None if config.window is None else window_bytes(blank, config.window),
@@ -124,9 +130,20 @@ def window_bytes(model: Model, tokens: int) -> int:
     return model.config.wake_loops * sum(block.mixer.window_bytes(tokens) for block in model.blocks)  # type: ignore[union-attr, operator]
 
 
-def _bytes(count: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count = count / 1024  # type: ignore[assignment]
-    return f"{count:.3g} GiB"
+def count(number: float) -> str:
+    """Return a number with three significant digits, such as "1.96 B" for 1,960,270,848."""
+    if number < 1000:
+        return f"{number:.3g}"
+    for unit in ("K", "M", "B", "T"):
+        number /= 1000
+        if float(f"{number:.3g}") < 1000:
+            return f"{number:#.3g}".removesuffix(".") + f" {unit}"
+    return f"{number:,.0f} T"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1000 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.3g} {unit}"

@@ -45,7 +45,7 @@ def test_list():
 
 
 def test_describe_prints_a_table_or_yaml(tmp_path):
-    assert "3,702,800" in run("describe", "gdn4-sleep4").output
+    assert "3.70 M (14.1 MiB)" in run("describe", "gdn4-sleep4").output
     path = tmp_path / "mine.yaml"
     path.write_text(run("describe", "gdn4-sleep4", "d_model=32", "blocks.gdn.heads=2", "--yaml").output)
     assert run("describe", path).output == run("describe", "gdn4-sleep4", "d_model=32", "blocks.gdn.heads=2").output

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.blocks.mixer import Mixer, mixers
+from zoo.costs import count
 
 
 def size(tree):
@@ -21,6 +22,7 @@ def test_bytes_are_those_of_a_real_stream(layers, dtype):
     described = zoo.describe(model)
     state = model(torch.zeros(1, 12, dtype=torch.long)).state
     assert described.parameters == sum(p.numel() for p in model.parameters())
+    assert described.weight_bytes == size(list(model.parameters()))
     assert described.state_bytes == size(state.fast)
     assert described.window_bytes == size(state.window)
     one, two = (size(model(torch.zeros(1, n, dtype=torch.long)).state.window) for n in (1, 2))
@@ -96,3 +98,25 @@ def test_a_table_says_what_it_found():
     assert "4 passes of layers 0-3" in text
     assert "sliding" in text
     assert "never (evict: none)" in str(zoo.describe("gdn4"))
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00 K"),
+        (999_400, "999 K"),
+        (999_600, "1.00 M"),
+        (1_960_270_848, "1.96 B"),
+        (24.6e12, "24.6 T"),
+        (12_345e12, "12,345 T"),
+    ],
+)
+def test_numbers_are_written_with_three_digits(number, text):
+    assert count(number) == text
+
+
+def test_a_description_fits_80_columns():
+    for name in zoo.list_models():
+        assert max(map(len, str(zoo.describe(name)).splitlines())) <= 80
