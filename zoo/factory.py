@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.blocks.block import Block
+from zoo.blocks.mixer import Mixer
+from zoo.blocks.norm import RMSNorm
 from zoo.checkpoints import own, upstream
 from zoo.config import ModelConfig, resolve
 from zoo.errors import ZooError
@@ -50,8 +53,40 @@ def create(
         upstream.fill(made, checkpoint, device, dtype)
     if torch.device(device).type != "meta":
         _allocate(made, torch.device(device))
-        made.init_weights(torch.Generator(device).manual_seed(seed), inserted_only=checkpoint is not None)
+        init_weights(made, torch.Generator(device).manual_seed(seed), inserted_only=checkpoint is not None)
     return made
+
+
+@torch.no_grad()
+def init_weights(model: Model, generator: torch.Generator, *, inserted_only: bool = False) -> None:
+    """Set every parameter, or only those of inserted blocks and of the injection.
+
+    Weights are normal with a standard deviation of fan_in^-0.5; those of block outputs are smaller by the square root of the
+    number of residual branches. What is inserted into a trained model starts by adding nothing.
+    """
+    config, blocks = model.config, [module for module in model.blocks if isinstance(module, Block)]
+    branches = sum(1 if block.mlp is None else 2 for block in blocks)
+    chosen = [block for block in blocks if block.inserted] if inserted_only else [model]
+    # children first: a mixer has the last word on its projections
+    for name, module in reversed([named for part in chosen for named in part.named_modules()]):
+        if isinstance(module, Block):
+            if module.inserted:
+                nn.init.zeros_(module.mixer.get_parameter("o_proj.weight"))
+        elif isinstance(module, Mixer):
+            module.init_weights(generator)
+        elif isinstance(module, nn.Linear):
+            scale = branches**-0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
+            nn.init.normal_(module.weight, std=scale * module.in_features**-0.5, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            # token and position embeddings start at different sizes, so that neither hides the other
+            std = 0.5 if name == "positions" else config.d_model**-0.5 if config.tie_embeddings else 1.0
+            nn.init.normal_(module.weight, std=std, generator=generator)
+        elif isinstance(module, RMSNorm):
+            nn.init.constant_(module.weight, module.neutral)
+    if config.inject:
+        nn.init.constant_(model.inject, 0.0 if inserted_only else 1.0)
 
 
 def _allocate(model: Model, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The model: one wake pass, one sleep, and the loss that trains both. Shapes: B streams, T tokens, D width, V words."""
+"""The model: wake pass, sleep, and the loop over passes that both are. Shapes: B streams, T tokens, width D, vocabulary V."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.blocks.block import Block
 from zoo.blocks.exit_gate import ExitGate
 from zoo.blocks.mixer import Mixer, mixers
-from zoo.blocks.norm import RMSNorm, norms
+from zoo.blocks.norm import norms
 from zoo.blocks.positions import Positions
 from zoo.config import ModelConfig, validate
 from zoo.errors import ZooError
@@ -28,11 +28,7 @@ Passes = list[list[tuple[int, bool]]]
 
 
 class Model(nn.Module):
-    """A hybrid language model that sleeps. Make one with `zoo.create`.
-
-    Raises:
-        ZooError: a kind of block or an option that does not exist or does not fit.
-    """
+    """A hybrid language model that sleeps. Build one with `zoo.create`. Raises ZooError for blocks or options that do not fit."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -58,50 +54,19 @@ class Model(nn.Module):
         self.span = config.looped
         self.coda = range(config.looped.stop, len(self.blocks))
 
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator, *, inserted_only: bool = False) -> None:
-        """Set every parameter, or only those of inserted blocks and injection.
-
-        Normal weights of deviation fan_in^-0.5, block outputs smaller by sqrt(number of residual branches).
-        What is inserted into a trained model starts by adding nothing.
-        """
-        branches = sum(1 if block.mlp is None else 2 for block in self.blocks)
-        # children first: a mixer has the last word on its projections
-        chosen = [block for block in self.blocks if block.inserted] if inserted_only else [self]
-        for name, module in reversed([named for part in chosen for named in part.named_modules()]):
-            if isinstance(module, Block):
-                if module.inserted:
-                    nn.init.zeros_(module.mixer.get_parameter("o_proj.weight"))
-            elif isinstance(module, Mixer):
-                module.init_weights(generator)
-            elif isinstance(module, nn.Linear):
-                scale = branches**-0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
-                nn.init.normal_(module.weight, std=scale * module.in_features**-0.5, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                # a token and its place start apart in size, so that neither hides the other
-                std = 0.5 if name == "positions" else self.config.d_model**-0.5 if self.config.tie_embeddings else 1.0
-                nn.init.normal_(module.weight, std=std, generator=generator)
-            elif isinstance(module, RMSNorm):
-                nn.init.constant_(module.weight, module.neutral)
-        if self.config.inject:
-            nn.init.constant_(self.inject, 0.0 if inserted_only else 1.0)
-
     def init_state(self, batch_size: int = 1) -> State:
-        """The state of `batch_size` streams before their first token."""
+        """Return the state of `batch_size` streams before their first token."""
         layers: list[Mixer] = [block.mixer for block in self.blocks]  # type: ignore[misc]
         window = tuple(m.new_window(batch_size) for _ in range(self.config.wake_loops) for m in layers)
         return State(tuple(m.new_fast(batch_size) for m in layers), window, 0)
 
     def forward(self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None) -> Output:
-        """One wake pass over ids: [B, T] int64, continuing the stream at `state` (default: a new stream).
+        """Run one wake pass over ids: [B, T] int64, continuing the stream at `state` (default: a new stream).
 
         Args:
-            cu_seqlens: [S + 1] int32 or int64: ids is [1, total], S sequences end to end, each continuing a stream of its own;
-                sequence s is tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1.
+            cu_seqlens: [S + 1] int32 or int64, offsets of S sequences packed into ids: [1, total], each continuing its own stream.
         Raises:
-            ZooError: the tokens do not fit into the window that the state has open.
+            ZooError: the tokens do not fit into the current window.
             ValueError: `cu_seqlens` does not fit the tokens.
         """
         h, state = self.wake(ids, state, cu_seqlens=cu_seqlens)
@@ -118,7 +83,7 @@ class Model(nn.Module):
         return self.run(*self.start_wake(ids, state, cu_seqlens), recompute=recompute)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Final norm and head: h [..., D] -> [..., V]; with wake loops, h [..., loops, D] holds the states after each."""
+        """Apply the final norm and the head: h [..., D] ([..., loops, D] with wake loops) -> [..., V]."""
         h = self.norm(h)
         if self.config.wake_loops > 1:
             h = h[..., -1, :] if self.exit is None else self.exit(h)
@@ -126,7 +91,7 @@ class Model(nn.Module):
 
     @property
     def wakes_as_it_sleeps(self) -> bool:
-        """Whether the first pass asleep is the wake pass: all blocks are looped asleep and once awake, over the same embeddings."""
+        """Whether the wake pass is the first pass of a sleep: the span is every block, and both read the same embeddings."""
         return len(self.span) == len(self.blocks) and self.config.wake_loops == 1 and self.config.learned_positions != "asleep"
 
     def consolidate(
@@ -162,26 +127,20 @@ class Model(nn.Module):
         return self.evict(state)
 
     def run(
-        self,
-        h: Tensor,
-        start: State,
-        positions: Positions,
-        passes: Passes,
-        *,
-        awake: tuple[Tensor, State] | None = None,
-        recompute: bool = False,
-    ) -> tuple[Tensor, State]:
-        """Run tokens through `passes`: the loop that is a sleep, and with one pass the wake pass.
+        self, h: Tensor, start: State, positions: Positions, passes: Passes,
+        *, awake: tuple[Tensor, State] | None = None, recompute: bool = False,
+    ) -> tuple[Tensor, State]:  # fmt: skip
+        """Run `passes` over tokens: the loop of a sleep and, with a single pass, of the wake pass.
 
         Each pass reads the hidden states of the pass before and carries the fast weights on, but starts from the window cache
-        of `start`. The first four arguments are what `start_wake` and `start_sleep` return.
+        of `start`. `start_wake` and `start_sleep` return the first four arguments.
 
         Returns:
             Hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state after the tokens, before eviction.
         """
         first, outputs = h, []
         fast, window = list(start.fast), list(start.window)
-        if awake is not None:  # the first pass has been run
+        if awake is not None:  # the wake pass was the first one
             h, fast, window = awake[0], list(awake[1].fast), list(awake[1].window)
         one_pass = partial(checkpoint, self._pass, use_reentrant=False) if recompute else self._pass
         for n, blocks in enumerate(passes):
@@ -194,17 +153,13 @@ class Model(nn.Module):
         return h, State(tuple(fast), tuple(window), positions.end)
 
     def _pass(
-        self,
-        n: int,
-        blocks: list[tuple[int, bool]],
-        start: State,
-        positions: Positions,
-        h: Tensor,
-        first: Tensor,
-        *carried: Tensor | None,  # `checkpoint` stores only tensors that are arguments of their own
+        self, n: int, blocks: list[tuple[int, bool]], start: State, positions: Positions, h: Tensor, first: Tensor, *fast_in: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None], dict[int, Any]]:
-        """Run the blocks of pass n. Returns h, the span's first input, the fast weights and the window caches by their place."""
-        fast, window = list(carried), {}
+        """Run the blocks of pass n: return h, the span's first input, fast weights, and window caches by their place in a State.
+
+        The fast weights are arguments of their own because `checkpoint` stores no tensor that is inside a list.
+        """
+        fast, window = list(fast_in), {}
         for i, mlp in blocks:
             if i == self.span.start:
                 first, h = (h, h) if n == 0 else (first, self.between_passes(h, first))
@@ -215,10 +170,9 @@ class Model(nn.Module):
         return h, first, fast, window
 
     def passes(self, loops: int, *, asleep: bool = False) -> Passes:
-        """Return the blocks that each pass runs, in order, and whether each runs its MLP.
+        """Return the blocks that each pass runs: the first begins with the prelude, the last ends with the coda.
 
-        The first pass begins with the prelude, the last one ends with the coda. A sleep that empties the window ends with the
-        last mixer that has fast weights: nothing reads what comes after it.
+        A sleep that empties the window ends with the last mixer that has fast weights: nothing reads what comes after it.
         """
         passes = [[(i, True) for i in self.span] for _ in range(loops)]
         passes[0][:0] = [(i, True) for i in self.prelude]
@@ -262,7 +216,7 @@ class Model(nn.Module):
         return h, state, positions, self.passes(loops * self.config.wake_loops, asleep=True)
 
     def evict(self, state: State) -> State:
-        """The state after the eviction that ends a chunk."""
+        """Return the state after the eviction that ends a chunk."""
         window = tuple(None if cache is None else self.eviction.evict(cache) for cache in state.window)
         return State(state.fast, window, 0 if self.eviction.restarts else state.position)
 
@@ -286,25 +240,24 @@ class Model(nn.Module):
         recompute: Recompute = "nothing",
         backward_chunks: int | None = None,
     ) -> Answers:
-        """Return the predictions of the supervised tokens, which `loss` averages.
+        """Return the predictions of the supervised tokens, which `loss` averages. `zoo.loss.chunks` says which chunks sleep.
 
-        `zoo.loss.chunks` says which chunks sleep. The first token of a chunk is predicted from the chunk before, if that was
-        awake. After a sleep, and at the start of the stream, nothing predicts it, and it carries no loss.
+        The first token of a chunk is predicted from the chunk before, if that was awake. After a sleep, and at the start of the
+        stream, nothing predicts it, and it carries no loss.
 
         Args:
             loops: passes per sleep, default `config.loops`.
-            recompute: activations that the backward pass recomputes to save memory. "passes" stores the hidden states between
-                passes and the activations of one pass. "chunks" stores only the state at the start of each chunk and, while the
-                backward pass is at a chunk, what "passes" stores for that one; it costs two more forward passes.
+            recompute: activations to recompute in the backward pass. "passes" stores hidden states between passes and the
+                activations of one pass; "chunks" stores the state at the start of each chunk, at the cost of two more forward passes.
             backward_chunks: truncate gradients to groups of this many chunks, counted from the last; default: no truncation.
         Raises:
-            ZooError: shapes that differ, a mask that is not bool or 0 and 1, no token that can be predicted, rows that disagree
-                on which chunks carry loss, or a model with several loops that would never sleep.
+            ZooError: shapes that differ, a mask that is not bool or 0 and 1, negative ids, no token that can be predicted, rows that
+                disagree on which chunks carry loss, or a model with several loops that would never sleep.
         """
         return answers(self, ids, loss_mask, loops=loops, recompute=recompute, backward_chunks=backward_chunks)
 
     def embedded(self, ids: Tensor, positions: Positions, *, asleep: bool = False) -> Tensor:
-        """What the first block reads: ids [B, T] -> [B, T, D]."""
+        """Embed tokens and, where the model has them, their learned positions: ids [B, T] -> [B, T, D]."""
         h = self.embed(ids)
         if not self.config.learned_positions or (self.config.learned_positions == "asleep" and not asleep):
             return h
@@ -312,7 +265,7 @@ class Model(nn.Module):
         return h + self.positions(positions.position.clamp(max=self.positions.num_embeddings - 1))
 
     def between_passes(self, h: Tensor, first: Tensor) -> Tensor:
-        """What one pass hands to the next: h: [B, T, D], and optionally the span's first input again."""
+        """Turn the output h: [B, T, D] of a pass into the input of the next; `first` is the span's input in the first pass."""
         if self.config.loop_norm:
             h = self.norm(h)
         if self.config.inject:
@@ -321,12 +274,12 @@ class Model(nn.Module):
 
 
 def _longest(ids: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Tokens of the longest sequence."""
+    """Return the length of the longest sequence."""
     return ids.shape[-1] if cu_seqlens is None else int(cu_seqlens.diff().max())
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """Without the usual initial values, which on the meta device take seconds of imports."""
+    """Make an embedding without the default initialisation, which imports for seconds on the meta device."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 

@@ -1,4 +1,4 @@
-"""What a stream carries from call to call, and what a model gives back. Shapes: B streams, T tokens, D width, V words."""
+"""The state of streams, and the outputs of a model. Shapes: B streams, T tokens, vocabulary V."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ from torch import Tensor
 
 
 class State(NamedTuple):
-    """All that a stream carries. Never changed in place: a pass returns a new one."""
+    """State of B streams. It is never changed in place: a pass returns a new one."""
 
     fast: tuple[Tensor | None, ...]
     """Fast weights S of each layer, float32 (float64 in a float64 model); None where the mixer has none."""
     window: tuple[Any, ...]
-    """Window cache of each layer, a NamedTuple of tensors; with wake loops, of each loop's layers in turn."""
+    """Window cache of each layer, a NamedTuple of tensors; with wake loops, one for each layer of each loop in turn."""
     position: int | Tensor
-    """Position of the next token: in the window under `hard`, in the stream otherwise. After packed sequences, that of each
-    stream, int64 [S]."""
+    """Position of the next token: in the window under `hard`, in the stream otherwise. int64 [S] after S packed sequences."""
 
 
 class Output(NamedTuple):
+    """Output of a wake pass."""
+
     logits: Tensor
     """[B, T, V]"""
     state: State
+    """State after the tokens."""
 
 
 class Answers(NamedTuple):
-    """Predictions of the supervised tokens of a batch, in no particular order."""
+    """Predictions of the n supervised tokens of a batch, in no particular order."""
 
     logits: Tensor
     """[n, V]"""
     place: Tensor
-    """[n], where each token stands in ids.flatten()"""
+    """[n] int64, index of each token in ids.flatten()"""
     target: Tensor
-    """[n], the token itself"""
+    """[n] int64, the token itself"""
 
     def losses(self) -> Tensor:
-        """Cross-entropy of each, [n], in float32 or wider."""
+        """Return the cross-entropy of each token, [n], in float32 or wider."""
         return F.cross_entropy(self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)), self.target, reduction="none")
 
     def right(self) -> Tensor:
-        """Whether the likeliest token is the right one, bool [n]."""
+        """Return whether the most likely token is the right one, bool [n]."""
         return self.logits.argmax(-1) == self.target
