@@ -1,9 +1,9 @@
-"""Answer the questions that this machine's CPU can answer, each in a process of its own, and bring docs/performance.md up to date.
+"""Run the CPU benchmarks, each in a separate process, and update docs/performance.md.
 
-    python -m benchmarks [QUESTION ...] [--against GIT_REF]
+    python -m benchmarks [BENCHMARK ...] [--against GIT_REF]
 
-`--against` runs each question by turns on this tree and on that commit, with the benchmarks of this tree, and prints how much
-faster this tree is.
+`--against` alternates between this tree and that commit, both with the benchmarks of this tree, and prints the speedup of
+this tree.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.measure import HERE, console
 from benchmarks.report import write
 
-QUESTIONS: dict[str, tuple[str, ...]] = {
+BENCHMARKS: dict[str, tuple[str, ...]] = {
     "kernels": ("--rounds", "3"),
     "prefill": (),
     "decode": (),
@@ -46,28 +46,29 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 TURNS = 2
 
 
-def run(question: str, tree: Path, results: Path) -> float:
-    """Seconds it took. Raises CalledProcessError."""
+def run(benchmark: str, tree: Path, results: Path) -> float:
+    """Run one benchmark and return its duration in seconds. Raises CalledProcessError."""
     started = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(tree), "ZOO_BENCHMARK_RESULTS": str(results)}
-    subprocess.run([sys.executable, "-m", f"benchmarks.{question}", *QUESTIONS[question]], check=True, cwd=tree, env=environment)
+    subprocess.run([sys.executable, "-m", f"benchmarks.{benchmark}", *BENCHMARKS[benchmark]], check=True, cwd=tree, env=environment)
     return time.perf_counter() - started
 
 
-def answer(questions: Sequence[str]) -> list[str]:
-    """The questions that failed."""
+def run_all(benchmarks: Sequence[str]) -> list[str]:
+    """Run the benchmarks, update the page, and return those that failed."""
     failed = []
-    for question in questions:
+    for benchmark in benchmarks:
         try:
-            console.print(f"[dim]{question}: {run(question, HERE.parent, HERE / 'results'):.0f} s[/]")
+            console.print(f"[dim]{benchmark}: {run(benchmark, HERE.parent, HERE / 'results'):.0f} s[/]")
         except subprocess.CalledProcessError as error:
-            console.print(f"[bold red]{question}: {error}[/]")
-            failed.append(question)
+            console.print(f"[bold red]{benchmark}: {error}[/]")
+            failed.append(benchmark)
     write()
     return failed
 
 
-def against(questions: Sequence[str], ref: str) -> None:
+def against(benchmarks: Sequence[str], ref: str) -> None:
+    """Print the speedup of this tree over the commit `ref`."""
     with tempfile.TemporaryDirectory() as scratch:
         other = Path(scratch) / "other"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", other, ref], cwd=HERE, check=True)
@@ -75,12 +76,12 @@ def against(questions: Sequence[str], ref: str) -> None:
             shutil.rmtree(other / "benchmarks", ignore_errors=True)
             shutil.copytree(HERE, other / "benchmarks", ignore=shutil.ignore_patterns("results"))
             trees = {"this": HERE.parent, ref: other}
-            for question in questions:
+            for benchmark in benchmarks:
                 for _ in range(TURNS):
                     for name, tree in trees.items():
-                        run(question, tree, Path(scratch) / name.replace("/", "-"))
-                now, then = (_medians(Path(scratch) / name.replace("/", "-") / f"{question}.jsonl") for name in trees)
-                table = Table("case", f"times as fast as {ref}", "this", ref, title=question)
+                        run(benchmark, tree, Path(scratch) / name.replace("/", "-"))
+                now, then = (_medians(Path(scratch) / name.replace("/", "-") / f"{benchmark}.jsonl") for name in trees)
+                table = Table("case", f"speedup over {ref}", "this", ref, title=benchmark)
                 for case in now.keys() & then.keys():
                     table.add_row(case, f"{then[case] / now[case]:.2f}", f"{now[case]:.4g}", f"{then[case]:.4g}")
                 console.print(table)
@@ -89,7 +90,7 @@ def against(questions: Sequence[str], ref: str) -> None:
 
 
 def _medians(file: Path) -> dict[str, float]:
-    """Of our own times, by case."""
+    """Return our median times by case."""
     seen: dict[str, list[float]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -98,13 +99,13 @@ def _medians(file: Path) -> dict[str, float]:
 
 
 @click.command()
-@click.argument("questions", nargs=-1, type=click.Choice(list(QUESTIONS)))
-@click.option("--against", "ref", metavar="GIT_REF", help="Compare with this commit, and write nothing.")
-def main(questions: tuple[str, ...], ref: str | None) -> None:
-    chosen = questions or tuple(QUESTIONS)
+@click.argument("benchmarks", nargs=-1, type=click.Choice(list(BENCHMARKS)))
+@click.option("--against", "ref", metavar="GIT_REF", help="Compare with this commit; write no results.")
+def main(benchmarks: tuple[str, ...], ref: str | None) -> None:
+    chosen = benchmarks or tuple(BENCHMARKS)
     if ref is not None:
         against(chosen, ref)
-    elif failed := answer(chosen):
+    elif failed := run_all(chosen):
         sys.exit(f"failed: {', '.join(failed)}")
 
 

@@ -1,8 +1,8 @@
-"""What does a predicted token cost? A session beside transformers with the same weights, and beside the least it could cost.
+"""Cost of a predicted token: a session compared with transformers on the same weights, and with the lower bound.
 
     python -m benchmarks.decode [--all]
 
-"weights alone" multiplies nothing but the model's matrices with one row per stream: what the memory and the matrix products take.
+"weights alone" is the lower bound: only the products of the model's matrices with one row per stream.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ PROMPT, TOKENS = 128, 16
 
 
 def ours(model: Sleeper, prompt: Tensor) -> Callable[[], Tensor]:
-    """Greedy tokens, TOKENS at a time, each call going on from the last. Returns [B, TOKENS]."""
+    """Return a function that generates the next TOKENS greedy tokens, [B, TOKENS], of the stream after `prompt`."""
     session = zoo.Session(model, len(prompt))
     session.feed(prompt)
     return lambda: torch.stack(list(session.generate(None, TOKENS)), dim=1)
 
 
 def transformers(model: Any, prompt: Tensor) -> Callable[[], Tensor]:
-    """The same."""
+    """Return the same for a transformers model."""
     out = model(prompt, use_cache=True)
 
-    def go_on() -> Tensor:
+    def generate() -> Tensor:
         nonlocal out
         tokens = []
         for _ in range(TOKENS):
@@ -44,7 +44,7 @@ def transformers(model: Any, prompt: Tensor) -> Callable[[], Tensor]:
             out = model(tokens[-1][:, None], **cache, use_cache=True)
         return torch.stack(tokens, dim=1)
 
-    return go_on
+    return generate
 
 
 def weights_alone(model: zoo.Model, batch: int) -> None:
@@ -61,7 +61,7 @@ def _rows(batch: int, width: int) -> Tensor:
 
 
 @click.command()
-@click.option("--all", "large", is_flag=True, help="Also the models of 370M and more.")
+@click.option("--all", "large", is_flag=True, help="Include the models of 370M and more.")
 @torch.no_grad()
 def main(large: bool) -> None:
     rows = []

@@ -1,8 +1,8 @@
-"""What do exported graphs cost beside PyTorch on a CPU, awake and asleep? Same weights, same tokens.
+"""Cost of a token and of a sleep in exported graphs on a CPU, compared with PyTorch on the same weights and tokens.
 
     python -m benchmarks.export [--dialect ort] [--threads N]
 
-A sleep is written in three ways; the first, a Loop, is the default of `zoo-export`.
+A sleep is exported in three forms; the first, a Loop, is the default of `zoo-export`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOKENS = 16
 
 
 def predicts(model: Any, ids: Tensor) -> Callable[[], Tensor]:
-    """Read ids [1, T] one by one, after a sleep."""
+    """Return a function that reads ids [1, T] one at a time, after a sleep."""
     start = model.consolidate(ids, model.init_state(1))
 
     def work() -> Tensor:
@@ -62,7 +62,7 @@ def main(dialect: str, threads: int) -> None:
     torch.set_num_threads(threads)
     awake, asleep = [], []
     for case, fields in CASES.items():
-        torch.compiler.reset()  # its limit on recompilation counts those for the models before, and at the limit nothing is compiled
+        torch.compiler.reset()  # earlier models count towards the limit on recompilation, after which nothing is compiled
         model = zoo.create("gdn4-sleep4", **fields).requires_grad_(False)
         window = model.config.window or 1
         ids = torch.randint(model.config.vocab_size, (1, window), generator=torch.Generator().manual_seed(0))

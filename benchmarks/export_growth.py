@@ -1,4 +1,4 @@
-"""Do the graphs, and the time to write them, grow with the window or with the passes of a sleep?
+"""Growth of graphs and export time with the window and with the number of passes.
 
 python -m benchmarks.export_growth
 """
@@ -23,12 +23,12 @@ FILES = ("prediction.onnx", "consolidation.onnx")
 
 
 def nodes(graph: onnx.GraphProto) -> int:
-    """Nodes of a graph, those in its loops included."""
+    """Count the nodes of a graph and of its loop bodies."""
     return sum(1 + sum(nodes(part.g) for part in node.attribute if part.type == part.GRAPH) for node in graph.node)
 
 
 def main() -> None:
-    columns = ("window", "passes", "seconds", "nodes awake", "nodes asleep", "bytes awake", "bytes asleep")
+    columns = ("window", "passes", "seconds", "prediction nodes", "sleep nodes", "prediction bytes", "sleep bytes")
     shown, rows = Table(*columns, title=MODEL), []
     for loops, window in CASES:
         model = zoo.create(MODEL.format(loops=loops, window=window))

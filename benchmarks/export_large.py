@@ -1,9 +1,9 @@
-"""Does a model of this size export on this machine, and do the graphs run? Random weights in half precision.
+"""Export and run a large model on this machine, with random weights in half precision.
 
     python -m benchmarks.export_large [MODEL] [--dtype bfloat16] [--window 64]
 
-The checkpoint becomes a bundle, once as it is and once with windows of a few tokens, which is slept on. onnxruntime has no
-bfloat16 kernels on a CPU: such graphs are checked, and not run. Fails above 20 GiB (Linux), 15 minutes, or a bundle more
+The checkpoint is exported once as it is, and once with a small window, on which one sleep runs. onnxruntime has no bfloat16
+kernels on a CPU: such graphs are checked but not run. Fails above 20 GiB (Linux), above 15 minutes, or if the bundle is more
 than 2 % larger than its checkpoint.
 """
 
@@ -28,11 +28,11 @@ import onnxruntime
 import torch
 
 import zoo
-from benchmarks.measure import RESULTS, machine, most_held
+from benchmarks.measure import RESULTS, machine, peak_memory
 
 GIB = 1 << 30
 MEMORY, MINUTES, LARGER = 20, 15, 1.02
-WIDEN = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]  # optimisers that make float32 copies of weights
+WIDEN = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]  # optimisations that make float32 copies of weights
 EXPORT = "from zoo.export.cli import main; main()"
 seconds: dict[str, float] = {}
 
@@ -50,7 +50,7 @@ def size(folder: Path) -> int:
 
 
 def run(file: Path, **ids: Any) -> float:
-    """The largest output of a graph from a fresh state. Weights stay in the file until they are used, and as they are."""
+    """Run a graph from a fresh state and return its largest output. Weights stay memory-mapped and unconverted."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")
@@ -68,7 +68,7 @@ def run(file: Path, **ids: Any) -> float:
 @click.command()
 @click.argument("name", default="jet2b-sleep6")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
-@click.option("--window", default=64, show_default=True, help="Tokens of the windows that are slept on.")
+@click.option("--window", default=64, show_default=True, help="Window of the bundle that sleeps, in tokens.")
 def main(name: str, dtype: str, window: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, bundle, small = (Path(scratch) / part for part in ("checkpoint", "bundle", "small"))
@@ -91,7 +91,7 @@ def main(name: str, dtype: str, window: int) -> None:
             ids = np.random.default_rng(0).integers(0, 1000, (1, window))
             with timed(f"sleep on {window} tokens"):
                 largest["consolidation"] = run(small / "consolidation.onnx", input_ids=ids, n_valid=window - 1)
-    held = {"export": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, "all else": most_held()}
+    held = {"export": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, "all else": peak_memory()}
     line = {"model": name, "dtype": dtype, "seconds": seconds, "bytes": sizes, "held": held, "largest": largest, **machine()}
     print(json.dumps(line))
     with (RESULTS / "export_large.jsonl").open("a", encoding="utf-8") as lines:

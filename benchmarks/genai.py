@@ -1,4 +1,4 @@
-"""What does a predicted token cost in a session on the `ort` graphs, beside onnxruntime-genai on the same graph?
+"""Cost of a predicted token in a session on the `ort` graphs, compared with onnxruntime-genai on the same graph.
 
 python -m benchmarks.genai
 """
@@ -32,7 +32,7 @@ FIELDS: dict[str, Any] = {
 
 
 def genai(folder: Path, prompt: Tensor) -> Callable[[], Tensor]:
-    """Greedy tokens of the prediction graph, TOKENS at a time, each call going on from the last. Returns [1, TOKENS]."""
+    """Return a function that generates the next TOKENS greedy tokens, [1, TOKENS], of the stream after `prompt`."""
     runtime = importlib.import_module("onnxruntime_genai")
     model = runtime.Model(str(folder))
     params = runtime.GeneratorParams(model)
@@ -40,12 +40,12 @@ def genai(folder: Path, prompt: Tensor) -> Callable[[], Tensor]:
     generator = runtime.Generator(model, params)
     generator.append_tokens(prompt.int().numpy())
 
-    def go_on() -> Tensor:
+    def generate() -> Tensor:
         for _ in range(TOKENS):
             generator.generate_next_token()
         return torch.tensor(generator.get_sequence(0)[-TOKENS:])[None]
 
-    return go_on
+    return generate
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where does the time go? The twenty operators that cost most, of reading a prompt, of a predicted token and of a sleep.
+"""Profile: the twenty most expensive operators of reading a prompt, of a predicted token and of a sleep.
 
     python -m benchmarks.hotspots [NAME of benchmarks.peers.SIZES]
 
@@ -23,7 +23,7 @@ TOP = 20
 
 
 def table(work: Callable[[], object]) -> str:
-    """Markdown: operator, share of the time, milliseconds, calls."""
+    """Return a Markdown table: operator, share of the time, milliseconds, calls."""
     work()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         work()

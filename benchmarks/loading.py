@@ -1,4 +1,4 @@
-"""How long does a checkpoint take to load, and how much memory? Beside transformers, each load in a process of its own.
+"""Time and memory of loading a checkpoint, compared with transformers, each load in a separate process.
 
     python -m benchmarks.loading [--all]
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from benchmarks.measure import most_held, quartiles, record
+from benchmarks.measure import peak_memory, quartiles, record
 from benchmarks.peers import write
 
 CHECKPOINTS = {"Mamba 370M": 1, "GDN + attention 2B": 1.1}
@@ -25,7 +25,7 @@ ROUNDS = 5
 
 
 def load(package: str, folder: str) -> None:
-    """Print the seconds until every weight has been loaded and read, and the bytes held at most beyond what the imports took."""
+    """Print the seconds until every weight has been read, and the peak memory beyond the imports."""
     import torch
 
     if package == "ours":
@@ -39,14 +39,14 @@ def load(package: str, folder: str) -> None:
         work = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)  # noqa: E731
         transformers.AutoConfig.from_pretrained(folder)
         transformers.AutoModelForCausalLM  # noqa: B018
-    before, started = most_held(), time.perf_counter()
+    before, started = peak_memory(), time.perf_counter()
     model = work()
-    total = sum(p.sum().item() for p in model.parameters())  # what is only mapped into memory costs nothing before it is read
-    print(json.dumps({"seconds": time.perf_counter() - started, "bytes": most_held() - before, "sum": total}))
+    total = sum(p.sum().item() for p in model.parameters())  # mapped memory costs nothing until it is read
+    print(json.dumps({"seconds": time.perf_counter() - started, "bytes": peak_memory() - before, "sum": total}))
 
 
 @click.command()
-@click.option("--all", "large", is_flag=True, help="Also the checkpoint of 2B.")
+@click.option("--all", "large", is_flag=True, help="Include the checkpoint of 2B.")
 def main(large: bool) -> None:
     rows = []
     for name in CHECKPOINTS if large else ["Mamba 370M"]:

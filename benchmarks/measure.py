@@ -1,11 +1,11 @@
-"""What all benchmarks share: contenders that take turns, ratios with their spread, rows as JSON lines, tables.
+"""Common code of all benchmarks: alternating contenders, ratios with quartiles, rows as JSON lines, tables.
 
-A row answers one question for one case. The first contender is ours, and the others are what it is compared with:
+A row is the result of one benchmark (`question`) for one case. The first contender is ours; the others are compared with it:
 
     {"question": "prefill", "case": "mamba130m, 1 x 512", "unit": "ms", "times": {"ours": [25 %, median, 75 %], "transformers": [...]},
      "ratios": {"transformers": [25 %, median, 75 %]}, "target": 1.3, "device": ..., "threads": ..., "commit": ..., "date": ...}
 
-A ratio is the time of a contender over ours in the same round, so above 1 ours is faster.
+A ratio is the time of a contender divided by ours in the same round; above 1, ours is faster.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("ZOO_BENCHMARK_RESULTS", HERE / "results"))
 OURS = "ours"
-TURN = 0.02  # seconds
-PATIENCE = 15  # seconds after which no round begins
+TURN = 0.02  # minimum seconds per measurement
+PATIENCE = 15  # seconds after which no further round starts
 SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
 console = Console(width=None if Console().is_terminal else 160)
 
@@ -48,14 +48,15 @@ def compare(
     target: float | None = None,
     tolerance: float | None = None,
 ) -> dict[str, Any]:
-    """A row: the time of each contender, taking turns of at least 20 ms for so many rounds, or as many as begin within 15 s.
+    """Time the contenders in alternation and return a row. No round starts after 15 s.
 
     Args:
-        contenders: what is timed, by name, ours first; a tensor that it returns is what the tolerance is about.
-        per: what the times are divided by, such as the tokens of one call.
-        target: the ratio that is wanted of every other contender.
-        tolerance: largest difference between the tensors of ours and another, relative to the largest entry of ours. One that
-            is further off is not timed, and the row says so.
+        contenders: functions to time, by name, ours first; the tensors that they return are compared if there is a tolerance.
+        rounds: number of rounds; in each, every contender runs for at least 20 ms.
+        per: divisor of the times, such as the number of tokens of one call.
+        target: intended ratio of every other contender.
+        tolerance: largest difference between the results of ours and another contender, relative to the largest entry of ours.
+            A contender above it is not timed, and the row records the problem.
     """
     ours = next(iter(contenders))
     problems, errors, results, first = {}, {}, {}, {}
@@ -85,7 +86,7 @@ def compare(
 
 
 def seconds(work: Callable[[], Any], calls: int = 1) -> float:
-    """How long `work` takes, in the mean of some calls, with what it left to do on a GPU."""
+    """Return the mean time of a call of `work`, including its work on a GPU."""
     _wait()
     started = time.perf_counter()
     for _ in range(calls):
@@ -95,17 +96,17 @@ def seconds(work: Callable[[], Any], calls: int = 1) -> float:
 
 
 def quartiles(values: Any) -> list[float]:
-    """25 %, 50 %, 75 %, of four digits."""
+    """Return the 25 %, 50 % and 75 % quantiles, rounded to four digits."""
     return [float(f"{value:.4g}") for value in np.percentile(np.asarray(values, dtype=float), [25, 50, 75])]
 
 
 def difference(got: Tensor, want: Tensor) -> float:
-    """Largest difference relative to the largest entry wanted."""
+    """Return the largest difference, relative to the largest entry of `want`."""
     return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what a row was measured."""
+    """Return the hardware and software of a measurement."""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
@@ -127,7 +128,7 @@ def record(question: str, rows: list[dict[str, Any]]) -> None:
 
 
 def table(question: str, rows: list[dict[str, Any]], stamp: dict[str, Any]) -> Table:
-    """Ratios first."""
+    """Return a table of the rows, ratios first."""
     made = Table(
         title=f"{question}: {stamp['device']}, {stamp['threads']} threads, torch {stamp['versions']['torch']}, load {stamp['load']}"
     )
@@ -139,11 +140,11 @@ def table(question: str, rows: list[dict[str, Any]], stamp: dict[str, Any]) -> T
     return made
 
 
-HEADINGS = ("case", "beside", "ratio (quartiles)", "target", "ours", "theirs", "errors")
+HEADINGS = ("case", "compared with", "ratio (quartiles)", "target", "ours", "theirs", "errors")
 
 
 def cells(row: dict[str, Any]) -> list[list[str]]:
-    """What a table says of a row, a line for each contender beside the first."""
+    """Return the table lines of a row, one for each contender but the first."""
     times, errors, lines = row["times"], row.get("errors", {}), []
     ours = next(iter(times))
     for name in [*row["ratios"], *row.get("problems", {})] or [""]:
@@ -166,8 +167,8 @@ def spread(ratio: list[float]) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def most_held() -> int:
-    """Bytes of memory that this process held at once, at most (Linux)."""
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes (Linux)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
 

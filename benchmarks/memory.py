@@ -1,8 +1,8 @@
-"""Does a model of this size read, predict and sleep on this machine's CPU, and in how much memory? Random weights in bfloat16.
+"""Memory and time of reading, sleeping and predicting with a large model on a CPU, with random weights in bfloat16.
 
     python -m benchmarks.memory [MODEL [TOKENS]]
 
-TOKENS are read, slept on, and then predicted one at a time. Fails if more than 8 GiB were held at once (Linux).
+Reads TOKENS tokens, sleeps on them, then predicts one token at a time. Fails above 8 GiB of peak memory (Linux).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import zoo
-from benchmarks.measure import most_held, quartiles, record
+from benchmarks.measure import peak_memory, quartiles, record
 
 LIMIT = 8 * 2**30
 PREDICTED = 4
@@ -27,10 +27,10 @@ def main(name: str, tokens: int) -> None:
 
     def done(step: str) -> None:
         nonlocal started
-        held, taken = most_held() / 2**30, time.perf_counter() - started
-        print(f"{step:<8} {taken:7.1f} s   at most {held:.2f} GiB held so far", flush=True)
+        peak, taken = peak_memory() / 2**30, time.perf_counter() - started
+        print(f"{step:<8} {taken:7.1f} s   peak memory {peak:.2f} GiB", flush=True)
         case = f"{name}, {tokens} tokens, bfloat16: {step}"
-        rows.append({"case": case, "unit": "GiB", "times": {"ours": quartiles([held])}, "ratios": {}, "seconds": round(taken, 1)})
+        rows.append({"case": case, "unit": "GiB", "times": {"ours": quartiles([peak])}, "ratios": {}, "seconds": round(taken, 1)})
         started = time.perf_counter()
 
     model = zoo.create(name, dtype=torch.bfloat16)
@@ -46,7 +46,7 @@ def main(name: str, tokens: int) -> None:
     if not logits.isfinite().all() or not all(fast is None or fast.isfinite().all() for fast in state.fast):
         sys.exit(f"{name}: not all numbers are finite")
     record("memory", rows)
-    if most_held() > LIMIT:
+    if peak_memory() > LIMIT:
         sys.exit(f"{name}: more than {LIMIT / 2**30:.0f} GiB")
 
 

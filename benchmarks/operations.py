@@ -1,8 +1,8 @@
-"""How many operators does a predicted token take, and a sleep? Counts, which no load on the machine changes.
+"""Operator counts of a predicted token and of a sleep, which do not depend on the load of the machine.
 
     python -m benchmarks.operations [--write]
 
-tests/test_operations.py fails where a count is more than 5 % from results/operations.json. `--write` replaces that file.
+tests/test_operations.py fails if a count differs by more than 5 % from results/operations.json. `--write` replaces that file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WINDOW = 24
 
 
 class Counting(TorchDispatchMode):
-    """Inside, `seen` counts the operators that do work; views cost next to nothing."""
+    """Count the operators that run in this context, in `seen`. Views are free and not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Counting(TorchDispatchMode):
 
 @torch.no_grad()
 def count() -> dict[str, dict[str, int]]:
-    """Operators of one predicted token and of one sleep of four passes, for four layers of each mixer beside attention."""
+    """Count the operators of one predicted token and of one sleep of four passes, for four layers of each kind of mixer."""
     counts = {}
     for kind, options in MIXERS.items():
         layers = f"({kind} gdn)*2" if kind in ("attn", "swa") else f"{kind}*4"

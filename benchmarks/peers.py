@@ -1,4 +1,4 @@
-"""Models that transformers has too, with the same random weights on both sides."""
+"""Models that also exist in transformers, with the same random weights on both sides."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ LARGE = ["GDN + attention 400M", "Mamba 370M", "Mamba-2 370M"]
 
 
 def write(name: str, folder: str | Path, dtype: str = "float32") -> None:
-    """Random weights as a folder of transformers' own form."""
+    """Save a model with random weights in transformers' format."""
     kind, fields = SIZES[name]
     config = getattr(transformers, kind)(vocab_size=WORDS, **fields)
     torch.manual_seed(0)
@@ -74,13 +74,13 @@ def write(name: str, folder: str | Path, dtype: str = "float32") -> None:
 
 
 def pairs(large: bool) -> Iterator[tuple[str, zoo.Model, Any]]:
-    """Name, ours and transformers' of every small model, and if `large` of the others."""
+    """Yield the name, our model and the transformers model for every small size, and with `large` for the others too."""
     for name in SMALL + LARGE * large:
         yield name, *pair(name)
 
 
 def pair(name: str) -> tuple[zoo.Model, Any]:
-    """Ours and transformers', in float32, ready to predict."""
+    """Return our model and the transformers model in float32."""
     with tempfile.TemporaryDirectory() as folder:
         write(name, folder)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

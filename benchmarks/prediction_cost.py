@@ -1,4 +1,4 @@
-"""Does a predicted token cost more when the model sleeps longer? A token and a sleep against N.
+"""Cost of a predicted token and of a sleep as a function of the number of passes N.
 
 python -m benchmarks.prediction_cost [MODEL]
 """
@@ -19,7 +19,7 @@ TOKENS = 24
 
 
 def predict(model: zoo.Model) -> Callable[[], object]:
-    """TOKENS tokens of a session that has slept; each call starts from the same state."""
+    """Return a function that generates TOKENS tokens after a sleep, always from the same state."""
     window = model.config.window or 1
     session = zoo.Session(model)
     session.feed(torch.zeros(1, window, dtype=torch.long))

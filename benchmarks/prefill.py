@@ -1,4 +1,4 @@
-"""How fast is a prompt read? Beside transformers with the same weights.
+"""Time to read a prompt, compared with transformers on the same weights.
 
 python -m benchmarks.prefill [--all]
 """
@@ -16,7 +16,7 @@ import zoo
 from benchmarks.measure import compare, record
 from benchmarks.peers import SMALL, WORDS, pairs
 
-ALONE = {"Mamba + sliding attention 421M": "samba421m", "Jet + attention 50M": "depo10"}  # which transformers does not have
+ALONE = {"Mamba + sliding attention 421M": "samba421m", "Jet + attention 50M": "depo10"}  # not in transformers
 
 
 def read(model: Any, ids: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def read(model: Any, ids: Tensor) -> Tensor:
 
 
 @click.command()
-@click.option("--all", "large", is_flag=True, help="Also the models of 370M and more.")
+@click.option("--all", "large", is_flag=True, help="Include the models of 370M and more.")
 @torch.no_grad()
 def main(large: bool) -> None:
     rows = []

@@ -1,8 +1,8 @@
-"""Fill the tables of docs/performance.md with the newest rows of benchmarks/results/.
+"""Fill the tables of docs/performance.md with the latest rows of benchmarks/results/.
 
     python -m benchmarks.report
 
-A table stands between `<!-- question -->` and `<!-- end -->`; everything else in the page is written by hand.
+Tables are between `<!-- benchmark -->` and `<!-- end -->`; the rest of the page is written by hand.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ PAGE = HERE.parent / "docs" / "performance.md"
 PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def newest(question: str) -> list[dict[str, Any]]:
-    """The rows that one run of the question wrote last."""
-    file = HERE / "results" / f"{question}.jsonl"
+def latest(benchmark: str) -> list[dict[str, Any]]:
+    """Return the rows of the latest run of a benchmark."""
+    file = HERE / "results" / f"{benchmark}.jsonl"
     if not file.exists():
         return []
     rows = {}
@@ -36,9 +36,9 @@ def _stamp(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["device"], row["commit"], row["date"], row["load"]
 
 
-def table(question: str) -> str:
-    """Markdown, or the words that there is nothing."""
-    rows = newest(question)
+def table(benchmark: str) -> str:
+    """Return the table of the latest run as Markdown."""
+    rows = latest(benchmark)
     if not rows:
         return "Not measured.\n\n"
     row = rows[0]

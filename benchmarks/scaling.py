@@ -1,8 +1,8 @@
-"""How does cost grow with length, batch, width and passes? Times, the exponent of their growth, and docs/scaling.png.
+"""Growth of the cost with length, batch, width and passes: times, exponents, and docs/scaling.png.
 
     python -m benchmarks.scaling
 
-The exponent is the slope of a line through the upper half of the points, both axes logarithmic.
+The exponent is the slope of a line fitted to the upper half of the points on logarithmic axes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def model(kind: str, width: int = 256, **fields: Any) -> zoo.Model:
 
 
 def curves() -> Iterator[tuple[str, str, list[Point]]]:
-    """What is measured, against what, and the points."""
+    """Yield the title, the independent variable and the points of every curve."""
     for kind in BLOCKS:
         plain = model(kind)
         yield f"{kind}: reading a prompt", "tokens", [(T, partial(plain, _ids(1, T))) for T in LENGTHS]

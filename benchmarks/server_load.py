@@ -1,9 +1,9 @@
-"""Do many clients get their answers, each from its own stream? Seconds to the first token and between tokens.
+"""Latency of the server under load: time to the first token and between tokens.
 
     python -m benchmarks.server_load [CLIENTS] [SECONDS]
 
-Starts `zoo serve` on loopback with a small model that sleeps. Every client keeps one session and talks greedily without
-a pause; afterwards every conversation is compared with what a session of its own says in this process.
+Starts `zoo serve` on loopback with a small sleeping model. Every client keeps one session and sends greedy requests without a
+pause. Afterwards every conversation is compared with that of a session in this process.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ TOKENS = 16
 
 
 def talk(url: str, name: str, seconds: float, client: int) -> tuple[list[str], list[float], list[float]]:
-    """Answers, seconds to each first token, seconds between tokens."""
+    """Return the answers, the seconds to each first token, and the seconds between tokens."""
     api = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
     answers, first, between, until = [], [], [], time.perf_counter() + seconds
     while time.perf_counter() < until:
-        prompt, said, at = f"{client} says {len(answers)}", "", time.perf_counter()
+        prompt, answer, at = f"{client} says {len(answers)}", "", time.perf_counter()
         how = {"model": name, "temperature": 0, "max_tokens": TOKENS, "extra_body": {"session": f"client-{client}"}}
         for n, part in enumerate(api.completions.create(prompt=prompt, stream=True, **how)):
             now = time.perf_counter()
             (between if n else first).append(now - at)
-            said, at = said + part.choices[0].text, now
-        answers.append(said)
+            answer, at = answer + part.choices[0].text, now
+        answers.append(answer)
     return answers, first, between
 
 

@@ -1,4 +1,4 @@
-"""What does a sleep cost? N passes beside N plain forward passes over the same window.
+"""Cost of a sleep: N passes compared with N forward passes over the same window.
 
 python -m benchmarks.sleep
 """
@@ -18,7 +18,7 @@ WINDOWS, LOOPS = (64, 256, 1024), (1, 2, 4, 8)
 
 
 def forwards(model: zoo.Model, ids: Tensor, loops: int) -> None:
-    """Without the head, which a sleep has no use for."""
+    """Run forward passes without the head, which a sleep does not use."""
     for _ in range(loops):
         model.wake(ids)
 
@@ -31,7 +31,7 @@ def main() -> None:
             model = zoo.create(f"{name}-hard{window}")
             ids = torch.zeros(1, window, dtype=torch.long)
             for loops in LOOPS if window == WINDOWS[1] else LOOPS[2:3]:
-                # a session goes on from its wake pass; with N = 1 nothing is left to run
+                # a session reuses its wake pass as the first pass; with N = 1 nothing remains
                 for how, awake in {"": None, ", after the wake pass": model.wake(ids)}.items():
                     if loops > 1 or awake is None:
                         contenders = {

@@ -1,4 +1,4 @@
-"""How long until the package, its names and a small model are there? Whole processes, beside timm and transformers.
+"""Time to import the package, list its models and create a small one, in separate processes, compared with timm and transformers.
 
 python -m benchmarks.startup
 """

@@ -1,10 +1,10 @@
-"""How many tokens a second are trained in windows, beside all at once, and at N passes of sleep? Figure 6 of arXiv 2605.26099.
+"""Training throughput with windows, without them, and with N passes of sleep (figure 6 of arXiv 2605.26099).
 
     python -m benchmarks.throughput [--tokens 512] [--width 128] [--batch 2]
 
-Forward and backward over sequences whose last eighth carries loss (but for its first token, which nothing predicts after a sleep).
-`windows` drops each window before the next one is read, with N = 1; `sliding` keeps the newest L - 1 tokens; `parallel` computes the
-same as `sliding`, from sliding-window attention over the whole sequence at once; `everything` attends to all of it. The plot is
+Forward and backward over sequences whose last eighth carries loss, except its first token, which is not predicted after a sleep.
+`windows` drops each window before reading the next, with N = 1; `sliding` keeps the newest L - 1 tokens; `parallel` computes the
+same as `sliding` with sliding-window attention over the whole sequence at once; `everything` uses full attention. The plot is
 docs/throughput.png.
 """
 
@@ -25,7 +25,7 @@ LOOPS = (1, 2, 4, 8)
 
 
 def step(model: zoo.Model, ids: Tensor, mask: Tensor) -> Tensor:
-    """Loss, with gradients of everything."""
+    """Return the loss after a forward and a backward pass."""
     model.zero_grad()
     loss = model.loss(ids, mask)
     loss.backward()
@@ -33,9 +33,9 @@ def step(model: zoo.Model, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @click.command()
-@click.option("--tokens", default=512, show_default=True, help="Of a sequence.")
-@click.option("--width", default=128, show_default=True, help="Of the model, gdn4.")
-@click.option("--batch", default=2, show_default=True, help="Sequences.")
+@click.option("--tokens", default=512, show_default=True, help="Tokens per sequence.")
+@click.option("--width", default=128, show_default=True, help="Width of the model, gdn4.")
+@click.option("--batch", default=2, show_default=True, help="Sequences per batch.")
 @click.option("--rounds", default=5, show_default=True)
 def main(tokens: int, width: int, batch: int, rounds: int) -> None:
     ids = torch.randint(256, (batch, tokens), generator=torch.Generator().manual_seed(0))
@@ -83,7 +83,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 
 def _speeds(at: Any, times: list[list[float]]) -> tuple[Any, list[float], list[list[float]]]:
-    """Tokens per second at the median time, and how far the quartiles are off, of microseconds per token."""
+    """Convert quartiles of microseconds per token to median tokens per second and error bars."""
     speeds = [1e6 / middle for _, middle, _ in times]
     return at, speeds, [[1e6 / m - 1e6 / high for _, m, high in times], [1e6 / low - 1e6 / m for low, m, _ in times]]
 

@@ -1,10 +1,10 @@
-"""What does a sleep cost those who wait for a token? Time per token with and without sleeps, taking turns within one run.
+"""Latency of tokens with and without concurrent sleeps, in alternation within one run.
 
     python -m benchmarks.token_latency [session|pool] ...
 
-session: one stream; the next token while a sleep runs in the background, beside the same token without one.
-pool: eight streams of a 50M model that speak, beside others that sleep, and without. Ratios are to the median without sleeps in
-the same round.
+session: one stream; the next token while a sleep runs in the background, and without one.
+pool: eight streams of a 50M model that generate while others sleep, and without sleeps. Ratios are relative to the median without
+sleeps in the same round.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import zoo
 from benchmarks.measure import quartiles, record
 
 MODEL: dict[str, Any] = {"model": "depo10-sleep4", "d_model": 576, "blocks": {"attn": {"heads": 9}, "jet": {"heads": 9}}, "window": 256}
-SLEPT_ON = 75  # tokens, as the paper has it
+SLEPT_ON = 75  # tokens, as in the paper
 ROUNDS = 4
 
 Waits = dict[str, list[float]]
-"""Seconds of each token, by what went on beside it; without sleeps first."""
+"""Seconds per token by condition, the one without sleeps first."""
 
 
 def row(case: str, rounds: list[Waits], target: float | None = None, **more: Any) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def row(case: str, rounds: list[Waits], target: float | None = None, **more: Any
 
 
 def session() -> dict[str, Any]:
-    """The next token beside a sleep in the background, and without one."""
+    """Measure the next token during a background sleep, and without one."""
     model = zoo.create(**MODEL)
     prompt, rounds = torch.zeros(1, SLEPT_ON, dtype=torch.long), []
     for _ in range(ROUNDS):
@@ -62,7 +62,7 @@ def session() -> dict[str, Any]:
 
 
 def pool(streams: int = 8, sleepers: int = 2) -> dict[str, Any]:
-    """Eight streams that speak all the time; the same beside others that sleep all the time, so that no gap is empty."""
+    """Measure eight streams that generate without a pause, alone and while other streams sleep without a pause."""
     model = zoo.create(**MODEL)
     window, rounds, sleeps, seconds = torch.zeros(1, SLEPT_ON, dtype=torch.long), [], 0, 0.0
     with zoo.SessionPool(model, streams, streams=streams + 2 * sleepers) as served, ThreadPoolExecutor(streams + sleepers) as threads:
@@ -72,12 +72,12 @@ def pool(streams: int = 8, sleepers: int = 2) -> dict[str, Any]:
         for _ in range(ROUNDS):
             waits: Waits = {"without sleeps": [], "sleeps in the gaps": []}
             for kind, found in waits.items():
-                silence, started = threading.Event(), time.perf_counter()
-                asleep = [threads.submit(_sleep_until, silence, other) for other in others if kind == "sleeps in the gaps"]
+                done, started = threading.Event(), time.perf_counter()
+                asleep = [threads.submit(_sleep_until, done, other) for other in others if kind == "sleeps in the gaps"]
                 speakers = [served.open() for _ in range(streams)]
                 for waited in threads.map(_speak, speakers):
                     found += waited
-                silence.set()
+                done.set()
                 if asleep:
                     sleeps += sum(each.result() for each in asleep)
                     seconds += time.perf_counter() - started
@@ -91,15 +91,15 @@ def pool(streams: int = 8, sleepers: int = 2) -> dict[str, Any]:
 
 
 def _speak(stream: zoo.Session) -> list[float]:
-    """Seconds between the tokens of one answer that fills the window; not those near its ends, where others are silent."""
+    """Return the seconds between the tokens of an answer that fills the window, except near its ends, where other streams idle."""
     at = [time.perf_counter() for _ in stream.generate(torch.zeros(1, 8, dtype=torch.long), MODEL["window"] - 8)]
     return [after - before for before, after in itertools.pairwise(at)][5:-5]
 
 
-def _sleep_until(silence: threading.Event, stream: zoo.Session) -> int:
-    """Sleep on the same tokens over and over. How many times."""
+def _sleep_until(done: threading.Event, stream: zoo.Session) -> int:
+    """Sleep on the same tokens repeatedly; returns the number of sleeps."""
     for count in itertools.count():
-        if silence.is_set():
+        if done.is_set():
             return count
         twin = stream.fork()
         twin.sleep()

@@ -1,9 +1,9 @@
-"""How much memory does a training step take, against chunks and passes of sleep, for each way of recomputing activations?
+"""Memory of a training step by number of chunks and passes, for each setting of activation recomputation.
 
     python -m benchmarks.training_memory [MODEL [WINDOW [BATCH]]]
 
-Bytes of tensors alive at once in one forward and backward pass beyond the model itself, counted operation by operation, on the
-CPU; "chunks" recomputes the most.
+Counts the peak bytes of live tensors in one forward and backward pass on the CPU, without the model itself, after every
+operation. "chunks" recomputes the most.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from benchmarks.measure import record
 
 
 class Live(TorchDispatchMode):
-    """Inside, `most` is the largest sum of the storages made by operations and not yet freed."""
+    """Track in `peak` the largest total size of storages that operations have allocated and not yet freed."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.peak = 0
         self.seen = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -35,7 +35,7 @@ class Live(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.seen | given:
                 self.seen.add(storage._cdata)
                 self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
+                self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         return out
 
@@ -44,8 +44,8 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def most_alive(model: zoo.Model, chunks: int, batch: int, loops: int, recompute: str) -> int:
-    """Bytes. Loss on the last chunk alone, as in the tasks."""
+def peak_bytes(model: zoo.Model, chunks: int, batch: int, loops: int, recompute: str) -> int:
+    """Return the peak memory in bytes of a step with loss on the last chunk only, as in the tasks."""
     window = model.config.window
     ids = torch.randint(model.config.vocab_size, (batch, chunks * window), generator=torch.Generator().manual_seed(0))
     mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -53,7 +53,7 @@ def most_alive(model: zoo.Model, chunks: int, batch: int, loops: int, recompute:
     model.zero_grad()
     with Live() as live:
         model.answers(ids, mask, loops=loops, recompute=recompute).losses().mean().backward()
-    return live.most
+    return live.peak
 
 
 def main(name: str = "gdn4-sleep4", window: str = "64", batch: str = "2") -> None:
@@ -63,14 +63,14 @@ def main(name: str = "gdn4-sleep4", window: str = "64", batch: str = "2") -> Non
     about = {"hidden_bytes": hidden, "fast_bytes": fast, "model": name, "window": int(window), "batch": int(batch)}
     rows = []
     for chunks, loops in track([(2, 1), (4, 1), (8, 1), (4, 2), (4, 4), (8, 4)], description="training steps"):
-        most = {how: [most_alive(model, chunks, int(batch), loops, how) / 2**20] * 3 for how in ("chunks", "passes", "nothing")}
+        peaks = {how: [peak_bytes(model, chunks, int(batch), loops, how) / 2**20] * 3 for how in ("chunks", "passes", "nothing")}
         ratios = {
-            how: [value / ours for value, ours in zip(values, most["chunks"], strict=True)]
-            for how, values in most.items()
+            how: [value / ours for value, ours in zip(values, peaks["chunks"], strict=True)]
+            for how, values in peaks.items()
             if how != "chunks"
         }
         case = f"{chunks} chunks, N = {loops}"
-        rows.append({"case": case, "unit": "MiB", "times": most, "ratios": ratios, **about})
+        rows.append({"case": case, "unit": "MiB", "times": peaks, "ratios": ratios, **about})
     record("training_memory", rows)
 
 
