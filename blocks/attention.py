@@ -28,12 +28,12 @@ class KV(NamedTuple):
         dropped = self.key.shape[2] - tokens
         if dropped <= 0:
             return self
-        return KV(self.key[:, :, dropped:].clone(), self.value[:, :, dropped:].clone())  # a view would hold what is dropped
+        return KV(self.key[:, :, dropped:].clone(), self.value[:, :, dropped:].clone())  # a view would keep the dropped tokens in memory
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, KV]:
-        """Attention of new tokens q [B, H, T, D] to the cached and the new k, v [B, Hkv, T, D].
+        """Attend from new tokens q [B, H, T, D] to the cached and the new k, v [B, Hkv, T, D].
 
-        Returns [B, H, T, D] and the cache of what a later token can still see.
+        Returns [B, H, T, D] and the cache of the tokens that later tokens can still see.
         """
         if positions.cu_seqlens is not None:
             return self._attend_packed(q, k, v, positions, reach)
@@ -49,7 +49,7 @@ class KV(NamedTuple):
         return y, cache if reach is None else cache.keep(reach - 1)
 
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, KV]:
-        """`attend` for each packed sequence by itself; their caches end alike, with zeros before a shorter one."""
+        """Run `attend` on each packed sequence. The caches are aligned at the end, with zeros before shorter ones."""
         lengths, past = [own.length for own in positions.sequences], self.key.shape[2]
         outputs, caches = [], []
         qs, ks, vs = (x.split(lengths, dim=2) for x in (q, k, v))
@@ -69,10 +69,10 @@ class AttentionOptions(mixer.Options):
     kv_heads: int | None = Field(None, ge=1, description="default: heads")
     head_dim: int | None = Field(None, ge=2, description="default: d_model / heads")
     rope_theta: float = Field(10_000.0, gt=0)
-    rotary: float = Field(1.0, ge=0, le=1, description="part of the head that is rotated; 0: no positions")
-    bias: bool = Field(False, description="of q, k and v")
-    qk_norm: Literal["plain", "wide", "centred"] | None = Field(None, description="RMSNorm of every query and key before rotation")
-    norm_eps: float = Field(1e-6, gt=0, description="of qk_norm")
+    rotary: float = Field(1.0, ge=0, le=1, description="fraction of the head that is rotated; 0: no positions")
+    bias: bool = Field(False, description="bias of the q, k and v projections")
+    qk_norm: Literal["plain", "wide", "centred"] | None = Field(None, description="RMSNorm of each query and key before rotation")
+    norm_eps: float = Field(1e-6, gt=0, description="eps of qk_norm")
     gate: bool = Field(False, description="multiply the output by sigmoid(W_g x)")
 
     @model_validator(mode="after")
@@ -129,12 +129,12 @@ class Attention(Mixer):
 
 
 class SlidingAttentionOptions(AttentionOptions):
-    window: int = Field(2048, ge=1, description="tokens seen, the current one included")
+    window: int = Field(2048, ge=1, description="tokens visible to a query, the current one included")
 
 
 @mixers.register("swa")
 class SlidingAttention(Attention):
-    """Attention that sees the newest `window` tokens, itself included, and caches no more than that."""
+    """Attention over the last `window` tokens, the current one included. It caches no more than that."""
 
     Options = SlidingAttentionOptions
 

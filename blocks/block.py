@@ -1,4 +1,4 @@
-"""One residual block: norm, mixer, residual; norm, MLP, residual."""
+"""The residual block: norm, mixer, residual; norm, MLP, residual."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoo.blocks.positions import Positions
 
 
 class Block(nn.Module):
-    """Block around any mixer. x: [B, T, D]; `fast` and `window` are the mixer's own."""
+    """Residual block around any mixer. x: [B, T, D]; `fast` and `window` are the mixer's state."""
 
     def __init__(self, mixer: Mixer, options: Options, d_model: int, d_ff: int, norm: Callable[[int], RMSNorm]) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class ConvTail(NamedTuple):
-    """The newest K-1 inputs of a short convolution, oldest first: [B, C, K-1]."""
+    """The last K-1 inputs of a short convolution, oldest first: [B, C, K-1]."""
 
     conv_state: Tensor
 

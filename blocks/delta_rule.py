@@ -1,4 +1,4 @@
-"""What Gated DeltaNet and the JetBlock share: gates, fast weights and the normed, gated output of the gated delta rule."""
+"""The base of Gated DeltaNet and the JetBlock: gates, fast weights, and the normed and gated output of the gated delta rule."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from zoo.kernels.l2norm.op import l2norm
 
 
 class DeltaRuleOptions(mixer.Options):
-    heads: int = Field(4, ge=1, description="of keys and queries")
-    head_dim: int | None = Field(None, ge=1, description="of keys and queries; default: d_model / heads")
+    heads: int = Field(4, ge=1, description="heads of keys and queries")
+    head_dim: int | None = Field(None, ge=1, description="head size of keys and queries; default: d_model / heads")
     expand_v: float = Field(2.0, gt=0, description="value head size / key head size")
     conv_size: int = Field(4, ge=2, description="taps of the short convolution")
-    norm_eps: float = Field(1e-5, gt=0, description="of the output norm")
+    norm_eps: float = Field(1e-5, gt=0, description="eps of the output norm")
     decay_init: float = Field(16.0, gt=0, description="exp(A_log) starts uniform in (0, decay_init): smaller remembers longer")
 
 
 class DeltaRule(Mixer):
-    """Gated delta rule over the q, k, v that a subclass makes. Fast weights S: [B, HV, K, V], float32.
+    """Gated delta rule over the q, k, v computed by a subclass. Fast weights S: [B, HV, K, V], float32.
 
     Gates as in Mamba-2: log decay g = -exp(A_log) softplus(W_a x + dt_bias), write strength beta = sigmoid(W_b x).
     """
@@ -66,9 +66,9 @@ class DeltaRule(Mixer):
     def update(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, fast: Tensor, positions: Positions, beta_scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Write k: [B, T, keys] and v: [B, T, values] into the fast weights and read them with q; x: [B, T, D] sets the gates.
+        """Write k: [B, T, keys] and v: [B, T, values] into the fast weights and read them with q; the gates depend on x: [B, T, D].
 
-        Returns y [B, T, D] and the fast weights.
+        Returns y [B, T, D] and the fast weights after the last token.
         """
         q, k = l2norm(q.unflatten(-1, (self.heads, -1))), l2norm(k.unflatten(-1, (self.heads, -1)))
         g = -self.A_log.to(fast.dtype).exp() * F.softplus(self.a_proj(x).to(fast.dtype) + self.dt_bias)

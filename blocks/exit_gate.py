@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 
 class ExitGate(nn.Module):
-    """Chooses, per token, which loop's states the head reads.
+    """Select, per token, the loop whose states the head reads.
 
-    lambda_u = sigmoid(w s_u + b) is the chance to leave after loop u having come so far; the last loop takes what is left.
+    lambda_u = sigmoid(w s_u + b) is the probability of exiting after loop u, given that no earlier loop was the exit; the last
+    loop takes the remaining probability.
 
     Args:
-        loop: read this loop (from 0), whatever the gate says.
-        threshold: read the first loop by which the chance to have left reaches this; None: no threshold.
-        weighted: without a threshold, read the mean of all loops, weighted by their chance; else the last.
+        loop: read this loop (from 0) and ignore the gate.
+        threshold: read the first loop at which the cumulative exit probability reaches this; None: no threshold.
+        weighted: without a threshold, read the mean of all loops weighted by exit probability; if False, the last loop.
     """
 
     def __init__(self, d_model: int, loop: int | None, threshold: float | None, weighted: bool) -> None:
@@ -23,7 +24,7 @@ class ExitGate(nn.Module):
         self.loop, self.threshold, self.weighted = loop, threshold, weighted
 
     def forward(self, states: Tensor) -> Tensor:
-        """states: normed states after every loop, [..., U, D]. Returns [..., D]."""
+        """Reduce the normed states after each loop, [..., U, D], to [..., D]."""
         if self.loop is not None:
             return states[..., self.loop, :]
         if self.threshold is not None:
@@ -36,7 +37,7 @@ class ExitGate(nn.Module):
         return states[..., -1, :]
 
     def chances(self, states: Tensor) -> Tensor:
-        """Chance to leave after each loop, [..., U], float32 or wider."""
+        """Return the probability of exiting after each loop, [..., U], float32 or wider."""
         logits = self.gate(states).squeeze(-1)
         leave = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
         here = [torch.ones_like(leave[..., 0])]

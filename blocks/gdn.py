@@ -20,11 +20,11 @@ from zoo.kernels.gdn_step.op import gdn_step, one_launch
 class GatedDeltaNetOptions(DeltaRuleOptions):
     value_heads: int | None = Field(None, ge=1, description="a multiple of heads; default: heads")
     gate: bool = Field(True, description="multiply the normed output by silu(W_g x)")
-    write_bias: bool = Field(False, description="of the write strength")
+    write_bias: bool = Field(False, description="bias of the write strength")
     conv_init: Literal["uniform", "identity"] = Field(
-        "uniform", description="whether the convolution starts as a mixture or passes tokens on"
+        "uniform", description="initialisation of the convolution: a random mixture, or close to the identity"
     )
-    neg_eigval: bool = Field(False, description="write strength up to 2, so a write can flip the sign of what it reads (arXiv 2411.12537)")
+    neg_eigval: bool = Field(False, description="write strength up to 2, which allows negative eigenvalues (arXiv 2411.12537)")
 
     @model_validator(mode="after")
     def _divides(self) -> GatedDeltaNetOptions:

@@ -21,9 +21,9 @@ class JetOptions(DeltaRuleOptions):
 
 @mixers.register("jet")
 class Jet(DeltaRule):
-    """Gated delta rule whose values pass a short convolution with a kernel made for each token and channel.
+    """Gated delta rule whose values pass through a short convolution with a kernel generated for each token and channel.
 
-    kernel_t = W_2 silu(W_1 x_t) + b_2, the current token's tap last; q and k are silu(W x), not convolved.
+    kernel_t = W_2 silu(W_1 x_t) + b_2, with the current token's tap last; q and k are silu(W x) without convolution.
     """
 
     Options = JetOptions
@@ -37,7 +37,7 @@ class Jet(DeltaRule):
 
     def init_weights(self, generator: torch.Generator) -> None:
         super().init_weights(generator)
-        # starts as one static kernel for all tokens
+        # initially one static kernel for all tokens
         nn.init.zeros_(self.kernel_out.weight)
         mixer.init_conv(self.kernel_out.bias, self.taps, generator)
 

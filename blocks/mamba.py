@@ -21,7 +21,7 @@ class MambaOptions(mixer.Options):
     dt_rank: int | None = Field(None, ge=1, description="default: d_model / 16, rounded up")
     conv_size: int = Field(4, ge=2, description="taps of the short convolution")
     conv_bias: bool = True
-    bias: bool = Field(False, description="of the projections in and out")
+    bias: bool = Field(False, description="bias of the input and output projections")
 
 
 @mixers.register("mamba")
@@ -75,7 +75,7 @@ class Mamba(Mixer):
             cu_seqlens=positions.cu_seqlens,
         )
         low, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
-        # padding takes a step of zero: it neither decays nor writes
+        # padding has a step size of zero: it neither decays nor writes
         dt = positions.without_padding(F.softplus(self.dt_proj(low).to(fast.dtype)))
         A = -self.A_log.to(fast.dtype).exp()
         y, final = selective_scan(

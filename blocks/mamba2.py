@@ -23,17 +23,17 @@ class Mamba2Options(mixer.Options):
     expand: int = Field(2, ge=1, description="inner channels / d_model")
     head_dim: int = Field(64, ge=1, description="P, inner channels per head")
     state_dim: int = Field(128, ge=1, description="N, fast weights per channel")
-    groups: int = Field(1, ge=1, description="of heads that share B and C, and of channels normed together")
+    groups: int = Field(1, ge=1, description="groups of heads that share B and C; also the groups of the output norm")
     conv_size: int = Field(4, ge=2, description="taps of the short convolution")
     conv_bias: bool = True
-    bias: bool = Field(False, description="of the projections in and out")
-    dt_limit: tuple[float, float] = Field((0.0, math.inf), description="steps are clamped into this range")
-    norm_eps: float = Field(1e-5, gt=0, description="of the output norm")
+    bias: bool = Field(False, description="bias of the input and output projections")
+    dt_limit: tuple[float, float] = Field((0.0, math.inf), description="step sizes are clamped to this range")
+    norm_eps: float = Field(1e-5, gt=0, description="eps of the output norm")
 
     @model_validator(mode="after")
     def _ordered(self) -> Mamba2Options:
         if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
-            raise ValueError(f"dt_limit: {list(self.dt_limit)} must be a range of steps >= 0")
+            raise ValueError(f"dt_limit: {list(self.dt_limit)} must be a range of step sizes >= 0")
         return self
 
 
@@ -96,7 +96,7 @@ class Mamba2(Mixer):
         grouped = self.groups * self.state_dim
         u, B, C = convolved.to(fast.dtype).split([self.inner, grouped, grouped], dim=-1)
         u, B, C = u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
-        # padding takes a step of zero: it neither decays nor writes
+        # padding has a step size of zero: it neither decays nor writes
         dt = positions.without_padding(F.softplus(dt.to(fast.dtype) + self.dt_bias).clamp(*self.dt_limit))
         y, final = ssd(
             u, dt, -self.A_log.to(fast.dtype).exp(), B, C, initial_state=fast, output_final_state=True, cu_seqlens=positions.cu_seqlens

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block."""
+"""The feed-forward part of a block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from zoo.kernels.common.recording import recorded
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202). x: [B, T, D]."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202). x: [B, T, D]."""
 
     def __init__(self, d_model: int, hidden: int) -> None:
         super().__init__()

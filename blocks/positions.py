@@ -1,4 +1,4 @@
-"""A run of consecutive tokens in a stream, and what its place in the stream decides: rotary angles, masks, padding."""
+"""Positions of consecutive tokens in a stream, with the rotary angles, masks and padding that follow from them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class Positions:
-    """T tokens starting at a position. One object serves every layer and every pass, so its tables are made once.
+    """Positions of T consecutive tokens. All layers and passes share one object, so its tables are computed once.
 
     Args:
-        start: position of the first token: int, or int64 scalar tensor in an exported graph; of each of B streams, int64 [B].
+        start: position of the first token: int, or int64 scalar tensor in an exported graph, or int64 [B], one per stream.
         length: T.
-        valid: how many of the T tokens count (int64 scalar tensor); the rest is padding at the end. None: all.
-        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in the only row, each
-            continuing a stream of its own. None: every row is a sequence.
+        valid: number of valid tokens (int64 scalar tensor); the remaining ones are padding at the end. None: all are valid.
+        cu_seqlens: [S + 1] int32 or int64, boundaries of S sequences packed into one row, each continuing its own stream.
+            None: every row is a sequence.
     """
 
     def __init__(
@@ -30,17 +30,17 @@ class Positions:
 
     @property
     def ragged(self) -> bool:
-        """Whether the streams are at positions of their own."""
+        """True if the streams are at different positions."""
         return isinstance(self.start, Tensor) and self.start.ndim == 1
 
     @property
     def end(self) -> int | Tensor:
-        """Position after the last token, of each stream if they differ."""
+        """Position after the last token; int64 [B] if the streams are at different positions."""
         return self.start + (self.length if self.cu_seqlens is None else self.cu_seqlens.diff().to(torch.int64))
 
     @property
     def position(self) -> Tensor:
-        """Of every token: [T], or [B, T] for streams at positions of their own."""
+        """Position of every token: [T], or [B, T] if the streams are at different positions."""
         if self.cu_seqlens is not None:
             first = self.start - self.cu_seqlens[:-1]
             return self.index + first.repeat_interleave(self.cu_seqlens.diff(), output_size=self.length)
@@ -48,7 +48,7 @@ class Positions:
 
     @property
     def sequences(self) -> list[Positions]:
-        """The positions of each packed sequence."""
+        """Positions of each packed sequence."""
         assert self.cu_seqlens is not None
         if not self._sequences:
             lengths = self.cu_seqlens.diff().tolist()
@@ -59,7 +59,7 @@ class Positions:
     def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864, eq. 15), made in float32 or wider.
 
-        [T, dim / 2], or [B, 1, T, dim / 2] for streams at positions of their own.
+        Shape [T, dim / 2], or [B, 1, T, dim / 2] if the streams are at different positions.
         """
         key = ("rotary", dim, theta, dtype)
         if key not in self._tables:
@@ -71,10 +71,11 @@ class Positions:
         return self._tables[key]  # type: ignore[return-value]
 
     def band(self, past: int, reach: int | None) -> Tensor:
-        """Which of `past` cached tokens and the T new ones each new token sees: bool [T, past + T].
+        """Return the attention mask of T new tokens over `past` cached tokens and themselves: bool [T, past + T].
 
-        A token sees itself and what came before it, `reach` tokens in all (None: everything). [B, 1, T, past + T] for
-        streams at positions of their own, whose caches end alike: what stands before a stream's start is not seen.
+        A token sees itself and the tokens before it, at most `reach` tokens in all (None: no limit).
+        If the streams are at different positions, the mask is [B, 1, T, past + T]: caches are aligned at the end, and the
+        padding before a stream's start is masked.
         """
         key = ("band", past, reach)
         if key not in self._tables:
@@ -87,15 +88,16 @@ class Positions:
         return self._tables[key]  # type: ignore[return-value]
 
     def without_padding(self, x: Tensor) -> Tensor:
-        """x [B, T, ...] with zeros past the last token that counts."""
+        """Return x [B, T, ...] with zeros in place of padding."""
         if self.valid is None:
             return x
         return torch.where((self.index < self.valid).reshape(-1, *[1] * (x.ndim - 2)), x, torch.zeros((), dtype=x.dtype))
 
     def tail(self, x: Tensor, before: Tensor, newest: Tensor | None) -> Tensor:
-        """The newest K-1 inputs that count of a short convolution of x [B, T, C], `before` [B, C, K-1] preceding it.
+        """Return the last K-1 valid inputs of a short convolution of x [B, T, C] preceded by `before` [B, C, K-1].
 
-        `newest`: those with padding, which is what the convolution returns.
+        Args:
+            newest: the last K-1 inputs with padding counted, as the convolution returns them.
         """
         if self.valid is None:
             assert newest is not None

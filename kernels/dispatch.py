@@ -1,4 +1,4 @@
-"""Which form of an operator runs: Triton where it can, the PyTorch form that is fastest elsewhere, or the one a user forces."""
+"""Dispatch: Triton where it can run, elsewhere the fastest PyTorch form, or the form a user forces."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ kernels: Registry[Callable[..., Any]] = Registry("kernel", "kernels", "zoo.kerne
 """Forms of operators, "<operator>.<form>"."""
 
 _forced: str | Mapping[str, Callable[..., Any]] | None = None
-_told: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str]] = set()
 
 
 class use:
-    """Run every operator in one form ("reference", "chunked", "triton"), from now on or within a `with` block; None undoes it.
+    """Force one form for every operator ("reference", "chunked", "triton"), permanently or within a `with` block. None resets it.
 
-    Operators may also be given functions of one's own, by name, with the arguments of a registered form; the others then run in the
-    form that is fastest, whatever ZOO_KERNELS says.
-    The environment variable ZOO_KERNELS does the same for a whole process, an operator's own argument `form` for one call.
+    A mapping replaces operators by your own functions, by name; they take the arguments of a registered form.
+    The other operators then run in their fastest form, and ZOO_KERNELS is ignored.
+    The environment variable ZOO_KERNELS sets the form for a whole process; the argument `form` of an operator sets it for one call.
 
     Raises:
-        ZooError: no operator has such a form.
+        ZooError: no operator has this form.
     """
 
     def __init__(self, form: str | Mapping[str, Callable[..., Any]] | None) -> None:
@@ -56,12 +56,12 @@ class use:
 
 
 def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Callable[..., Any]:
-    """The form that serves this call of `operator`.
+    """Return the form that runs this call of `operator`.
 
     Args:
-        x: an input that decides where it runs.
-        plain: the PyTorch form to fall back on.
-        form: what the caller asks for; what `use` or ZOO_KERNELS force counts only if the operator has it.
+        x: an input; its device decides.
+        plain: the PyTorch form to fall back to.
+        form: the caller's choice. A form forced by `use` or ZOO_KERNELS applies only if the operator has it.
     Raises:
         ZooError: `form` does not exist, or Triton is forced where it cannot run.
     """
@@ -84,16 +84,16 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
     if chosen == "triton" and (problem := triton_problem(x)):
         allowed = ", ".join(sorted(_forms(operator) - {"triton"}))
         raise ZooError(f"{operator}: form 'triton' cannot run: {problem}; allowed here: {allowed}")
-    if not torch.compiler.is_compiling() and (operator, chosen) not in _told:
-        _told.add((operator, chosen))
+    if not torch.compiler.is_compiling() and (operator, chosen) not in _logged:
+        _logged.add((operator, chosen))
         log.info("%s: %s (%s)", operator, chosen, reason)
     return kernels.get(f"{operator}.{chosen}")
 
 
 def _imports(function: Callable[..., bool]) -> Callable[..., bool]:
-    """Let torch.compile call `function`, which imports, in place of tracing it.
+    """Make torch.compile call `function`, which imports modules, instead of tracing it.
 
-    What torch.compiler.assume_constant_result does, which would import torch._dynamo, for a second, where nothing is compiled.
+    torch.compiler.assume_constant_result does the same, but imports torch._dynamo, which takes a second even in eager use.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -105,7 +105,7 @@ def _look_around() -> bool:
 
 
 def triton_problem(x: Tensor) -> str | None:
-    """Why Triton cannot serve tensors like x; None if it can. Touches no driver unless x is on a GPU."""
+    """Return why Triton cannot serve tensors like x, or None if it can. Touches no driver unless x is on a GPU."""
     if not _has_triton():
         return "triton is not installed (pip install 'sleep-zoo[triton]')"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -118,7 +118,7 @@ def triton_problem(x: Tensor) -> str | None:
 
 
 def triton_form(operator: str) -> Callable[..., Any]:
-    """`run` of the operator's triton.py, imported at the first call: a machine may lack triton."""
+    """Return `run` of the operator's triton.py, imported at the first call: triton may not be installed."""
 
     def run(*args: Any) -> Any:
         _import_triton(operator)
@@ -143,7 +143,7 @@ def _has_triton() -> bool:
 
 
 def _forms(operator: str | None = None) -> set[str]:
-    """The forms of one operator, or of any."""
+    """Return the forms of one operator, or of all."""
     return {form for name, form in (known.split(".") for known in kernels.names()) if operator in (None, name)}
 
 

@@ -1,4 +1,4 @@
-"""A hand-written forward and backward pair as one differentiable operator, for eager code and for traced code."""
+"""Makes a hand-written forward and backward pair one differentiable operator, in eager and in traced code."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int
 
 
 class Fused:
-    """Calls `forward` so that autograd, torch.compile and torch.export see one operator, `torch.ops.zoo.<name>`.
+    """A function that autograd, torch.compile and torch.export see as one operator, `torch.ops.zoo.<name>`.
 
-    Eager calls take torch.autograd.Function; traced ones torch.library, whose dispatch costs three times as much.
+    Eager calls use torch.autograd.Function; traced calls use torch.library, whose dispatch costs three times as much.
 
     Args:
-        name: of the operator.
-        allocate: (*inputs) -> empty tensors for all that `forward` writes: the results, then what only `backward` reads.
-            It is also the operator's shape function, so it looks at shapes, dtypes and devices alone.
-        forward: (outputs, *inputs) -> None fills them. Its annotated inputs are the operator's signature.
-        backward: (grads, outputs, *inputs) -> the gradients of `differentiable`, in that order; `grads` are those of the
-            results, None for a result that nothing used. For an optional input that is absent any tensor will do.
-        results: how many of the outputs are results.
-        differentiable: names of the inputs that have a gradient.
+        name: name of the operator.
+        allocate: (*inputs) -> empty tensors for everything `forward` writes: the results, then tensors that only `backward` reads.
+            It also serves as the operator's shape function, so it may only look at shapes, dtypes and devices.
+        forward: (outputs, *inputs) -> None; fills the outputs. Its annotated inputs define the operator's signature.
+        backward: (grads, outputs, *inputs) -> the gradients of the inputs in `differentiable`, in that order. `grads` are the
+            gradients of the results, None for an unused result. For an absent optional input, return any tensor.
+        results: number of outputs that are results.
+        differentiable: names of the inputs that get a gradient.
     """
 
     def __init__(

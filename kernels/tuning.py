@@ -1,8 +1,8 @@
-"""Block sizes and launch options of the Triton kernels: what tuned.json says where it is proven, else the plain ones.
+"""Block sizes and launch options of the Triton kernels: a proven row of tuned.json, else the defaults in the code.
 
-A row of tuned.json is one configuration of one kernel for an architecture, a dtype and head sizes. It is used only where it is
-known to be right: on a GPU and a Triton version that its stamp `hardware` names, or that `zoo doctor` has checked here. Nothing
-is tuned at run time.
+A row of tuned.json is one configuration of one kernel for an architecture, a dtype and head sizes.
+It is used only where it is known to be correct: on the GPU and Triton version named by its stamp `hardware`, or where
+`zoo doctor` has checked it. Nothing is tuned at run time.
 
     {"kernel": "ssd.states", "arch": 90, "dtype": "bfloat16", "shape": {"N": 128, "P": 64},
      "config": {"BP": 64, "num_warps": 4, "num_stages": 2},
@@ -33,11 +33,11 @@ _forced: Row | None = None
 
 
 def configuration(kernel: str, x: Tensor, plain: dict[str, int], **shape: int) -> dict[str, int]:
-    """What to launch `kernel` ("<operator>.<function>") with on tensors like x.
+    """Return the launch configuration of `kernel` ("<operator>.<function>") for tensors like x.
 
     Args:
-        plain: correct on every GPU, used where no row is proven. Its keys are those of the rows.
-        shape: the sizes that rows tell apart.
+        plain: a configuration that is correct on every GPU, used where no row is proven. It has the keys of the rows.
+        shape: the sizes by which rows are selected.
     """
     if _forced is not None and forces(kernel):
         return dict(_forced["config"])
@@ -48,7 +48,7 @@ def configuration(kernel: str, x: Tensor, plain: dict[str, int], **shape: int) -
 
 @contextmanager
 def forced(row: Row) -> Iterator[None]:
-    """Within, the row's kernel is launched as the row says, proven or not and whatever the tensors."""
+    """Launch the row's kernel with the row's configuration, proven or not, for any tensors."""
     global _forced
     before, _forced = _forced, row
     try:
@@ -58,12 +58,12 @@ def forced(row: Row) -> Iterator[None]:
 
 
 def forces(kernel: str) -> bool:
-    """Whether a row of this kernel is being tried, so that it must be launched."""
+    """Return whether a row of this kernel is being tried, so that it must be launched."""
     return _forced is not None and _forced["kernel"] == kernel
 
 
 def target(x: Tensor) -> int:
-    """The architecture whose rows fit x, 0 off a GPU."""
+    """Return the architecture whose rows apply to x; 0 if x is not on a GPU."""
     if _forced is not None:
         return _forced["arch"]
     return architecture(x.device) if x.is_cuda else 0
@@ -71,13 +71,13 @@ def target(x: Tensor) -> int:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The newest of ARCHITECTURES whose rows a GPU may try; 0 for one older than all of them."""
+    """Return the newest of ARCHITECTURES whose rows the GPU may use; 0 if it is older than all of them."""
     major, minor = torch.cuda.get_device_capability(device)
     return max((known for known in ARCHITECTURES if known <= 10 * major + minor), default=0)
 
 
 def proven(row: Row, device: str) -> bool:
-    """Whether the row was found right on this GPU (its name) with the Triton version at hand."""
+    """Return whether the row is known to be correct on this GPU (by name) with the installed Triton version."""
     stamp = row["hardware"]
     if stamp is not None and (stamp["device"], stamp["triton"]) == (device, version("triton")):
         return True
@@ -89,20 +89,20 @@ def dtype_name(x: Tensor) -> str:
 
 
 def row_name(row: Row) -> str:
-    """One word that tells a row from every other: "ssd.states-90-bfloat16-N128-P64-BP64-num_stages2-num_warps4"."""
+    """Return a unique name for a row: "ssd.states-90-bfloat16-N128-P64-BP64-num_stages2-num_warps4"."""
     sizes = [f"{name}{size}" for part in ("shape", "config") for name, size in sorted(row[part].items())]
     return "-".join([row["kernel"], str(row["arch"]), row["dtype"], *sizes])
 
 
 @functools.cache
 def table() -> list[Row]:
-    """Every row; of those for one kernel, architecture, dtype and shape the best first."""
+    """Return every row; among rows for one kernel, architecture, dtype and shape, the best comes first."""
     return json.loads(TABLE.read_text())
 
 
 @functools.cache
 def verdicts(device: str) -> dict[str, bool]:
-    """What `zoo doctor` found of each row on this GPU with these versions; empty before it ran."""
+    """Return the verdicts of `zoo doctor` by row, for this GPU and these versions; empty before it has run."""
     path = verdicts_path(device)
     return json.loads(path.read_text()) if path.exists() else {}
 

@@ -9,9 +9,9 @@ from zoo.kernels.common.recording import recorded
 
 
 def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
-    """Same result as `reference.stepwise`; same shapes and arguments.
+    """Compute the same as `reference.stepwise`; same shapes and arguments.
 
-    A few fused multiply-adds: on CPU the backward pass of a grouped convolution costs ten times as much on short windows.
+    A few fused multiply-adds: on a CPU the backward pass of a grouped convolution takes ten times as long for short kernels.
     """
     T, taps = x.shape[1], weight.mT.contiguous()
     inputs = torch.cat([tail.mT, x], dim=1)

@@ -29,16 +29,16 @@ def causal_conv1d(
     """Depthwise causal convolution, then SiLU (Mamba, arXiv 2312.00752, section 3.4).
 
     Args:
-        x: [B, T, C]. weight: [C, K], the last tap is the current token's. bias: [C].
-        initial_state: the K-1 inputs before x, oldest first, [S, C, K-1], S the number of sequences (B, or as many as
-            `cu_seqlens` marks); default zeros.
-        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in one row (B = 1).
-        form: "reference", "chunked" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
+        x: [B, T, C]. weight: [C, K], the last tap belongs to the current token. bias: [C].
+        initial_state: the K-1 inputs before x, oldest first, [S, C, K-1], S the number of sequences (B, or those of
+            `cu_seqlens`); default zeros.
+        cu_seqlens: [S + 1] int32 or int64, boundaries of S sequences packed into one row (B = 1).
+        form: "reference", "chunked" or "triton"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
     Returns:
-        y [B, T, C] in x's dtype, and the newest K-1 inputs of each sequence [S, C, K-1] if `output_final_state`, else None.
+        y [B, T, C] in x's dtype, and the last K-1 inputs of each sequence [S, C, K-1] if `output_final_state`, else None.
     Raises:
-        ValueError: shapes that do not fit, or an activation that does not exist.
-        ZooError: a form that does not exist or cannot run here.
+        ValueError: the shapes do not match, or the activation does not exist.
+        ZooError: the form does not exist or cannot run here.
     """
     B, T, C = x.shape
     if weight.ndim != 2 or weight.shape[0] != C:
@@ -54,7 +54,7 @@ def causal_conv1d(
 
 
 def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A form that wants a row for every sequence and leaves out bias and activation."""
+    """Adapt a form that takes one row per sequence and applies neither bias nor activation."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         y = form(packed.unpack(x, cu_seqlens), weight, state)

@@ -1,4 +1,4 @@
-"""Depthwise causal convolution, one output at a time: the definition."""
+"""The definition of the depthwise causal convolution, one output at a time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def stepwise(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
-    """y_t = sum_j weight[:, j] x_{t-K+1+j}, with `tail` in place of what came before x.
+    """Compute y_t = sum_j weight[:, j] x_{t-K+1+j}, with `tail` as the inputs before x.
 
     Args:
-        x: [B, T, C]. weight: [C, K], the last tap is the current token's. tail: [B, C, K-1].
+        x: [B, T, C]. weight: [C, K], the last tap belongs to the current token. tail: [B, C, K-1].
     """
     window = torch.cat([tail, x.mT], dim=-1)
     K = weight.shape[-1]

@@ -1,7 +1,7 @@
-"""Short causal convolutions, forward and backward in one launch each, with a kernel for all tokens or one for every token.
+"""Short causal convolutions in one launch forward and one backward, with one kernel for all tokens or one per token.
 
-A program takes some tokens of one sequence for BC channels. What comes before a sequence's first token is read, row by row,
-where its initial state lies. README.md has the maths.
+A program processes some tokens of one sequence for BC channels. Inputs before a sequence's first token are read row by row
+from its initial state. README.md has the maths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from zoo.kernels.tuning import configuration
 
 @triton.jit
 def _sequence(cu_seqlens, T, S, early, PACKED: tl.constexpr, SIZE: tl.constexpr, BS: tl.constexpr):
-    """Which sequence this program serves, the first of its SIZE places there (-`early` is the first of all), the sequence's row of
+    """Locate this program: its sequence, its first place of SIZE in it (the first of all is -`early`), the sequence's row of
     the batch, its first token in that row, and its length.
 
     A packed sequence whose first token is c owns the programs from (c + s early) / SIZE + s on, rounded down: never too few.
@@ -37,7 +37,7 @@ def _sequence(cu_seqlens, T, S, early, PACKED: tl.constexpr, SIZE: tl.constexpr,
 
 @triton.jit
 def _inputs(x, x_token, state, state_token, state_channel, at, c, inside, K: tl.constexpr):
-    """Inputs of the sequence at the places `at`, the last K-1 before 0 from its state."""
+    """Load the inputs of the sequence at the places `at`; the K-1 places before 0 come from its state."""
     row = tl.where(at >= 0, x + at.to(tl.int64) * x_token, state + (at + K - 1).to(tl.int64) * state_token)
     channel = tl.where((at >= 0)[:, None], c[None, :], (c * state_channel)[None, :])
     return tl.load(row[:, None] + channel, mask=inside, other=0.0)
@@ -57,7 +57,7 @@ def forward(
     K: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr, DYNAMIC: tl.constexpr, ACC: tl.constexpr,
     BS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """y [B, T, C] and the newest K-1 inputs, final [S, K-1, C]."""
+    """Compute y [B, T, C] and the last K-1 inputs, final [S, K-1, C]."""
     seq, start, batch, begin, length = _sequence(cu_seqlens, T, S, 0, PACKED, BT, BS)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     t = start + tl.arange(0, BT)
@@ -94,9 +94,9 @@ def backward(
     K: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr, DYNAMIC: tl.constexpr, FINAL: tl.constexpr,
     ACC: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dx [B, T, C], dstate [S, K-1, C], and dweight: [B, T, C, K] if DYNAMIC, else [programs, K + 1, C], the last for the bias.
+    """Compute dx [B, T, C], dstate [S, K-1, C], and dweight: [B, T, C, K] if DYNAMIC, else [programs, K + 1, C], the last for the bias.
 
-    BR runs of BL places go side by side, each from its last to its first. `pending` holds what the K-1 inputs before the present
+    BR runs of BL places are processed side by side, each from last to first. `pending` holds what the K-1 inputs before the current
     one have gathered so far from the tokens that see them. The initial state is the K-1 inputs before place 0.
     """
     seq, start, batch, begin, length = _sequence(cu_seqlens, T, S, K - 1, PACKED, BR * BL, BS)
@@ -233,7 +233,7 @@ def _launch_backward(
 
 
 def _programs(B: int, T: int, cu_seqlens: Tensor | None, early: int, size: int) -> int:
-    """How many programs at most take `size` of the T + early places of every sequence."""
+    """Return an upper bound on the number of programs that cover the T + early places of every sequence, `size` each."""
     if cu_seqlens is None:
         return B * triton.cdiv(T + early, size)
     S = len(cu_seqlens) - 1
@@ -241,12 +241,12 @@ def _programs(B: int, T: int, cu_seqlens: Tensor | None, early: int, size: int) 
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with the last dimension without gaps."""
+    """Return x with a contiguous last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _state_rows(state: Tensor, T: int) -> Tensor:
-    """[S, C, K-1] as [S, K-1, C]: laid out so where many tokens are loaded, as it is for a single step."""
+    """Return [S, C, K-1] as [S, K-1, C]: contiguous where many tokens are loaded, a view for a single step."""
     return state.mT if T == 1 else state.mT.contiguous()
 
 

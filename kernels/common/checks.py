@@ -1,4 +1,4 @@
-"""What the public faces of the operators check alike."""
+"""Checks shared by the public functions of the operators."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def given_or_zeros(name: str, given: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor of `shape` that a caller gave, or zeros on `like`'s device, as `dtype`. Raises ValueError that names it."""
+    """Return the given tensor, or zeros on `like`'s device, as `dtype`. Raises ValueError if it is not of `shape`."""
     if given is None:
         return like.new_zeros(shape, dtype=dtype)
     if given.shape != shape:

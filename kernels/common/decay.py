@@ -1,4 +1,4 @@
-"""Decays from their logs."""
+"""Decay factors from their logarithms."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def decays(log: Tensor) -> Tensor:
-    """exp(log), and zero below tiny ** 0.8 (4e-31 in float32).
+    """Return exp(log), with values below tiny ** 0.8 (4e-31 in float32) set to zero.
 
-    Products with smaller ones would be subnormal numbers, with which a CPU computes up to a hundred times slower.
+    Products with smaller values would be subnormal, and a CPU is up to a hundred times slower on subnormal numbers.
     """
     return F.threshold(log, 0.8 * math.log(torch.finfo(log.dtype).tiny), -math.inf).exp_()

@@ -1,7 +1,7 @@
-"""Sequences of different lengths laid end to end in one row, as `cu_seqlens` marks them, and back to one row each.
+"""Packed sequences: several sequences of different lengths concatenated in one row.
 
-`cu_seqlens` [S + 1] int32 or int64: sequence s is tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the only row. None: every
-row is a sequence, and these functions change nothing.
+`cu_seqlens` [S + 1] int32 or int64: sequence s is tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the only row.
+None: every row is a sequence, and these functions change nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def streams(batch: int, total: int, cu_seqlens: Tensor | None) -> int:
-    """How many sequences there are, which is how many states. Raises ValueError for a `cu_seqlens` that does not fit."""
+    """Return the number of sequences, each with a state of its own. Raises ValueError if `cu_seqlens` does not fit."""
     if cu_seqlens is None:
         return batch
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} {cu_seqlens.dtype}: want [S + 1] int32 or int64, S at least 1")
     if batch != 1:
-        raise ValueError(f"cu_seqlens: packed sequences stand in one row, the batch has {batch}")
-    # reading a tensor on a GPU would make every launch wait
+        raise ValueError(f"cu_seqlens: packed sequences must be in one row, the batch has {batch}")
+    # reading a tensor on a GPU would synchronise
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != total or sorted(set(ends)) != ends:
@@ -27,7 +27,7 @@ def streams(batch: int, total: int, cu_seqlens: Tensor | None) -> int:
 
 
 def unpack(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[1, total, ...] -> [S, longest, ...], zeros after the end of each sequence."""
+    """Pad packed sequences: [1, total, ...] -> [S, longest, ...], zeros after the end of each sequence."""
     if cu_seqlens is None:
         return x
     place, inside = _layout(cu_seqlens)
@@ -35,25 +35,25 @@ def unpack(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def pack(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[S, longest, ...] -> [1, total, ...]: what `unpack` spread."""
+    """Undo `unpack`: [S, longest, ...] -> [1, total, ...]."""
     return x if cu_seqlens is None else x[_layout(cu_seqlens)[1]][None]
 
 
 def newest(x: Tensor, before: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The last K-1 tokens of each sequence of x [B, T, C], `before` [S, C, K-1] preceding it: [S, C, K-1], oldest first."""
+    """Return the last K-1 tokens of each sequence of x [B, T, C] preceded by `before` [S, C, K-1]: [S, C, K-1], oldest first."""
     size = before.shape[-1]
     if cu_seqlens is None:
         fresh = x[:, -size:].mT.to(before.dtype)
         return torch.cat([before[..., fresh.shape[-1] :], fresh], dim=-1)
     length = cu_seqlens.diff()
-    back = torch.arange(-size, 0, device=x.device) + length[:, None]  # [S, K-1], place in the sequence; negative: in `before`
+    back = torch.arange(-size, 0, device=x.device) + length[:, None]  # [S, K-1], index in the sequence; negative: in `before`
     fresh = x[0, (cu_seqlens[:-1, None] + back).clamp(min=0)].mT.to(before.dtype)
     kept = before.gather(-1, (back + size).clamp(max=size - 1)[:, None].expand_as(before))
     return torch.where((back >= 0)[:, None], fresh, kept)
 
 
 def _layout(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """For each place of a padded batch, the packed token that stands there and whether one does: [S, longest] twice."""
+    """Return, for each slot of the padded batch, the index of its packed token and whether it holds one: [S, longest] each."""
     length = cu_seqlens.diff()
     column = torch.arange(int(length.max()), device=cu_seqlens.device)
     inside = column < length[:, None]

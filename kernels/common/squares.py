@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def square_sum(x: Tensor) -> Tensor:
-    """Over the last dimension: [..., N] -> [..., 1]."""
+    """Sum the squares over the last dimension: [..., N] -> [..., 1]."""
     if torch.compiler.is_compiling():
         return x.square().sum(-1, keepdim=True)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()  # without a tensor of all squares
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()  # allocates no tensor of squares

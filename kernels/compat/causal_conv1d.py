@@ -1,4 +1,4 @@
-"""The short convolution under the names and arguments of the package causal_conv1d (1.5), for code that imports them from there."""
+"""The short convolution with the names and arguments of the package causal_conv1d (1.5), as a drop-in replacement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def causal_conv1d_fn(
     final_states_out: Tensor | None = None,
     activation: Literal["silu", "swish"] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x: [B, D, T]. weight: [D, W]. bias: [D]. States: [B, D, W - 1]. Returns y [B, D, T], and the final states if asked for."""
+    """Convolve x: [B, D, T]. weight: [D, W]. bias: [D]. States: [B, D, W - 1]. Returns y [B, D, T], and the final states if requested."""
     refuse("causal_conv1d_fn", {"seq_idx": seq_idx})
     y, final = causal_conv1d(
         x.mT,
@@ -49,7 +49,7 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
-    """x: [B, D] or [B, D, T]. conv_state: [B, D, N], the newest N >= W - 1 inputs, which this moves on in place."""
+    """Convolve x: [B, D] or [B, D, T]. conv_state: [B, D, N], the last N >= W - 1 inputs, updated in place."""
     refuse("causal_conv1d_update", {"cache_seqlens": cache_seqlens, "conv_state_indices": conv_state_indices})
     size, new = weight.shape[-1] - 1, x if x.ndim == 3 else x[..., None]
     if conv_state.shape[:2] != new.shape[:2] or conv_state.shape[2] < size:

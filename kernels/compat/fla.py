@@ -1,8 +1,8 @@
-"""Operators under the names and arguments of flash-linear-attention (fla 0.6), for code that imports them from there.
+"""Operators with the names and arguments of flash-linear-attention (fla 0.6), as drop-in replacements.
 
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule    ->  from zoo.kernels.compat.fla import chunk_gated_delta_rule
 
-Arguments that would change the result and that we lack are refused.
+Unsupported arguments that would change the result are refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def chunk_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     **unsupported: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`zoo.kernels.gated_delta_rule`. q, k: [B, T, H, K]. v: [B, T, HV, V]. g, beta: [B, T, HV]. State: [N, HV, K, V]."""
+    """Run `zoo.kernels.gated_delta_rule`. q, k: [B, T, H, K]. v: [B, T, HV, V]. g, beta: [B, T, HV]. State: [N, HV, K, V]."""
     refuse("chunk_gated_delta_rule", unsupported)
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
@@ -56,7 +56,7 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     **unsupported: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `chunk_gated_delta_rule`; mind that the fifth argument is gk. Without g nothing decays, without beta writes are whole."""
+    """Run `chunk_gated_delta_rule`; the fifth argument here is gk. Defaults: g = 0 (no decay), beta = 1."""
     refuse("fused_recurrent_gated_delta_rule", {"gk": gk, "gv": gv, **unsupported})
     if beta is not None and beta.ndim != 3:
         raise ValueError(f"fused_recurrent_gated_delta_rule: beta {list(beta.shape)}: want [B, T, HV]")
@@ -87,9 +87,9 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     **unsupported: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`zoo.kernels.causal_conv1d`. x, residual (added to the result): [B, T, D]. weight: [D, W]. State: [N, D, W], the newest W inputs.
+    """Run `zoo.kernels.causal_conv1d`. x, residual (added to the result): [B, T, D]. weight: [D, W].
 
-    `backend` is ignored: which form runs is for `zoo.kernels.use` to say.
+    State: [N, D, W], the last W inputs. `backend` is ignored; choose the form with `zoo.kernels.use`.
     """
     refuse("causal_conv1d", unsupported)
     W = weight.shape[-1]

@@ -1,4 +1,4 @@
-"""The scans of Mamba under the names and arguments of mamba_ssm (2.3), for code that imports them from there."""
+"""Mamba's scans with the names and arguments of mamba_ssm (2.3), as drop-in replacements."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def selective_scan_fn(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """u, delta, z: [B, D, L]. A: [D, N], real. B, C: [B, N, L] or [B, 1, N, L]. D, delta_bias: [D].
+    """Run `zoo.kernels.selective_scan`. u, delta, z: [B, D, L]. A: [D, N], real. B, C: [B, N, L] or [B, 1, N, L]. D, delta_bias: [D].
 
-    Returns y [B, D, L], times silu(z), and the last state [B, D, N] if asked for, which here has a gradient.
+    Returns y [B, D, L], times silu(z), and the last state [B, D, N] if requested. Unlike upstream, the state has a gradient.
     """
     if A.is_complex():
         raise ValueError("selective_scan_fn: A: complex numbers are not supported; want real [D, N]")
@@ -59,10 +59,9 @@ def mamba_chunk_scan_combined(
     return_final_states: bool = False,
     return_varlen_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x, z: [B, L, H, P]. dt: [B, L, H]. A, dt_bias: [H]. B, C: [B, L, G, N]. D: [H] or [H, P]. States: [B, H, P, N].
+    """Run `zoo.kernels.ssd`. x, z: [B, L, H, P]. dt: [B, L, H]. A, dt_bias: [H]. B, C: [B, L, G, N]. D: [H] or [H, P].
 
-    Chunks have the length that suits us, whatever chunk_size. Sequences are told apart by neither seq_idx nor cu_seqlens, which
-    upstream only uses together: call `zoo.kernels.ssd` for that.
+    States: [B, H, P, N]. `chunk_size` is ignored. `seq_idx` and `cu_seqlens` are refused; for packed sequences call `zoo.kernels.ssd`.
     """
     unsupported = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "return_varlen_states": return_varlen_states}
     refuse("mamba_chunk_scan_combined", unsupported)

@@ -1,4 +1,4 @@
-"""What the adapters say to arguments they do not have."""
+"""Refusal of arguments that an adapter does not support."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def refuse(function: str, arguments: Mapping[str, Any]) -> None:
-    """ValueError that names the first argument that is neither None nor False."""
+    """Raise ValueError naming the first argument that is neither None nor False."""
     for name, value in arguments.items():
         if value is not None and value is not False:
             shown = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

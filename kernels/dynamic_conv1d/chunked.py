@@ -9,7 +9,7 @@ from zoo.kernels.common.recording import recorded
 
 
 def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
-    """Same result as `reference.stepwise`; same shapes and arguments."""
+    """Compute the same as `reference.stepwise`; same shapes and arguments."""
     T, K = x.shape[1], weight.shape[-1]
     window = torch.cat([tail.mT, x], dim=1)
     y = weight[..., 0] * window[:, :T]

@@ -23,19 +23,19 @@ def dynamic_conv1d(
     cu_seqlens: Tensor | None = None,
     form: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Depthwise causal convolution with a kernel of its own for every token and channel, then SiLU (arXiv 2508.15884, section 2.3).
+    """Depthwise causal convolution with a separate kernel for every token and channel, then SiLU (arXiv 2508.15884, section 2.3).
 
     Args:
-        x: [B, T, C]. weight: [B, T, C, K], the last tap is the current token's.
-        initial_state: the K-1 inputs before x, oldest first, [S, C, K-1], S the number of sequences (B, or as many as
-            `cu_seqlens` marks); default zeros.
-        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in one row (B = 1).
-        form: "reference", "chunked" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
+        x: [B, T, C]. weight: [B, T, C, K], the last tap belongs to the current token.
+        initial_state: the K-1 inputs before x, oldest first, [S, C, K-1], S the number of sequences (B, or those of
+            `cu_seqlens`); default zeros.
+        cu_seqlens: [S + 1] int32 or int64, boundaries of S sequences packed into one row (B = 1).
+        form: "reference", "chunked" or "triton"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
     Returns:
-        y [B, T, C] in x's dtype, and the newest K-1 inputs of each sequence [S, C, K-1] if `output_final_state`, else None.
+        y [B, T, C] in x's dtype, and the last K-1 inputs of each sequence [S, C, K-1] if `output_final_state`, else None.
     Raises:
-        ValueError: shapes that do not fit.
-        ZooError: a form that does not exist or cannot run here.
+        ValueError: the shapes do not match.
+        ZooError: the form does not exist or cannot run here.
     """
     B, T, C = x.shape
     if weight.ndim != 4 or weight.shape[:3] != x.shape:
@@ -47,7 +47,7 @@ def dynamic_conv1d(
 
 
 def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A form that wants a row for every sequence and leaves out the activation."""
+    """Adapt a form that takes one row per sequence and applies no activation."""
 
     def run(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         y = F.silu(form(packed.unpack(x, cu_seqlens), packed.unpack(weight, cu_seqlens), state))

@@ -1,4 +1,4 @@
-"""The gated delta rule as matrix products over chunks of at most 64 tokens, with a gradient of its own. README.md has the derivation.
+"""The gated delta rule as matrix products over chunks of at most 64 tokens, with a hand-written gradient. README.md has the derivation.
 
 Inside, tensors are [n, M, C, D]: n chunks, M = B H streams of one head each, C tokens.
 """
@@ -18,11 +18,11 @@ from zoo.kernels.common.recording import recorded
 
 CHUNK = 64
 BASE = 4  # rows inverted by the nilpotent series; larger blocks lose digits on correlated keys
-SEGMENT = 64  # chunk matrices (n M) that are worked on at once: more do not stay in a CPU's cache
+SEGMENT = 64  # chunk matrices (n M) per segment: more do not fit into a CPU's cache
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Same result as `reference.recurrent`, up to rounding; same shapes and arguments."""
+    """Compute the same as `reference.recurrent`, up to rounding; same shapes and arguments."""
     if torch.compiler.is_compiling():
         o, state, *_ = _forward(q, k, v, g, beta, scale, state)
         return o, state
@@ -36,7 +36,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: flo
 
 
 class _Chunked(torch.autograd.Function):
-    """A few large products, where the tape of `_forward` would be one of many small ones."""
+    """A hand-written gradient of a few large products; autograd of `_forward` would take many small ones."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,17 +54,17 @@ class _Chunked(torch.autograd.Function):
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor, *, keep: bool = True
 ) -> tuple[Tensor, ...]:
-    """o, the final state, and what `_backward` reads of the way there: written over, to save memory, unless `keep`."""
+    """Return o, the final state and the intermediates for `_backward`; unless `keep`, intermediates are overwritten to save memory."""
     B, T, H = q.shape[:3]
     C = min(CHUNK, max(BASE, 1 << (T - 1).bit_length()))
     qk = torch.cat([_by_chunk(q, C), _by_chunk(k, C)], dim=-2).flatten(1, 2)  # one operand [n, M, 2C, K] of three products
     v, g, beta = (_by_chunk(x, C).flatten(1, 2) for x in (v, g[..., None], beta[..., None]))
     decay = decays(g.cumsum(-2))  # from the chunk's start to each token
-    # log of the decay from token j to token i; a difference of cumulated ones would lose the small steps after a large one
+    # log of the decay from token j to token i; a difference of cumulative sums would lose small steps after a large one
     below = torch.ones(C, C, dtype=g.dtype, device=g.device).tril_(-1)
     between = decays((g.clamp(min=-1e4) * below).cumsum(-2)).tril_()
     k = qk[..., C:, :]
-    # in place, a view would tie a traced graph to the batch it was traced with
+    # in place, a view would fix the batch size of a traced graph
     times, plus = (Tensor.mul, Tensor.baddbmm) if torch.compiler.is_compiling() else (Tensor.mul_, Tensor.baddbmm_)
     over = Tensor.mul if keep else Tensor.mul_
     attention, correlation = times((qk @ k.mT).unflatten(-2, (2, C)), between.unsqueeze(-3)).unbind(-3)
@@ -80,7 +80,7 @@ def _forward(
 
 
 def _scan(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
-    """From chunk to chunk: the state at the start of each, W = v - k S, U = solve W, and the state at the end of the last."""
+    """Scan the chunks: return the state at each start, W = v - k S, U = solve W, and the final state."""
     if torch.compiler.is_compiling():
         starts, wanted, updates = [], [], []
         for k_c, v_c, solve_c, left_c, decay_c in _chunks(k, v, solve, left, decay):
@@ -91,7 +91,7 @@ def _scan(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: T
         return torch.stack(starts), torch.stack(wanted), torch.stack(updates), S
     S_0 = torch.empty((len(v), *S.shape), dtype=S.dtype, device=S.device)
     S_0[0] = S
-    S = torch.empty_like(S)  # a stream keeps it: not a view of what it does not need
+    S = torch.empty_like(S)  # a stream keeps this state: it must not be a view of a larger tensor
     W, U = v.clone(memory_format=torch.contiguous_format), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     ends = [*S_0[1:].unbind(0), S]
     for end_c, (S_c, k_c, W_c, U_c, solve_c, left_c, decay_c) in zip(ends, _chunks(S_0, k, W, U, solve, left, decay), strict=True):
@@ -102,7 +102,7 @@ def _scan(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: T
 
 
 def _backward(do: Tensor, dstate: Tensor, scale: float, *saved: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, g, beta, scale (none) and the state."""
+    """Return the gradients of q, k, v, g, beta, scale (None) and the state."""
     qk, W, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U = saved
     B, T = do.shape[:2]
     C = beta.shape[-2]
@@ -127,8 +127,8 @@ def _backward(do: Tensor, dstate: Tensor, scale: float, *saved: Tensor) -> tuple
     dk_reads = beta * solved + dv @ S_0.mT * decay
     dk_written = pairs_q.mT @ q - pairs_k.mT @ (beta * k)
     dbeta = (Z * W).sum(-1) - (solved * k).sum(-1)
-    # A token's decay scales what its q and k read of the past, and unscales what its k leaves to later ones. What a token reads
-    # of itself or leaves at its own end has no decay: left out, since it would only cancel, and under strong decay drown the rest.
+    # A token's decay scales what its q and k read from the past, and divides what its k leaves for later tokens. A token's own
+    # write has no decay: its terms are omitted, since they would cancel and, under strong decay, swamp the remaining terms.
     dleft = (left * k).sum(-1)
     dleft[..., -1] = 0
     ddecay = (dq * q - (dk_reads + dk_written) * k).sum(-1) - dleft
@@ -143,9 +143,9 @@ def _backward(do: Tensor, dstate: Tensor, scale: float, *saved: Tensor) -> tuple
 
 
 def _by_chunk(x: Tensor, size: int) -> Tensor:
-    """[B, T, H, D] -> [n, B, H, size, D]; zeros past the end change nothing."""
+    """[B, T, H, D] -> [n, B, H, size, D]; zeros past the end have no effect."""
     pad = -x.shape[1] % size
-    x = F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x  # padding by nothing would copy
+    x = F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x  # F.pad by zero would still copy
     return x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)
 
 
@@ -159,11 +159,11 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def unit_lower_inverse(A: Tensor) -> Tensor:
-    """(I + A)^-1 of what stands below the diagonal of A: [..., C, C], C = 4 * 2^n.
+    """Invert I + A, A strictly lower triangular: [..., C, C], C = 4 * 2^n; entries on and above the diagonal are ignored.
 
-    Forward substitution; in a traced graph, which may have no such operator, 4 x 4 diagonal blocks by (I - A)(I + A^2),
-    then pairs of blocks merged: [[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]. Both keep float32 accuracy on
-    correlated keys, where the series over all C rows explodes.
+    By forward substitution. A traced graph may lack that operator: there, 4 x 4 diagonal blocks are inverted by
+    (I - A)(I + A^2), then pairs of blocks are merged: [[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]].
+    Both keep float32 accuracy on correlated keys, where the power series over all C rows overflows.
     """
     if torch.compiler.is_compiling():
         return invert_by_blocks(A)
@@ -187,10 +187,10 @@ def invert_by_blocks(A: Tensor) -> Tensor:
 
 
 def _blocks(A: Tensor, size: int, left: int) -> Tensor:
-    """Of A: [..., C, C] the diagonal blocks (`left` = 0), or what stands left of every second one (1): [..., n, size, size]."""
+    """Return the diagonal blocks of A: [..., C, C] (`left` = 0), or the block left of every second one (1): [..., n, size, size]."""
     across = A.shape[-1] // size
     block = torch.arange(left, across, 1 + left, device=A.device)[:, None]
     row = block * size + torch.arange(size, device=A.device)
-    # one gathering, where taking each block would be many operators of a graph
+    # one gather; slicing out each block would add many operators to a graph
     rows = A.unflatten(-1, (across, size)).flatten(-3, -2).index_select(-2, (row * across + block - left).flatten())
     return rows.unflatten(-2, (-1, size))

@@ -30,19 +30,19 @@ def gated_delta_rule(
     """Gated delta rule (Gated Delta Networks, arXiv 2412.06464, section 3).
 
     Args:
-        q, k: [B, T, H, K], already normalised. v: [B, T, HV, V] with HV a multiple of H;
+        q, k: [B, T, H, K], normalised by the caller. v: [B, T, HV, V] with HV a multiple of H;
             key head j serves the value heads j*HV/H .. (j+1)*HV/H - 1.
         g: log decay <= 0, [B, T, HV]. beta: write strength in [0, 2], [B, T, HV].
-        scale: of the queries, default K ** -0.5.
-        initial_state: [S, HV, K, V], S the number of sequences (B, or as many as `cu_seqlens` marks); default zeros.
-        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in one row (B = 1).
-        form: "reference", "chunked" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
+        scale: factor applied to the queries, default K ** -0.5.
+        initial_state: [S, HV, K, V], S the number of sequences (B, or those of `cu_seqlens`); default zeros.
+        cu_seqlens: [S + 1] int32 or int64, boundaries of S sequences packed into one row (B = 1).
+        form: "reference", "chunked" or "triton"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
     Returns:
         o [B, T, HV, V] in v's dtype, and the final state [S, HV, K, V] if `output_final_state`, else None.
-        State and arithmetic are float32, or float64 for float64 input.
+        The state and the arithmetic are float32, or float64 for float64 input.
     Raises:
-        ValueError: shapes that do not fit.
-        ZooError: a form that does not exist or cannot run here.
+        ValueError: the shapes do not match.
+        ZooError: the form does not exist or cannot run here.
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -54,14 +54,14 @@ def gated_delta_rule(
         raise ValueError(f"g {list(g.shape)} and beta {list(beta.shape)}: want {[B, T, HV]}")
     dtype = torch.promote_types(v.dtype, torch.float32)
     state = given_or_zeros("initial_state", initial_state, (packed.streams(B, T, cu_seqlens), HV, K, V), v, dtype)
-    # one token is one step of the recurrence; a chunk would be padding
+    # one token is one step of the recurrence; a chunk would be mostly padding
     kernel = choose("gated_delta_rule", v, "reference" if T == 1 else "chunked", form)
     o, final = kernel(q, k, v, g, beta, K**-0.5 if scale is None else scale, state, cu_seqlens)
     return o, final if output_final_state else None
 
 
 def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A form that wants the state's dtype, a key head for every value head and a row for every sequence."""
+    """Adapt a form that takes inputs in the state's dtype, one key head per value head and one row per sequence."""
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor, cu_seqlens: Tensor | None

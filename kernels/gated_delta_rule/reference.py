@@ -1,4 +1,4 @@
-"""The gated delta rule, one token at a time: the definition every other form is checked against."""
+"""The definition of the gated delta rule, one token at a time. Every other form is checked against it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: f
 
     Args:
         q, k: [B, T, H, K]. v: [B, T, H, V]. g (log decay), beta: [B, T, H]. state: [B, H, K, V].
-            All of one floating dtype, in which the arithmetic is done.
+            All of one floating dtype, which is also that of the arithmetic.
     Returns:
         o [B, T, H, V] and the final state [B, H, K, V].
     """

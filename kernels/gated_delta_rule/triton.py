@@ -1,7 +1,7 @@
 """The gated delta rule in Triton: two launches forward, two backward, one for a single token. README.md has the derivation.
 
-Names in the kernels: C tokens of a chunk; K, V sizes of a key and a value; BK, BV how much of them a program takes, PK the power
-of two that holds K. ACC is the type of sums, DT that of the operands of products, PRECISION how products of float32 are formed.
+Names in the kernels: C tokens of a chunk; K, V sizes of a key and a value; BK, BV block sizes of K and V; PK the next power
+of two of K. ACC is the dtype of sums, DT that of the operands of products, PRECISION the precision of float32 products.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from zoo.kernels import tuning
 from zoo.kernels.fused import Fused
 
 STRONGEST = tl.constexpr(-1e4)  # exp of it is 0 even in float64
-GRAIN = tl.constexpr(16.0)  # parts of 1 that the coarse half of a decay counts
+GRAIN = tl.constexpr(16.0)  # the coarse half of a decay counts in units of 1 / GRAIN
 PLAIN_SCAN = {"BV": 16, "num_warps": 8, "num_stages": 1}
 SAVE_AT_MOST = 2**28  # bytes of states that a call may keep for its backward pass instead of computing them again
 
 
-# --- where a program stands ----------------------------------------------------------------------------------------------------
+# --- program locations --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _sequence(cu_seqlens, n, T, SEQUENCES: tl.constexpr, C: tl.constexpr):
-    """First token, number of tokens and first chunk of sequence n. SEQUENCES: a power of two that holds their number."""
+    """Return the first token, number of tokens and first chunk of sequence n. SEQUENCES: a power of two, at least their number."""
     if cu_seqlens is None:
         return n.to(tl.int64) * T, T, n.to(tl.int64) * tl.cdiv(T, C)
     else:
@@ -37,7 +37,7 @@ def _sequence(cu_seqlens, n, T, SEQUENCES: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _chunk(cu_seqlens, c, T, sequences, SEQUENCES: tl.constexpr, C: tl.constexpr):
-    """First token and number of tokens of the sequence that chunk c is part of, and its place there; no tokens past the last chunk."""
+    """Return the first token and number of tokens of the sequence of chunk c, and its place in it; no tokens past the last chunk."""
     if cu_seqlens is None:
         chunks = tl.cdiv(T, C)
         return (c // chunks).to(tl.int64) * T, T, c % chunks
@@ -54,31 +54,31 @@ def _chunk(cu_seqlens, c, T, sequences, SEQUENCES: tl.constexpr, C: tl.constexpr
 
 @triton.jit
 def _decay(decay, row, mask, ACC: tl.constexpr):
-    """Coarse and fine half of the log decay since the chunk's start."""
+    """Return the coarse and fine half of the log decay since the chunk's start."""
     coarse = tl.load(decay + 2 * row, mask=mask, other=0.0).to(ACC)
     return coarse, tl.load(decay + 2 * row + 1, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
 def _between(coarse, fine, mask):
-    """exp of the log decay from column to row where `mask` allows, else 0."""
+    """Return exp of the log decay from column to row where `mask` is set, else 0."""
     after = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     return tl.where(mask, tl.exp(tl.where(mask, after, 0.0)), 0.0)
 
 
 @triton.jit
 def _between_columns(coarse, fine, mask):
-    """The transpose of `_between`: from row to column."""
+    """Return the transpose of `_between`: from row to column."""
     after = (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None])
     return tl.where(mask, tl.exp(tl.where(mask, after, 0.0)), 0.0)
 
 
-# --- what a chunk needs that no other chunk changes ----------------------------------------------------------------------------
+# --- parts of a chunk that depend on no other chunk ----------------------------------------------------------------------------
 
 
 @triton.jit
 def _merged(tau, L, b, row, column, SIZE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """tau of diagonal blocks of 2 SIZE rows from that of SIZE rows: tau - (I + tau diag(b)) R (I + diag(b) tau), R what is new of L."""
+    """Merge tau of blocks of SIZE rows into 2 SIZE: tau - (I + tau diag(b)) R (I + diag(b) tau), R the new entries of L."""
     R = tl.where((row // SIZE == column // SIZE + 1) & ((row // SIZE) % 2 == 1), L, 0.0)
     R += tl.dot(R, b * tau, input_precision=PRECISION, out_dtype=ACC)
     return tau - R - tl.dot(tau, b * R, input_precision=PRECISION, out_dtype=ACC)
@@ -86,7 +86,7 @@ def _merged(tau, L, b, row, column, SIZE: tl.constexpr, PRECISION: tl.constexpr,
 
 @triton.jit
 def _blocks(A, C: tl.constexpr, SIZE: tl.constexpr):
-    """The diagonal blocks of [C, C]: [C / SIZE, SIZE, SIZE]."""
+    """Return the diagonal blocks of [C, C]: [C / SIZE, SIZE, SIZE]."""
     i = tl.arange(0, C) // SIZE
     inside = tl.where(i[:, None] == i[None, :], A, 0.0)
     return tl.sum(tl.reshape(inside, (C // SIZE, SIZE, C // SIZE, SIZE)), 2)
@@ -94,7 +94,7 @@ def _blocks(A, C: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _diagonal(X, C: tl.constexpr, SIZE: tl.constexpr):
-    """[C, C] with these diagonal blocks: what `_blocks` took apart."""
+    """Undo `_blocks`: return [C, C] with these diagonal blocks."""
     spread = tl.broadcast_to(tl.reshape(X, (C // SIZE, SIZE, 1, SIZE)), (C // SIZE, SIZE, C // SIZE, SIZE))
     i = tl.arange(0, C) // SIZE
     return tl.where(i[:, None] == i[None, :], tl.reshape(spread, (C, C)), 0.0)
@@ -106,7 +106,7 @@ def prepare(
     SEQUENCES: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log decays since the chunk's start, and tau = -L (I + diag(beta) L)^-1, L the decayed products of keys below the diagonal."""
+    """Compute log decays since the chunk's start and tau = -L (I + diag(beta) L)^-1, L the decayed key products below the diagonal."""
     head = tl.program_id(1)
     first, length, c = _chunk(cu_seqlens, tl.program_id(0), T, sequences, SEQUENCES, C)
     if length == 0:
@@ -157,7 +157,7 @@ def _scan(
     SEQUENCES: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state through the chunks of a sequence. Writes o and final, states and y, or all four: what is None is left out."""
+    """Carry the state through the chunks of a sequence. Writes o and final, states and y, or all four; None is skipped."""
     stream, tile = tl.program_id(0) // tl.cdiv(V, BV), tl.program_id(0) % tl.cdiv(V, BV)
     n, head = stream // HV, stream % HV
     first, length, first_chunk = _sequence(cu_seqlens, n, T, SEQUENCES, C)
@@ -207,7 +207,7 @@ def _scan_back(
     SEQUENCES: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state's gradient back through the chunks: after each chunk, in dstates, and with respect to r, in dr."""
+    """Carry the state's gradient back through the chunks. Writes it after each chunk to dstates, and the gradient of r to dr."""
     stream, tile = tl.program_id(0) // tl.cdiv(V, BV), tl.program_id(0) % tl.cdiv(V, BV)
     n, head = stream // HV, stream % HV
     first, length, first_chunk = _sequence(cu_seqlens, n, T, SEQUENCES, C)
@@ -246,7 +246,7 @@ def _scan_back(
         predicted = (bdr * (-b * since_start)[:, None]).to(DT)
         D = D * tl.exp(coarse_end + fine_end)
         D += tl.dot(tl.trans(bq), read.to(DT), input_precision=PRECISION, out_dtype=ACC)
-        if DT.primitive_bitwidth == 16:  # most of the gradient of a state comes from here: what rounding took off, too
+        if DT.primitive_bitwidth == 16:  # most of the gradient of a state comes from here: add the rounding error, too
             D += tl.dot(tl.trans(bq), (read - read.to(DT).to(ACC)).to(DT), input_precision=PRECISION, out_dtype=ACC)
         D += tl.dot(tl.trans(bk), predicted, input_precision=PRECISION, out_dtype=ACC)
     tl.store(dstate + place, D, mask=part)
@@ -282,7 +282,7 @@ def both_scans(
     SEQUENCES: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient's way back and, beside it, in programs of their own, the states that the forward pass did not keep."""
+    """Scan the gradient backwards and, in separate programs, recompute the states that the forward pass did not keep."""
     if tl.program_id(1) == 0:
         _scan_back(
             q, k, decay, beta, tau, do, dfinal, dstates, dr, dstate, cu_seqlens, stride_q, stride_k, scale, T,
@@ -304,7 +304,7 @@ def gradients(
     SEQUENCES: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk of every value head, dv, dbeta, and this block of keys' share of dg: [K / BK, tokens, HV].
+    """Compute dq, dk of every value head, dv, dbeta, and the part of dg from this block of keys: [K / BK, tokens, HV].
 
     dg comes from products of q and k with the parts of their gradients that a decay multiplies. The shorter q.dq - v.dv is equal,
     but a difference of large sums under strong decay.
@@ -354,7 +354,7 @@ def gradients(
         bdq += tl.dot(bd, tl.trans(S), input_precision=PRECISION, out_dtype=ACC)
     bdq *= (scale * since_start)[:, None]
 
-    # within the chunk; transposes are products of their own, for compilers get transposes of products wrong
+    # within the chunk; transposes are computed as separate products, since compilers get transposes of products wrong
     P, PT, F, FT = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC), tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
     for j in range(0, V, BV):
         iv = j + tl.arange(0, BV)
@@ -402,7 +402,7 @@ def step(
     q, k, v, g, beta, state, o, final, stride_q, stride_k, stride_v, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The recurrence for one token of every stream."""
+    """Run the recurrence for one token of every stream."""
     stream, tile = tl.program_id(0) // tl.cdiv(V, BV), tl.program_id(0) % tl.cdiv(V, BV)
     n, head = stream // HV, stream % HV
     ik, iv = tl.arange(0, PK), tile * BV + tl.arange(0, BV)
@@ -439,7 +439,7 @@ def run(
 def allocate(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, cu_seqlens: Tensor | None, scale: float, keep: bool
 ) -> tuple[Tensor, ...]:
-    """o, final state; decays, tau; and if kept the state before each chunk and y."""
+    """Allocate o and the final state; decays and tau; and, if kept, the state before each chunk and y."""
     C = _chunk_length(q)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     tau = v.new_empty(*v.shape[:3], C)
@@ -519,7 +519,7 @@ def backward(
     plain = {"BK": 32 if C == 64 else 64, "BV": 64, "num_warps": 8, "num_stages": 1}
     config = tuning.configuration("gated_delta_rule.gradients", v, plain, K=K, V=V)
     blocks = triton.cdiv(K, config["BK"])
-    # of every value head; those that share a key head are added up below
+    # per value head; those that share a key head are summed below
     dq, dk = (q.new_empty(B, T, HV, K, dtype=q.dtype if HV == H else state.dtype) for _ in range(2))
     dv, dbeta, dg = torch.empty_like(y), state.new_empty(B, T, HV), state.new_empty(blocks, B, T, HV)
     gradients[(chunks, HV, blocks)](
@@ -567,18 +567,18 @@ def _common(v: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> dict[str, ob
 
 
 def _chunk_length(q: Tensor) -> int:
-    """32 where 64 rows would not fit the registers: on an A100, which multiplies in them, and for large keys."""
+    """Return 64, or 32 where 64 rows would not fit into registers: on an A100, whose operands are in registers, and for large keys."""
     return 32 if q.shape[3] > 128 or tuning.target(q) == 80 else 64
 
 
 def _chunks(v: Tensor, cu_seqlens: Tensor | None, C: int) -> int:
-    """At least as many as there are: reading `cu_seqlens` would make every launch wait."""
+    """Return an upper bound on the number of chunks: reading `cu_seqlens` would synchronise."""
     B, T = v.shape[:2]
     return B * -(-T // C) if cu_seqlens is None else T // C + len(cu_seqlens) - 1
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """[B, T, H, D] such that one stride leads from token to token, also into the next row; a part of a wider tensor need not be copied."""
+    """Return [B, T, H, D] with one stride between tokens, across rows too. A slice of a wider tensor need not be copied."""
     usual = x.stride()[2:] == (x.shape[3], 1) and (len(x) == 1 or x.stride(0) == x.shape[1] * _stride(x))
     return x if usual else x.contiguous()
 

@@ -1,4 +1,4 @@
-"""Root mean square norm with a gate: the definition, and the form for CPUs."""
+"""The definition of the gated root mean square norm, which is also its form for CPUs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from zoo.kernels.rmsnorm.reference import scaled
 
 
 def norm_then_gate(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * norm(x) * silu(gate). x, gate: [..., N] or [..., G, N]. weight: [N] or [G, N]."""
+    """Compute weight * norm(x) * silu(gate). x, gate: [..., N] or [..., G, N]. weight: [N] or [G, N]."""
     y, gates = scaled(x, weight, eps, x.dtype), F.silu(gate)
     return (y * gates if y.dtype != gate.dtype or recorded(y, gates) else y.mul_(gates)).to(gate.dtype)
 
 
 def gate_then_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * norm(x * silu(gate)), shapes as above."""
+    """Compute weight * norm(x * silu(gate)), shapes as above."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return scaled(x.to(wide) * F.silu(gate.to(wide)), weight, eps, gate.dtype)
 

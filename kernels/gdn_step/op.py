@@ -29,22 +29,22 @@ def gdn_step(
     eps: float = 1e-5,
     form: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token of a Gated DeltaNet mixer between its projections (arXiv 2412.06464, figure 1), in one launch. No gradients.
+    """Process one token of a Gated DeltaNet mixer between its projections (arXiv 2412.06464, figure 1), in one launch. No gradients.
 
     Short convolution and SiLU of q, k and v, unit q and k, log decay -exp(A_log) softplus(a + dt_bias), write strength
     beta_scale sigmoid(b), gated delta rule with queries scaled by K ** -0.5, norm of each head, times silu(gate).
 
     Args:
-        q, k: [B, 1, H * K]. v, gate: [B, 1, HV * V], HV a multiple of H. a, b: [B, 1, HV]. What the projections of x give.
+        q, k: [B, 1, H * K]. v, gate: [B, 1, HV * V], HV a multiple of H. a, b: [B, 1, HV]. All are projections of x.
         q_conv, k_conv: [H * K, taps]. v_conv: [HV * V, taps]. A_log, dt_bias: [HV]. norm_weight: [V].
-        window: the newest taps - 1 inputs of the convolution, q's channels, k's and v's, oldest first, [B, 2 H K + HV V, taps - 1].
+        window: the last taps - 1 inputs of the convolution, oldest first; channels of q, then k, then v: [B, 2 H K + HV V, taps - 1].
         state: [B, HV, K, V], float32, or float64 for float64 input.
-        form: "reference" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
+        form: "reference" or "triton"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
     Returns:
         y [B, 1, HV * V] in v's dtype, state and window after the token.
     Raises:
-        ValueError: shapes that do not fit.
-        ZooError: a form that does not exist or cannot run here.
+        ValueError: the shapes do not match.
+        ZooError: the form does not exist or cannot run here.
     """
     B, HV, K, V = state.shape
     keys, values = q.shape[-1], HV * V
@@ -66,7 +66,7 @@ def gdn_step(
 
 
 def one_launch(x: Tensor) -> bool:
-    """Whether `gdn_step` is how to mix the tokens x [B, T, D]: only one, no gradients, and Triton serves it."""
+    """Return whether `gdn_step` should mix the tokens x [B, T, D]: there is one token, no gradients are wanted, and Triton can run."""
     return x.shape[1] == 1 and not torch.is_grad_enabled() and choose("gdn_step", x, "reference") is kernels.get("gdn_step.triton")
 
 

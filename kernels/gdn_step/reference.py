@@ -1,4 +1,4 @@
-"""One token of a Gated DeltaNet mixer between its projections, composed of the plain operators: the definition."""
+"""The definition: one token of a Gated DeltaNet mixer between its projections, composed of the other operators."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from zoo.kernels.tuning import configuration
 def _convolved(
     x, weight, window, window_after, channel, place, inside, window_channel, window_token, writes, TAPS: tl.constexpr, ACC: tl.constexpr
 ):
-    """silu of the convolution at the one new token, for `channel` of x, which stand at `place` in the window; moves the window on."""
+    """Return silu of the convolution at the new token, for `channel` of x at `place` in the window; shifts the window."""
     new = tl.load(x + channel, mask=inside, other=0.0)
     z = tl.load(weight + channel * TAPS + TAPS - 1, mask=inside, other=0.0).to(ACC) * new.to(ACC)
     for tap in tl.static_range(TAPS - 1):
@@ -34,7 +34,7 @@ def _convolved(
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x), exact where e^x is small."""
+    """Return log(1 + e^x), accurate where e^x is small."""
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
     return tl.maximum(x, 0.0) + tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
@@ -53,7 +53,7 @@ def step(
     i = tl.arange(0, BK)
     window += row * window_row
     window_after += row * (2 * H * K + HV * V) * (TAPS - 1)
-    writes = head % (HV // H) == 0  # of the value heads that share a key head, one
+    writes = head % (HV // H) == 0  # one of the value heads that share a key head
     channel = key_head * K + i
     bq = _convolved(q + row * q_row, q_conv, window, window_after, channel, channel, i < K, window_channel, window_token, writes, TAPS, ACC)
     bk = _convolved(

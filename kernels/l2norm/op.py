@@ -9,13 +9,13 @@ from zoo.kernels.l2norm.reference import normed
 
 
 def l2norm(x: Tensor, *, eps: float = 1e-6, form: str | None = None) -> Tensor:
-    """x / sqrt(sum(x^2) + eps) over the last dimension, in float32 or wider: queries and keys of the delta rule.
+    """Compute x / sqrt(sum(x^2) + eps) over the last dimension, in float32 or wider. The delta rule uses it for queries and keys.
 
     Args:
         x: [..., N].
-        form: "reference" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
+        form: "reference" or "triton"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
     Raises:
-        ZooError: a form that does not exist or cannot run here.
+        ZooError: the form does not exist or cannot run here.
     """
     y: Tensor = choose("l2norm", x, "reference", form)(x, eps)
     return y

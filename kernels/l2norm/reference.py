@@ -1,4 +1,4 @@
-"""Rows made unit length: the definition, and the form for CPUs."""
+"""The definition of the L2 norm, which is also its form for CPUs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from zoo.kernels.common.squares import square_sum
 
 
 def normed(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(sum(x^2) + eps) over the last dimension, in float32 or wider. x: [..., N]."""
+    """Compute x / sqrt(sum(x^2) + eps) over the last dimension, in float32 or wider. x: [..., N]."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * (square_sum(wide) + eps).rsqrt()).to(x.dtype)

@@ -13,18 +13,18 @@ Style = Literal["plain", "wide", "centred"]
 
 
 def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, style: Style = "plain", form: str | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) times a weight, over the last dimension, in float32 or wider (arXiv 1910.07467, eq. 4).
+    """Compute x / sqrt(mean(x^2) + eps) times a weight, over the last dimension, in float32 or wider (arXiv 1910.07467, eq. 4).
 
     Args:
         x: [..., N], or [..., G, N] with a weight for each group. weight: [N] or [G, N].
         style: "plain" casts back to x's dtype before the weight is applied, as in Llama; "wide" after, as in Jet-Nemotron;
             "centred" applies 1 + weight and casts after, as in Qwen3-Next.
-        form: "reference" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
+        form: "reference" or "triton"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
     Returns:
-        y like x; "plain" with a weight of a wider dtype gives that dtype.
+        y, of the shape and dtype of x; "plain" with a weight of a wider dtype returns that dtype.
     Raises:
-        ValueError: shapes that do not fit, or a style that does not exist.
-        ZooError: a form that does not exist or cannot run here.
+        ValueError: the shapes do not match, or the style does not exist.
+        ZooError: the form does not exist or cannot run here.
     """
     check_weight(x, weight)
     if style not in get_args(Style):
@@ -34,7 +34,7 @@ def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, style: Style = "pla
 
 
 def check_weight(x: Tensor, weight: Tensor) -> None:
-    """ValueError unless the weight is of x's last dimension, or of its last two."""
+    """Raise ValueError unless the weight has the shape of x's last dimension or last two dimensions."""
     if weight.ndim not in (1, 2) or weight.shape != x.shape[x.ndim - weight.ndim :]:
         raise ValueError(f"weight {list(weight.shape)}: want [N] or [G, N] for x {list(x.shape)} as [..., N] or [..., G, N]")
 

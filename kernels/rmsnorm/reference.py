@@ -1,4 +1,4 @@
-"""Root mean square norm: the definition, and the form for CPUs."""
+"""The definition of the root mean square norm, which is also its form for CPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zoo.kernels.common.squares import square_sum
 
 
 def scaled(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) in float32 or wider, cast to `dtype`, times the weight; shapes as below."""
+    """Return x / sqrt(mean(x^2) + eps) in float32 or wider, cast to `dtype`, times the weight; shapes as below."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if not torch.compiler.is_compiling():
         y = (x * (square_sum(x) / x.shape[-1] + eps).rsqrt()).to(dtype)
@@ -22,7 +22,7 @@ def scaled(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, style: str) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension in float32 or wider (arXiv 1910.07467, eq. 4), times a weight as `style` has it.
+    """Normalise the last dimension in float32 or wider (arXiv 1910.07467, eq. 4) and apply the weight according to `style`.
 
     Args:
         x: [..., N] or [..., G, N]. weight: [N] or [G, N]. style: "plain", "wide" or "centred", see op.py.

@@ -1,6 +1,6 @@
-"""Norms of rows, forward and backward in one launch each: RMS, with a gate before or after it, and L2. README.md has the maths.
+"""Norms of rows in one launch forward and one backward: RMS, with a gate before or after it, and L2. README.md has the maths.
 
-Rows of N numbers stand as x [R, G, N]; group g of every row has weight g. A program takes BR rows of one group.
+Rows of N numbers are x [R, G, N]; group g of every row has weight g. A program processes BR rows of one group.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from zoo.kernels.fused import Fused
 from zoo.kernels.tuning import configuration
 
-BEFORE, AFTER = 1, 2  # where a gate stands: it multiplies what is normed, or the normed
-PARTIAL_SUMS = 512  # of the gradient of a weight, at most; each is a program
+BEFORE, AFTER = 1, 2  # position of a gate: it multiplies the input of the norm, or its output
+PARTIAL_SUMS = 512  # maximum number of partial sums of a weight's gradient, one per program
 
 
 @triton.jit
@@ -48,7 +48,8 @@ def backward(
     GROUPS: tl.constexpr, N: tl.constexpr, GATE: tl.constexpr, WEIGHTED: tl.constexpr, CENTRED: tl.constexpr,
     ACC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A program takes `blocks` blocks of rows, and leaves its part of the weight's gradient in dweight [programs, G, N]."""
+    """Compute the gradients. A program processes `blocks` blocks of rows and writes its part of the weight's gradient to dweight
+    [programs, G, N]."""
     part, group, column = tl.program_id(0), tl.program_id(1), tl.arange(0, BN)
     if WEIGHTED:
         w = tl.load(weight + group * weight_group + column, mask=column < N, other=0.0).to(ACC)
@@ -111,9 +112,9 @@ def _launch_forward(
     centred: bool,
     cast_first: bool,
 ) -> None:
-    """y = x [..., G, N] normed, with the gate before or after. `mean`: of the squares, else their sum.
+    """Normalise x [..., G, N], with the gate before or after. `mean`: divide by the mean of the squares, else by their sum.
 
-    cast_first: what is normed is rounded to a narrower dtype before the weight is applied, x's, or that of a gate that came before.
+    cast_first: round the normalised row to the narrower dtype, x's or that of a gate before the norm, before the weight is applied.
     """
     G, weight_group = _groups(weight)
     rounded = (gate.dtype if gate is not None and gate_first else x.dtype) if cast_first else _accumulator(x)
@@ -159,13 +160,13 @@ def _launch_backward(
 
 
 def _rows(x: Tensor, groups: int) -> Tensor:
-    """[..., G, N] as [R, G, N], its last dimension without gaps."""
+    """Return [..., G, N] as [R, G, N] with a contiguous last dimension."""
     x = x.reshape(-1, groups, x.shape[-1])
     return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _groups(weight: Tensor | None) -> tuple[int, int]:
-    """How many groups there are, and from one group's weight to the next."""
+    """Return the number of groups and the stride between their weights."""
     return (1, 0) if weight is None or weight.ndim == 1 else (weight.shape[0], weight.shape[1])
 
 
@@ -174,7 +175,7 @@ def _place(gate: Tensor | None, gate_first: bool) -> int:
 
 
 def _plain(R: int, N: int) -> dict[str, int]:
-    """4096 numbers a program, or one row."""
+    """Return the default configuration: 4096 numbers per program, or one row."""
     BN = triton.next_power_of_2(N)
     return {"BR": min(max(1, 4096 // BN), triton.next_power_of_2(R)), "BN": BN, "num_warps": min(16, max(4, BN // 1024))}
 

@@ -1,13 +1,13 @@
 """The selective scan over many tokens at once.
 
-Every channel and state has its own decay, so no matrix product does it. Decays are only ever multiplied, never divided by,
-so strong ones vanish safely. Two ways:
+Every channel and state has its own decay, so matrix products do not apply.
+Decays are multiplied, never divided by, so strong decays underflow to zero safely. There are two variants.
 
-Segments, where launches are what costs: up to 64 tokens are cut into about 8 runs of about 8; all runs advance together from
-zero, token by token; then the state at each run's start is carried through them.
+Segments, where the number of launches dominates the cost: up to 64 tokens are cut into about 8 runs of about 8.
+All runs advance together from zero, token by token; then the state at each run's start is carried through them.
 
-Blocks, on a CPU where no gradients are wanted: decays and writes of some tokens are made at once and then added up in place,
-token by token, while they are in its cache.
+Blocks, on a CPU without gradients: the decays and writes of a few tokens are computed at once, then accumulated in place,
+token by token, while they are in the cache.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 from zoo.kernels.common.recording import recorded
 
 SEGMENT = 64  # tokens whose states are held at once
-BLOCK = 2**17  # entries of the states of tokens that are in a CPU's cache at once
+BLOCK = 2**17  # entries of the states that fit into a CPU's cache
 
 
 def chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Same result as `reference.recurrent`, up to rounding; same shapes and arguments."""
+    """Compute the same as `reference.recurrent`, up to rounding; same shapes and arguments."""
     in_place = u.is_cpu and not recorded(u, dt, A, B, C, state)
     size, run = (max(4, BLOCK // state.numel()), _block) if in_place else (SEGMENT, _segment)
     outputs = []
@@ -35,7 +35,7 @@ def chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tenso
 
 def _block(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     decay = torch.einsum("btd,dn->tbdn", dt, A).exp_()
-    states = torch.einsum("btd,btn->tbdn", dt * u, B)  # what each token writes, then also what stayed
+    states = torch.einsum("btd,btn->tbdn", dt * u, B)  # first the write of each token, then the state after it
     for t in range(len(states)):
         state = torch.addcmul(states[t], decay[t], state, out=states[t])
     y = states @ C.transpose(0, 1)[..., None]

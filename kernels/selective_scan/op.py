@@ -29,17 +29,17 @@ def selective_scan(
     """Selective scan of Mamba (arXiv 2312.00752, algorithm 2), without the skip connection D u.
 
     Args:
-        u: [B, T, D]. dt: step sizes >= 0, [B, T, D]; a step of 0 leaves the state alone.
+        u: [B, T, D]. dt: step sizes >= 0, [B, T, D]; a step of 0 leaves the state unchanged.
         A: < 0, [D, N]. B, C: [B, T, N].
-        initial_state: [S, D, N], S the number of sequences (B, or as many as `cu_seqlens` marks); default zeros.
-        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in one row (B = 1).
-        form: "reference", "chunked" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
+        initial_state: [S, D, N], S the number of sequences (B, or those of `cu_seqlens`); default zeros.
+        cu_seqlens: [S + 1] int32 or int64, boundaries of S sequences packed into one row (B = 1).
+        form: "reference", "chunked" or "triton"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
     Returns:
         y [B, T, D] in u's dtype, and the final state [S, D, N] if `output_final_state`, else None.
-        State and arithmetic are float32, or float64 for float64 input.
+        The state and the arithmetic are float32, or float64 for float64 input.
     Raises:
-        ValueError: shapes that do not fit.
-        ZooError: a form that does not exist or cannot run here.
+        ValueError: the shapes do not match.
+        ZooError: the form does not exist or cannot run here.
     """
     batch, T, D = u.shape
     N = A.shape[-1]
@@ -55,7 +55,7 @@ def selective_scan(
 
 
 def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A form that wants the state's dtype and a row for every sequence."""
+    """Adapt a form that takes inputs in the state's dtype and one row per sequence."""
 
     def run(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         steps = [packed.unpack(x.to(state.dtype), cu_seqlens) for x in (u, dt, B, C)]

@@ -1,4 +1,4 @@
-"""The selective scan, one token at a time: the definition every other form is checked against."""
+"""The definition of the selective scan, one token at a time. Every other form is checked against it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def recurrent(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
 
     Args:
         u, dt: [B, T, D]. A: [D, N]. B, C: [B, T, N]. state: [B, D, N].
-            All of one floating dtype, in which the arithmetic is done.
+            All of one floating dtype, which is also that of the arithmetic.
     Returns:
         y [B, T, D] and the final state [B, D, N].
     """

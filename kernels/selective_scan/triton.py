@@ -1,7 +1,7 @@
 """The selective scan in Triton: each program carries the states of a block of channels through one sequence, token by token.
 
-Nothing of size [B, T, D, N] is ever written. The forward saves the state every few tokens; the backward goes from the last
-save to the first, recomputes the states between two saves in registers, and walks back through them.
+Nothing of size [B, T, D, N] is ever written. The forward pass saves the state every few tokens; the backward pass goes from the
+last save to the first, recomputes the states between two saves in registers, and walks back through them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EVERY = 8  # tokens from one saved state to the next: the backward holds that ma
 
 @triton.jit
 def _bounds(cu, s, T, VARLEN: tl.constexpr, EVERY: tl.constexpr):
-    """First token and number of tokens of sequence s, and where its saved states begin among all of them."""
+    """Return the first token and number of tokens of sequence s, and the index of its first saved state."""
     first, length, save = s.to(tl.int64) * T, T, s.to(tl.int64) * tl.cdiv(T, EVERY)
     if VARLEN:
         first = tl.load(cu + s).to(tl.int64)
@@ -33,7 +33,7 @@ def _bounds(cu, s, T, VARLEN: tl.constexpr, EVERY: tl.constexpr):
 @triton.jit
 def scan(u, dt, A, B, C, start, y, final, saved, cu, T, D, N: tl.constexpr,
          BD: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr, SAVE: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """y, the final state, and with SAVE the state before every EVERY-th token. Grid: blocks of channels x sequences."""
+    """Compute y, the final state, and with SAVE the state before every EVERY-th token. Grid: blocks of channels x sequences."""
     s = tl.program_id(1)
     first, length, save = _bounds(cu, s, T, VARLEN, EVERY)
     d, n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN)
@@ -61,7 +61,7 @@ def scan(u, dt, A, B, C, start, y, final, saved, cu, T, D, N: tl.constexpr,
 @triton.jit
 def scan_gradients(u, dt, A, B, C, saved, dy, dfinal, du, ddt, dA, dB, dC, dstart, cu, T, TOTAL, D, N: tl.constexpr,
                    BD: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """Every gradient; that of A per sequence, those of B and C per block of channels. Grid: blocks of channels x sequences."""
+    """Compute every gradient; that of A per sequence, those of B and C per block of channels. Grid: blocks of channels x sequences."""
     s = tl.program_id(1)
     first, length, save = _bounds(cu, s, T, VARLEN, EVERY)
     d, n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN)
@@ -111,7 +111,7 @@ def scan_gradients(u, dt, A, B, C, saved, dy, dfinal, du, ddt, dA, dB, dC, dstar
 
 @triton.jit
 def scan_step(u, dt, A, B, C, start, y, final, D, N: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
-    """One token of every sequence. Grid: blocks of channels x sequences."""
+    """Process one token of every sequence. Grid: blocks of channels x sequences."""
     s = tl.program_id(1).to(tl.int64)
     d, n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN)
     cell, place = (d < D)[:, None] & (n < N)[None, :], d[:, None] * N + n[None, :]
@@ -127,7 +127,7 @@ def scan_step(u, dt, A, B, C, start, y, final, D, N: tl.constexpr, BD: tl.conste
 
 
 def run(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shapes as of `op.selective_scan`; state [S, D, N] float32, or float64, which is then the arithmetic's dtype."""
+    """Run the scan. Shapes as in `op.selective_scan`; state [S, D, N] float32 or float64, the dtype of the arithmetic."""
     inputs = [x.contiguous() for x in (u, dt, A, B, C, state)]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     y, final = _scan(*inputs, cu_seqlens, save)
@@ -192,7 +192,7 @@ def _backward(
 
 
 def _config(kernel: str, u: Tensor, state: Tensor, **shape: int) -> tuple[dict[str, Any], tuple[int, int]]:
-    """Constants of a launch, and its grid: blocks of channels x sequences."""
+    """Return the constants of a launch and its grid: blocks of channels x sequences."""
     S, D, N = state.shape
     BN = triton.next_power_of_2(N)
     BD = max(16, 256 // BN)

@@ -1,6 +1,6 @@
 """State-space duality as matrix products over chunks of at most 64 tokens (Mamba-2, arXiv 2405.21060, section 6).
 
-The heads of a group read and write with the same C and B, so their values stand side by side in one product.
+The heads of a group share B and C, so their values are concatenated into one product.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CHUNK = 64
 
 
 def chunked(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Same result as `reference.recurrent`, up to rounding; same shapes and arguments, but B and C of each of G groups: [B, T, G, N]."""
+    """Compute the same as `reference.recurrent`, up to rounding; same shapes and arguments."""
     T, G = B.shape[1:3]
     size = min(CHUNK, T)
 
@@ -27,7 +27,7 @@ def chunked(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[
     B, C = (by_chunk(y).transpose(2, 3) for y in (B, C))  # [n, B, G, size, N]
     g = g.permute(0, 1, 3, 4, 2)  # [n, B, G, heads, size]
     decay = decays(g.cumsum(-1))  # from the chunk's start to each token
-    # from each token on: differences of the cumulated would lose the small steps that follow a large one
+    # summed from each token: a difference of cumulative sums would lose small steps that follow a large one
     between = decays(g[..., None].expand(*g.shape, size).tril(-1).cumsum(-2)).tril()
     within = ((C @ B.mT)[:, :, :, None] * between) @ x.permute(0, 1, 3, 4, 2, 5)  # [n, B, G, heads, size, P]
     left = x.transpose(2, 3) * between[..., -1, :].mT[..., None]  # [n, B, G, size, heads, P]

@@ -29,17 +29,17 @@ def ssd(
     """The scan of Mamba-2 (arXiv 2405.21060, section 6), without the skip connection D x.
 
     Args:
-        x: [B, T, H, P]. dt: step sizes >= 0, [B, T, H]; a step of 0 leaves the state alone.
+        x: [B, T, H, P]. dt: step sizes >= 0, [B, T, H]; a step of 0 leaves the state unchanged.
         A: < 0, [H]. B, C: [B, T, G, N], H a multiple of G; group j serves the heads j*H/G .. (j+1)*H/G - 1.
-        initial_state: [S, H, N, P], S the number of sequences (B, or as many as `cu_seqlens` marks); default zeros.
-        cu_seqlens: [S + 1] int32 or int64, where each of S sequences begins that stand end to end in one row (B = 1).
-        form: "reference", "chunked" or "triton"; default: what `zoo.kernels.use` says, else the fastest that fits.
+        initial_state: [S, H, N, P], S the number of sequences (B, or those of `cu_seqlens`); default zeros.
+        cu_seqlens: [S + 1] int32 or int64, boundaries of S sequences packed into one row (B = 1).
+        form: "reference", "chunked" or "triton"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
     Returns:
         y [B, T, H, P] in x's dtype, and the final state [S, H, N, P] if `output_final_state`, else None.
-        State and arithmetic are float32, or float64 for float64 input.
+        The state and the arithmetic are float32, or float64 for float64 input.
     Raises:
-        ValueError: shapes that do not fit.
-        ZooError: a form that does not exist or cannot run here.
+        ValueError: the shapes do not match.
+        ZooError: the form does not exist or cannot run here.
     """
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
@@ -55,7 +55,7 @@ def ssd(
 
 
 def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A form of (dt x, dt A, B, C, state) that wants the state's dtype and a row for every sequence."""
+    """Adapt a form of (dt x, dt A, B, C, state) that takes inputs in the state's dtype and one row per sequence."""
 
     def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         step, B, C = (y.to(state.dtype) for y in (dt, B, C))

@@ -1,4 +1,4 @@
-"""State-space duality, one token at a time: the definition every other form is checked against."""
+"""The definition of state-space duality, one token at a time. Every other form is checked against it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def recurrent(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tupl
 
     Args:
         x: [B, T, H, P]. g (log decay): [B, T, H]. B, C: [B, T, G, N], H a multiple of G. state: [B, H, N, P].
-            All of one floating dtype, in which the arithmetic is done.
+            All of one floating dtype, which is also that of the arithmetic.
     Returns:
         y [B, T, H, P] and the final state [B, H, N, P].
     """

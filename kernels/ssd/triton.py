@@ -1,7 +1,7 @@
 """State-space duality in Triton, chunk by chunk with matrix products (README.md has the equations).
 
 Forward: one launch; a program carries a block of a head's state through one sequence. Backward: one launch for two scans that
-do not need each other, of the states and of their gradients, and one for every gradient, in which all chunks are independent.
+do not depend on each other, of the states and of their gradients, and one for all gradients, in which chunks are independent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROGRAMS = 264  # that the gradients of B and C are split over where there are h
 
 @triton.jit
 def _bounds(cu, s, T, VARLEN: tl.constexpr, BT: tl.constexpr):
-    """First token and number of tokens of sequence s, and where its chunks begin among all chunks."""
+    """Return the first token and number of tokens of sequence s, and the index of its first chunk."""
     first, length, chunk = s.to(tl.int64) * T, T, s.to(tl.int64) * tl.cdiv(T, BT)
     if VARLEN:
         first = tl.load(cu + s).to(tl.int64)
@@ -32,7 +32,7 @@ def _bounds(cu, s, T, VARLEN: tl.constexpr, BT: tl.constexpr):
 
 @triton.jit
 def _log_decays(dt, A, h, i, H, inside, ACC: tl.constexpr):
-    """dt, the log decay from the chunk's start to each token, in float64, and to its end."""
+    """Return dt, the log decay from the chunk's start to each token, in float64, and to its end."""
     step = tl.load(dt + h + i * H, mask=inside, other=0.0)
     fall = step.to(tl.float64) * tl.load(A + h).to(tl.float64)
     return step.to(ACC), tl.cumsum(fall, 0), tl.sum(fall, 0)
@@ -40,7 +40,7 @@ def _log_decays(dt, A, h, i, H, inside, ACC: tl.constexpr):
 
 @triton.jit
 def _between(down, up, allowed, ACC: tl.constexpr):
-    """exp(down_i - up_j) where allowed, else 0: the high parts cancel exactly, so that small steps survive a large one."""
+    """Return exp(down_i - up_j) where allowed, else 0. The high parts cancel exactly, so small steps survive a large one."""
     high, low = down.to(ACC), (down - down.to(ACC).to(tl.float64)).to(ACC)
     high_up, low_up = up.to(ACC), (up - up.to(ACC).to(tl.float64)).to(ACC)
     gap = (high[:, None] - high_up[None, :]) + (low[:, None] - low_up[None, :])
@@ -50,7 +50,7 @@ def _between(down, up, allowed, ACC: tl.constexpr):
 @triton.jit
 def scan(x, dt, A, B, C, start, y, final, cu, T, H, G, N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
          BP: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """y and the final state. Grid: blocks of P x (sequence, head)."""
+    """Compute y and the final state. Grid: blocks of P x (sequence, head)."""
     s, h = tl.program_id(1) // H, tl.program_id(1) % H
     first, length, _ = _bounds(cu, s, T, VARLEN, BT)
     g = h // (H // G)
@@ -79,7 +79,7 @@ def scan(x, dt, A, B, C, start, y, final, cu, T, H, G, N: tl.constexpr, P: tl.co
 def scan_states(x, dt, A, B, C, start, dy, dfinal, states, dstates, dstart, cu, T, H, G, N: tl.constexpr, P: tl.constexpr,
                 BT: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, DT: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
-    """The state at each chunk's start, and the gradient of the state at each chunk's end.
+    """Compute the state at each chunk's start, and the gradient of the state at each chunk's end.
 
     Grid: blocks of P x (sequence, head) x which of the two.
     """
@@ -119,7 +119,7 @@ def scan_states(x, dt, A, B, C, start, dy, dfinal, states, dstates, dstart, cu, 
 def chunk_gradients(x, dt, A, B, C, dy, states, dstates, dx, ddt, dA, dB, dC, cu, S, T, TOTAL, H, G, HEADS, N: tl.constexpr,
                     P: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr, VARLEN: tl.constexpr,
                     ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Every gradient of one chunk; that of A per chunk, those of B and C per HEADS heads. Grid: chunks x blocks of HEADS heads."""
+    """Compute every gradient of one chunk; that of A per chunk, those of B and C per HEADS heads. Grid: chunks x blocks of HEADS heads."""
     chunk = tl.program_id(0)
     if VARLEN:
         k = tl.arange(0, BS)
@@ -129,7 +129,7 @@ def chunk_gradients(x, dt, A, B, C, dy, states, dstates, dx, ddt, dA, dB, dC, cu
         s = chunk // tl.cdiv(T, BT)
     first, length, first_chunk = _bounds(cu, s, T, VARLEN, BT)
     begin = (chunk - first_chunk).to(tl.int32) * BT
-    alive = begin < length  # packed sequences may leave some places without a chunk
+    alive = begin < length  # with packed sequences some places may have no chunk
     i, n = tl.arange(0, BT), tl.arange(0, BN)
     t, inside = first + begin, begin + i < length
     key, key_mask = i[:, None] * (G * N) + n[None, :], inside[:, None] & (n < N)[None, :]
@@ -190,7 +190,7 @@ def chunk_gradients(x, dt, A, B, C, dy, states, dstates, dx, ddt, dA, dB, dC, cu
 @triton.jit
 def scan_step(x, dt, A, B, C, start, y, final, H, G, N: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
               ACC: tl.constexpr):  # fmt: skip
-    """One token of every sequence. Grid: blocks of P x (sequence, head)."""
+    """Process one token of every sequence. Grid: blocks of P x (sequence, head)."""
     row = tl.program_id(1).to(tl.int64)
     s, h = row // H, row % H
     n, p = tl.arange(0, BN), tl.program_id(0) * BP + tl.arange(0, BP)
@@ -206,7 +206,7 @@ def scan_step(x, dt, A, B, C, start, y, final, H, G, N: tl.constexpr, P: tl.cons
 
 
 def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shapes as of `op.ssd`; state [S, H, N, P] float32, or float64, which is then the dtype of what is accumulated."""
+    """Run the scan. Shapes as in `op.ssd`; state [S, H, N, P] float32 or float64, the dtype of the accumulators."""
     inputs = [value.contiguous() for value in (x, dt, A, B, C, state)]
     y, final = _ssd(*inputs, cu_seqlens)
     return y, final
@@ -268,7 +268,7 @@ def _backward(
 
 
 def _config(kernel: str, x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
-    """Constants of a launch."""
+    """Return the constants of a launch."""
     N, P = state.shape[2:]
     BN = max(16, triton.next_power_of_2(N))
     narrow = x.element_size() == 2
@@ -290,7 +290,7 @@ def _config(kernel: str, x: Tensor, state: Tensor, cu_seqlens: Tensor | None) ->
 
 
 def _heads_per_program(H: int, G: int, chunks: int) -> int:
-    """As many heads of a group as leave PROGRAMS programs: their gradients of B and C are summed before they are written."""
+    """Return the number of heads per program that leaves PROGRAMS programs; gradients of B and C are summed over these heads."""
     wanted = max(1, chunks * H // PROGRAMS)
     return max(heads for heads in range(1, H // G + 1) if H // G % heads == 0 and heads <= wanted)
 

@@ -1,7 +1,7 @@
-"""Compiles rows of tuned.json for GPUs that are not there, through the operators' own launch code, and says what came out.
+"""Compiles rows of tuned.json for GPUs that are not present, through the operators' own launch code, and reports the resources used.
 
-    python -m tests.kernels.aot --stamp [KERNEL]   compile the rows of KERNEL (a prefix; default: all), write their stamps
-    python -m tests.kernels.aot                    answer rows on stdin, one JSON object a line, with their stamps on stdout
+    python -m tests.kernels.aot --stamp [KERNEL]   compile the rows of KERNEL (a prefix; default: all) and write their stamps
+    python -m tests.kernels.aot                    read rows from stdin, one JSON object per line, and write their stamps to stdout
 
 It needs the real compiler, so TRITON_INTERPRET must not be set.
 """
@@ -50,7 +50,7 @@ class Compiler:
 
 
 def stamp(prefix: str) -> None:
-    """Compile the rows on two processes and write tuned.json anew, a row a line."""
+    """Compile the rows in two processes and rewrite tuned.json, one row per line."""
     table = [row for row in tuning.table() if row["kernel"].startswith(prefix)]
     compilers = [Compiler(), Compiler()]
 
@@ -82,10 +82,10 @@ def serve() -> None:
     from zoo.kernels.dispatch import kernels
 
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what compilers print is no answer
+    os.dup2(2, 1)  # compilers print to stdout, too
 
     class Target:
-        """As much of a driver as compiling takes. Its devices are numbered by architecture."""
+        """The part of a driver that compiling needs. Its devices are numbered by architecture."""
 
         arch = 0
 
@@ -149,7 +149,7 @@ def _resources(kernel: Any, arch: int) -> dict[str, Any]:
 
 
 def _faults(kernel: Any, arch: int) -> list[str]:
-    """What a GPU would get wrong or refuse, though it compiles."""
+    """Return the faults that a GPU would have at run time although the kernel compiles."""
     faults = []
     if re.search(r"\btrap;", kernel.asm["ptx"]):
         faults.append("the compiler gave up: a trap instruction")

@@ -1,6 +1,6 @@
-"""What the tests of every operator's Triton form share: one line for a comparison with the step recurrence in float64.
+"""Helpers of the tests of every operator's Triton form: comparisons with the step recurrence in float64.
 
-Allocations inside are NaN and fenced, so is every input; the interpreter (interpreter.py) checks addresses and races.
+Allocations inside are NaN and fenced, and so is every input; the interpreter (interpreter.py) checks addresses and races.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POISON = 0xFF  # every byte of a fence and of fresh memory: NaN in each floating
 
 
 class Fences(TorchFunctionMode):
-    """Within, what torch.empty, empty_like and new_empty return is NaN and has fences on both sides; leaving checks them."""
+    """Inside, tensors from torch.empty, empty_like and new_empty are NaN with fences on both sides; the exit checks the fences."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,13 +52,13 @@ class Fences(TorchFunctionMode):
 
 
 def fenced(x: Tensor) -> Tensor:
-    """A copy of x between fences, a leaf."""
+    """Return a copy of x between fences, a leaf."""
     with torch.no_grad():
         return Fences().fenced(x).copy_(x)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted| (L2); where all of `wanted` is 0, |found|."""
+    """Return |found - wanted| / |wanted| (L2); |found| if `wanted` is 0."""
     found, wanted = found.detach().double(), wanted.detach().double()
     size = wanted.norm().item()
     return (found - wanted).norm().item() / (size if size > 0 else 1.0)
@@ -72,12 +72,13 @@ def errors(
     dtype: torch.dtype = torch.float64,
     wide: tuple[str, ...] = (),
 ) -> dict[str, float]:
-    """Relative errors of each result of `run(**inputs)` and of its gradients, against `reference` in float64 on the same numbers.
+    """Return the relative errors of each result of `run(**inputs)` and of its gradients, against `reference`
+    in float64 on the same numbers.
 
     Args:
         run, reference: return a tensor or a tuple of tensors; the gradient is that of all of them, weighted at random.
-        inputs: by name; floating tensors are cast to `dtype` and have a gradient, all else is passed on.
-        wide: inputs that stay float32 where dtype is narrower (a state, a decay).
+        inputs: by name; floating tensors are cast to `dtype` and get a gradient; everything else is passed unchanged.
+        wide: inputs that stay float32 if dtype is narrower (a state, a decay).
     """
     narrow: dict[str, Any] = {}
     for name, x in inputs.items():
@@ -106,14 +107,14 @@ def errors(
 
 
 def check_operator(run: Callable[..., Any], reference: Callable[..., Any], inputs: Mapping[str, Any], **options: Any) -> None:
-    """Every error that `errors` measures, with the same arguments, is within `tolerance`, default that of the dtype."""
+    """Assert that every error measured by `errors` (same arguments) is within `tolerance`, by default that of the dtype."""
     tolerance = options.pop("tolerance", TOLERANCE[options.get("dtype", torch.float64)])
     measured = errors(run, reference, inputs, **options)
-    assert all(error <= tolerance for error in measured.values()), measured  # NaN is no less than anything
+    assert all(error <= tolerance for error in measured.values()), measured  # false for NaN, too
 
 
 def check_gradients(run: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
-    """torch's own finite differences, along random directions, in float64."""
+    """Compare gradients with torch's finite differences along random directions, in float64."""
     leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
     rest = {name: x for name, x in inputs.items() if name not in leaves}
     function = lambda *values: _tuple(run(**dict(zip(leaves, values, strict=True)), **rest))  # noqa: E731
@@ -121,7 +122,7 @@ def check_gradients(run: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
 
 
 def check_compiled(run: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
-    """torch.compile in one graph gives the results and gradients of the eager call."""
+    """Assert that torch.compile in one graph gives the results and gradients of the eager call."""
     outcomes = []
     for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
         values = {name: _leaf(x) for name, x in inputs.items()}

@@ -1,7 +1,7 @@
 """flash-linear-attention's chunk_gated_delta_rule on CPU tensors: python -m tests.kernels.fla_peer IN.safetensors OUT.safetensors
 
-IN holds q, k, v, g, beta, initial_state and the gradients do, dfinal; OUT the results and the gradients of all inputs. In a
-process of its own, for it bends the interpreter to what fla's kernels expect.
+IN holds q, k, v, g, beta, initial_state and the gradients do, dfinal; OUT receives the results and the gradients of
+all inputs. It runs in a separate process, since it changes the interpreter to what fla's kernels expect.
 """
 
 import builtins
@@ -23,7 +23,7 @@ from tests.kernels.interpreter import rehearse
 
 
 def first_configuration_only() -> None:
-    """Autotuning asks a driver."""
+    """Replace autotuning, which asks a driver."""
     new = autotuner.Autotuner.__init__
 
     def cut(self, *arguments, **keywords):
@@ -34,7 +34,7 @@ def first_configuration_only() -> None:
 
 
 def loops_count_in_tensors() -> None:
-    """fla casts its loop variables, which the interpreter leaves Python integers."""
+    """Let loop variables be cast: fla does, and in the interpreter they are Python integers."""
 
     def counted(*bounds):
         numbers = [int(x.handle.data.item()) if hasattr(x, "handle") else int(getattr(x, "value", x)) for x in bounds]

@@ -6,7 +6,7 @@ What the interpreter of Triton 3.6 to 3.9 gets wrong, or lets pass, and what hap
   nearest even (not towards zero), and any other bfloat16 arithmetic is an error: upcast right after the load.
 - float32 operands of `tl.dot` are not rounded as a tensor core does; with `rehearse(tf32=True)` they are. `ieee` products of
   float32, which spill every register on a GPU, are an error.
-- A load or store out of bounds touches whatever lies there. Here every address must lie in an argument of the launch.
+- A load or store out of bounds touches other memory. Here every address must lie in an argument of the launch.
 - A masked load without `other` gives zeros, on a GPU anything. Here it gives NaN.
 - Programs run one after another, so races never show. Here two programs that touch one element, at least one of them writing,
   are an error, and with `rehearse(backwards=True)` programs run in reversed order.
@@ -43,8 +43,8 @@ now = Rehearsal()
 
 @contextmanager
 def rehearse(**changes: bool) -> Iterator[None]:
-    """Within, dots of float32 round their operands (tf32=True), the last program runs first (backwards=True), or other people's
-    kernels run (strict=False): bfloat16 arithmetic rounds each result, addresses and races are not looked at.
+    """Inside, float32 dots round their operands (tf32=True), the last program runs first (backwards=True), or third-party kernels
+    run (strict=False): bfloat16 arithmetic rounds each result, and addresses and races are not checked.
     """
     global now
     before, now = now, dataclasses.replace(now, **changes)
@@ -66,14 +66,14 @@ def decoded(handle: Any) -> Any:
 
 
 def encoded(x: np.ndarray) -> Any:
-    """Bits of x in bfloat16, rounded to nearest, ties to even."""
+    """Return the bits of x in bfloat16, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return Handle(np.where(np.isnan(x), np.uint16(0x7FC0), rounded), tl.bfloat16)
 
 
 def rounded_to_tf32(x: np.ndarray) -> np.ndarray:
-    """Nearest number of 10 mantissa bits, ties away from zero, as cvt.rna.tf32 has it."""
+    """Return the nearest number with 10 mantissa bits, ties away from zero, as cvt.rna.tf32 has it."""
     return ((np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
@@ -119,7 +119,7 @@ Builder.create_fp_to_fp = lambda self, value, to, mode: (
 
 
 class Memory:
-    """The tensors of one launch, and who touched which element of them."""
+    """The tensors of one launch, with the programs that touched each element."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         spans = {_span(x) for x in tensors if x.numel()}

@@ -1,4 +1,4 @@
-"""Do the kernels' tests notice a broken kernel? Breaks an index, a mask or a sign at a time and runs the tests of that operator.
+"""Mutation tests of the kernels: breaks one index, mask or sign at a time and runs the tests of that operator.
 
     python -m tests.kernels.mutations                    a few edits of every kernel
     python -m tests.kernels.mutations ssd --per-kernel 20
@@ -41,11 +41,11 @@ class Edit:
     before: str
     after: str
     source: str
-    """The whole broken file."""
+    """Return the whole broken file."""
 
 
 def edits(file: Path) -> Iterator[Edit]:
-    """Every edit of every Triton function in a file."""
+    """Return every edit of every Triton function in a file."""
     text = file.read_text(encoding="utf-8")
     tree = ast.parse(text)
     for function in tree.body:
@@ -79,7 +79,7 @@ def breakages(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
 
 
 def noticed(edit: Edit, workplace: Path) -> bool:
-    """Whether the tests of the edited operator fail."""
+    """Return whether the tests of the edited operator fail."""
     broken = workplace / edit.file.relative_to(ROOT)
     whole = broken.read_text(encoding="utf-8")
     broken.write_text(edit.source, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The adapters against the definitions of the packages whose names they bear, token by token in float64."""
+"""The adapters against the definitions of the packages they replace, token by token in float64."""
 
 import inspect
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every shipped configuration compiles, for GPUs that are not here, to what its row in tuned.json is stamped with."""
+"""Every shipped configuration compiles, for GPUs that are not present, to the resources stamped on its row of tuned.json."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

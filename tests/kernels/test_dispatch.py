@@ -57,7 +57,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level(logging.INFO, "zoo.kernels"):
         for _ in range(2):
             choose("ssd", CPU, "chunked")
@@ -66,7 +66,7 @@ def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixt
 
 
 def test_the_first_call_may_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operators and other packages are looked up at the first call, by imports that cannot be traced."""
+    """The first call looks up operators and other packages; those imports cannot be traced."""
     monkeypatch.setattr(kernels, "_points", None)
     x, dt, A, B = torch.randn(1, 3, 2, 4), torch.rand(1, 3, 2), -torch.rand(2), torch.randn(1, 3, 1, 5)
     traced = torch.compile(ssd, fullgraph=True, backend="eager")

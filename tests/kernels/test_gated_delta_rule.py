@@ -10,7 +10,7 @@ from zoo.kernels.gated_delta_rule.reference import recurrent
 
 
 def inputs(T, *, B=2, H=2, HV=None, K=16, V=24, correlated=0.0, beta=None, decay=0.05, seed=0):
-    """float64 q, k, v, g, beta, state. `correlated` in [0, 1]: how far every key is one and the same."""
+    """float64 q, k, v, g, beta, state. `correlated` in [0, 1]: 1 makes all keys equal."""
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
     HV = HV or H

@@ -24,7 +24,7 @@ def inputs(
     T: int, *, B: int = 1, H: int = 1, HV: int | None = None, K: int = 16, V: int = 16, correlated: float = 0.0, beta: float | None = None,
     decay: float = 0.05, ends: tuple[int, ...] | None = None, seed: int = 0,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """`correlated` in [0, 1]: how far every key is one and the same. ends: where packed sequences end."""
+    """`correlated` in [0, 1]: 1 makes all keys equal. ends: where packed sequences end."""
     generator = torch.Generator().manual_seed(seed)
     randn = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
     HV = HV or H
@@ -169,7 +169,7 @@ def test_gradcheck(case: str) -> None:
 
 @pytest.mark.parametrize("ends", [None, (5, 70)], ids=["rows", "packed"])
 def test_the_library_operator(ends: tuple[int, ...] | None) -> None:
-    """On sequences of as many chunks as are allocated for: opcheck compares every output, also what nobody writes or reads."""
+    """On sequences of as many chunks as are allocated for: opcheck compares every output, even parts that are never written or read."""
     given = inputs(70, HV=2, ends=ends)
     leaves = [x.requires_grad_() for name, x in given.items() if name != "cu_seqlens"]
     torch.library.opcheck(kernels.whole.op, (*leaves, given.get("cu_seqlens"), 0.25, True))

@@ -1,4 +1,4 @@
-"""The Triton form of state-space duality against the step recurrence in float64, and its face to autograd and the compiler."""
+"""The Triton form of state-space duality against the step recurrence in float64, under autograd and under the compiler."""
 
 import functools
 
