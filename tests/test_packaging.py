@@ -210,24 +210,6 @@ def test_every_folder_with_code_is_packaged():
                 assert (package if top == "zoo" else f"zoo.{package}") in packaged
 
 
-@pytest.mark.parametrize(("floor", "below"), [("kernels", ()), ("blocks", ("kernels",)), ("zoo", ("kernels", "blocks"))])
-def test_a_floor_imports_only_from_those_below(floor, below):
-    floors = {"kernels", "blocks", "export", "zoo"}
-    for file in (ROOT / floor).rglob("*.py"):
-        if any((ROOT / floor / other).resolve() in file.resolve().parents for other in FLOORS) or file.name == "__init__.py":
-            continue
-        for line in file.read_text().splitlines():
-            words = line.strip().split()
-            if len(words) > 1 and words[0] in ("import", "from") and words[1].startswith("zoo"):
-                parts = words[1].split(".")
-                used = parts[1] if len(parts) > 1 and parts[1] in floors else "zoo"
-                if parts[1:2] in (["errors"], ["registry"]):  # below every layer
-                    continue
-                allowed = {floor, *below}
-                lazily = line.startswith(" ") and used == "export"  # the demo exports; it stands on top
-                assert used in allowed or file.name == "demo.py" or lazily, f"{file}: {line.strip()}"
-
-
 def test_readme_example_runs():
     text = (ROOT / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]

@@ -1,4 +1,7 @@
-"""A model is data: the config, the YAML files that hold it, and names such as `jet2b-sleep6-hard2000`."""
+"""Models as data: the config, the YAML files that hold it, and names with suffixes such as `jet2b-sleep6-hard2000`.
+
+A model file may have one key that is no field of the config: `sleep:` holds the fields that the suffix `-sleep<N>` adds.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,17 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Exit(BaseModel):
-    """Which wake loop's states the head reads; see `zoo.blocks.exit_gate`."""
+    """Choice of the wake loop whose states the head reads; see `zoo.blocks.exit_gate`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    loop: int | None = Field(None, ge=0, description="this one, from 0")
-    threshold: float | None = Field(1.0, gt=0, description="the first by which the chance to have left reaches this")
-    weighted: bool = Field(False, description="without a threshold: the mean, weighted by the chance to leave")
+    loop: int | None = Field(None, ge=0, description="index of the loop, from 0")
+    threshold: float | None = Field(1.0, gt=0, description="exit at the first loop where the cumulative exit probability reaches this")
+    weighted: bool = Field(False, description="without a threshold: average the loops, weighted by their exit probability")
 
 
 class ModelConfig(BaseModel):
-    """Everything that decides what a model computes. `configs/models/*.yaml` holds one of these per file."""
+    """Everything that determines what a model computes. Each file of `configs/models/` holds one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,13 +55,17 @@ class ModelConfig(BaseModel):
 
     loops: int = Field(1, ge=1, description="passes of the span over a window while asleep")
     evict: str = Field("none", description="what happens to the window cache at the end of a chunk")
-    window: int | None = Field(None, ge=1, description="L, the tokens a window holds")
-    span: tuple[int, int] | None = Field(None, description="first and last looped layer, both included; default all")
-    sleep_on: Literal["unsupervised", "every"] = Field("unsupervised", description="chunks that are slept on in training")
+    window: int | None = Field(None, ge=1, description="L, the number of tokens in a window")
+    span: tuple[int, int] | None = Field(None, description="first and last looped layer, both included; default: all layers")
+    sleep_on: Literal["unsupervised", "every"] = Field(
+        "unsupervised", description="chunks to consolidate in training: those without loss, or every one"
+    )
     inject: bool = Field(False, description="add the span's first input, times a learned gate, before every later pass")
-    carry: bool = Field(True, description="whether a pass goes on from the last one's fast weights, not from those at the chunk's start")
+    carry: bool = Field(
+        True, description="whether a pass starts from the fast weights of the pass before, rather than from those at the chunk's start"
+    )
     loop_norm: bool = Field(False, description="apply the final norm between passes")
-    wake_loops: int = Field(1, ge=1, description="passes of every layer while awake, each with a window cache of its own")
+    wake_loops: int = Field(1, ge=1, description="passes of every layer while awake, each with its own window cache")
     exit: Exit | None = Field(None, description="exit gate of the wake loops")
 
     hub: str | None = Field(None, description="Hugging Face repository of pretrained weights")
@@ -66,7 +73,7 @@ class ModelConfig(BaseModel):
 
     @property
     def pattern(self) -> tuple[str, ...]:
-        """The kind of every layer."""
+        """Kind of each layer."""
         return expand(self.layers)
 
     @property
@@ -80,12 +87,12 @@ class ModelConfig(BaseModel):
         return self.d_ff or -(-8 * self.d_model // 48) * 16
 
     def yaml(self) -> str:
-        """YAML that `zoo.create` makes the same model of."""
+        """Return YAML from which `zoo.create` builds the same model."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=100)
 
 
 def shipped(folder: str) -> dict[str, Traversable]:
-    """The YAML files of `configs/<folder>`, by name."""
+    """Return the YAML files of `configs/<folder>` by name."""
     there = files("zoo.configs").joinpath(folder).iterdir()
     return {path.name.removesuffix(".yaml"): path for path in there if path.name.endswith(".yaml")}
 
@@ -99,13 +106,13 @@ _SUFFIX_HELP = "allowed: -sleep<N>, then -hard<L>, -slide<L> or -full"
 
 
 def resolve(source: str | Path | Mapping[str, Any] | ModelConfig, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The config that a name, a YAML file or a mapping stands for, with overrides.
+    """Return the config that a name, a YAML file or a mapping describes, with overrides.
 
     Args:
         source: a model name with suffixes ("jet2b-sleep6"), the path of a YAML file, or a config.
         overrides: fields to replace; nested mappings are merged ({"blocks": {"gdn": {"heads": 2}}}).
     Raises:
-        ZooError: an unknown name, suffix or field, or a value that does not fit; names the nearest that is allowed.
+        ZooError: an unknown name, suffix or field, with the nearest allowed one; or a value that does not fit.
     """
     overrides = dict(overrides or {})
     if isinstance(source, ModelConfig):
@@ -130,9 +137,9 @@ def _check(config: ModelConfig, label: str) -> None:
         raise ZooError(f"{label}: span: {list(config.span)} lies outside the layers 0 to {layers - 1} (first and last, both included)")
     eviction = evictions.get(config.evict)
     if eviction.uses_window and config.window is None:
-        raise ZooError(f"{label}: window: evict '{config.evict}' needs the tokens a window holds, at least 1")
+        raise ZooError(f"{label}: window: evict '{config.evict}' needs the number of tokens in a window, at least 1")
     if not eviction.uses_window and config.window is not None:
-        raise ZooError(f"{label}: window: {config.window} has no meaning under evict '{config.evict}'")
+        raise ZooError(f"{label}: window: {config.window} is not used under evict '{config.evict}'")
     if config.wake_loops > 1 and (config.loops > 1 or config.evict != "none" or len(config.looped) < layers):
         raise ZooError(
             f"{label}: wake_loops: {config.wake_loops} loops while awake; want loops 1, evict 'none' and every layer in the span"
@@ -142,7 +149,7 @@ def _check(config: ModelConfig, label: str) -> None:
 
 
 def _from_name(name: str) -> dict[str, Any]:
-    """The fields of `name`: those of the model it starts with, then what its suffixes say."""
+    """Return the fields of `name`: those of its base model, then those of its suffixes."""
     known = models.names()
     base = max((k for k in known if name == k or name.startswith(f"{k}-")), key=len, default=None)
     if base is None:
@@ -158,7 +165,7 @@ def _from_name(name: str) -> dict[str, Any]:
             raise ZooError(f"{name}: unknown suffix '{suffix}'; {_SUFFIX_HELP}")
         kind = "sleep" if match[1] == "sleep" else "evict"
         if kind not in order:
-            raise ZooError(f"{name}: suffix '{suffix}' comes too late; {_SUFFIX_HELP}")
+            raise ZooError(f"{name}: suffix '{suffix}' is out of order; {_SUFFIX_HELP}")
         order = order[order.index(kind) + 1 :]
         if match[1] == "sleep":
             fields["loops"] = int(match[2])
@@ -170,12 +177,12 @@ def _from_name(name: str) -> dict[str, Any]:
 
 
 def _fields(source: Any, name: str) -> dict[str, Any]:
-    """A model's fields from what its registry holds: a YAML file, or a mapping of the same form."""
+    """Return the fields of a registered model: a YAML file, or a mapping of the same form."""
     return dict(source) if isinstance(source, Mapping) else read_yaml(source)
 
 
 def merge(fields: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` with `more` on top; where both hold a mapping, the two are merged."""
+    """Return `fields` updated with `more`; nested mappings are merged."""
     merged = dict(fields)
     for key, value in more.items():
         old = merged.get(key)
@@ -184,7 +191,7 @@ def merge(fields: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["d_model=128", "blocks.gdn.heads=2"]` as nested fields; values are YAML."""
+    """Parse `["d_model=128", "blocks.gdn.heads=2"]` into nested fields; values are YAML."""
     fields: dict[str, Any] = {}
     for pair in pairs:
         path, equals, value = pair.partition("=")
@@ -198,14 +205,14 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def nested(path: str, value: Any) -> Any:
-    """`"blocks.gdn.heads"` and 2 as {"blocks": {"gdn": {"heads": 2}}}."""
+    """Turn `"blocks.gdn.heads"` and 2 into {"blocks": {"gdn": {"heads": 2}}}."""
     for key in reversed(path.split(".")):
         value = {key: value}
     return value
 
 
 def read_yaml(path: Traversable) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """Read a YAML file that holds a mapping."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -218,7 +225,7 @@ def read_yaml(path: Traversable) -> dict[str, Any]:
 
 
 def read_shipped(folder: str, what: str, source: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, or in the one of `configs/<folder>` that has this name; errors call it a `what`."""
+    """Read a YAML file, or the one of this name in `configs/<folder>`; errors call it a `what`."""
     known = shipped(folder)
     if str(source) not in known and Path(source).suffix not in (".yaml", ".yml"):
         raise ZooError(f"unknown {what} '{source}'; a YAML file, or {nearest(str(source), known)}")
@@ -226,7 +233,7 @@ def read_shipped(folder: str, what: str, source: str | Path) -> dict[str, Any]:
 
 
 def validate(form: type[M], fields: Mapping[str, Any], label: str) -> M:
-    """`form(**fields)`, or a ZooError of one line that starts with `label`."""
+    """Return `form(**fields)`; raises a ZooError of one line that starts with `label`."""
     try:
         return form.model_validate(fields)
     except ValidationError as error:
@@ -252,5 +259,5 @@ def _fields_at(form: Any, path: tuple[int | str, ...]) -> list[str]:
 
 
 def list_models(wildcard: str = "*") -> list[str]:
-    """Names that match, sorted: base names ("jet*"); to each the suffixes `-sleep<N>` and so on may be added."""
+    """Return the base names that match, such as "jet*", sorted. Suffixes such as `-sleep<N>` may be added to each."""
     return [name for name in models.names() if fnmatch.fnmatchcase(name, wildcard)]

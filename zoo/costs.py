@@ -1,4 +1,4 @@
-"""What a model is and what it costs: parameters, bytes a stream carries, operations awake and asleep."""
+"""The costs of a model: parameters, bytes of state per stream, operations awake and asleep."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Description:
     weight_bytes: int
     """Parameters, at the model's dtype."""
     state_bytes: int
-    """Fast weights, whatever the stream's length."""
+    """Fast weights; independent of the stream's length."""
     kv_bytes_per_token: int
-    """Growth of the window cache per token held."""
+    """Growth of the window cache per cached token."""
     window_bytes: int | None
-    """Window cache of a full window; None without a window."""
+    """Window cache when the window is full; None without a window."""
     flops_per_token: int
-    """One predicted token, awake, the first of its stream; what counts is said at `zoo.blocks.mixer.Mixer.flops`."""
+    """Operations to predict the first token of a stream; `zoo.blocks.mixer.Mixer.flops` says which are counted."""
     flops_per_sleep: int | None
-    """Consolidation of a stream's first full window; None if the model never sleeps."""
+    """Operations to consolidate the first full window of a stream; None if the model never sleeps."""
 
     def __str__(self) -> str:
         config = self.config
@@ -64,9 +64,9 @@ class Description:
 
 
 def describe(model: str | Path | Mapping[str, Any] | ModelConfig | Model, **overrides: Any) -> Description:
-    """Costs of a model, or of the model that `zoo.create` would make of the same arguments. Reserves no memory.
+    """Return the costs of a model, or of the model that `zoo.create` would build from the same arguments, without allocating it.
 
-    `print` it for a table; `.config.yaml()` is YAML that `zoo.create` makes the same model of. Raises ZooError.
+    `print` the result for a table; its `.config.yaml()` is YAML from which `zoo.create` builds the same model. Raises ZooError.
     """
     dtype = model.embed.weight.dtype if isinstance(model, Model) else torch.float32
     config = model.config if isinstance(model, Model) else model
@@ -86,8 +86,9 @@ def describe(model: str | Path | Mapping[str, Any] | ModelConfig | Model, **over
 
 
 def training_flops(model: Model, loss_mask: Tensor) -> int:
-    """Operations of one training step on sequences with this mask, [B, T] bool: those of `Model.answers`, and twice as many
-    for the backward pass. What is computed a second time to save memory is not counted.
+    """Return the operations of one training step on sequences with this mask, [B, T] bool.
+
+    Counts the forward pass of `Model.answers`, and twice as much for the backward pass. Recomputation is not counted.
     """
     config, plan = model.config, chunks(loss_mask, model.config)
     forward = int(predicted(loss_mask, plan).sum()) * _head(model)
@@ -119,14 +120,14 @@ def _blocks(model: Model, passes: Passes, tokens: int = 1, past: int = 0) -> int
 
 
 def _head(model: Model) -> int:
-    """Operations of the logits of one token."""
+    """Return the operations of the logits of one token."""
     loops, exit = model.config.wake_loops, model.exit
     gate = loops * linear_flops(exit) if loops > 1 and exit is not None and exit.loop is None else 0
     return gate + 2 * model.embed.weight.numel()
 
 
 def window_bytes(model: Model, tokens: int) -> int:
-    """Bytes of one stream's window caches that hold so many tokens."""
+    """Return the bytes of one stream's window caches when they hold `tokens` tokens."""
     return model.config.wake_loops * sum(block.mixer.window_bytes(tokens) for block in model.blocks)  # type: ignore[union-attr, operator]
 
 

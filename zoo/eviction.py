@@ -15,32 +15,32 @@ evictions: Registry[type[Eviction]] = Registry("eviction policy", "evictions")
 
 @evictions.register("none")
 class Eviction:
-    """`none`: everything stays. The base of every policy.
+    """Keep everything (`none`). The base class of every policy.
 
     Args:
-        window: L, the tokens a window holds; None where the policy has no window.
+        window: L, the number of tokens in a window; None where the policy has no window.
     """
 
     uses_window: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
-    """Whether rotary positions start again after an eviction."""
+    """Whether an eviction empties the window cache, after which positions start at 0 again."""
 
     def __init__(self, window: int | None) -> None:
         self.window = window
 
     @property
     def reach(self) -> int | None:
-        """How many tokens, itself included, an attention may look at; None: all that is cached."""
+        """Number of tokens that a token may attend to, itself included; None: all cached tokens."""
         return None
 
     def evict(self, cache: WindowCache) -> WindowCache:
-        """A mixer's window cache after the eviction."""
+        """Return a mixer's window cache after the eviction."""
         return cache
 
 
 @evictions.register("hard")
 class Hard(Eviction):
-    """The window cache is emptied: only the fast weights cross from one window to the next."""
+    """Empty the window cache: only the fast weights cross from one window to the next."""
 
     uses_window = True
     restarts = True
@@ -51,7 +51,7 @@ class Hard(Eviction):
 
 @evictions.register("sliding")
 class Sliding(Eviction):
-    """The newest L-1 tokens stay, so every token sees itself and the L-1 before it."""
+    """Keep the newest L - 1 tokens, so that every token sees itself and the L - 1 before it."""
 
     uses_window = True
 

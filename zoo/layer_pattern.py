@@ -7,14 +7,14 @@ import re
 from zoo.errors import ZooError
 
 _TOKEN = re.compile(r"\s*(?:(?P<word>[A-Za-z_][\w-]*)|(?P<open>\()|(?P<close>\))|\*\s*(?P<count>\d+))")
-_MOST = 10_000
+_MAX_LAYERS = 10_000
 
 
 def expand(pattern: str) -> tuple[str, ...]:
-    """The mixer names that a pattern stands for.
+    """Expand a pattern into the name of each layer's mixer.
 
     Grammar: pattern = item+; item = (name | "(" pattern ")") ["*" count].
-    Raises ZooError that shows where the pattern goes wrong.
+    Raises a ZooError that shows the position of the mistake.
     """
     groups: list[list[list[str]]] = [[]]  # open groups; each a list of items; each item a list of names
     at = 0
@@ -40,8 +40,8 @@ def expand(pattern: str) -> tuple[str, ...]:
             if not countable:
                 raise _wrong(pattern, start, "'*' must follow a block name or ')'")
             count = int(token["count"])
-            if not 1 <= count * len(groups[-1][-1]) <= _MOST:
-                raise _wrong(pattern, start, f"count must be at least 1 and make at most {_MOST} layers")
+            if not 1 <= count * len(groups[-1][-1]) <= _MAX_LAYERS:
+                raise _wrong(pattern, start, f"count must be at least 1 and make at most {_MAX_LAYERS} layers")
             groups[-1][-1] = groups[-1][-1] * count
         countable = bool(token["word"] or token["close"])
         at = token.end()
