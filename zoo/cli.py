@@ -14,15 +14,23 @@ from zoo.config import list_models, parse_overrides
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
+    from zoo.costs import Description
     from zoo.model import Model
     from zoo.text.tokenizers import ByteTokenizer
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+SECTIONS = {
+    "Models": ("list", "describe", "convert"),
+    "Training": ("train", "eval", "ablate", "plot", "demo"),
+    "Inference": ("chat", "serve"),
+    "This machine": ("doctor",),
+}
+TOP_P = click.FloatRange(min=0, min_open=True, max=1)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Bad input is answered with one line and exit status 2."""
+    """Answer bad input with one line and exit status 2."""
     try:
         yield
     except ZooError as error:
@@ -31,61 +39,116 @@ def one_line_errors() -> Iterator[None]:
 
 
 class Group(click.Group):
+    """Commands in sections, with one-line errors."""
+
     def invoke(self, ctx: click.Context) -> Any:
         with one_line_errors():
             return super().invoke(ctx)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(80)) for name in names])
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
 @click.version_option(package_name="sleep-zoo")
 def main() -> None:
-    """A model zoo for language models that sleep."""
+    """A model zoo of language models that sleep."""
 
 
 @main.command("list")
 @click.argument("wildcard", default="*")
 def list_(wildcard: str) -> None:
-    """Names of models that match WILDCARD, such as 'jet*'.
+    """List the models whose names match WILDCARD, such as 'jet*'.
 
-    To each name these suffixes may be added: -sleep<N> for N passes of sleep, then -hard<L>, -slide<L> or -full for what
-    happens when a window of L tokens is full.
+    Suffixes may be added to a name, in this order: -sleep<N> for N passes per sleep, then -hard<L>, -slide<L> or -full for what
+    happens to the window cache when a window of L tokens is full.
     """
     names = list_models(wildcard)
     if not names:
-        raise ZooError(f"no model matches '{wildcard}'; there are: {', '.join(list_models())}")
+        raise ZooError(f"no model matches '{wildcard}'; allowed: {', '.join(list_models())}")
     click.echo("\n".join(names))
 
 
 @main.command()
 @click.argument("model")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
-@click.option("--yaml", "as_yaml", is_flag=True, help="Print the whole config as YAML, which every command takes as MODEL.")
+@click.option("--yaml", "as_yaml", is_flag=True, help="Print the whole config as YAML, which every command accepts as MODEL.")
 def describe(model: str, overrides: tuple[str, ...], as_yaml: bool) -> None:
-    """Size and costs of MODEL: a name, or a YAML file."""
-    if as_yaml:
+    """Show the size and costs of a model.
+
+    MODEL is a name, a YAML file, or a folder: a saved model, a training run or an upstream checkpoint. No weights are read.
+    FIELD=VALUE replaces a field of its config, such as d_model=128.
+    """
+    fields = parse_overrides(overrides)
+    if as_yaml and not Path(model).is_dir():
         from zoo.config import resolve
 
-        click.echo(resolve(model, parse_overrides(overrides)).yaml(), nl=False)
-    else:
-        from zoo.costs import describe as describe_model
+        click.echo(resolve(model, fields).yaml(), nl=False)
+        return
+    description = _describe(model, fields)
+    click.echo(description.config.yaml() if as_yaml else description, nl=not as_yaml)
 
-        click.echo(describe_model(model, **parse_overrides(overrides)))
+
+def _describe(model: str, fields: dict[str, Any]) -> Description:
+    from zoo.costs import describe as describe_model
+
+    folder = Path(model)
+    if not folder.is_dir():
+        return describe_model(model, **fields)
+    import torch
+
+    from zoo.checkpoints.own import CONFIG, read_config, stored_dtype
+    from zoo.factory import create
+    from zoo.training.loop import prepare
+    from zoo.training.loop import read_config as read_run
+    from zoo.training.run_folder import SETTINGS
+
+    if (folder / SETTINGS).is_file() and not (folder / CONFIG).is_file():  # a run that has not finished
+        started = prepare(read_run(folder), torch.device("meta")).model
+        return describe_model(create(started.config, device="meta", dtype=started.embed.weight.dtype, **fields))
+    return describe_model(create(read_config(folder), device="meta", dtype=stored_dtype(folder), **fields))
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--to", "form", type=click.Choice(["zoo", "hf"]), default="zoo", show_default=True, help="Format of the copy.")
+def convert(source: Path, destination: Path, form: Literal["zoo", "hf"]) -> None:
+    """Convert a checkpoint to another format.
+
+    SOURCE is a folder of this package or of an upstream project, DESTINATION a new folder. Tensors are copied bit for bit;
+    `--to hf` writes the config.json and the tensor names of the upstream project.
+    """
+    from zoo.checkpoints.own import load, save
+    from zoo.console import spinner
+    from zoo.files import refuse_existing
+
+    refuse_existing(destination)
+    with spinner(f"converting {source}"):
+        model = load(source)
+        save(model, destination, format=form)
+    click.echo(f"{model.config.name}: {source} -> {destination}")
 
 
 @main.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<name of CONFIG>]")
-@click.option("--wandb", metavar="PROJECT", help="Send metrics to Weights & Biases too.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the run.  [default: runs/<name of CONFIG>]")
+@click.option("--wandb", metavar="PROJECT", help="Also send metrics to this project of Weights & Biases.")
 def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str | None) -> None:
-    """Train as CONFIG says: a YAML file, or the name of a shipped one, for example `cycle steps=100 task.hops=2`.
+    """Train a model, or resume a run.
 
-    A run that was interrupted goes on from its newest checkpoint when the command is given again, or as `zoo train RUN` with
-    its folder. SIGTERM writes a checkpoint first. A folder that holds anything else is refused. Metrics go to RUN/metrics.jsonl
-    and, where TensorBoard is installed, to RUN/tensorboard.
+    CONFIG is a YAML file or the name of a shipped config, for example `zoo train cycle steps=100 task.hops=2`.
+
+    To resume an interrupted run from its latest checkpoint, repeat the command, or give the run's folder as CONFIG. SIGTERM
+    saves a checkpoint before the process exits. A folder that holds anything else is refused. Metrics are written to
+    metrics.jsonl in the run's folder and, if TensorBoard is installed, to tensorboard/.
 
     On several GPUs or machines: `torchrun --nproc-per-node 8 -m zoo train CONFIG`; see docs/training.md.
     """
+    from zoo.console import print_results
     from zoo.training.loop import StoppedError, read_config
     from zoo.training.loop import train as run
     from zoo.training.parallel import is_first
@@ -99,8 +162,8 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
         with training_bar(plan.steps, plan.model) as bar, tensorboard(out) as board, weights_and_biases(wandb, out, plan) as biases:
 
             def report(metrics: dict[str, Any]) -> None:
-                for watcher in (bar, board, biases):
-                    watcher(metrics)
+                for sink in (bar, board, biases):
+                    sink(metrics)
 
             results = run(plan, out, report=report)
     except StoppedError as stopped:
@@ -108,40 +171,44 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
             click.echo(str(stopped), err=True)
         return
     if is_first():
-        _show(results)
+        print_results(results)
         click.echo(f"written to {out}")
 
 
 @main.command("eval")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--sequences", type=click.IntRange(min=1), default=2048, show_default=True, help="Held-out sequences.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep, if not as trained.")
+@click.option("--sequences", type=click.IntRange(min=1), default=2048, show_default=True, help="Number of held-out sequences.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sequences.")
+@click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep.  [default: as trained]")
 def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
-    """Evaluate the folder RUN of a training run on held-out sequences of its task."""
+    """Evaluate a run on held-out sequences. RUN is the folder of a training run."""
     from zoo.checkpoints.own import load
+    from zoo.console import print_results, spinner
     from zoo.tasks import new_task
     from zoo.training.loop import evaluate, read_config
 
     plan = read_config(run / "train.yaml")
-    model = load(run)
-    _show(evaluate(model, new_task(plan.task), sequences, seed=seed, loops=loops))
+    with spinner(f"loading {run}"):
+        model = load(run)
+    with spinner("evaluating"):
+        results = evaluate(model, new_task(plan.task), sequences, seed=seed, loops=loops)
+    print_results(results)
 
 
 @main.command()
 @click.argument("plan")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the ablation.")
-@click.option("--processes", type=click.IntRange(min=1), help="Runs at once.  [default: one for each GPU, else for each core]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the ablation.")
+@click.option("--processes", type=click.IntRange(min=1), help="Number of concurrent runs.  [default: one per GPU, else one per core]")
 def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | None) -> None:
-    """Compare the arms that PLAN names, a YAML file or a shipped one, for example `cycle-small base.steps=100 seeds=[0]`.
+    """Train and compare variants of a model.
 
-    Every arm is trained at every seed; runs.csv, table.md and plots say what came of it. The same command goes on with what an
-    interrupted one has left.
+    PLAN names the arms: a YAML file, or a shipped plan, for example `zoo ablate cycle-small base.steps=100 seeds=[0] --out FOLDER`.
+
+    Every arm is trained with every seed; results are written to runs.csv, table.md and plots. To resume an interrupted
+    ablation, repeat the command.
     """
-    from rich.console import Console
-    from rich.markdown import Markdown
-
+    from zoo.console import print_markdown
     from zoo.training.ablation import ablate as run
     from zoo.training.ablation import read_plan
     from zoo.training.loop import StoppedError
@@ -151,17 +218,18 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
     except StoppedError as stopped:
         click.echo(str(stopped), err=True)
         return
-    Console().print(Markdown(table))
+    print_markdown(table)
     click.echo(f"written to {out}")
 
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="New picture: .png, .svg or .pdf.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Picture to write: .png, .svg or .pdf.")
 def plot(runs: tuple[Path, ...], out: Path) -> None:
-    """Draw the training runs in the folders RUN: loss and accuracy over tokens, and accuracy against N where N differs.
+    """Plot training runs.
 
-    Runs that differ in the seed alone share a colour.
+    Each RUN is a folder. The picture shows loss and accuracy over tokens, and accuracy against N if N differs. Runs that differ
+    only in their seed share a colour.
     """
     from zoo.training.plots import figure, grouped, read_run, refuse, save
 
@@ -171,67 +239,56 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
 
 
 @main.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--to", "form", type=click.Choice(["zoo", "hf"]), default="zoo", show_default=True, help="Names and config of the copy.")
-def convert(source: Path, destination: Path, form: Literal["zoo", "hf"]) -> None:
-    """Copy the model in the folder SOURCE, of this package or of an upstream project, to the new folder DESTINATION.
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="New folder for the results.")
+def demo(out: Path) -> None:
+    """Train and compare a small model at N = 1, 2, 4. Exports each model too; takes about eight minutes on two cores."""
+    from zoo.demo import run
 
-    The tensors stay as they are, bit for bit; `--to hf` writes config.json and the names of the upstream project.
-    """
-    from zoo.checkpoints.own import load, save
-    from zoo.files import refuse_existing
-
-    refuse_existing(destination)
-    model = load(source)
-    save(model, destination, format=form)
-    click.echo(f"{model.config.name}: {source} -> {destination}")
-
-
-@main.command()
-@click.option("--check/--no-check", default=True, help="Run every form against the step recurrence: a minute at most.")
-def doctor(check: bool) -> None:
-    """What serves each operator on this machine, and whether it computes what it should.
-
-    On a GPU the verdict on each shipped configuration is kept: configurations that are not proven are not used.
-    """
-    from zoo.doctor import run
-
-    if not run(check):
-        sys.exit(1)
+    run(out)
 
 
 @main.command()
 @click.argument("model")
-@click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: the likeliest token.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), help="The same answers every time.")
-@click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep between turns, if not as the model has.")
+@click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Maximum number of tokens in an answer.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 picks the likeliest token.")
+@click.option("--top-p", type=TOP_P, default=0.95, show_default=True, help="Sample from the smallest set with this total probability.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed, for the same answers every time.")
+@click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep between turns.  [default: as in the model]")
 def chat(model: str, tokens: int, temperature: float, top_p: float, seed: int | None, loops: int | None) -> None:
-    """Talk with MODEL, a folder or a name; it sleeps between turns. Ctrl-C ends an answer, Ctrl-D the conversation."""
+    """Chat with a model that sleeps between turns.
+
+    MODEL is a folder or a name. Ctrl-C ends an answer, Ctrl-D the conversation.
+    """
     from zoo.serving.chat import converse
     from zoo.sessions.session import Session
 
-    opened, text = _open(model)
-    converse(Session(opened), text, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
+    opened, tokenizer = _open(model)
+    converse(Session(opened), tokenizer, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
 
 
 @main.command()
 @click.argument("model")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; this one is seen from this machine alone.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Streams whose tokens are one batch.")
-@click.option("--sessions", type=click.IntRange(min=1), default=64, show_default=True, help="Streams at once; one more is refused.")
-@click.option("--idle", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds that an unused session is kept.")
-@click.option("--when", default="full", show_default=True, help="When streams sleep: full, 'interval(512)', 'idle(0.5)'.")
 @click.option(
-    "--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens per stream of a model that never sleeps."
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; the default is reachable from this machine only."
 )
-@click.option("--max-prompt", type=click.IntRange(min=1), default=32768, show_default=True, help="Tokens of a prompt.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of an answer.")
-@click.option("--max-bytes", type=click.IntRange(min=1), help="Memory of all streams: refuses to start with sessions that may need more.")
-@click.option("--max-body", type=click.IntRange(min=1), default=2**20, show_default=True, help="Bytes of a request.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0 picks a free one.")
+@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Streams per batch.")
+@click.option("--sessions", type=click.IntRange(min=1), default=64, show_default=True, help="Maximum number of open streams.")
+@click.option("--idle", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds to keep an unused session.")
+@click.option("--when", default="full", show_default=True, help="When streams sleep: full, 'interval(512)' or 'idle(0.5)'.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Maximum number of tokens per stream of a model that never sleeps.",
+)
+@click.option("--max-prompt", type=click.IntRange(min=1), default=32768, show_default=True, help="Maximum number of tokens in a prompt.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Maximum number of tokens in an answer.")
+@click.option(
+    "--max-bytes", type=click.IntRange(min=1), help="Memory limit for all stream states; settings that may exceed it are refused."
+)
+@click.option("--max-body", type=click.IntRange(min=1), default=2**20, show_default=True, help="Maximum size of a request, in bytes.")
 def serve(
     model: str,
     host: str,
@@ -246,57 +303,48 @@ def serve(
     max_bytes: int | None,
     max_body: int,
 ) -> None:
-    """Serve MODEL, a folder or a name, on the routes of OpenAI's completions and chat.
+    """Serve a model over HTTP.
 
-    A request with "session": "some-id" in its body goes on where the last one with this id ended.
+    MODEL is a folder or a name. The routes are OpenAI's for completions and chat. A request with "session": "some-id" in its
+    body continues the stream of earlier requests with this id.
     """
-    from zoo.serving.app import Limits, make_app  # says what to install
+    from zoo.serving.app import Limits, make_app  # raises a ZooError that names what to install
 
     import uvicorn  # isort: skip
     from zoo.sessions.pool import SessionPool
 
-    opened, text = _open(model)
+    opened, tokenizer = _open(model)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
     limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle)
-    uvicorn.run(make_app(pool, text, opened.config.name, limits), host=host, port=port, access_log=False, timeout_graceful_shutdown=5)
+    app = make_app(pool, tokenizer, opened.config.name, limits)
+    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=5)
+
+
+@main.command()
+@click.option("--check/--no-check", default=True, help="Check every form of every operator; takes a minute at most.")
+def doctor(check: bool) -> None:
+    """Check the operators on this machine.
+
+    Shows which form of each operator is used, and compares every form with its definition. On a GPU the results are stored:
+    only kernel configurations that passed are used.
+    """
+    from zoo.doctor import run
+
+    if not run(check):
+        sys.exit(1)
 
 
 def _open(model: str) -> tuple[Model, ByteTokenizer]:
-    """The model in a folder, or of a name or a YAML file with fresh weights; and its tokenizer."""
+    """Return a model and its tokenizer: the contents of a folder, or fresh weights for a name or a YAML file."""
     from zoo.checkpoints.own import load
+    from zoo.console import spinner
     from zoo.factory import create
     from zoo.text.tokenizers import load_tokenizer
 
     folder = Path(model) if Path(model).is_dir() else None
-    opened = create(model) if folder is None else load(folder)
-    text = load_tokenizer(folder, opened.config.vocab_size)
+    with spinner(f"loading {model}" if folder else f"creating {model}"):
+        opened = create(model) if folder is None else load(folder)
+    tokenizer = load_tokenizer(folder, opened.config.vocab_size)
     if folder is None:
-        click.echo(f"{model}: fresh weights; give a folder for trained ones", err=True)
-    return opened, text
-
-
-@main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="New folder for the results.")
-def demo(out: Path) -> None:
-    """Train one small model at N = 1, 2 and 4, export it, and compare: about eight minutes on two cores."""
-    from zoo.demo import run
-
-    run(out)
-
-
-def _show(results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{results['model']} on {results['task']}: {results['answers']} held-out answers")
-    table.add_column(results["level_name"])
-    table.add_column("right", justify="right")
-    for level, share in results["by_level"].items():
-        table.add_row(str(level), f"{share:.1%}")
-    table.add_section()
-    table.add_row("all answers", f"{results['accuracy']:.1%}")
-    table.add_row("best guess without the context", f"{results['chance']:.1%}")
-    table.add_row("whole sequences", f"{results['exact']:.1%}")
-    if results["exact_chance"] is not None:
-        table.add_row("whole sequences, best guess", f"{results['exact_chance']:.2%}")
-    Console().print(table)
+        click.echo(f"{model}: random weights; give a folder for trained ones", err=True)
+    return opened, tokenizer

@@ -1,4 +1,4 @@
-"""`zoo doctor`: what serves each operator on this machine, and whether it computes what it should."""
+"""`zoo doctor`: which form serves each operator on this machine, and a check of every form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from zoo.kernels.common.examples import Inputs, example
 from zoo.kernels.dispatch import choose, kernels, operators, triton_problem
 
 LENGTH = 130  # tokens: two chunks and a bit
-BUDGET = 60.0  # seconds that the self-check may take; what it does not reach stays unproven
+BUDGET = 60.0  # seconds for the self-check; rows not reached within the budget stay unverified
 # relative error (L2) of results and gradients against float64
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float64: 1e-10}
 
@@ -31,7 +31,7 @@ class Finding:
     """One form or configuration of an operator, run against the step recurrence in float64."""
 
     operator: str
-    what: str
+    name: str
     error: float
     allowed: float
     problem: str = ""
@@ -39,11 +39,12 @@ class Finding:
 
     @property
     def right(self) -> bool:
+        """True if it ran and its error is within the allowed one."""
         return not self.problem and self.error <= self.allowed
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What this machine has: name to version or reason."""
+    """Return what is installed: names to versions, or to the reason why not."""
     return {
         "sleep-zoo": version("sleep-zoo"),
         "python": platform.python_version(),
@@ -54,7 +55,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def serving(device: torch.device) -> list[tuple[str, str, str]]:
-    """For each operator the form that serves it, and which of its configurations are proven here."""
+    """Return for each operator its name, the form that serves it here, and why."""
     x = torch.empty(1, device=device)
     lines = []
     for operator in operators.names():
@@ -66,7 +67,7 @@ def serving(device: torch.device) -> list[tuple[str, str, str]]:
 
 
 def self_check(device: torch.device) -> Iterator[Finding]:
-    """Every form that runs here, then every shipped configuration for this GPU, until the budget is spent."""
+    """Check every form that runs here, then every shipped configuration for this GPU until the budget is spent."""
     start = time.perf_counter()
     for operator in operators.names():
         for form in _forms(operator):
@@ -85,16 +86,17 @@ def self_check(device: torch.device) -> Iterator[Finding]:
 def check(
     operator: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int], form: str, row: tuning.Row | None = None
 ) -> Finding:
+    """Run one form or configuration and compare it with the step recurrence."""
     inputs = example(operator, dtype=dtype, device=device.type, **{"T": LENGTH, **sizes})
     name = tuning.row_name(row) if row else f"{form}, {dtype}".replace("torch.", "")
     try:
         return Finding(operator, name, deviation(operator, inputs, form), ALLOWED[dtype], row=row)
-    except Exception as error:  # whatever a compiler or a driver raises is what a user wants to see
+    except Exception as error:  # a compiler or driver may raise anything, and the user wants to see it
         return Finding(operator, name, float("nan"), ALLOWED[dtype], f"{type(error).__name__}: {str(error).splitlines()[0][:200]}", row)
 
 
 def deviation(operator: str, inputs: Inputs, form: str) -> float:
-    """Largest relative error of results and gradients against the step recurrence in float64 on the same numbers."""
+    """Return the largest relative error of results and gradients against the step recurrence in float64 on the same inputs."""
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     found, wanted = _call(operator, inputs, form), _call(operator, exact, "reference")
     errors = [_relative(y, z) for y, z in zip(found, wanted, strict=True)]
@@ -109,7 +111,7 @@ def deviation(operator: str, inputs: Inputs, form: str) -> float:
 
 
 def remember(findings: list[Finding], device: torch.device) -> None:
-    """Write what was found of each configuration, so that the right ones are used on this GPU from now on."""
+    """Store the verdict on each configuration: from now on those that passed are used on this GPU."""
     rows = {tuning.row_name(finding.row): finding.right for finding in findings if finding.row is not None}
     path = tuning.verdicts_path(torch.cuda.get_device_name(device))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,18 +120,16 @@ def remember(findings: list[Finding], device: torch.device) -> None:
 
 
 def run(check: bool = True) -> bool:
-    """Print all of it. Returns whether everything that was checked is right."""
+    """Print versions, serving forms and the check. Returns True if everything that was checked passed."""
     from rich.console import Console
-    from rich.table import Table
+
+    from zoo.console import print_table
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
     for name, found in versions(device).items():
         console.print(f"{name:10} {found}", highlight=False, markup=False)
-    table = Table("operator", "served by", "because")
-    for line in serving(device):
-        table.add_row(*line)
-    console.print(table)
+    print_table(["operator", "served by", "because"], serving(device), console=console)
     if not check:
         return True
     findings = []
@@ -137,11 +137,11 @@ def run(check: bool = True) -> bool:
         findings.append(finding)
         verdict = "ok" if finding.right else "WRONG"
         figure = finding.problem or f"relative error {finding.error:.1e}, allowed {finding.allowed:.0e}"
-        console.print(f"{verdict:6}{finding.operator}: {finding.what}: {figure}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{verdict:6}{finding.operator}: {finding.name}: {figure}", highlight=False, markup=False, soft_wrap=True)
     if device.type == "cuda":
         remember(findings, device)
     else:
-        console.print("Without a GPU only the PyTorch forms can be checked; Triton's configurations are proven by this command on one.")
+        console.print("Only the PyTorch forms can be checked without a GPU. Run this command on a GPU to verify the Triton configurations.")
     return all(finding.right for finding in findings)
 
 
@@ -164,7 +164,7 @@ def _forms(operator: str) -> dict[str, Any]:
 
 def _why_not(operator: str, x: Tensor) -> str:
     if "triton" not in _forms(operator):
-        return "it has no Triton form"
+        return "there is no Triton form"
     return "the tensors are on a CPU" if not x.is_cuda else str(triton_problem(x))
 
 
@@ -172,7 +172,7 @@ def _configurations(operator: str, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device)
     rows = [row for row in tuning.table() if row["kernel"].split(".")[0] == operator and row["arch"] == tuning.architecture(device)]
     count = sum(tuning.proven(row, name) for row in rows)
-    return f"{count} of {len(rows)} configurations proven on this GPU" + ("" if count else "; plain ones are used")
+    return f"{count} of {len(rows)} configurations verified on this GPU" + ("" if count else "; default ones are used")
 
 
 def _gpu(device: torch.device) -> str:

@@ -1,6 +1,7 @@
-"""The commands, run in this process: what they print, and how they refuse."""
+"""The commands, run in this process: their output and their errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from rich.filesize import decimal
 from safetensors.torch import load_file
 
 import zoo
-from zoo.cli import main
+from zoo.cli import SECTIONS, main
 
 
 def run(*arguments, status=0):
@@ -51,6 +52,38 @@ def test_describe_prints_a_table_or_yaml(tmp_path):
     assert run("describe", path).output == run("describe", "gdn4-sleep4", "d_model=32", "blocks.gdn.heads=2").output
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_describe_a_folder(tmp_path, dtype):
+    """A saved model, and an upstream checkpoint with and without weights: as the model describes itself."""
+    saved = zoo.create("gdn4-sleep2", d_model=32, dtype=dtype)
+    zoo.save(saved, tmp_path / "saved")
+    assert run("describe", tmp_path / "saved").output == f"{zoo.describe(saved)}\n"
+    assert run("describe", tmp_path / "saved", "--yaml").output == saved.config.yaml()
+    assert run("describe", tmp_path / "saved", "loops=3").output == f"{zoo.describe(saved, loops=3)}\n"
+    oracle = Path(__file__).parents[1] / "data" / "oracles" / "jet-nemotron-a"
+    assert run("describe", oracle).output == f"{zoo.describe(zoo.load(oracle))}\n"
+    bare = tmp_path / oracle.name
+    bare.mkdir()
+    shutil.copy(oracle / "config.json", bare)
+    assert "397 K (1.52 MiB)" in run("describe", bare).output
+    assert "no zoo.yaml here" in run("describe", tmp_path, status=2).stderr
+
+
+def test_describe_a_run_before_and_after_its_end(tmp_path, config, monkeypatch):
+    monkeypatch.setattr("zoo.training.loop.sigterm", lambda: nullcontext(lambda: True))
+    run("train", config, "log_every=1", "--out", tmp_path / "run")
+    before = run("describe", tmp_path / "run").output
+    monkeypatch.undo()
+    run("train", tmp_path / "run")
+    assert run("describe", tmp_path / "run").output == before == f"{zoo.describe(zoo.load(tmp_path / 'run'))}\n"
+
+
+def test_help_shows_every_command_in_a_section():
+    assert sorted(name for names in SECTIONS.values() for name in names) == sorted(main.commands)
+    lines = run("--help").output.splitlines()
+    assert all(any(line.startswith(f"  {name} ") and "..." not in line for line in lines) for name in main.commands)
+
+
 def test_train_then_eval(tmp_path, config):
     run("train", config, "steps=4", "log_every=2", "--out", tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
@@ -67,7 +100,7 @@ def test_train_then_eval(tmp_path, config):
     assert "best guess" in output
 
 
-def test_an_interrupted_run_goes_on(tmp_path, config, monkeypatch):
+def test_an_interrupted_run_resumes(tmp_path, config, monkeypatch):
     monkeypatch.setattr("zoo.training.loop.sigterm", lambda: nullcontext(lambda: True))
     assert "stopped after step 1 of 3" in run("train", config, "log_every=1", "--out", tmp_path / "run").stderr
     monkeypatch.undo()
@@ -77,7 +110,7 @@ def test_an_interrupted_run_goes_on(tmp_path, config, monkeypatch):
     assert "finished" in run("train", tmp_path / "run", status=2).stderr
 
 
-def test_convert_there_and_back(tmp_path):
+def test_convert_round_trip(tmp_path):
     oracle = Path(__file__).parents[1] / "data" / "oracles" / "jet-nemotron-a"
     run("convert", oracle, tmp_path / "ours")
     run("convert", tmp_path / "ours", tmp_path / "theirs", "--to", "hf")
@@ -92,7 +125,7 @@ def test_chat_sleeps_between_turns(tmp_path):
     model = zoo.create("gdn4-sleep2-hard64", layers="attn gdn", d_model=16, d_ff=16, vocab_size=256)
     zoo.save(model, tmp_path / "model")
     arguments = ["chat", str(tmp_path / "model"), "--tokens", "5", "--temperature", "0"]
-    result = CliRunner().invoke(main, arguments, input="hi\n\nand then?\n")  # an empty line is no turn
+    result = CliRunner().invoke(main, arguments, input="hi\n\nand then?\n")  # an empty line is not a turn
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert f"0/64 tokens in the window, 0 sleeps, state {decimal(zoo.describe(model).state_bytes)}" in result.output
     assert result.output.count(" sleeps, state ") == 3
@@ -135,7 +168,7 @@ def test_names_and_help_do_not_import_torch(module, arguments):
 
 
 def test_no_module_hides_a_public_name():
-    """`import zoo.x` sets the attribute x of zoo, so a module must not be called like a function that zoo hands on."""
+    """`import zoo.x` sets the attribute x of zoo, so a module must not have the name of a public function."""
     code = """
 import importlib, pkgutil, types, zoo
 public = {name: getattr(zoo, name) for name in zoo.__all__}

@@ -1,4 +1,4 @@
-"""`zoo doctor`: what it says, and that it notices an operator that is wrong."""
+"""`zoo doctor`: its output, and that it detects a wrong operator."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def test_every_operator_is_checked() -> None:
     assert [finding for finding in findings if not finding.right] == []
 
 
-def test_a_wrong_form_and_one_that_fails_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_form_and_a_failing_one_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     run = kernels.get("ssd.chunked")
 
     def wrong(*inputs):
@@ -52,7 +52,7 @@ def test_a_wrong_form_and_one_that_fails_are_noticed(monkeypatch: pytest.MonkeyP
 
 
 def test_verdicts_decide_which_configuration_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row is used once it is proven, by a stamp for this GPU and Triton or by the doctor, and plain launches until then."""
+    """A row is used only once it is verified, by a stamp for this GPU and Triton or by the doctor."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toy GPU")
     monkeypatch.setattr(tuning, "table", lambda: [ROW])
@@ -73,7 +73,7 @@ def test_verdicts_decide_which_configuration_is_used(tmp_path: Path, monkeypatch
 
 
 def test_the_command_without_a_gpu_and_without_triton() -> None:
-    """Triton hidden: import zoo, the doctor and the PyTorch forms work; forcing triton is one clear line."""
+    """Without Triton, import, the doctor and the PyTorch forms work; forcing Triton is a one-line error."""
     code = """
 import sys
 sys.modules["triton"] = None

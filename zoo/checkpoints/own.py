@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from zoo.checkpoints import upstream
 from zoo.checkpoints.stored import WEIGHTS, open_folder
-from zoo.config import resolve
+from zoo.config import ModelConfig, resolve
 from zoo.errors import ZooError
 from zoo.files import new_folder, replacing
 from zoo.model import Model
@@ -56,14 +57,29 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
         ZooError: a missing or damaged file, or tensors that do not fit the config; names the file and the tensor.
     """
     folder = Path(path)
-    if not (folder / CONFIG).is_file():
-        if (folder / upstream.CONFIG).is_file():
-            return upstream.load(folder, device=device, dtype=dtype)
-        raise ZooError(f"{folder}: no {CONFIG} here, nor an upstream {upstream.CONFIG}; want a folder of zoo.save, zoo train or upstream")
+    if not (folder / CONFIG).is_file() and (folder / upstream.CONFIG).is_file():
+        return upstream.load(folder, device=device, dtype=dtype)
     with torch.device("meta"):
-        model = Model(resolve(folder / CONFIG))
+        model = Model(read_config(folder))
     fill(model, folder, device, dtype)
     return model
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return the config of a folder that `load` accepts, without reading its weights. Raises ZooError."""
+    if (folder / CONFIG).is_file():
+        return resolve(folder / CONFIG)
+    if (folder / upstream.CONFIG).is_file():
+        return resolve(upstream.read_config(folder))
+    raise ZooError(f"{folder}: no {CONFIG} here, nor an upstream {upstream.CONFIG}; want a folder of zoo.save, zoo train or upstream")
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of the largest tensor in a folder, without reading it; float32 if there are no weights yet."""
+    if not any(file.suffix in (".safetensors", ".pth", ".bin") for file in folder.iterdir()):
+        return torch.float32
+    with open_folder(folder) as stored:
+        return stored.read(max(stored.shapes, key=lambda name: prod(stored.shapes[name]))).dtype
 
 
 def fill(model: Model, folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> None:

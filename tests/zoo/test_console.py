@@ -1,0 +1,47 @@
+"""Output in the terminal: tables within the width of the console, progress on stderr."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from zoo import console
+
+HEADERS = ["arm", "steps", *(f"{n} hops" for n in range(2, 12))]
+ROWS = [["loops 1 [x]", "1,000", *("12.3% (11.0-13.0)" for _ in range(10))], ["loops 2", "500", *("" for _ in range(10))]]
+
+
+def printed(show, width=80, terminal=False):
+    file = io.StringIO()
+    show(Console(file=file, width=width, force_terminal=terminal))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 200, 400])
+def test_a_table_fits_the_console_and_keeps_every_cell(width):
+    text = printed(lambda screen: console.print_table(HEADERS, ROWS, console=screen), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert all(cell in text for cell in [*HEADERS, *ROWS[0], *ROWS[1]])
+    assert text.count("loops 1 [x]") == text.count("loops 2") == text.count("arm")
+    assert (text.count("arm") == 1) == (width == 400)
+
+
+def test_the_tables_of_markdown_are_printed_the_same():
+    markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in [HEADERS, ["---"] * len(HEADERS), *ROWS])
+    text = printed(lambda screen: console.print_markdown(f"## Title\n\n{markdown}\n\nA line [1].\n", screen))
+    assert text == f"Title\n{printed(lambda screen: console.print_table(HEADERS, ROWS, console=screen))}A line [1].\n"
+
+
+def test_a_slow_step_is_announced_on_stderr_and_a_quick_one_is_not(capsys):
+    with console.spinner("quick", after=60):
+        pass
+    with console.spinner("slow", after=0.01):
+        time.sleep(0.5)
+    assert capsys.readouterr() == ("", "slow ...\n")
+
+
+def test_a_progress_bar_prints_nothing_in_a_pipe(capsys):
+    with console.progress_bar("evaluating", 3) as advance:
+        advance(2)
+    assert capsys.readouterr() == ("", "")
