@@ -1,4 +1,4 @@
-"""Before anything imports triton: its decorators and its own library decide then whether kernels are interpreted."""
+"""Set up Triton's interpreter before anything imports triton, which decides on import whether kernels are interpreted."""
 
 import os
 

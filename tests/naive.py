@@ -1,6 +1,6 @@
-"""A second writing of the model, straight from the equations, in float64: loops over tokens, dicts for caches, no code shared with zoo.
+"""An independent implementation of the model in float64, straight from the equations: loops over tokens, dicts for caches, no zoo code.
 
-It knows attn, swa and gdn blocks, any eviction, span and number of loops, and is slow.
+It supports attn, swa and gdn blocks, any eviction, span and number of loops, and is slow.
 """
 
 import math
@@ -67,7 +67,7 @@ def gated_deltanet(x, p, heads, S, tail):
 
 
 class NaiveStream:
-    """One stream through the weights of a zoo.Model. `asleep` and `awake` follow section 3 of the sleep contract."""
+    """One stream through the weights of a zoo.Model. `asleep` and `awake` follow the equations of a sleep and a wake pass."""
 
     def __init__(self, model):
         self.c = model.config
@@ -86,7 +86,7 @@ class NaiveStream:
         self.clear()
 
     def read(self, ids, when):
-        """Embedded tokens [T, D]."""
+        """Embed tokens: [T, D]."""
         h = self.p["embed.weight"][ids]
         return h + self.p["positions.weight"][self.position : self.position + len(ids)] if self.c.learned_positions in (True, when) else h
 
@@ -101,7 +101,7 @@ class NaiveStream:
                 self.cache[i] = {}
 
     def block(self, i, x, window):
-        """One block over x: [T, D]; S changes, and `window[i]` is what later tokens see of these."""
+        """Run one block over x: [T, D]. Updates S, and stores in `window[i]` the cache that later tokens read."""
         p = {n.removeprefix(f"blocks.{i}."): t for n, t in self.p.items() if n.startswith(f"blocks.{i}.")}
         mixer = {n.removeprefix("mixer."): t for n, t in p.items() if n.startswith("mixer.")}
         kind = self.c.pattern[i]
@@ -121,7 +121,7 @@ class NaiveStream:
         return x + (gate * torch.sigmoid(gate) * up) @ p["mlp.down_proj.weight"].T
 
     def awake(self, ids):
-        """Logits [T, V] of one wake pass."""
+        """Run one wake pass and return its logits [T, V]."""
         h, window = self.read(ids, "awake"), {}
         for i in range(len(self.c.pattern)):
             h = self.block(i, h, window)

@@ -1,4 +1,4 @@
-"""The package as users install it: a wheel in a new environment, from outside the checkout, beside other people's packages."""
+"""The package as users install it: a wheel in a fresh environment, outside the checkout, beside other packages."""
 
 import os
 import re
@@ -86,11 +86,11 @@ TOY["toy_training.py"] = "\n".join(
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A new environment that holds the wheel, Hugging Face's `kernels`, the toy package, and sees our dependencies."""
+    """A fresh environment with the wheel, Hugging Face's `kernels` and the toy package, which can import our dependencies."""
     home = tmp_path_factory.mktemp("environment")
     venv.create(home, with_pip=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(home)}))
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch is too large to install again
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch is too large to install twice
     toy = tmp_path_factory.mktemp("toy")
     for name, text in TOY.items():
         (toy / name).write_text(text)

@@ -1,4 +1,4 @@
-"""Names, patterns, configs: what they stand for, and what wrong ones are answered."""
+"""Names, layer patterns and configs, and the errors for wrong ones."""
 
 import pytest
 import torch
@@ -217,7 +217,7 @@ def test_list_models():
 
 @pytest.mark.parametrize("name", zoo.list_models())
 def test_every_model_in_the_zoo(name):
-    """Each file is valid, asleep and awake, and says what it is."""
+    """Every shipped config is valid, also with sleep, and has a description."""
     for variant in (name, f"{name}-sleep2"):
         config = resolve(variant)
         assert config.about

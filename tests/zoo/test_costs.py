@@ -1,4 +1,4 @@
-"""Costs against real tensors, real parameters and a count by hand."""
+"""Costs, compared with real tensors, real parameters and counts by hand."""
 
 import pytest
 import torch
@@ -30,10 +30,10 @@ def test_bytes_are_those_of_a_real_stream(layers, dtype):
 
 
 def test_operations_by_hand():
-    """One attention block, one head of 8, MLP of 16, 5 words: products only, a multiply-add counted twice."""
+    """One attention block, one head of 8, MLP of 16, vocabulary of 5: only products, a multiply-add counted as two."""
     d = zoo.describe("gdn4-slide4", layers="attn", d_model=8, d_ff=16, vocab_size=5, blocks={"attn": {"heads": 1}})
     projections, mlp, head = 2 * 4 * 8 * 8, 2 * 3 * 8 * 16, 2 * 8 * 5
-    assert d.flops_per_token == projections + mlp + head + 2 * 2 * 8  # scores and values of the one token it sees
+    assert d.flops_per_token == projections + mlp + head + 2 * 2 * 8  # scores and values of the one token it attends to
 
 
 @torch.no_grad()
@@ -47,12 +47,12 @@ def test_operations_by_hand():
     ],
 )
 def test_operations_as_torch_counts_them(fields):
-    """Attention and MLPs hold nothing but products that torch counts."""
+    """Attention and MLPs consist of products that torch counts."""
     model = zoo.create("gdn4-sleep2-slide12", d_model=32, **fields)
     described = zoo.describe(model)
 
     def counted(run, length):
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the form whose products it sees
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the backend whose products it counts
             run(torch.zeros(1, length, dtype=torch.long))
         return counter.get_total_flops()
 
@@ -82,7 +82,7 @@ def test_a_sleep_costs_its_passes():
 
 
 def test_a_sleep_that_empties_the_window_ends_with_the_last_fast_weights():
-    """On a first window, hard and sliding differ by what nothing reads: here the MLP of the gdn block, and two attention blocks."""
+    """On a first window, hard and sliding differ by the work whose result nothing reads: the MLP of gdn, and two attention blocks."""
 
     def flops(evict, layers, **fields):
         return zoo.describe(f"gdn4-sleep3-{evict}24", d_model=32, layers=layers, **fields).flops_per_sleep

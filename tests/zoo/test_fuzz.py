@@ -1,4 +1,4 @@
-"""The sleep contract, on any mix of mixers, span, policy, loops and chunk lengths."""
+"""Sleeps under random mixes of mixers, span, policy, loops and chunk lengths."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def equal(a: zoo.State, b: zoo.State) -> bool:
 
 
 def in_chunks(model: zoo.Model, ids: torch.Tensor, loops: int, pieces: int) -> tuple[torch.Tensor, zoo.State]:
-    """Wake in pieces of so many tokens; at the end of each window, sleep from its start."""
+    """Read pieces of these lengths; at the end of each window, sleep from its start."""
     logits, state = [], model.init_state(len(ids))
     for chunk in ids.split(model.config.window or ids.shape[1], dim=1):
         awake = state
@@ -69,7 +69,7 @@ def in_chunks(model: zoo.Model, ids: torch.Tensor, loops: int, pieces: int) -> t
 
 
 def sleep_by_the_book(model: zoo.Model, ids: torch.Tensor, start: zoo.State, loops: int) -> zoo.State:
-    """Section 3 of the design, line by line, one block at a time."""
+    """Run the equations of a sleep line by line, one block at a time."""
     steps = Positions(start.position, ids.shape[1], ids.device)
     fast, window, h = list(start.fast), list(start.window), model.embed(ids)
     first, last = model.config.span
@@ -100,7 +100,7 @@ def test_contract(config: dict[str, Any], length: int, pieces: int, seed: int) -
     loops, window = config["loops"], config["window"]
     ids = torch.randint(0, 13, (2, length), generator=torch.Generator().manual_seed(seed))
 
-    # pieces of a window change nothing; one loop is the ordinary hybrid, bit for bit
+    # cutting a window into pieces changes nothing; one loop is the ordinary hybrid, bit for bit
     whole, asleep = in_chunks(model, ids, loops, pieces=length)
     again, asleep_again = in_chunks(model, ids, loops, pieces)
     torch.testing.assert_close(again, whole, rtol=1e-8, atol=1e-8)
@@ -117,7 +117,7 @@ def test_contract(config: dict[str, Any], length: int, pieces: int, seed: int) -
     # a row sleeps as it would alone
     assert_same(in_chunks(model, ids[:1], loops, length)[1], zoo.State(*rows(asleep)))
 
-    # what the policies leave behind
+    # what each policy keeps
     for kind, cache in zip(model.config.pattern, asleep.window, strict=True):
         if kind in ("attn", "swa"):
             bound = {"none": length, "hard": 0, "sliding": (window or 0) - 1}[config["evict"]]

@@ -1,4 +1,4 @@
-"""The sleep contract: consolidation, eviction, the loss of Algorithm 1. Checked against tests/naive.py in float64."""
+"""Consolidation, eviction and the loss of Algorithm 1, checked against tests/naive.py in float64."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def tokens(*shape, seed=0):
 
 
 def same(a, b):
-    """Equal bit for bit."""
+    """Whether two trees of tensors are equal bit for bit."""
     leaves = [torch.utils._pytree.tree_leaves(tree) for tree in (a, b)]
     return len(leaves[0]) == len(leaves[1]) and all(
         torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*leaves, strict=True)
@@ -152,7 +152,7 @@ def test_the_fast_weights_are_float32_in_a_bfloat16_model():
 
 @pytest.mark.parametrize("evict", ["hard4", "slide4"])
 def test_loss_of_algorithm_1(evict):
-    """Chunks of 4: two slept on, then two awake, one of which predicts the first token of the other."""
+    """Chunks of 4: two consolidated, then two awake, the first of which predicts the first token of the second."""
     model = tiny(f"gdn4-sleep3-{evict}")
     ids = tokens(2, 15)
     mask = torch.zeros(2, 15, dtype=torch.bool)
@@ -189,7 +189,7 @@ def test_sleep_on_every_chunk_is_what_a_session_does(evict):
 
 
 def blocks_run(model, work):
-    """What `work()` returns, and how many blocks ran over a chunk."""
+    """Return the result of `work()` and the number of blocks that it ran."""
     seen = []
     hooks = [block.register_forward_hook(lambda *_: seen.append(1)) for block in model.blocks]
     try:
@@ -203,8 +203,8 @@ def blocks_run(model, work):
 @pytest.mark.parametrize("evict", ["hard6", "slide6"])
 @pytest.mark.parametrize("overrides", [*(v for v in (*VARIANTS, RESTARTING) if "span" not in v), {"carry": False}], ids=str)
 @pytest.mark.parametrize("loops", [1, 3])
-def test_going_on_from_the_wake_pass(loops, overrides, evict):
-    """A pass less, and the same state bit for bit."""
+def test_a_sleep_that_starts_from_the_wake_pass(loops, overrides, evict):
+    """A sleep that starts from the wake pass runs one pass less and ends in the same state, bit for bit."""
     if overrides is RESTARTING and evict != "hard6":
         return
     model = tiny(f"gdn4-sleep3-{evict}", **overrides)
@@ -227,7 +227,7 @@ def test_a_wake_pass_that_is_no_pass_of_a_sleep(overrides):
 @pytest.mark.parametrize(("recompute", "passes"), [("nothing", 3), ("chunks", 4)])
 @pytest.mark.parametrize("span", [None, (1, 2)])
 def test_training_on_every_chunk_runs_the_first_pass_once(span, recompute, passes):
-    """Three loops, the first of which is the wake pass where the span is the whole stack; the gradients are the same."""
+    """With three loops, the first is the wake pass if the span is every block; the gradients are the same."""
     model = tiny("gdn4-sleep3-hard4", sleep_on="every", span=span)
     ids, mask = tokens(2, 8), torch.ones(2, 8)
     answers, run = blocks_run(model, lambda: model.answers(ids, mask, recompute=recompute))
@@ -256,7 +256,7 @@ def test_the_first_token_after_a_sleep_carries_no_loss():
 @pytest.mark.parametrize("evict", ["hard3", "slide3"])
 @pytest.mark.parametrize("overrides", [{}, {"span": (1, 1), "inject": True, "loop_norm": True}])
 def test_gradient_of_the_loss(evict, overrides):
-    """Three chunks, three loops: the gradient of every parameter against numerical differentiation."""
+    """Compare the gradient of every parameter with finite differences, for three chunks and three loops."""
     model = tiny(
         f"gdn4-sleep3-{evict}",
         d_model=4,

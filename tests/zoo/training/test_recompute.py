@@ -1,4 +1,4 @@
-"""Activations that are made again change no gradient, and what is kept grows by the boundaries alone."""
+"""Activation recomputation changes no gradient, and memory grows only by what is stored between passes."""
 
 import pytest
 import torch
@@ -57,9 +57,9 @@ def most_alive(chunks, loops, recompute, batch=4, width=16):
 
 
 @pytest.mark.parametrize("recompute", ["passes", "chunks"])
-def test_memory_grows_by_the_boundaries_alone(recompute):
-    """Peak bytes per further chunk and pass: hidden states and fast weights between passes ("passes"), or the state at the
-    start of a chunk ("chunks") with some small change for masks and the like."""
+def test_memory_grows_only_by_what_is_stored_between_passes(recompute):
+    """Each further chunk and pass stores hidden states and fast weights between passes ("passes"), or only the state at the
+    start of a chunk ("chunks"), with a small allowance for masks and the like."""
     base, hidden, state = most_alive(3, 2, recompute)
     longer, *_ = most_alive(7, 2, recompute)
     deeper, *_ = most_alive(3, 6, recompute)
@@ -75,7 +75,7 @@ def test_memory_grows_by_the_boundaries_alone(recompute):
 
 
 def test_backward_chunks_cuts_the_gradient():
-    """The last k chunks are trained as if the state before them were given."""
+    """The last k chunks are trained as if the state before them were a constant."""
     model = zoo.create(f"gdn4-sleep2-hard{L}", layers="attn gdn", d_model=16, d_ff=16, vocab_size=11, dtype=torch.float64)
     ids, mask = data(5)
     whole, _ = gradients(model, ids, mask)
