@@ -13,6 +13,7 @@ from zoo.blocks import mixer
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import norms
 from zoo.blocks.positions import Positions
+from zoo.blocks.rotary import RopeScaling, rope
 
 
 class KV(NamedTuple):
@@ -69,8 +70,10 @@ class AttentionOptions(mixer.Options):
     kv_heads: int | None = Field(None, ge=1, description="default: heads")
     head_dim: int | None = Field(None, ge=2, description="default: d_model / heads")
     rope_theta: float = Field(10_000.0, gt=0)
-    rotary: float = Field(1.0, ge=0, le=1, description="fraction of the head that is rotated; 0: no positions")
-    bias: bool = Field(False, description="bias of the q, k and v projections")
+    rope_scaling: RopeScaling | None = Field(None, description="scaling of the rotary frequencies to longer contexts")
+    rotary: float = Field(1.0, ge=0, le=1, description="fraction of the head that is rotated, rounded up to pairs; 0: no positions")
+    bias: bool = Field(False, description="bias of the q, k, v and gate projections")
+    o_bias: bool = Field(False, description="bias of the output projection")
     qk_norm: Literal["plain", "wide", "centred"] | None = Field(None, description="RMSNorm of each query and key before rotation")
     norm_eps: float = Field(1e-6, gt=0, description="eps of qk_norm")
     gate: bool = Field(False, description="multiply the output by sigmoid(W_g x)")
@@ -79,7 +82,7 @@ class AttentionOptions(mixer.Options):
     def _divides(self) -> AttentionOptions:
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads: {self.heads}")
-        if self.head_dim is not None and self.head_dim % 2:
+        if self.head_dim is not None and (width := int(self.rotary * self.head_dim)) + width % 2 > self.head_dim:
             raise ValueError(f"head_dim: {self.head_dim} must be even for rotary positions")
         return self
 
@@ -96,16 +99,15 @@ class Attention(Mixer):
         self.heads = options.heads
         self.kv_heads = options.kv_heads or options.heads
         self.head_dim = options.head_dim or mixer.split_evenly(d_model, options.heads, even=True)
-        self.rotated = 2 * int(options.rotary * self.head_dim / 2)
-        self.theta = options.rope_theta
+        self.rope = rope(int(options.rotary * self.head_dim), options.rope_theta, options.rope_scaling)
         self.reach = reach
         self.q_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=options.bias)
         self.k_proj = nn.Linear(d_model, self.kv_heads * self.head_dim, bias=options.bias)
         self.v_proj = nn.Linear(d_model, self.kv_heads * self.head_dim, bias=options.bias)
         self.q_norm = norms[options.qk_norm](self.head_dim, eps=options.norm_eps) if options.qk_norm else nn.Identity()
         self.k_norm = norms[options.qk_norm](self.head_dim, eps=options.norm_eps) if options.qk_norm else nn.Identity()
-        self.g_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=False) if options.gate else None
-        self.o_proj = nn.Linear(self.heads * self.head_dim, d_model, bias=False)
+        self.g_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=options.bias) if options.gate else None
+        self.o_proj = nn.Linear(self.heads * self.head_dim, d_model, bias=options.o_bias)
 
     def new_window(self, batch: int) -> KV:
         empty = self.zeros(batch, self.kv_heads, 0, self.head_dim)
@@ -121,7 +123,7 @@ class Attention(Mixer):
 
     def forward(self, x: Tensor, fast: None, window: KV, positions: Positions) -> tuple[Tensor, None, KV]:
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = positions.rotary(self.rotated, self.theta, x.dtype)
+        cos, sin = positions.rotary(self.rope, x.dtype)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         y, window = window.attend(q, k, v, positions, self.reach)
         y = y.transpose(1, 2).flatten(2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.blocks.rotary import Rope
+
 
 class Positions:
     """Positions of T consecutive tokens. All layers and passes share one object, so its tables are computed once.
@@ -27,6 +29,7 @@ class Positions:
         self.index = torch.arange(length, device=device)
         self._tables: dict[object, Tensor | tuple[Tensor, Tensor]] = {}
         self._sequences: list[Positions] = []
+        self._whole: Positions | None = None
 
     @property
     def ragged(self) -> bool:
@@ -56,19 +59,37 @@ class Positions:
             self._sequences = [Positions(start, length, self.index.device) for start, length in zip(starts, lengths, strict=True)]
         return self._sequences
 
-    def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary(self, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864, eq. 15), made in float32 or wider.
 
-        Shape [T, dim / 2], or [B, 1, T, dim / 2] if the streams are at different positions.
+        Shape [T, pairs], or [B, 1, T, pairs] if the streams are at different positions.
         """
-        key = ("rotary", dim, theta, dtype)
+        key = ("rotary", rope, dtype)
         if key not in self._tables:
             wide = torch.promote_types(dtype, torch.float32)
-            frequency = theta ** -(torch.arange(0, dim, 2, device=self.index.device, dtype=wide) / dim)
+            tokens = self._stream_length() if rope.type == "dynamic" else 0
+            frequency = rope.frequencies(tokens, self.index.device, wide)
             angle = self.position.to(wide)[..., None] * frequency
             angle = angle[:, None] if self.ragged and self.cu_seqlens is None else angle
-            self._tables[key] = angle.cos().to(dtype), angle.sin().to(dtype)
+            cos, sin = angle.cos(), angle.sin()
+            if rope.magnitude != 1:
+                cos, sin = cos * rope.magnitude, sin * rope.magnitude
+            self._tables[key] = cos.to(dtype), sin.to(dtype)
         return self._tables[key]  # type: ignore[return-value]
+
+    def part(self, begin: int, end: int) -> Positions:
+        """Return the positions of tokens begin to end - 1, in the same pass."""
+        part = Positions(self.start + begin, end - begin, self.index.device)
+        part._whole = self._whole or self
+        return part
+
+    def _stream_length(self) -> int | Tensor:
+        """Tokens of each token's stream once this pass has read all of its own; broadcasts with `position`."""
+        whole = self._whole or self
+        end = whole.end if whole.valid is None else whole.start + whole.valid
+        if self.cu_seqlens is not None:
+            return end.repeat_interleave(self.cu_seqlens.diff(), output_size=self.length)  # type: ignore[union-attr]
+        return end[:, None] if isinstance(end, Tensor) and self.ragged else end
 
     def band(self, past: int, reach: int | None) -> Tensor:
         """Return the attention mask of T new tokens over `past` cached tokens and themselves: bool [T, past + T].

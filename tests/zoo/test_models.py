@@ -1,4 +1,4 @@
-"""Every config makes a model of the published size; loops, exits and bad fields of the config."""
+"""Every shipped config has the published number of parameters; loops, exits and invalid fields of the config."""
 
 import pytest
 import torch

@@ -1,1 +1,1 @@
-"""Folders as other projects write them: config.json and tensors under their own names, read and written."""
+"""Read and write model folders: our own, and those of upstream projects with their configs and tensor names."""

@@ -1,4 +1,4 @@
-"""What a family of upstream checkpoints is: its config, translated both ways, and its names, as data."""
+"""Families of upstream checkpoints: their config, translated in both directions, and their tensor names, as data."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ from zoo.registry import Registry
 
 
 class Stacked(NamedTuple):
-    """Tensors of ours that upstream stacks in one: the rows of each, or, with `per`, its rows for one head after another."""
+    """Tensors of ours that upstream stores as one, concatenated along rows; with `per`, interleaved head by head."""
 
     ours: tuple[str, ...]
     per: str | None = None
-    """Attribute of the mixer that counts those heads."""
+    """Attribute of the mixer that holds the number of those heads."""
 
 
 class Ones(NamedTuple):
-    """A vector that upstream stores and never uses: ones, as many as this attribute of the mixer says."""
+    """A vector of ones that upstream stores but never uses; this attribute of the mixer is its length."""
 
     attribute: str
 
 
 class Taps(NamedTuple):
-    """Kernels of a depthwise convolution, stacked: ours [C, K], theirs [C, 1, K]."""
+    """Kernels of a depthwise convolution, concatenated along channels: ours [C, K], upstream's [C, 1, K]."""
 
     ours: tuple[str, ...]
 
 
 Names = Mapping[str, str | Stacked | Taps | Ones]
-"""Upstream's name to ours. Entries whose tensor of ours a model does not have are left out."""
+"""Upstream name to our name. Entries whose tensor a model does not have are skipped."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Upstream checkpoints of one form."""
+    """One format of upstream checkpoints."""
 
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """config.json to fields of ModelConfig. A KeyError names a field that config.json must have."""
+    """Translates config.json into fields of ModelConfig. A KeyError names a required field that is missing."""
     write: Callable[[ModelConfig], dict[str, Any]] | None
-    """The way back; None: `read` names the family in whose form such a model is written."""
+    """Inverse of `read`; None: the model is written in the format of the family that `read` names."""
     top: Names
     layer: str
-    """Prefix of a layer's names, `{}` its number."""
+    """Prefix of a layer's names; `{}` stands for its number."""
     block: Names
     mixers: Mapping[str, Names]
-    """By kind of mixer, the names within a layer; ours are relative to the mixer."""
+    """Names within a layer, for each kind of mixer; ours are relative to the mixer."""
     stores_tied_head: bool = False
     unused: str = r"(?!)"
-    """Regular expression of names that upstream stores and a language model has no use for."""
+    """Regular expression that matches the names of stored tensors a language model does not need."""
 
 
 class Link(NamedTuple):
-    """One upstream tensor and what it holds of ours."""
+    """One upstream tensor and the tensors of ours that it contains."""
 
     theirs: str
     ours: tuple[str, ...]
@@ -71,7 +71,7 @@ class Link(NamedTuple):
     ones: int = 0
 
     def pack(self, ours: list[Tensor]) -> Tensor:
-        """Our tensors as upstream's one."""
+        """Combine our tensors into upstream's."""
         if self.ones:
             return torch.ones(self.ones)
         if self.depthwise:
@@ -81,7 +81,7 @@ class Link(NamedTuple):
         return torch.cat([x.unflatten(0, (self.groups, -1)) for x in ours], dim=1).flatten(0, 1)
 
     def unpack(self, theirs: Tensor, rows: list[int]) -> list[Tensor]:
-        """Upstream's tensor as our tensors of so many rows each."""
+        """Split upstream's tensor into ours, given the number of rows of each."""
         if self.ones:
             return []
         if self.depthwise:
@@ -93,7 +93,11 @@ class Link(NamedTuple):
 
 
 def links(family: Family, model: Model) -> list[Link]:
-    """Every upstream tensor of `model` (on any device) but for what was added to it. Covers each parameter of the others."""
+    """Return the links to every parameter of `model` (on any device) except those of inserted blocks and injection.
+
+    Raises:
+        ZooError: a block or a parameter that this format has no place for.
+    """
     shapes = dict(model.state_dict())
 
     def of(names: Names, theirs: str, ours: str, counts: object = None) -> Iterator[Link]:
@@ -113,13 +117,13 @@ def links(family: Family, model: Model) -> list[Link]:
     for number, i in enumerate(kept):
         prefix, kind = family.layer.format(number), model.config.pattern[i]
         if kind not in family.mixers:
-            raise ZooError(f"{model.config.name}: layer {i}: this form of checkpoint has no '{kind}'; it has {', '.join(family.mixers)}")
+            raise ZooError(f"{model.config.name}: layer {i}: this checkpoint format has no '{kind}'; it has {', '.join(family.mixers)}")
         found += of(family.block, prefix, f"blocks.{i}.")
         found += of(family.mixers[kind], prefix, f"blocks.{i}.mixer.", model.blocks[i].mixer)
     added = ("inject", *(f"blocks.{i}." for i, block in enumerate(model.blocks) if block.inserted))
     covered = {name for link in found for name in link.ours}
     if left := [name for name in shapes if name not in covered and not name.startswith(added)]:
-        raise ZooError(f"{model.config.name}: this form of checkpoint has no place for '{left[0]}' ({len(left)} such tensors)")
+        raise ZooError(f"{model.config.name}: this checkpoint format has no place for '{left[0]}' ({len(left)} such tensors)")
     if model.head is None and family.stores_tied_head:
         found.append(Link("lm_head.weight", ("embed.weight",)))
     return found
@@ -129,7 +133,7 @@ families: Registry[Family] = Registry("model_type", "checkpoints", "zoo.checkpoi
 
 
 def expect(config: Mapping[str, Any], key: str, *allowed: Any, default: Any = None) -> Any:
-    """config[key] (or the default), which must be one of the values that are implemented."""
+    """Return config[key], or the default. Raises ZooError unless it is one of the supported values."""
     value = config.get(key, default)
     if value not in allowed:
         raise ZooError(f"{key}: {value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
@@ -137,44 +141,24 @@ def expect(config: Mapping[str, Any], key: str, *allowed: Any, default: Any = No
 
 
 def compact(kinds: list[str]) -> str:
-    """A layer pattern for the mixers of every layer: 'jet jet attn' is written 'jet*2 attn'."""
+    """Write the kinds of all layers as a layer pattern: 'jet jet attn' becomes 'jet*2 attn'."""
     runs = [(kind, len(list(run))) for kind, run in groupby(kinds)]
     return " ".join(kind if count == 1 else f"{kind}*{count}" for kind, count in runs)
 
 
 def options(config: ModelConfig, kind: str) -> Any:
-    """The options of a kind of block, defaults filled in."""
+    """Return the options of a kind of block, with defaults filled in."""
     made: Options = mixers.get(kind).Options(**config.blocks.get(kind, {}))
     return made
 
 
 def truncated_ratio(ratio: float) -> float:
-    """A ratio for upstream code that cuts off the fraction of its product, where rounding may have left it just too small."""
+    """Round a ratio up in the tenth decimal: upstream truncates its product with a width, and rounding may leave that just too small."""
     return math.ceil(ratio * 1e10) / 1e10
 
 
-def rope(config: Mapping[str, Any], theta: float = 10_000.0, part: float | None = None) -> dict[str, Any]:
-    """Rotary options from either spelling: fields of their own (transformers 4), or `rope_parameters` (transformers 5).
-
-    Args:
-        theta: upstream's default.
-        part: upstream's default for the part of a head that is rotated; None: upstream always rotates whole heads.
-    """
-    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    for key in ("rope_type", "type"):
-        expect(stated, key, "default", default="default")
-    if nested := [key for key, value in stated.items() if isinstance(value, Mapping)]:
-        raise ZooError(f"rope_parameters: {', '.join(nested)}: angles of their own for some layers are not supported")
-    find = {**config, **stated}
-    fields = {"rope_theta": find.get("rope_theta", theta)}
-    if part is None:
-        expect(find, "partial_rotary_factor", 1, None)
-        return fields
-    return {**fields, "rotary": find.get("partial_rotary_factor", part)}
-
-
 def layer_kinds(config: Mapping[str, Any], words: Mapping[str, str], default: Callable[[int], str]) -> list[str]:
-    """The kind of mixer of every layer: `layer_types`, word for word, or the default of each layer."""
+    """Return the kind of every layer: `layer_types` translated by `words`, or the default of each layer."""
     count = config["num_hidden_layers"]
     types = config.get("layer_types")
     if types is None:
@@ -185,7 +169,7 @@ def layer_kinds(config: Mapping[str, Any], words: Mapping[str, str], default: Ca
 
 
 def attention_kinds(config: Mapping[str, Any], window: int | None) -> list[str]:
-    """`attn` or `swa` of each layer, from `layer_types` or, without them, from `max_window_layers`."""
+    """Return `attn` or `swa` for each layer, from `layer_types` or, without it, from `max_window_layers`."""
     full = config.get("max_window_layers", 28)
     words = {"full_attention": "attn", "sliding_attention": "swa"}
     kinds = layer_kinds(config, words, lambda i: "attn" if window is None or i < full else "swa")

@@ -1,4 +1,4 @@
-"""Gated DeltaNet and Samba as flash-linear-attention writes them."""
+"""Gated DeltaNet and Samba in the format of flash-linear-attention."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def mlp_width(hidden_size: int, ratio: float) -> int:
 
 
 def read_layers(config: Mapping[str, Any], kind: str, attn: Any) -> tuple[str, dict[str, Any]]:
-    """The layer pattern, and the options of the attention layers that `attn` places among those of `kind`."""
+    """Return the layer pattern, and the options of the attention layers that `attn` places among the layers of `kind`."""
     expect(config, "attnres_block_size", None)
     count, specs = config["num_hidden_layers"], [attn] if isinstance(attn, Mapping) else attn or []
     kinds = [kind] * count
@@ -79,9 +79,9 @@ def read_gdn(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_samba(config: Mapping[str, Any]) -> dict[str, Any]:
     layers, blocks = read_layers(config, "mamba", config["attn"])
     rank = config.get("time_step_rank", "auto")
-    # its use_conv_bias never reaches the layers
+    # upstream does not pass use_conv_bias on to the layers
     blocks["mamba"] = {**mamba.inner(config), "mlp": True, "conv_bias": True, "dt_rank": None if rank == "auto" else rank}
-    # here intermediate_size is that of Mamba
+    # intermediate_size is the inner width of Mamba here
     return {**read_size({**config, "intermediate_size": None}), "layers": layers, "blocks": blocks}
 
 
@@ -132,7 +132,7 @@ def write_gdn(config: ModelConfig) -> dict[str, Any]:
 def write_samba(config: ModelConfig) -> dict[str, Any]:
     made, ratio = options(config, "mamba"), 1.5 * config.mlp_width / config.d_model
     if mlp_width(config.d_model, ratio) != config.mlp_width:
-        raise ZooError(f"d_ff: {config.mlp_width}: this form of checkpoint has MLPs of a multiple of 256 only")
+        raise ZooError(f"d_ff: {config.mlp_width}: this checkpoint format only has MLP widths that are multiples of 256")
     return {
         **_write(config, "samba", "SambaForCausalLM"),
         "hidden_ratio": ratio,

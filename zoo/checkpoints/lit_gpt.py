@@ -1,4 +1,4 @@
-"""Samba and Gated DeltaNet as their authors' lit-gpt writes them."""
+"""Samba and Gated DeltaNet in the format of their authors' fork of lit-gpt."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": config["n_embd"] // config["n_head"],
         "rotary": 0.0 if config.get("nope") else config.get("rotary_percentage", 0.25),
     }
-    # the sizes that GatedDeltaNet's authors give every model
+    # hard-coded sizes in the code of GatedDeltaNet's authors
     keys, values = int(0.75 * config["n_embd"]) // 9, int(1.5 * config["n_embd"]) // 9
     gdn = {"heads": 9, "head_dim": keys, "expand_v": values / keys, "write_bias": True}
     blocks = {"mamba": {}, "gdn": gdn, "swa": {**attention, "window": config["local_window"]}, "attn": attention}
@@ -106,7 +106,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _places(config: ModelConfig) -> dict[str, Any]:
-    """Which layers are recurrent."""
+    """Return the fields that place the recurrent layers."""
     if "gdn" in config.pattern:
         return {
             "mb_per_layer": -1,
@@ -116,12 +116,12 @@ def _places(config: ModelConfig) -> dict[str, Any]:
 
 
 def _full_every(config: ModelConfig) -> int:
-    """Upstream's count n for which every n-th layer that attends does so fully."""
+    """Return n such that full attention is every n-th of the attention layers."""
     counts: list[int] = [1_000_000, *range(1, len(config.pattern) + 1)]
     for every in counts:
         if all((i % every == every - 1) == (kind == "attn") for i, kind in enumerate(config.pattern) if kind in ("attn", "swa")):
             return every
-    raise ZooError(f"layers: '{config.layers}': this form of checkpoint places full attention at every n-th layer only")
+    raise ZooError(f"layers: '{config.layers}': this checkpoint format only places full attention at every n-th layer")
 
 
 families.register(

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: attention, full or sliding, and SwiGLU."""
+"""Llama, Mistral, Qwen2 and Qwen3: full or sliding attention, and SwiGLU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from zoo.checkpoints.family import Family, Names, attention_kinds, compact, expect, families, options, rope
+from zoo.checkpoints.family import Family, Names, attention_kinds, compact, expect, families, options
+from zoo.checkpoints.rope import rope, write_rope
 from zoo.config import ModelConfig
 
 TOP: Names = {"model.embed_tokens.weight": "embed.weight", "model.norm.weight": "norm.weight", "lm_head.weight": "head.weight"}
@@ -18,12 +19,17 @@ ATTENTION: Names = {
     **{f"self_attn.{name}_norm.weight": f"{name}_norm.weight" for name in "qk"},
 }
 
-DEFAULTS = {"llama": (None, None), "mistral": (8, None), "qwen2": (32, None), "qwen3": (32, 128)}
-"""Upstream's num_key_value_heads and head_dim where config.json has neither."""
+DEFAULTS: Mapping[str, Mapping[str, int | None]] = {
+    "llama": {"context": 2048},
+    "mistral": {"kv_heads": 8, "context": 131_072},
+    "qwen2": {"kv_heads": 32, "context": 32_768},
+    "qwen3": {"kv_heads": 32, "head_dim": 128, "context": 32_768},
+}
+"""Upstream's defaults for num_key_value_heads, head_dim and max_position_embeddings."""
 
 
 def size(config: Mapping[str, Any], tied: bool = False) -> dict[str, Any]:
-    """Fields that most families of transformers spell alike."""
+    """Read the fields that most families of transformers share."""
     expect(config, "hidden_act", "silu", "swish", default="silu")
     return {
         "vocab_size": config["vocab_size"],
@@ -34,8 +40,8 @@ def size(config: Mapping[str, Any], tied: bool = False) -> dict[str, Any]:
     }
 
 
-def heads(config: Mapping[str, Any], kv_heads: int | None = None, head_dim: int | None = None, **defaults: float) -> dict[str, Any]:
-    """Options of attention. The other arguments are upstream's defaults, those of `rope` among them."""
+def heads(config: Mapping[str, Any], kv_heads: int | None = None, head_dim: int | None = None, **defaults: Any) -> dict[str, Any]:
+    """Return the options of attention. The other arguments are upstream's defaults, including those of `rope`."""
     count = config["num_attention_heads"]
     fields = {
         "heads": count,
@@ -45,8 +51,13 @@ def heads(config: Mapping[str, Any], kv_heads: int | None = None, head_dim: int 
     return {**fields, **rope(config, **defaults)}
 
 
+def read_bias(config: Mapping[str, Any]) -> dict[str, Any]:
+    bias = expect(config, "attention_bias", False, True, None) or False
+    return {"bias": bias, "o_bias": bias}
+
+
 def sliding_window(config: Mapping[str, Any]) -> int | None:
-    """The window of Qwen's sliding layers, if there are any."""
+    """Return the window of Qwen's sliding layers, or None if there are none."""
     return config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
 
 
@@ -70,8 +81,7 @@ def write_heads(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads or attention.heads,
         "head_dim": attention.head_dim or config.d_model // attention.heads,
-        "rope_theta": attention.rope_theta,
-        "rope_scaling": None,
+        **write_rope(attention),
     }
 
 
@@ -85,8 +95,6 @@ def write_window(config: ModelConfig) -> dict[str, Any]:
 
 
 def read(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
-    if model_type in ("llama", "qwen3"):
-        expect(config, "attention_bias", False, None)
     if model_type == "llama":
         expect(config, "mlp_bias", False, None)
         window, kinds = None, ["attn"] * config["num_hidden_layers"]
@@ -95,9 +103,11 @@ def read(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
         kinds = ["swa" if window else "attn"] * config["num_hidden_layers"]
     else:
         kinds = attention_kinds(config, window := sliding_window(config))
-    fields: dict[str, Any] = heads(config, *DEFAULTS[model_type])
+    fields: dict[str, Any] = heads(config, **DEFAULTS[model_type])
     if model_type == "qwen2":
         fields["bias"] = True
+    elif model_type in ("llama", "qwen3"):
+        fields |= read_bias(config)
     if model_type == "qwen3":
         fields |= {"qk_norm": "plain", "norm_eps": config.get("rms_norm_eps", 1e-6)}
     blocks = {kind: {**fields, "window": window} if kind == "swa" else fields for kind in set(kinds)}
@@ -108,7 +118,8 @@ def write(config: ModelConfig, model_type: str, architecture: str) -> dict[str, 
     window = write_window(config)
     if model_type in ("llama", "mistral"):
         window = {"sliding_window": window["sliding_window"]} if model_type == "mistral" else {}
-    return {**write_size(config, model_type, architecture), **write_heads(config), **window}
+    bias = {"attention_bias": options(config, config.pattern[0]).bias} if model_type in ("llama", "qwen3") else {}
+    return {**write_size(config, model_type, architecture), **write_heads(config), **bias, **window}
 
 
 for _type, _architecture in (

@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 as transformers writes them, and as their authors did."""
+"""Mamba and Mamba-2 in the formats of transformers and of their authors."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ SSM_DEFAULTS: dict[str, Any] = {
         **{"dt_limit": [0.0, math.inf], "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False},
     },
 }
-# how a layer starts, and how fast it runs
+# initialisation and speed: no effect on what a trained layer computes
 SSM_OTHER = [
     "dt_min",
     "dt_max",
@@ -104,14 +104,14 @@ SSM_OTHER = [
 
 
 def read_ssm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The form of Mamba's authors (mamba_ssm). What is read is written back as transformers does."""
+    """Read the format of Mamba's authors (mamba_ssm). The model is written back in the format of transformers."""
     expect(config, "attn_layer_idx", [], None)
     expect(config, "d_intermediate", 0, None)
     expect(config, "rms_norm", True, default=True)
     stated = dict(config.get("ssm_cfg") or {})
     layer = expect({"ssm_cfg.layer": stated.pop("layer", "Mamba1")}, "ssm_cfg.layer", *SSM_DEFAULTS)
     if unknown := stated.keys() - SSM_DEFAULTS[layer].keys() - set(SSM_OTHER):
-        raise ZooError(f"ssm_cfg: {min(unknown)} is not a field that {layer} has")
+        raise ZooError(f"ssm_cfg: {min(unknown)} is not a field of {layer}")
     ssm = SSM_DEFAULTS[layer] | stated
     made = {"mlp": False, "expand": ssm["expand"], "state_dim": ssm["d_state"], "conv_size": ssm["d_conv"]}
     made |= {"conv_bias": ssm["conv_bias"], "bias": ssm["bias"]}
@@ -137,7 +137,7 @@ def read_ssm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float:
-    """transformers 5 writes an infinity as {"__float__": "Infinity"}."""
+    """Decode a number; transformers 5 writes infinity as {"__float__": "Infinity"}."""
     return float(value["__float__"] if isinstance(value, Mapping) else value)
 
 

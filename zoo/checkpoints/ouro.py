@@ -9,7 +9,7 @@ from zoo.checkpoints.family import Family, Names, attention_kinds, compact, fami
 from zoo.checkpoints.llama import ATTENTION, LAYER, MLP, TOP, heads, size, sliding_window, write_heads, write_size, write_window
 from zoo.config import ModelConfig
 
-# the norm called post_attention stands before the MLP
+# despite its name, upstream's post_attention norm precedes the MLP
 BLOCK: Names = {
     "input_layernorm.weight": "mixer_norm.weight",
     "input_layernorm_2.weight": "mixer_post_norm.weight",

@@ -1,4 +1,4 @@
-"""Dense Qwen3-Next and Qwen3.5: Gated DeltaNet and gated attention in turn."""
+"""Dense Qwen3-Next and Qwen3.5: Gated DeltaNet interleaved with gated attention."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from functools import partial
 from typing import Any
 
 from zoo.checkpoints.family import Family, Names, Stacked, Taps, compact, expect, families, layer_kinds, options
-from zoo.checkpoints.llama import ATTENTION, BLOCK, LAYER, TOP, heads, size, write_heads, write_size
+from zoo.checkpoints.llama import ATTENTION, BLOCK, LAYER, TOP, heads, read_bias, size, write_heads, write_size
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 
-GATED_ATTENTION: Names = {**ATTENTION, "self_attn.q_proj.weight": Stacked(("q_proj.weight", "g_proj.weight"), per="heads")}
+GATED_ATTENTION: Names = {
+    **ATTENTION,
+    **{f"self_attn.q_proj.{part}": Stacked((f"q_proj.{part}", f"g_proj.{part}"), per="heads") for part in ("weight", "bias")},
+}
 SHARED: Names = {
     "linear_attn.conv1d.weight": Taps(("q_conv", "k_conv", "v_conv")),
     "linear_attn.A_log": "A_log",
@@ -36,12 +39,12 @@ KINDS = {"linear_attention": "gdn", "full_attention": "attn"}
 
 
 def read(config: Mapping[str, Any], kv_heads: int = 4) -> dict[str, Any]:
-    expect(config, "attention_bias", False, None)
     every = config.get("full_attention_interval", 4)
     kinds = layer_kinds(config, KINDS, lambda i: "gdn" if (i + 1) % every else "attn")
     eps = config.get("rms_norm_eps", 1e-6)
     key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
-    attention = {**heads(config, kv_heads, head_dim=256, part=0.25), "qk_norm": "centred", "norm_eps": eps, "gate": True}
+    attention = {**heads(config, kv_heads, head_dim=256, part=0.25, context=32_768), **read_bias(config)}
+    attention |= {"qk_norm": "centred", "norm_eps": eps, "gate": True}
     gdn = {
         "heads": config["linear_num_key_heads"],
         "value_heads": config["linear_num_value_heads"],
@@ -64,7 +67,7 @@ def read_next(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_multimodal(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Qwen3.5 with a vision tower, which is left out: what is read is written back as the text model."""
+    """Read Qwen3.5 with a vision tower, which is dropped. The model is written back as the text model."""
     text = {"tie_word_embeddings": config.get("tie_word_embeddings", False), **config["text_config"]}
     expect(text, "model_type", "qwen3_5_text", default="qwen3_5_text")
     return {**read(text), "upstream": {**text, "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]}}
@@ -79,6 +82,7 @@ def write(config: ModelConfig, model_type: str, architecture: str) -> dict[str, 
         **write_size(config, model_type, architecture),
         **write_heads(config),
         "partial_rotary_factor": attention.rotary,
+        "attention_bias": attention.bias,
         "layer_types": [words[kind] for kind in config.pattern],
         "linear_num_key_heads": gdn.heads,
         "linear_num_value_heads": gdn.value_heads or gdn.heads,
@@ -96,7 +100,7 @@ TEXT = Family(
     layer=LAYER,
     block=BLOCK,
     mixers={"attn": GATED_ATTENTION, "gdn": QWEN3_5},
-    unused=r"mtp\.|model\.visual\.",  # a second head that predicts further ahead; vision
+    unused=r"mtp\.|model\.visual\.",  # multi-token prediction; vision
 )
 families.register("qwen3_5_text", TEXT)
 families.register(

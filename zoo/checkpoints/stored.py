@@ -1,4 +1,4 @@
-"""The tensors in a folder, whatever files hold them, checked by name and shape before any is read."""
+"""Tensors in a folder, in any of the supported files; names and shapes are checked before any is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class Stored:
-    """Tensors by name, read one at a time. Files are mapped, so nothing is copied before it is used."""
+    """Tensors by name, read one at a time. Files are memory-mapped, so nothing is copied before it is used."""
 
     def __init__(self, device: str | torch.device) -> None:
         self._device = device
@@ -36,20 +36,23 @@ class Stored:
             self.shapes[name], self.files[name], self._sources[name] = shape, file, source
 
     def drop(self, pattern: str) -> list[str]:
-        """Forget the tensors whose names start with a match of this regular expression; returns them."""
+        """Drop the tensors whose names match this regular expression at the start; returns their names."""
         dropped = [name for name in self.shapes if re.match(pattern, name)]
         for name in dropped:
             del self.shapes[name], self.files[name], self._sources[name]
         return dropped
 
-    def read(self, name: str, dtype: torch.dtype | None = None, *, passing: bool = False) -> Tensor:
-        """The tensor, as `dtype`; `passing`: it is only copied from, or compared.
+    def read(self, name: str, dtype: torch.dtype | None = None, *, transient: bool = False) -> Tensor:
+        """Read a tensor as `dtype` (default: as stored).
 
-        What is kept as stored is a view of the file. What is not is read through a mapping of its own, so that the
-        pages of the file go when the tensor does, and a model takes no more memory than its parameters.
+        A tensor kept as stored is a view of the file. Others are read through a mapping of their own, whose pages are freed with
+        it, so that a model takes no more memory than its parameters.
+
+        Args:
+            transient: the caller only copies from the result, or compares it.
         """
         tensor = self._mapped(self._sources[name], name)
-        if tensor.is_cpu and (passing or dtype not in (None, tensor.dtype)):
+        if tensor.is_cpu and (transient or dtype not in (None, tensor.dtype)):
             with ExitStack() as stack:
                 tensor = self._mapped(_open(self.files[name], stack, self._device), name)
         return tensor.to(dtype)
@@ -62,7 +65,7 @@ class Stored:
         return tensor
 
     def check(self, folder: Path, wanted: Mapping[str, list[int]], owner: str) -> None:
-        """ZooError unless these tensors, of these shapes, are what is stored."""
+        """Raise ZooError unless exactly these tensors, with these shapes, are stored."""
         if missing := sorted(wanted.keys() - self.shapes.keys()):
             raise ZooError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all of {owner})")
         if unexpected := sorted(self.shapes.keys() - wanted.keys()):
@@ -75,10 +78,10 @@ class Stored:
 
 @contextmanager
 def open_folder(folder: Path, device: str | torch.device = "cpu") -> Iterator[Stored]:
-    """The tensors of model.safetensors, of the shards that its index names, or of the only *.safetensors, *.pth or *.bin here.
+    """Open the tensors of model.safetensors, of the shards its index names, or of the only *.safetensors, *.pth or *.bin file.
 
     Raises:
-        ZooError: no such file, a damaged one, or an index that does not match its shards; names the file.
+        ZooError: no such file, a damaged file, or an index that does not match its shards; names the file.
     """
     stored = Stored(device)
     with ExitStack() as stack:
@@ -131,7 +134,7 @@ def _add_shards(stored: Stored, folder: Path, stack: ExitStack) -> None:
 
 
 def _open(file: Path, stack: ExitStack, device: str | torch.device) -> Any:
-    """The mapped file: `safe_open`'s handle, or tensors by name."""
+    """Map the file; returns the handle of `safe_open`, or tensors by name."""
     if file.suffix != ".safetensors":
         return _read_zip(file, device)
     try:
@@ -152,9 +155,9 @@ def _shapes(file: Path, source: Any) -> dict[str, list[int]]:
 def _read_zip(file: Path, device: str | torch.device) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location=device, weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises whatever a damaged file makes it raise
+    except Exception as error:  # a damaged file can make torch.load raise anything
         raise ZooError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from None
     tensors = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ZooError(f"{file}: want tensors by name, under 'model' or by themselves")
+        raise ZooError(f"{file}: want tensors by name, at the top level or under 'model'")
     return tensors

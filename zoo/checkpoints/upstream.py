@@ -1,4 +1,4 @@
-"""Reading and writing folders in the form of their upstream project."""
+"""Load and save folders in the format of their upstream project."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from zoo.model import Model
 from zoo.registry import nearest
 
 CONFIG = "config.json"
-COMPUTES = ("vocab_size", "d_model", "pattern", "mlp_width", "norm", "norm_eps", "tie_embeddings")
-"""What a model and the checkpoint it takes its weights from must agree on, beside the options of its blocks."""
-AWAKE = ("wake_loops", "exit")
-"""What upstream's config.json also says."""
+ARCHITECTURE = ("vocab_size", "d_model", "pattern", "mlp_width", "norm", "norm_eps", "tie_embeddings")
+"""Fields in which a model and the checkpoint of its weights must agree, besides the options of the blocks."""
+WAKE_LOOPS = ("wake_loops", "exit")
+"""Fields of upstream's config.json that do not concern the weights."""
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The config that a folder's config.json stands for.
+    """Read the config.json of a folder as a ModelConfig.
 
     Raises:
         ZooError: no config.json, an unknown `model_type`, or a field that is missing or not supported.
@@ -40,7 +40,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def load(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """The model in an upstream folder. Arguments and errors as `zoo.load`."""
+    """Load the model in an upstream folder. Arguments and errors as in `zoo.load`."""
     config = read_config(folder)
     try:
         with torch.device("meta"):
@@ -52,11 +52,11 @@ def load(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype
 
 
 def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
-    """Give every parameter of `model` but those of its inserted blocks the tensors in an upstream folder.
+    """Replace every parameter of `model`, except those of inserted blocks, with the tensors in an upstream folder.
 
     Raises:
-        ZooError: files that are missing or damaged, tensors that are missing, unexpected or of another shape, or a
-            config.json of another architecture; names the file and the tensor. `model` is unchanged then.
+        ZooError: missing or damaged files, tensors that are missing, unexpected or of another shape, or a config.json of another
+            architecture; names the file and the tensor. `model` is then unchanged.
     """
     config = read_config(folder)
     check_same_architecture(config, model.config, folder / CONFIG)
@@ -65,37 +65,37 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
     with open_folder(folder, device) as stored:
         if unused := stored.drop(family.unused):
             what = ", ".join(sorted({re.match(family.unused, name)[0] + "*" for name in unused}))  # type: ignore[index]
-            warnings.warn(f"{folder}: {len(unused)} tensors are no part of the language model and left out: {what}", stacklevel=4)
+            warnings.warn(f"{folder}: {len(unused)} tensors are not part of the language model and were skipped: {what}", stacklevel=4)
         wanted = links(family, model)
         if model.head is None and "lm_head.weight" in stored.shapes:
             wanted = list({link.theirs: link for link in [*wanted, Link("lm_head.weight", ("embed.weight",))]}.values())
         stored.check(folder, {link.theirs: _stored_shape(link, ours) for link in wanted}, config.name)
         tensors: dict[str, Tensor] = {}
         for link in wanted:
-            again = any(name in tensors for name in link.ours)
-            stacked = stored.read(link.theirs, dtype, passing=again or link.groups > 1)
-            for name, part in zip(link.ours, link.unpack(stacked, [ours[name].shape[0] for name in link.ours]), strict=True):
-                if again and not torch.equal(tensors[name], part):
+            repeated = any(name in tensors for name in link.ours)
+            packed = stored.read(link.theirs, dtype, transient=repeated or link.groups > 1)
+            for name, part in zip(link.ours, link.unpack(packed, [ours[name].shape[0] for name in link.ours]), strict=True):
+                if repeated and not torch.equal(tensors[name], part):
                     raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' differs from the embedding, the config ties them")
                 tensors.setdefault(name, part)
     model.load_state_dict(tensors, assign=True, strict=False)
 
 
 def save(model: Model, path: Path) -> None:
-    """Write `model` as its upstream project would: config.json and model.safetensors. Errors as `zoo.save`."""
+    """Write config.json and model.safetensors in the format of the model's upstream project. Errors as in `zoo.save`."""
     family = _family(model.config.upstream, f"{model.config.name}: upstream")
     if inserted := [i for i, block in enumerate(model.blocks) if block.inserted]:
         raise ZooError(f"{model.config.name}: layers {inserted} are not part of the upstream model; save it without format='hf'")
     if model.config.inject:
         raise ZooError(f"{model.config.name}: inject: True is not part of the upstream model; save it without format='hf'")
     if family.write is None:
-        raise ZooError(f"{model.config.name}: upstream: checkpoints of '{model.config.upstream['model_type']}' are only read")
+        raise ZooError(f"{model.config.name}: upstream: checkpoints of '{model.config.upstream['model_type']}' can be read but not written")
     wanted, ours = links(family, model), model.state_dict()
     written = _written_config(model.config, family)
     with new_folder(path) as folder:
         tensors = {link.theirs: link.pack([ours[name] for name in link.ours]).contiguous() for link in wanted}
         if family.stores_tied_head and model.head is None:
-            tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()  # the file holds no aliases
+            tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()  # safetensors files cannot hold aliases
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
@@ -110,7 +110,7 @@ def _translate(upstream: dict[str, Any], label: str, name: str) -> ModelConfig:
     except ZooError as error:
         raise ZooError(f"{label}: {error}") from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise ZooError(f"{label}: a field is not of the kind it should be: {error}") from None
+        raise ZooError(f"{label}: a field has the wrong type: {error}") from None
     return validate(ModelConfig, {"name": name, "upstream": upstream, **fields}, label)
 
 
@@ -123,48 +123,48 @@ def _family(upstream: Mapping[str, Any], label: str) -> Family:
 
 
 def _written_config(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """config.json: what was read, while it still means this model, since it also holds what we have no use for."""
+    """Return the config.json that was read, with all its other fields, as long as it still describes this model; else a new one."""
     try:
         read = _translate(config.upstream, config.name, config.name)
-        if not _differences(read, config, (*COMPUTES, *AWAKE)):
+        if not _differences(read, config, (*ARCHITECTURE, *WAKE_LOOPS)):
             return config.upstream
     except ZooError:
-        pass  # it only names the family, or no longer fits
+        pass  # it only names the family, or no longer describes the model
     assert family.write is not None
     written = family.write(config)
-    if differences := _differences(_translate(written, config.name, config.name), config, (*COMPUTES, *AWAKE)):
+    if differences := _differences(_translate(written, config.name, config.name), config, (*ARCHITECTURE, *WAKE_LOOPS)):
         field, theirs, ours = differences[0]
-        raise ZooError(f"{config.name}: {field}: {ours}: upstream has {theirs} and no way to say otherwise")
+        raise ZooError(f"{config.name}: {field}: {ours}: upstream has {theirs} and cannot express another value")
     return written
 
 
 def check_same_architecture(stored: ModelConfig, wanted: ModelConfig, file: Path) -> None:
-    """ZooError if the weights that the config in `file` describes are none for a model that computes what `wanted` says."""
-    if differences := _differences(stored, wanted, COMPUTES):
+    """Raise ZooError if a model with config `wanted` cannot use the weights that the config `stored` (from `file`) describes."""
+    if differences := _differences(stored, wanted, ARCHITECTURE):
         field, theirs, ours = differences[0]
         raise ZooError(f"{file}: {field}: the checkpoint has {theirs}, {wanted.name} has {ours}")
 
 
 def _differences(a: ModelConfig, b: ModelConfig, fields: tuple[str, ...]) -> list[tuple[str, Any, Any]]:
-    """Field and both values, wherever two configs differ; inserted blocks of `b` aside."""
-    facts = _facts(a, fields), _facts(b, fields)
-    return [(key, facts[0].get(key), facts[1].get(key)) for key in {**facts[0], **facts[1]} if facts[0].get(key) != facts[1].get(key)]
+    """Return each field in which two configs differ, with both values, ignoring inserted blocks of `b`."""
+    values = _comparable(a, fields), _comparable(b, fields)
+    return [(key, values[0].get(key), values[1].get(key)) for key in {**values[0], **values[1]} if values[0].get(key) != values[1].get(key)]
 
 
-def _facts(config: ModelConfig, fields: tuple[str, ...]) -> dict[str, Any]:
+def _comparable(config: ModelConfig, fields: tuple[str, ...]) -> dict[str, Any]:
     options = {kind: mixers.get(kind).Options(**config.blocks.get(kind, {})) for kind in set(config.pattern)}
     kept = [kind for kind in config.pattern if not options[kind].inserted]
-    facts = {field: getattr(config, field) for field in fields} | {"pattern": kept}
+    values = {field: getattr(config, field) for field in fields} | {"pattern": kept}
     for kind in sorted(set(kept)):
         for name, value in options[kind].model_dump(exclude={"inserted", "decay_init", "conv_init"}).items():
             value = _default(config, options[kind], name) if value is None else value
             # upstream rounds ratios such as 8/3
-            facts[f"blocks.{kind}.{name}"] = float(f"{value:.6g}") if isinstance(value, float) else value
-    return facts
+            values[f"blocks.{kind}.{name}"] = float(f"{value:.6g}") if isinstance(value, float) else value
+    return values
 
 
 def _default(config: ModelConfig, options: Any, name: str) -> Any:
-    """What an option that is not given stands for."""
+    """Return the value that an omitted option stands for."""
     if name == "head_dim":
         return config.d_model // options.heads
     if name in ("kv_heads", "value_heads"):

@@ -64,7 +64,7 @@ async def run(
 
             def over(begin: int, end: int, i: int = i, at: int = at, h: Tensor = h, mlp: bool = mlp) -> Tensor:
                 if (begin, end) not in parts:
-                    parts[begin, end] = Positions(positions.start + begin, end - begin, h.device)
+                    parts[begin, end] = positions.part(begin, end)
                 y, fast[i], window[at] = model.blocks[i](h[:, begin:end], fast[i], window[at], parts[begin, end], mlp=mlp)
                 return y
 

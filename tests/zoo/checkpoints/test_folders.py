@@ -1,4 +1,4 @@
-"""Folders that cannot be what they say: a clear error naming file and tensor. Shards, lit-gpt files, tied heads."""
+"""Upstream folders: shards, pickled files, tied heads; damaged or unsupported ones are refused with file and tensor named."""
 
 import json
 import re
@@ -86,7 +86,7 @@ def test_index_that_points_outside(jet: Path, outside: str) -> None:
     refuses(jet, INDEX)
 
 
-def test_index_that_is_none(jet: Path) -> None:
+def test_index_of_another_form(jet: Path) -> None:
     shard(jet)
     (jet / INDEX).write_text("[]")
     refuses(jet, INDEX, "want an object")
@@ -192,7 +192,7 @@ def test_samba_of_flash_linear_attention(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gdn-fla-a", "jet-nemotron-a"])
 def test_value_heads_of_any_ratio(name: str, tmp_path: Path) -> None:
-    """Upstream cuts off the fraction of head_dim * expand_v; 28 * (244 / 28) is less than 244 in floating point."""
+    """Upstream truncates head_dim * expand_v; 28 * (244 / 28) is less than 244 in floating point."""
     config = zoo.load(ORACLES / name).config
     kind = "gdn" if "gdn" in config.blocks else "jet"
     model = zoo.create(config, blocks={kind: {"head_dim": 28, "expand_v": 244 / 28}})
@@ -221,7 +221,7 @@ def test_parent_of_a_sleeping_model() -> None:
     assert (zoo.create("gdn4-sleep2", inject=True).inject == 1).all()
 
 
-def test_saving_what_upstream_cannot_hold(tmp_path: Path) -> None:
+def test_models_that_upstream_cannot_represent_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(zoo.ZooError, match="model_type: None is unknown"):
         zoo.save(zoo.create("gdn4"), tmp_path / "x", format="hf")
     ouro = zoo.load(ORACLES / "ouro-a").config
@@ -249,7 +249,7 @@ def test_dtype(tmp_path: Path) -> None:
 
 
 class Hub:
-    """What zoo.create needs of huggingface_hub, over a folder of repositories: `snapshot_download` fills `cache`."""
+    """Stand-in for huggingface_hub over a folder of repositories: `snapshot_download` fills `cache`."""
 
     def __init__(self, repositories: Path, cache: Path) -> None:
         self.repositories, self.cache, self.fetched = repositories, cache, []
@@ -321,7 +321,7 @@ def test_the_language_model_of_a_multimodal_folder(tmp_path: Path) -> None:
     other = {"model.visual.patch_embed.weight": torch.ones(3), "mtp.norm.weight": torch.ones(3)}
     tensors = rename("gdn-qwen3_5-a", tmp_path / "x", config, {"model.": "model.language_model."}, **other)
     save_file(tensors, tmp_path / "x" / "model.safetensors")
-    with pytest.warns(UserWarning, match=r"2 tensors are no part of the language model and left out: model.visual.\*, mtp.\*"):
+    with pytest.warns(UserWarning, match=r"2 tensors are not part of the language model and were skipped: model.visual.\*, mtp.\*"):
         model = zoo.load(tmp_path / "x")
     io = load_file(ORACLES / "gdn-qwen3_5-a" / "io.safetensors")
     assert torch.equal(model(io["input_ids"]).logits, zoo.load(ORACLES / "gdn-qwen3_5-a")(io["input_ids"]).logits)
@@ -413,8 +413,12 @@ def test_folders_of_the_authors_of_gated_delta_net(tmp_path: Path) -> None:
     [
         ("llama-swa-a", {"use_sliding_window": False}, ("layer_types", "use_sliding_window")),
         ("llama-swa-a", {"layer_types": ["full_attention"]}, ("layer_types", "1 entries", "num_hidden_layers is 5")),
-        ("llama-swa-a", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ("type", "'linear'")),
-        ("llama-swa-a", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5")),
+        ("llama-swa-a", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, ("type", "'longrope'", "'llama3'")),
+        ("llama-swa-a", {"rope_scaling": {"type": "linear"}}, ("factor", "missing")),
+        ("llama-swa-a", {"rope_scaling": {"type": "linear", "factor": -1.0}}, ("rope_scaling.factor", "-1.0")),
+        ("llama-swa-a", {"rope_scaling": {"type": "dynamic", "factor": 2, "partial_rotary_factor": 0.5}}, ("partial_rotary_factor", "0.5")),
+        ("ouro-a", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ("type", "'linear'")),
+        ("ouro-a", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5")),
         ("llama-swa-a", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ("rope_parameters", "full_attention")),
         ("llama-swa-a", {"quantization_config": {"bits": 4}}, ("quantization_config",)),
         ("gdn-qwen3next-a", {"mlp_only_layers": [0, 1]}, ("num_experts", "layer 2")),
@@ -434,7 +438,7 @@ def test_fields_that_change_what_is_computed(name: str, fields: dict, words: tup
 
 
 def test_defaults_of_upstream_where_a_field_is_absent() -> None:
-    """As the config classes of transformers 5 say."""
+    """As in the config classes of transformers 5."""
     base = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 30, "num_attention_heads": 32}
     read = {kind: families.get(kind).read({**base, "use_sliding_window": True}) for kind in ("llama", "mistral", "qwen2", "qwen3")}
     assert [fields["layers"] for fields in read.values()] == ["attn*30", "swa*30", "attn*28 swa*2", "attn*28 swa*2"]

@@ -1,4 +1,4 @@
-"""What loading takes: the most memory that the process held, over what it held before, against the checkpoint's size."""
+"""Peak memory of loading, above what the process held before, compared with the size of the checkpoint."""
 
 import json
 import subprocess
@@ -34,19 +34,19 @@ import json, re, sys, torch, zoo
 from zoo import create, load
 from pathlib import Path
 
-def most():  # bytes
+def peak():  # bytes
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-def held(folder, dtype):
-    Path("/proc/self/clear_refs").write_text("5")  # the most that was held starts again
-    before = most()
+def taken(folder, dtype):
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    before = peak()
     model = load(folder, dtype=dtype)
     for parameter in model.parameters():
         parameter.count_nonzero()
-    return most() - before
+    return peak() - before
 
-load(sys.argv[1])  # whatever the first time imports
-print(json.dumps([[held(folder, None), held(folder, torch.bfloat16)] for folder in sys.argv[1:]]))
+load(sys.argv[1])  # imports on first use
+print(json.dumps([[taken(folder, None), taken(folder, torch.bfloat16)] for folder in sys.argv[1:]]))
 """
 
 
@@ -79,4 +79,4 @@ def test_loading_takes_no_more_than_the_checkpoint(folders: dict[str, Path]) -> 
         size = sum(file.stat().st_size for file in folder.iterdir())
         assert size > 60e6
         assert as_stored < 1.15 * size, name
-        assert converted < 0.75 * size, name  # half as wide, and never all of both at once
+        assert converted < 0.75 * size, name  # half as wide, and never all of both copies at once

@@ -1,4 +1,4 @@
-"""Saving and loading: whole or not at all, never over something else, never from something broken."""
+"""Saving and loading: atomic, never over existing files, never from damaged ones."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""Tiny models run through their upstream code: same logits, and the same tensors and config when written back.
+"""Tiny models that were run through their upstream code: same logits, and the same tensors and config when written back.
 
-tests/data/oracles/*/README.md say how each was made. Entries called *_BUGGY record upstream defects.
+tests/data/oracles/*/README.md describe how each was made. Entries named *_BUGGY record upstream defects.
 """
 
 import json
@@ -77,7 +77,7 @@ def test_round_trip(oracle, tmp_path: Path) -> None:
 
 
 def test_written_config_means_the_same(oracle, tmp_path: Path) -> None:
-    """Without the config.json it was read from, the one that is written means the same model."""
+    """Without the config.json that was read, the written one describes the same model."""
     _, model, io = oracle
     zoo.save(model, tmp_path / "zoo")
     kind = {"model_type": model.config.upstream.get("model_type", "lit_gpt")}
