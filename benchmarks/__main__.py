@@ -2,8 +2,7 @@
 
     python -m benchmarks [BENCHMARK ...] [--against GIT_REF]
 
-`--against` alternates between this tree and that commit, both with the benchmarks of this tree, and prints the speedup of
-this tree.
+`--against` alternates between this tree and that commit, each with its own benchmarks, and prints the speedup of this tree.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "token_latency": (),
     "server_load": (),
 }
-TURNS = 2
 
 
 def run(benchmark: str, tree: Path, results: Path) -> float:
@@ -67,22 +65,21 @@ def run_all(benchmarks: Sequence[str]) -> list[str]:
     return failed
 
 
-def against(benchmarks: Sequence[str], ref: str) -> None:
+def against(benchmarks: Sequence[str], ref: str, rounds: int) -> None:
     """Print the speedup of this tree over the commit `ref`."""
     with tempfile.TemporaryDirectory() as scratch:
         other = Path(scratch) / "other"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", other, ref], cwd=HERE, check=True)
         try:
-            shutil.rmtree(other / "benchmarks", ignore_errors=True)
-            shutil.copytree(HERE, other / "benchmarks", ignore=shutil.ignore_patterns("results"))
+            shutil.copy(HERE / "measure.py", other / "benchmarks/measure.py")  # the same stopwatch
             trees = {"this": HERE.parent, ref: other}
             for benchmark in benchmarks:
-                for _ in range(TURNS):
+                for _ in range(rounds):
                     for name, tree in trees.items():
                         run(benchmark, tree, Path(scratch) / name.replace("/", "-"))
                 now, then = (_medians(Path(scratch) / name.replace("/", "-") / f"{benchmark}.jsonl") for name in trees)
                 table = Table("case", f"speedup over {ref}", "this", ref, title=benchmark)
-                for case in now.keys() & then.keys():
+                for case in sorted(now.keys() & then.keys()):
                     table.add_row(case, f"{then[case] / now[case]:.2f}", f"{now[case]:.4g}", f"{then[case]:.4g}")
                 console.print(table)
         finally:
@@ -101,10 +98,11 @@ def _medians(file: Path) -> dict[str, float]:
 @click.command()
 @click.argument("benchmarks", nargs=-1, type=click.Choice(list(BENCHMARKS)))
 @click.option("--against", "ref", metavar="GIT_REF", help="Compare with this commit; write no results.")
-def main(benchmarks: tuple[str, ...], ref: str | None) -> None:
+@click.option("--rounds", default=5, show_default=True, help="Alternations with that commit.")
+def main(benchmarks: tuple[str, ...], ref: str | None, rounds: int) -> None:
     chosen = benchmarks or tuple(BENCHMARKS)
     if ref is not None:
-        against(chosen, ref)
+        against(chosen, ref, rounds)
     elif failed := run_all(chosen):
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -19,12 +19,11 @@ from torch import Tensor
 import zoo
 from benchmarks.measure import compare, record
 from benchmarks.peers import WORDS, pairs
-from zoo.sessions.snapshot import Sleeper
 
 PROMPT, TOKENS = 128, 16
 
 
-def ours(model: Sleeper, prompt: Tensor) -> Callable[[], Tensor]:
+def ours(model: zoo.Model, prompt: Tensor) -> Callable[[], Tensor]:
     """Return a function that generates the next TOKENS greedy tokens, [B, TOKENS], of the stream after `prompt`."""
     session = zoo.Session(model, len(prompt))
     session.feed(prompt)

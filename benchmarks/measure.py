@@ -31,6 +31,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("ZOO_BENCHMARK_RESULTS", HERE / "results"))
+PLOTS = RESULTS if "ZOO_BENCHMARK_RESULTS" in os.environ else HERE.parent / "docs"
 OURS = "ours"
 TURN = 0.02  # minimum seconds per measurement
 PATIENCE = 15  # seconds after which no further round starts

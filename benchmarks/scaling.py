@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import Tensor
 
 import zoo
-from benchmarks.measure import HERE, quartiles, record, seconds
+from benchmarks.measure import PLOTS, quartiles, record, seconds
 
 LENGTHS, BATCHES, WIDTHS, LOOPS = (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16, 32, 64), (128, 256, 512, 1024), (1, 2, 4, 8, 16)
 ROUNDS = 3
@@ -81,7 +81,7 @@ def draw(panels: dict[str, dict[str, dict[int, float]]]) -> None:
         ax.set(title=what, xlabel=against, ylabel="ms")
         ax.legend(frameon=False, fontsize=8, title="exponent")
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(HERE.parent / "docs" / "scaling.png", dpi=120)
+    figure.savefig(PLOTS / "scaling.png", dpi=120)
     plt.close(figure)
 
 

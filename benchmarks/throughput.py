@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import zoo
-from benchmarks.measure import HERE, OURS, compare, record
+from benchmarks.measure import OURS, PLOTS, compare, record
 
 LOOPS = (1, 2, 4, 8)
 
@@ -79,7 +79,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
     by_window.legend(frameon=False, fontsize=8)
-    figure.savefig(HERE.parent / "docs" / "throughput.png", dpi=120)
+    figure.savefig(PLOTS / "throughput.png", dpi=120)
 
 
 def _speeds(at: Any, times: list[list[float]]) -> tuple[Any, list[float], list[list[float]]]:
