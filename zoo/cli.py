@@ -101,8 +101,8 @@ def _describe(model: str, fields: dict[str, Any]) -> Description:
 
     from zoo.checkpoints.own import CONFIG, read_config, stored_dtype
     from zoo.factory import create
+    from zoo.training.config import read_config as read_run
     from zoo.training.loop import prepare
-    from zoo.training.loop import read_config as read_run
     from zoo.training.run_folder import SETTINGS
 
     if (folder / SETTINGS).is_file() and not (folder / CONFIG).is_file():  # a run that has not finished
@@ -149,7 +149,8 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
     On several GPUs or machines: `torchrun --nproc-per-node 8 -m zoo train CONFIG`; see docs/training.md.
     """
     from zoo.console import print_results
-    from zoo.training.loop import StoppedError, read_config
+    from zoo.training.config import read_config
+    from zoo.training.loop import StoppedError
     from zoo.training.loop import train as run
     from zoo.training.parallel import is_first
     from zoo.training.progress import training_bar
@@ -185,7 +186,8 @@ def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
     from zoo.checkpoints.own import load
     from zoo.console import print_results, spinner
     from zoo.tasks import new_task
-    from zoo.training.loop import evaluate, read_config
+    from zoo.training.config import read_config
+    from zoo.training.evaluate import evaluate
 
     plan = read_config(run / "train.yaml")
     with spinner(f"loading {run}"):

@@ -25,7 +25,8 @@ from zoo.files import new_folder
 from zoo.model import Model
 from zoo.sessions.session import Session
 from zoo.tasks import Task, new_task
-from zoo.training.loop import StoppedError, TrainConfig, read_config, train
+from zoo.training.config import TrainConfig, read_config
+from zoo.training.loop import StoppedError, train
 from zoo.training.plots import accuracy_curves, against_level, read_run, save
 from zoo.training.progress import add_run, advance, new_progress
 from zoo.training.workers import end_with_parent

@@ -36,7 +36,8 @@ from zoo.costs import training_flops
 from zoo.errors import ZooError
 from zoo.files import new_folder, refuse_existing, replacing
 from zoo.registry import nearest
-from zoo.training.loop import StoppedError, TrainConfig, prepare, read_config, sigterm, train
+from zoo.training.config import TrainConfig, read_config
+from zoo.training.loop import StoppedError, prepare, sigterm, train
 from zoo.training.plots import figure, read_run, save
 from zoo.training.progress import add_run, advance, new_progress
 from zoo.training.run_folder import RESULTS

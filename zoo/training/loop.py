@@ -10,96 +10,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from zoo.config import merge, read_shipped, shipped, validate
 from zoo.costs import training_flops
 from zoo.errors import ZooError
 from zoo.factory import create
 from zoo.loss import Recompute
 from zoo.model import Model
 from zoo.tasks import Batch, Task, new_task
+from zoo.training.config import Report, TrainConfig
+from zoo.training.evaluate import by_level, check_fit, evaluate
 from zoo.training.optimizers import Weights, freeze, make_optimizers, restore, state_of
-from zoo.training.parallel import Answer, Parallel, Team, forget_gathered, join, whole
+from zoo.training.parallel import Answer, Team, forget_gathered, join, whole
 from zoo.training.reporting import peak_flops
-from zoo.training.run_folder import SETTINGS, NotFiniteError, RunFolder
-
-Report = Callable[[dict[str, Any]], None]
-
-
-class TrainConfig(BaseModel):
-    """One training run. `configs/train/*.yaml` holds one of these per file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str = Field(description="a model name with suffixes, or a YAML file")
-    overrides: dict[str, Any] = Field({}, description="config fields of the model to replace")
-    weights: str | None = Field(
-        None, description="what to start from: the folder of another run, or of upstream; hub: download what the model names"
-    )
-    task: dict[str, Any] = Field(description="a task's name and parameters")
-    steps: int = Field(ge=1)
-    batch_size: int = Field(64, ge=1, description="sequences per step")
-    seed: int = Field(0, ge=0, description="of the weights and of the data")
-    accumulate: int = Field(1, ge=1, description="parts of a batch that go through the model one after the other")
-    recompute: Recompute = Field("nothing", description="activations made again to save memory; see `zoo.model.Model.answers`")
-    backward_chunks: int | None = Field(None, ge=1, description="chunks, counted from the last, that gradients stay within groups of")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights and activations; the optimisers' own are float32")
-    device: str | None = Field(None, description="default: cuda where there is one, else cpu")
-    parallel: Parallel = Field("ddp", description="how the processes that torchrun starts share the model; see `zoo.training.parallel`")
-    optimizer: str = Field("adamw", description="of embeddings, head, norms, gates, convolutions")
-    lr: float = Field(3e-3, gt=0, description="of that optimiser")
-    muon_lr: float | None = Field(
-        None, gt=0, description="of Muon: the matrices of the blocks; default: the optimiser above trains them too"
-    )
-    lr_scale: dict[str, float] = Field({}, description="patterns of parameter names, and what their rate is multiplied by")
-    frozen: tuple[str, ...] = Field((), description="patterns of the names of parameters that stay as they are")
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rate rises")
-    decay: float = Field(0.3, ge=0, le=1, description="share of the steps in which the rate falls to zero")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    diverged: float = Field(5.0, gt=1, description="stop when the loss is so many times the first step's")
-    log_every: int = Field(20, ge=1, description="steps")
-    eval_sequences: int = Field(512, ge=1)
-    checkpoint_every: int = Field(1000, ge=1, description="steps")
-    keep: int = Field(2, ge=1, description="newest checkpoints that stay, beside the one with the least held-out loss")
-
-    @model_validator(mode="after")
-    def _fits(self) -> TrainConfig:
-        if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate: {self.accumulate} parts are more than the {self.batch_size} sequences of a batch_size")
-        if not all(factor > 0 for factor in self.lr_scale.values()):
-            raise ValueError(f"lr_scale: {self.lr_scale}: want factors above 0; frozen holds what is not to be trained")
-        return self
-
-
-def read_config(source: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
-    """The run that a YAML file describes, one that this package brings ("cycle"), or that of a run's folder, with overrides.
-
-    A file may name another run as its `base`, and say only what differs.
-
-    Raises:
-        ZooError: there is no such run, or a field that does not fit.
-    """
-    if (Path(source) / SETTINGS).is_file() and str(source) not in shipped("train"):
-        source = Path(source) / SETTINGS
-    return validate(TrainConfig, merge(_fields(source), overrides or {}), str(source))
-
-
-def _fields(source: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What the file of a run says, on top of what its base does."""
-    fields = read_shipped("train", "run", source)
-    base = fields.pop("base", None)
-    if base is None:
-        return fields
-    if base in (*above, str(source)):
-        raise ZooError(f"{source}: base: '{base}' is based on this run itself")
-    return merge(_fields(base, (*above, str(source))), fields)
+from zoo.training.run_folder import NotFiniteError, RunFolder
 
 
 def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metrics: None) -> dict[str, Any]:
@@ -170,7 +97,7 @@ def _train(config: TrainConfig, run: RunFolder, team: Team, report: Report) -> d
                         "tokens": (step + 1) * batch.ids.size,
                         "loss": score.loss,
                         "accuracy": round(score.right.float().mean().item(), 5),
-                        "by_level": _by_level(score.right, score.level),
+                        "by_level": by_level(score.right, score.level),
                         "grad_norm": round(norm.item(), 4),
                         "lr": rate * config.lr,
                         "tokens_per_second": round(tokens / (now - since)),
@@ -306,72 +233,8 @@ def _advice(run: RunFolder) -> str:
     return f"try a lower lr; the last good checkpoint is {newest[0]}" if newest else "try a lower lr; there is no checkpoint yet"
 
 
-def check_fit(model: Model, task: Task) -> None:
-    """ZooError if the model cannot read the task's sequences as they are laid out."""
-    if model.config.vocab_size < task.vocab_size:
-        raise ZooError(f"vocab_size: {model.config.vocab_size} is less than the {task.vocab_size} tokens of the task")
-    if model.config.window not in (None, task.window):
-        raise ZooError(f"window: {model.config.window}, but the task lays its sequences out for windows of {task.window}")
-    if task.loss_everywhere and model.config.window is not None and model.config.sleep_on != "every":
-        raise ZooError(f"sleep_on: '{model.config.sleep_on}', but every window of the task carries loss; want 'every'")
-
-
 def schedule(step: int, config: TrainConfig) -> float:
     """Share of the full rate at a step: a rise, a plateau, a straight fall to zero (warm-up, stable, decay)."""
     rise = (step + 1) / max(1.0, config.warmup * config.steps)
     fall = (config.steps - step) / max(1.0, config.decay * config.steps)
     return min(1.0, rise, fall)
-
-
-@torch.no_grad()
-def evaluate(
-    model: Model,
-    task: Task,
-    sequences: int,
-    *,
-    seed: int = 0,
-    loops: int | None = None,
-    batch_size: int = 256,
-    team: Team | None = None,
-) -> dict[str, Any]:
-    """How a model does on `sequences` held-out sequences, with `loops` passes per sleep (default: as configured).
-
-    Returns loss, accuracy (share of right answers), exact (share of sequences with every answer right), accuracy and loss
-    by level, and the task's chance levels.
-    """
-    check_fit(model, task)
-    team = team or Team(model.embed.weight.device)
-    losses, right, levels, exact = [], [], [], []
-    for start in range(0, sequences, batch_size):
-        batch = task.batch(seed, start, min(batch_size, sequences - start), "test")
-        ids, mask, level = (torch.from_numpy(x) for x in batch)
-        rows = team.rows(len(ids))
-        answers = model.answers(ids[rows].to(team.device), mask[rows].to(team.device), loops=loops)
-        place = torch.arange(ids.numel()).view_as(ids)[rows].flatten()[answers.place.cpu()]
-        marks, loss = torch.zeros(ids.numel(), dtype=torch.uint8), torch.zeros(ids.numel())
-        marks[place] = 1 + answers.right().cpu().byte()
-        loss[place] = answers.losses().cpu().float()
-        marks, loss = team.most(marks), team.most(loss)
-        answered = marks > 0
-        right.append(marks[answered] == 2)
-        losses.append(loss[answered])
-        levels.append(level.flatten()[answered])
-        exact.append((marks != 1).view_as(ids).all(1))
-    hits, loss, level = torch.cat(right), torch.cat(losses), torch.cat(levels)
-    return {
-        "model": model.config.name,
-        "task": str(task),
-        "level_name": task.level_name,
-        "loss": loss.mean().item(),
-        "accuracy": hits.float().mean().item(),
-        "exact": torch.cat(exact).float().mean().item(),
-        "by_level": _by_level(hits, level),
-        "loss_by_level": _by_level(loss, level),
-        "chance": task.chance(),
-        "exact_chance": task.exact_chance(),
-        "answers": len(hits),
-    }
-
-
-def _by_level(score: Tensor, level: Tensor) -> dict[int, float]:
-    return {int(n): round(score[level == n].float().mean().item(), 5) for n in np.unique(level.numpy())}

@@ -18,7 +18,7 @@ from zoo.config import resolve
 from zoo.errors import ZooError
 from zoo.files import refuse_existing, replacing
 from zoo.tasks import Task, new_task
-from zoo.training.loop import TrainConfig, read_config
+from zoo.training.config import TrainConfig, read_config
 from zoo.training.run_folder import METRICS, RESULTS, SETTINGS
 
 COLORS = ("#9aa5b1", "#e0a458", "#2a6f97", "#b5485d", "#5b8c5a", "#7a5ba6", "#3d3d3d", "#c9a227")

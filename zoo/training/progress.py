@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from zoo.training.loop import Report
+from zoo.training.config import Report
 from zoo.training.parallel import is_first
 
 

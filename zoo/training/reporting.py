@@ -15,7 +15,7 @@ import torch
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
-    from zoo.training.loop import Report, TrainConfig
+    from zoo.training.config import Report, TrainConfig
 
 
 @contextmanager

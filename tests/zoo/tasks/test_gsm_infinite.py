@@ -10,7 +10,8 @@ import pytest
 import zoo
 from zoo.config import validate
 from zoo.tasks import new_task
-from zoo.training.loop import TrainConfig, train
+from zoo.training.config import TrainConfig
+from zoo.training.loop import train
 
 SMALL = {"name": "gsm-infinite", "operations": 3, "shortest": 130, "longest": 180, "width": 140}
 NAME = r"number of (\w+ in \w+)"

@@ -8,7 +8,8 @@ import pytest
 import zoo
 from zoo.config import validate
 from zoo.tasks import new_task, tasks
-from zoo.training.loop import TrainConfig, train
+from zoo.training.config import TrainConfig
+from zoo.training.loop import train
 
 
 @pytest.mark.parametrize(

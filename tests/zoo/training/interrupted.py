@@ -17,7 +17,8 @@ import torch
 import zoo
 import zoo.training.parallel
 from zoo.config import validate
-from zoo.training.loop import StoppedError, TrainConfig, train
+from zoo.training.config import TrainConfig
+from zoo.training.loop import StoppedError, train
 
 CONFIG = {
     "model": "gdn4-sleep2-hard6",

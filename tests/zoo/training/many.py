@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 import zoo.training.loop
 from zoo.config import validate
-from zoo.training.loop import StoppedError, TrainConfig, train
+from zoo.training.config import TrainConfig
+from zoo.training.loop import StoppedError, train
 
 BASE = {
     "model": "gdn4-sleep2-hard6",

@@ -8,7 +8,9 @@ import torch
 import zoo
 from zoo.config import validate
 from zoo.tasks import new_task
-from zoo.training.loop import TrainConfig, backward, evaluate, read_config, schedule, train
+from zoo.training.config import TrainConfig, read_config
+from zoo.training.evaluate import evaluate
+from zoo.training.loop import backward, schedule, train
 from zoo.training.optimizers import Weights, freeze, make_optimizers
 from zoo.training.parallel import Team
 

@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
             train(plan(case, "ddp"), folder / "alone" / case)
         for how in LAYOUTS:
             assert f"stopped after step {STOP + 1} of 20" in stopped(folder / how / "begun alone", how)
-        torchrun(ROOT / "tests" / "zoo" / "many.py", folder, "curves")
+        torchrun(ROOT / "tests" / "zoo" / "training" / "many.py", folder, "curves")
         for how in LAYOUTS:
             left = folder / how / "begun together" / "checkpoints" / "00000008"
             (folder / how / "left.json").write_text(json.dumps(sorted(str(p.relative_to(left)) for p in left.rglob("*"))))
@@ -101,7 +101,7 @@ def test_a_checkpoint_is_the_same_files_and_no_pickle(runs, how):
 
 
 def test_one_process_that_dies_ends_the_other(tmp_path):
-    done = torchrun(ROOT / "tests" / "zoo" / "many.py", tmp_path, "killed", status=1)
+    done = torchrun(ROOT / "tests" / "zoo" / "training" / "many.py", tmp_path, "killed", status=1)
     assert "SIGKILL" in done.stderr
     assert len(lines(tmp_path / "killed")) == STOP
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 import zoo
 from zoo.cli import main
-from zoo.training.loop import TrainConfig
+from zoo.training.config import TrainConfig
 from zoo.training.plots import figure, grouped, read_run
 
 

@@ -9,7 +9,8 @@ import torch
 
 import zoo
 from zoo.config import shipped, validate
-from zoo.training.loop import TrainConfig, prepare, read_config, train
+from zoo.training.config import TrainConfig, read_config
+from zoo.training.loop import prepare, train
 
 RUNS = sorted(shipped("train"))
 SMALL = [name for name in RUNS if name.endswith("-small")]

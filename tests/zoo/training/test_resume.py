@@ -11,7 +11,8 @@ import torch
 
 import zoo
 from zoo.config import validate
-from zoo.training.loop import TrainConfig, train
+from zoo.training.config import TrainConfig
+from zoo.training.loop import train
 from zoo.training.run_folder import NotFiniteError, RunFolder
 
 

@@ -1,0 +1,89 @@
+"""The settings of a training run: the fields of `configs/train/*.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from zoo.config import merge, read_shipped, shipped, validate
+from zoo.errors import ZooError
+from zoo.model import Recompute
+from zoo.training.parallel import Parallel
+from zoo.training.run_folder import SETTINGS
+
+Report = Callable[[dict[str, Any]], None]
+"""Receives each line of metrics as it is written."""
+
+
+class TrainConfig(BaseModel):
+    """One training run. `configs/train/*.yaml` holds one of these per file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="model name with suffixes, or a YAML file")
+    overrides: dict[str, Any] = Field({}, description="config fields of the model to replace")
+    weights: str | None = Field(
+        None, description="initial weights: the folder of a run or of an upstream checkpoint; hub: download the published ones"
+    )
+    task: dict[str, Any] = Field(description="name and parameters of the task")
+    steps: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1, description="sequences per step")
+    seed: int = Field(0, ge=0, description="seed of the weights and of the data")
+    accumulate: int = Field(1, ge=1, description="micro-batches per step and process")
+    recompute: Recompute = Field("nothing", description="activations to recompute in the backward pass; see `zoo.model.Model.answers`")
+    backward_chunks: int | None = Field(None, ge=1, description="truncate gradients to groups of this many chunks, counted from the last")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of weights and activations; optimisers keep float32 copies")
+    device: str | None = Field(None, description="default: cuda if available, else cpu")
+    parallel: Parallel = Field("ddp", description="how the processes of torchrun share the model; see `zoo.training.parallel`")
+    optimizer: str = Field("adamw", description="optimiser of embeddings, head, norms, gates and convolutions")
+    lr: float = Field(3e-3, gt=0, description="its learning rate")
+    muon_lr: float | None = Field(
+        None, gt=0, description="learning rate of Muon for the matrices of the blocks; default: `optimizer` trains them too"
+    )
+    lr_scale: dict[str, float] = Field({}, description="factors of the learning rate, by patterns of parameter names")
+    frozen: tuple[str, ...] = Field((), description="patterns of the names of parameters that are not trained")
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps over which the learning rate rises")
+    decay: float = Field(0.3, ge=0, le=1, description="fraction of the steps over which it falls to zero")
+    clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
+    diverged: float = Field(5.0, gt=1, description="stop when the loss exceeds this multiple of the first step's")
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics")
+    eval_sequences: int = Field(512, ge=1, description="held-out sequences per evaluation")
+    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="latest checkpoints to keep, besides the one with the lowest held-out loss")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate: {self.accumulate} parts are more than the {self.batch_size} sequences of a batch_size")
+        if not all(factor > 0 for factor in self.lr_scale.values()):
+            raise ValueError(f"lr_scale: {self.lr_scale}: want factors above 0; use frozen for parameters that are not trained")
+        return self
+
+
+def read_config(source: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
+    """Read a training run and apply overrides.
+
+    Args:
+        source: a YAML file, the folder of a run, or the name of a shipped run ("cycle"). A file may name another run as its
+            `base` and list only the differences.
+    Raises:
+        ZooError: there is no such run, or a field is invalid.
+    """
+    if (Path(source) / SETTINGS).is_file() and str(source) not in shipped("train"):
+        source = Path(source) / SETTINGS
+    return validate(TrainConfig, merge(_fields(source), overrides or {}), str(source))
+
+
+def _fields(source: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the fields of a file merged over those of its base."""
+    fields = read_shipped("train", "run", source)
+    base = fields.pop("base", None)
+    if base is None:
+        return fields
+    if base in (*above, str(source)):
+        raise ZooError(f"{source}: base: '{base}' is based on this run itself")
+    return merge(_fields(base, (*above, str(source))), fields)
