@@ -29,114 +29,51 @@ from zoo.training.reporting import peak_flops
 from zoo.training.run_folder import NotFiniteError, RunFolder
 
 
-def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metrics: None) -> dict[str, Any]:
-    """Run `config` in the folder `out`, from its newest checkpoint if there is one; `zoo.training.run_folder` says what it holds.
+class StoppedError(Exception):
+    """A run was asked to stop and has written a checkpoint."""
 
-    Weights and losses are the same, bit for bit, whether a run was interrupted or not (on one kind of CPU and number of threads).
+
+def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metrics: None) -> dict[str, Any]:
+    """Run `config` in the folder `out`, from its newest checkpoint if there is one; see `zoo.training.run_folder` for its files.
+
+    Weights and losses of an interrupted run are bit-identical to those of an uninterrupted one (on the same kind of CPU with
+    the same number of threads).
 
     Args:
         report: called with each line of metrics.
     Returns:
-        What `evaluate` finds on the test split.
+        The result of `evaluate` on the test split.
     Raises:
-        ZooError: a config that does not fit, or something else in `out`: before any work. Also a loss that is not finite or
-            has diverged; names the newest checkpoint.
+        ZooError: an invalid config, or `out` holds something else: before any work. Also if the loss is not finite or has
+            diverged; the message names the newest checkpoint.
         StoppedError: after SIGTERM; a checkpoint has been written.
     """
     with join(config.device) as team:
         if config.batch_size < team.size * config.accumulate:
             raise ZooError(f"batch_size: {config.batch_size} sequences, fewer than {team.size} processes x accumulate {config.accumulate}")
-        return _train(config, RunFolder(Path(out), config.model_dump(mode="json"), team), team, report)
-
-
-def _train(config: TrainConfig, run: RunFolder, team: Team, report: Report) -> dict[str, Any]:
-    start = config if run.newest() is None else config.model_copy(update={"weights": None})  # a checkpoint has its own
-    task, model, answer, weights, optimizers = prepare(start, team.device, team)
-    with run.held(), sigterm() as asked_to_stop:
-        progress: dict[str, Any] = {"step": 0, "first_loss": None}
-        if newest := run.newest():
-            checkpoint, progress = newest
-            restore(optimizers, weights, run.load(checkpoint, model), progress["numbers"])
-        model.train()
-        peak = peak_flops(team.device) if config.dtype == "bfloat16" else None
-        tokens, since = 0, time.perf_counter()
-        with run.metrics(after=progress["step"]) if team.first else nullcontext(report) as write_line:
-            for step in range(progress["step"], config.steps):
-                torch.manual_seed(config.seed * config.steps + step)  # for blocks that drop out
-                rate = schedule(step, config)
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["initial_lr"] * rate
-                batch = task.batch(config.seed, step, config.batch_size)
-                score = backward(
-                    answer,
-                    weights,
-                    batch,
-                    team=team,
-                    accumulate=config.accumulate,
-                    recompute=config.recompute,
-                    backward_chunks=config.backward_chunks,
-                )
-                norm = whole(nn.utils.clip_grad_norm_(weights.wide.values(), config.clip))
-                progress["first_loss"] = progress["first_loss"] or score.loss
-                if not (math.isfinite(score.loss) and norm.isfinite() and score.loss <= config.diverged * progress["first_loss"]):
-                    raise ZooError(f"{run.path}: loss {score.loss} with gradient norm {norm.item()} at step {step}; {_advice(run)}")
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                weights.hand_back()
-                if team.size > 1:
-                    forget_gathered(model)
-                progress["step"] = step + 1
-                tokens += batch.ids.size
-                last = step + 1 == config.steps
-                if team.first and ((step + 1) % config.log_every == 0 or last):
-                    now = time.perf_counter()
-                    metrics: dict[str, Any] = {
-                        "step": step + 1,
-                        "tokens": (step + 1) * batch.ids.size,
-                        "loss": score.loss,
-                        "accuracy": round(score.right.float().mean().item(), 5),
-                        "by_level": by_level(score.right, score.level),
-                        "grad_norm": round(norm.item(), 4),
-                        "lr": rate * config.lr,
-                        "tokens_per_second": round(tokens / (now - since)),
-                        "memory": most_memory(team.device),
-                    }
-                    if peak is not None:
-                        flops = training_flops(model, torch.from_numpy(batch.loss_mask))
-                        metrics["mfu"] = round(metrics["tokens_per_second"] * flops / batch.ids.size / (peak * team.size), 4)
-                    tokens, since = 0, now
-                    write_line(metrics)
-                    report(metrics)
-                due, stop = (step + 1) % config.checkpoint_every == 0, team.any(asked_to_stop()) and not last
-                if (due or stop) and not last:
-                    tensors, numbers = state_of(optimizers, weights)
-                    held_out = evaluate(model, task, config.eval_sequences, seed=config.seed, team=team)["loss"] if due else None
-                    try:
-                        saved = run.save(model, tensors, {**progress, "held_out_loss": held_out, "numbers": numbers}, keep=config.keep)
-                    except NotFiniteError as error:
-                        raise ZooError(f"{run.path}: {error}; {_advice(run)}") from None
-                    if stop:
-                        raise StoppedError(f"stopped after step {step + 1} of {config.steps}: {saved}; the same command goes on from there")
-        results = evaluate(model, task, config.eval_sequences, seed=config.seed, team=team)
-        run.finish(model, results)
-    return results
+        trainer = Trainer(config, RunFolder(Path(out), config.model_dump(mode="json"), team), team)
+        with trainer.run.held(), sigterm() as stop_requested:
+            trainer.resume()
+            return trainer.train(stop_requested, report)
 
 
 class Prepared(NamedTuple):
-    """What a run starts with."""
+    """The objects that a run trains."""
 
     task: Task
     model: Model
     answer: Answer
-    """`model.answers`, on all processes of the team."""
+    """`model.answers`, over all processes of the team."""
     weights: Weights
     optimizers: list[torch.optim.Optimizer]
 
 
 def prepare(config: TrainConfig, device: torch.device, team: Team | None = None) -> Prepared:
-    """Everything that `config` names; on the meta device without weights. Raises ZooError: it does not fit together."""
+    """Create everything that `config` names; on the meta device without weights.
+
+    Raises:
+        ZooError: the parts do not fit together.
+    """
     task = new_task(config.task)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
     fields = {"vocab_size": task.vocab_size, **({"sleep_on": "every"} if task.loss_everywhere else {}), **config.overrides}
@@ -158,18 +95,113 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None)
     return Prepared(task, model, answer, weights, optimizers)
 
 
-class StoppedError(Exception):
-    """A run was asked to stop, and has saved itself."""
+class Trainer:
+    """A run in progress: its parts, its folder, and the number of steps done."""
+
+    def __init__(self, config: TrainConfig, run: RunFolder, team: Team) -> None:
+        self.config, self.run, self.team = config, run, team
+        start = config if run.newest() is None else config.model_copy(update={"weights": None})  # a checkpoint has its own weights
+        self.task, self.model, self.answer, self.weights, self.optimizers = prepare(start, team.device, team)
+        self.done = 0
+        self.first_loss: float | None = None
+
+    def resume(self) -> None:
+        """Load the newest checkpoint, if there is one."""
+        if newest := self.run.newest():
+            checkpoint, progress = newest
+            restore(self.optimizers, self.weights, self.run.load(checkpoint, self.model), progress["numbers"])
+            self.done, self.first_loss = progress["step"], progress["first_loss"]
+
+    def train(self, stop_requested: Callable[[], bool], report: Report) -> dict[str, Any]:
+        """Take the remaining steps, evaluate, and write the final model. Raises StoppedError."""
+        config, main = self.config, self.team.first
+        self.model.train()
+        with self.run.metrics(after=self.done) if main else nullcontext(report) as write_line:
+            meter = Meter(config, self.model, self.team)
+            while self.done < config.steps:
+                meter.add(self.step())
+                last = self.done == config.steps
+                if main and (self.done % config.log_every == 0 or last):
+                    metrics = meter.read(self.done)
+                    write_line(metrics)
+                    report(metrics)
+                stop = self.team.any(stop_requested())
+                due = self.done % config.checkpoint_every == 0
+                if (due or stop) and not last:
+                    checkpoint = self.save(self.evaluate()["loss"] if due else None)
+                    if stop:
+                        raise StoppedError(
+                            f"stopped after step {self.done} of {config.steps}: {checkpoint}; the same command goes on from there"
+                        )
+        results = self.evaluate()
+        self.run.finish(self.model, results)
+        return results
+
+    def step(self) -> Step:
+        """Take one step: gradients of a batch, then new weights. Raises ZooError if the loss is not finite or has diverged."""
+        config, step = self.config, self.done
+        torch.manual_seed(config.seed * config.steps + step)  # for dropout
+        batch = self.task.batch(config.seed, step, config.batch_size)
+        score = backward(
+            self.answer,
+            self.weights,
+            batch,
+            team=self.team,
+            accumulate=config.accumulate,
+            recompute=config.recompute,
+            backward_chunks=config.backward_chunks,
+        )
+        norm = whole(nn.utils.clip_grad_norm_(self.weights.wide.values(), config.clip))
+        self.first_loss = self.first_loss or score.loss
+        if not (math.isfinite(score.loss) and norm.isfinite() and score.loss <= config.diverged * self.first_loss):
+            raise ZooError(f"{self.run.path}: loss {score.loss} with gradient norm {norm.item()} at step {step}; {self._advice()}")
+        factor = learning_rate_factor(step, config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        self.weights.hand_back()
+        if self.team.size > 1:
+            forget_gathered(self.model)
+        self.done += 1
+        return Step(batch, score, norm.item(), factor * config.lr)
+
+    def evaluate(self) -> dict[str, Any]:
+        return evaluate(self.model, self.task, self.config.eval_sequences, seed=self.config.seed, team=self.team)
+
+    def save(self, held_out_loss: float | None) -> Path:
+        """Write a checkpoint and return its folder. Raises ZooError if a weight is not finite."""
+        tensors, numbers = state_of(self.optimizers, self.weights)
+        progress = {"step": self.done, "first_loss": self.first_loss, "held_out_loss": held_out_loss, "numbers": numbers}
+        try:
+            return self.run.save(self.model, tensors, progress, keep=self.config.keep)
+        except NotFiniteError as error:
+            raise ZooError(f"{self.run.path}: {error}; {self._advice()}") from None
+
+    def _advice(self) -> str:
+        newest = self.run.newest()
+        return f"try a lower lr; the last good checkpoint is {newest[0]}" if newest else "try a lower lr; there is no checkpoint yet"
 
 
 class Score(NamedTuple):
-    """How a training batch went."""
+    """Loss and hits of a training batch, over all processes."""
 
     loss: float
     right: Tensor
-    """Of each answer, bool [n]."""
+    """[n] bool, one per answer."""
     level: Tensor
-    """[n]"""
+    """[n] int."""
+
+
+class Step(NamedTuple):
+    """One step that was taken."""
+
+    batch: Batch
+    score: Score
+    norm: float
+    """Norm of the gradient before clipping."""
+    lr: float
 
 
 def backward(
@@ -182,10 +214,12 @@ def backward(
     recompute: Recompute = "nothing",
     backward_chunks: int | None = None,
 ) -> Score:
-    """Gradients of the mean loss of all answers of the batch, of whose sequences each process takes a share in `accumulate` parts.
+    """Accumulate the gradients of the mean loss over all answers of the batch.
+
+    Each process handles its share of the sequences, in `accumulate` micro-batches.
 
     Args:
-        answer: `model.answers`, or what `Team.spread` makes of it.
+        answer: `model.answers`, or the result of `Team.spread`.
         recompute, backward_chunks: as in `Model.answers`.
     """
     ids, mask, level = (torch.from_numpy(x) for x in batch)
@@ -194,47 +228,77 @@ def backward(
     for part in team.rows(len(ids)).tensor_split(accumulate):
         answers = answer(ids[part].to(team.device), mask[part].to(team.device), recompute=recompute, backward_chunks=backward_chunks)
         share = answers.losses().sum() / total
-        (share * team.size).backward()
+        (share * team.size).backward()  # the processes' gradients are averaged
         weights.take_gradients()
         loss += share.item()
-        marks[place[part].flatten()[answers.place.cpu()]] = 1 + answers.right().cpu().byte()
+        marks[place[part].flatten()[answers.place.cpu()]] = 1 + answers.right().cpu().byte()  # 0: not predicted, 1: wrong, 2: right
     marks = team.most(marks)
     return Score(team.total(loss), marks[marks > 0] == 2, level.flatten()[marks > 0])
 
 
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Return the fraction of the full learning rate at a step: linear warm-up, plateau, linear decay to zero."""
+    rise = (step + 1) / max(1.0, config.warmup * config.steps)
+    fall = (config.steps - step) / max(1.0, config.decay * config.steps)
+    return min(1.0, rise, fall)
+
+
+class Meter:
+    """Turns steps into lines of metrics. Speed is measured from one line to the next."""
+
+    def __init__(self, config: TrainConfig, model: Model, team: Team) -> None:
+        self.config, self.model, self.team = config, model, team
+        self.peak = peak_flops(team.device) if config.dtype == "bfloat16" else None
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def add(self, step: Step) -> None:
+        self.latest = step
+        self.tokens += step.batch.ids.size
+
+    def read(self, done: int) -> dict[str, Any]:
+        """Return the line of metrics after `done` steps: those of the latest step, and the speed since the previous line."""
+        batch, score, norm, lr = self.latest
+        now = time.perf_counter()
+        speed = self.tokens / (now - self.since)
+        self.tokens, self.since = 0, now
+        metrics: dict[str, Any] = {
+            "step": done,
+            "tokens": done * batch.ids.size,
+            "loss": score.loss,
+            "accuracy": round(score.right.float().mean().item(), 5),
+            "by_level": by_level(score.right, score.level),
+            "grad_norm": round(norm, 4),
+            "lr": lr,
+            "tokens_per_second": round(speed),
+            "memory": peak_memory(self.team.device),
+        }
+        if self.peak is not None:
+            flops = training_flops(self.model, torch.from_numpy(batch.loss_mask))
+            metrics["mfu"] = round(metrics["tokens_per_second"] * flops / batch.ids.size / (self.peak * self.team.size), 4)
+        return metrics
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak number of bytes in use: allocated to tensors on a GPU, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 @contextmanager
 def sigterm() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM stops nothing; the function given says whether it came. In the main thread only."""
-    came = False
+    """Defer SIGTERM inside the block; the yielded function tells if it has arrived. Has no effect outside the main thread."""
+    arrived = False
 
     def note(number: int, frame: Any) -> None:
-        nonlocal came
-        came = True
+        nonlocal arrived
+        arrived = True
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     before = signal.signal(signal.SIGTERM, note)
     try:
-        yield lambda: came
+        yield lambda: arrived
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def most_memory(device: torch.device) -> int:
-    """Bytes that were held at once, at most: by tensors on a GPU, else by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _advice(run: RunFolder) -> str:
-    newest = run.newest()
-    return f"try a lower lr; the last good checkpoint is {newest[0]}" if newest else "try a lower lr; there is no checkpoint yet"
-
-
-def schedule(step: int, config: TrainConfig) -> float:
-    """Share of the full rate at a step: a rise, a plateau, a straight fall to zero (warm-up, stable, decay)."""
-    rise = (step + 1) / max(1.0, config.warmup * config.steps)
-    fall = (config.steps - step) / max(1.0, config.decay * config.steps)
-    return min(1.0, rise, fall)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import zoo.training.loop
 from zoo.config import validate
+from zoo.tasks import Task
 from zoo.training.config import TrainConfig
 from zoo.training.loop import StoppedError, train
 
@@ -55,17 +55,17 @@ def plan(case, how):
 
 @contextmanager
 def at_step(step, act):
-    """Inside, `act` happens in this process in the middle of `step`."""
-    untouched = zoo.training.loop.schedule
+    """Inside the block, call `act` in this process when the batch of `step` is made."""
+    batch = Task.batch
 
-    def acting(now, config):
-        if now == step:
+    def acting(task, seed, now, size, split="train"):
+        if (now, split) == (step, "train"):
             act()
-        return untouched(now, config)
+        return batch(task, seed, now, size, split)
 
-    zoo.training.loop.schedule = acting
+    Task.batch = acting
     yield
-    zoo.training.loop.schedule = untouched
+    Task.batch = batch
 
 
 def terminate():

@@ -10,7 +10,7 @@ from zoo.config import validate
 from zoo.tasks import new_task
 from zoo.training.config import TrainConfig, read_config
 from zoo.training.evaluate import evaluate
-from zoo.training.loop import backward, schedule, train
+from zoo.training.loop import backward, learning_rate_factor, train
 from zoo.training.optimizers import Weights, freeze, make_optimizers
 from zoo.training.parallel import Team
 
@@ -153,8 +153,8 @@ def test_bfloat16_is_trained_through_float32_copies(tmp_path):
     assert model["w"].item() == torch.tensor(0.992, dtype=torch.bfloat16).item()
 
 
-def test_schedule():
-    rates = [schedule(step, plan(steps=100, warmup=0.1, decay=0.3)) for step in range(100)]
+def test_the_learning_rate_warms_up_stays_and_decays():
+    rates = [learning_rate_factor(step, plan(steps=100, warmup=0.1, decay=0.3)) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:71] == [1.0] * 62
     assert rates[85] == pytest.approx(0.5)
