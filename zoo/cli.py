@@ -152,7 +152,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
     from zoo.training.config import read_config
     from zoo.training.loop import StoppedError
     from zoo.training.loop import train as run
-    from zoo.training.parallel import is_first
+    from zoo.training.parallel import is_main_process
     from zoo.training.progress import training_bar
     from zoo.training.reporting import tensorboard, weights_and_biases
 
@@ -168,10 +168,10 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
 
             results = run(plan, out, report=report)
     except StoppedError as stopped:
-        if is_first():
+        if is_main_process():
             click.echo(str(stopped), err=True)
         return
-    if is_first():
+    if is_main_process():
         print_results(results)
         click.echo(f"written to {out}")
 

@@ -50,7 +50,7 @@ def evaluate(
         marks, loss = torch.zeros(ids.numel(), dtype=torch.uint8), torch.zeros(ids.numel())
         marks[place] = 1 + answers.right().cpu().byte()  # 0: not predicted, 1: wrong, 2: right
         loss[place] = answers.losses().cpu().float()
-        marks, loss = team.most(marks), team.most(loss)
+        marks, loss = team.max(marks), team.max(loss)
         answered = marks > 0
         right.append(marks[answered] == 2)
         losses.append(loss[answered])

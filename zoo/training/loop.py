@@ -24,7 +24,7 @@ from zoo.tasks import Batch, Task, new_task
 from zoo.training.config import Report, TrainConfig
 from zoo.training.evaluate import by_level, check_fit, evaluate
 from zoo.training.optimizers import Weights, freeze, make_optimizers, restore, state_of
-from zoo.training.parallel import Answer, Team, forget_gathered, join, whole
+from zoo.training.parallel import Answer, Team, full, join, reshard
 from zoo.training.reporting import peak_flops
 from zoo.training.run_folder import NotFiniteError, RunFolder
 
@@ -52,7 +52,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
         if config.batch_size < team.size * config.accumulate:
             raise ZooError(f"batch_size: {config.batch_size} sequences, fewer than {team.size} processes x accumulate {config.accumulate}")
         trainer = Trainer(config, RunFolder(Path(out), config.model_dump(mode="json"), team), team)
-        with trainer.run.held(), sigterm() as stop_requested:
+        with trainer.run.locked(), sigterm() as stop_requested:
             trainer.resume()
             return trainer.train(stop_requested, report)
 
@@ -81,7 +81,7 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None)
     model = create(config.model, device=device, dtype=dtype, seed=config.seed, pretrained=pretrained, **fields)
     check_fit(model, task)
     freeze(model, config.frozen)
-    answer = (team or Team(device)).spread(model, config.parallel)
+    answer = (team or Team(device)).parallelize(model, config.parallel)
     weights = Weights(model)
     optimizers = make_optimizers(
         model,
@@ -114,7 +114,7 @@ class Trainer:
 
     def train(self, stop_requested: Callable[[], bool], report: Report) -> dict[str, Any]:
         """Take the remaining steps, evaluate, and write the final model. Raises StoppedError."""
-        config, main = self.config, self.team.first
+        config, main = self.config, self.team.is_main
         self.model.train()
         with self.run.metrics(after=self.done) if main else nullcontext(report) as write_line:
             meter = Meter(config, self.model, self.team)
@@ -151,7 +151,7 @@ class Trainer:
             recompute=config.recompute,
             backward_chunks=config.backward_chunks,
         )
-        norm = whole(nn.utils.clip_grad_norm_(self.weights.wide.values(), config.clip))
+        norm = full(nn.utils.clip_grad_norm_(self.weights.wide.values(), config.clip))
         self.first_loss = self.first_loss or score.loss
         if not (math.isfinite(score.loss) and norm.isfinite() and score.loss <= config.diverged * self.first_loss):
             raise ZooError(f"{self.run.path}: loss {score.loss} with gradient norm {norm.item()} at step {step}; {self._advice()}")
@@ -161,9 +161,9 @@ class Trainer:
                 group["lr"] = group["initial_lr"] * factor
             optimizer.step()
             optimizer.zero_grad()
-        self.weights.hand_back()
+        self.weights.write_back()
         if self.team.size > 1:
-            forget_gathered(self.model)
+            reshard(self.model)
         self.done += 1
         return Step(batch, score, norm.item(), factor * config.lr)
 
@@ -219,7 +219,7 @@ def backward(
     Each process handles its share of the sequences, in `accumulate` micro-batches.
 
     Args:
-        answer: `model.answers`, or the result of `Team.spread`.
+        answer: `model.answers`, or the result of `Team.parallelize`.
         recompute, backward_chunks: as in `Model.answers`.
     """
     ids, mask, level = (torch.from_numpy(x) for x in batch)
@@ -232,8 +232,8 @@ def backward(
         weights.take_gradients()
         loss += share.item()
         marks[place[part].flatten()[answers.place.cpu()]] = 1 + answers.right().cpu().byte()  # 0: not predicted, 1: wrong, 2: right
-    marks = team.most(marks)
-    return Score(team.total(loss), marks[marks > 0] == 2, level.flatten()[marks > 0])
+    marks = team.max(marks)
+    return Score(team.sum(loss), marks[marks > 0] == 2, level.flatten()[marks > 0])
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:

@@ -1,4 +1,4 @@
-"""Which optimiser changes which parameter, how fast, and where its state is kept."""
+"""Optimisers: registry, parameter groups, float32 copies, and the states that checkpoints hold."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from zoo.errors import ZooError
 from zoo.model import Model
 from zoo.registry import Registry
-from zoo.training.parallel import shared_like
+from zoo.training.parallel import shard_like
 
 MakeOptimizer = Callable[[list[dict[str, Any]], float, float], torch.optim.Optimizer]
-"""Groups of `params` and `lr`, default rate, weight decay -> optimiser."""
+"""Creates an optimiser from parameter groups (`params`, `lr`), the default learning rate and the weight decay."""
 
 optimizers: Registry[MakeOptimizer] = Registry("optimizer", "optimizers")
 optimizers.register("adamw", lambda groups, lr, decay: torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=decay))
@@ -24,10 +24,10 @@ optimizers.register("muon", lambda groups, lr, decay: Muon(groups, lr=lr, weight
 
 
 class Muon(torch.optim.Muon):
-    """Also for matrices that processes hold shares of (FSDP2).
+    """torch's Muon, extended to sharded matrices (FSDP2).
 
-    Momentum and parameters stay shared; the update of one matrix after the other is put together and made orthogonal by every
-    process, which is what one process would do with it.
+    Momentum and parameters stay sharded. Every process gathers the update of one matrix at a time and orthogonalises it, which
+    gives the result of a single process.
     """
 
     @torch.no_grad()
@@ -45,12 +45,12 @@ class Muon(torch.optim.Muon):
                 change = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=p.device))
                 change.grad = update.full_tensor()
                 torch.optim.Muon([change], **alone).step()
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(shared_like(change, p))
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(shard_like(change, p))
         return loss
 
 
 class Weights:
-    """The float32 (or wider) parameters that the optimisers change, by name: the model's own, or copies of narrower ones."""
+    """The parameters that the optimisers update, by name: the model's own, or float32 copies of those in 16 bits."""
 
     def __init__(self, model: Model) -> None:
         self.of_model = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -58,21 +58,21 @@ class Weights:
         self.copied = {name: p for name, p in self.wide.items() if p is not self.of_model[name]}
 
     def take_gradients(self) -> None:
-        """Add the gradients of narrow parameters to those of their copies."""
+        """Move the gradients of 16-bit parameters to their float32 copies, adding to what is there."""
         for name, copy in self.copied.items():
             if (grad := self.of_model[name].grad) is not None:
                 copy.grad = grad.float() if copy.grad is None else copy.grad + grad
                 self.of_model[name].grad = None
 
     @torch.no_grad()
-    def hand_back(self) -> None:
-        """Round the copies into the narrow parameters."""
+    def write_back(self) -> None:
+        """Round the float32 copies into the parameters of the model."""
         for name, copy in self.copied.items():
             self.of_model[name].copy_(copy)
 
 
 def freeze(model: Model, patterns: Iterable[str]) -> None:
-    """Let the parameters whose names match a pattern stay as they are. Raises ZooError."""
+    """Freeze the parameters whose names match a pattern. Raises ZooError."""
     for pattern in patterns:
         for name in _matching(model, pattern, "frozen"):
             model.get_parameter(name).requires_grad_(False)
@@ -90,10 +90,10 @@ def make_optimizers(
     optimizer: str = "adamw",
     lr_scale: Mapping[str, float] | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks if `muon_lr` is given; `optimizer` for everything else.
+    """Create Muon for the matrices of the blocks if `muon_lr` is given, and `optimizer` for everything else.
 
     Args:
-        lr_scale: name patterns and what the rate is multiplied by; the first that matches counts.
+        lr_scale: factors of the learning rate by name pattern; the first match counts.
     Raises:
         ZooError: an unknown optimiser, or a pattern that matches nothing.
     """
@@ -125,28 +125,28 @@ def _matching(model: Model, pattern: str, field: str) -> list[str]:
 
 
 def state_of(made: list[torch.optim.Optimizer], weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that the optimisers remember, as tensors and as plain numbers, each under `<what>/<parameter>`."""
+    """Return the optimiser states as tensors and as plain numbers, each under `<entry>/<parameter>`."""
     names: dict[Tensor, str] = {p: name for name, p in weights.wide.items()}
     tensors: dict[str, Tensor] = {f"float32/{name}": copy.detach() for name, copy in weights.copied.items()}
     numbers: dict[str, Any] = {}
     for optimizer in made:
-        for parameter, remembered in optimizer.state.items():
-            for what, value in remembered.items():
-                (tensors if isinstance(value, Tensor) else numbers)[f"{what}/{names[parameter]}"] = value
+        for parameter, state in optimizer.state.items():
+            for entry, value in state.items():
+                (tensors if isinstance(value, Tensor) else numbers)[f"{entry}/{names[parameter]}"] = value
     return tensors, numbers
 
 
 @torch.no_grad()
 def restore(made: list[torch.optim.Optimizer], weights: Weights, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Put back what `state_of` gave."""
+    """Restore the optimiser states that `state_of` returned."""
     names = {p: name for name, p in weights.wide.items()}
-    remembered: dict[str, dict[str, Any]] = {}
+    states: dict[str, dict[str, Any]] = {}
     for key, value in {**tensors, **numbers}.items():
-        what, _, name = key.partition("/")
-        remembered.setdefault(name, {})[what] = value
+        entry, _, name = key.partition("/")
+        states.setdefault(name, {})[entry] = value
     for name, copy in weights.copied.items():
-        copy.copy_(remembered[name].pop("float32"))
+        copy.copy_(states[name].pop("float32"))
     for optimizer in made:
         order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-        state = {i: remembered[name] for i, name in enumerate(order) if remembered.get(name)}
+        state = {i: states[name] for i, name in enumerate(order) if states.get(name)}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

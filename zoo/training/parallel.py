@@ -1,4 +1,4 @@
-"""Several processes that train one model, started by torchrun: who does what of a batch, and what DDP and FSDP2 share."""
+"""Data-parallel training in the processes that torchrun starts: collectives, DDP, FSDP2, and sharded tensors in files."""
 
 from __future__ import annotations
 
@@ -23,55 +23,56 @@ from zoo.state import Answers
 
 Parallel = Literal["ddp", "fsdp"]
 Answer = Callable[..., Answers]
-"""`Model.answers`, whatever stands between."""
+"""`Model.answers`, possibly wrapped for DDP or FSDP2."""
 
 
 class Team:
-    """The processes that train together. Every method is called by all of them at the same time; one process has no wait."""
+    """The processes that train one model. Every method is a collective: all processes call it. With one process it is trivial."""
 
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
         self.device, self.rank, self.size = device, rank, size
 
     @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes files and reports."""
+    def is_main(self) -> bool:
+        """True on rank 0, which writes files and reports."""
         return self.rank == 0
 
     def rows(self, count: int) -> Tensor:
-        """The sequences of a batch of `count` that this process takes; where there are too few, some are taken twice."""
+        """Return the indices of this rank's share of `count` sequences; every rank gets at least one, repeated if there are too few."""
         return torch.arange(max(count, self.size)).tensor_split(self.size)[self.rank] % count
 
-    def total(self, number: float) -> float:
+    def sum(self, number: float) -> float:
         """Sum over the processes."""
-        return self._reduced(torch.tensor(number, dtype=torch.float64), dist.ReduceOp.SUM).item()
+        return self._all_reduce(torch.tensor(number, dtype=torch.float64), dist.ReduceOp.SUM).item()
 
-    def most(self, tensor: Tensor) -> Tensor:
-        """The largest over the processes, element by element."""
-        return self._reduced(tensor, dist.ReduceOp.MAX)
+    def max(self, tensor: Tensor) -> Tensor:
+        """Element-wise maximum over the processes."""
+        return self._all_reduce(tensor, dist.ReduceOp.MAX)
 
     def any(self, flag: bool) -> bool:
-        return self.total(flag) > 0
+        """True if the flag is set on any process."""
+        return self.sum(flag) > 0
 
-    def told(self, text: str | None) -> str:
-        """What the first process says."""
-        said = [text]
+    def broadcast(self, text: str | None) -> str:
+        """Return the text of rank 0."""
+        texts = [text]
         if self.size > 1:
-            dist.broadcast_object_list(said, device=self.device)
-        assert said[0] is not None
-        return said[0]
+            dist.broadcast_object_list(texts, device=self.device)
+        assert texts[0] is not None
+        return texts[0]
 
-    def wait(self) -> None:
-        """Until all have come here."""
-        self.total(0)
+    def barrier(self) -> None:
+        """Wait until all processes have come here."""
+        self.sum(0)
 
     def save(self, tensors: Mapping[str, Tensor], file: Path) -> None:
         """Write a safetensors file, whole or not at all.
 
-        Of tensors that are shared out each process writes what it holds (torch.distributed.checkpoint), then the first puts the
-        parts together, so that the file is the same whoever wrote it.
+        Each process writes its shards of sharded tensors (torch.distributed.checkpoint), then rank 0 joins them into one file,
+        which does not depend on the number of processes.
         """
         if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-            if self.first:
+            if self.is_main:
                 with replacing(file) as scratch:
                     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata={"format": "pt"})
             return
@@ -81,31 +82,31 @@ class Team:
         parts = file.with_name(f".{file.stem}")
         writer = HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
         save(dict(tensors), storage_writer=writer)
-        if self.first:
+        if self.is_main:
             _fill_scalars(tensors, joined := parts / "model-00001-of-00001.safetensors")
             os.replace(joined, file)
             shutil.rmtree(parts)
 
-    def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
+    def _all_reduce(self, tensor: Tensor, operation: Any) -> Tensor:
         if self.size == 1:
             return tensor
-        there = tensor.to(self.device)
-        dist.all_reduce(there, how)
-        return there.to(tensor.device)
+        reduced = tensor.to(self.device)
+        dist.all_reduce(reduced, operation)
+        return reduced.to(tensor.device)
 
-    def spread(self, model: Model, how: Parallel) -> Answer:
-        """Let `model` train on all processes; returns its `answers`. Gradients are means over the processes.
+    def parallelize(self, model: Model, strategy: Parallel) -> Answer:
+        """Wrap `model` for training on all processes and return its `answers`. Gradients are averaged over the processes.
 
-        ddp: every process holds the whole model. fsdp: each holds a share of the rows of every parameter, gradient and
-        optimiser state (FSDP2), and the whole parameters from the first chunk of a step to its last gradient: a sleeping
-        model reads each many times, so they are gathered once.
+        ddp: every process holds the full model. fsdp: each holds a shard of the rows of every parameter, gradient and
+        optimiser state (FSDP2). Parameters stay gathered from the first chunk of a step to its last gradient, since a sleeping
+        model reads each of them many times.
         """
         if self.size == 1:
             return model.answers
-        if how == "ddp":
-            # an exit gate may have no gradient
+        if strategy == "ddp":
+            # an exit gate may get no gradient
             return nn.parallel.DistributedDataParallel(_Answers(model), find_unused_parameters=model.exit is not None)
-        # blocks never change a tensor in place
+        # harmless: blocks never change a tensor in place
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -134,7 +135,7 @@ class _Answers(nn.Module):
 
 
 def _fill_scalars(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write the tensors without dimensions, which torch forgets when it puts the parts of a file together (seen in 2.13)."""
+    """Write the scalar tensors, which torch 2.13 leaves empty when it joins the shards of a file."""
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
@@ -144,17 +145,17 @@ def _fill_scalars(tensors: Mapping[str, Tensor], file: Path) -> None:
                 stream.write(tensor.reshape(1).cpu().view(torch.uint8).numpy().tobytes())
 
 
-def is_first() -> bool:
-    """Whether this is the only process of a run, or the first that torchrun started."""
+def is_main_process() -> bool:
+    """True in rank 0 of torchrun, and without torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def join(device: str | None) -> Iterator[Team]:
-    """The team that torchrun started this process in, or a team of one.
+    """Join the processes that torchrun started; without torchrun, a team of one.
 
     Args:
-        device: default cuda where there is one (of several, that of this process), else cpu.
+        device: default: cuda if available (the GPU of this local rank), else cpu.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -166,12 +167,12 @@ def join(device: str | None) -> Iterator[Team]:
     if started := not dist.is_initialized():
         dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
     yield Team(kind, dist.get_rank(), dist.get_world_size())
-    if started:  # not after an error: the others may be waiting for this process to end, not to say goodbye
+    if started:  # not after an error: the other ranks may never reach this collective
         dist.destroy_process_group()
 
 
-def forget_gathered(model: Model) -> None:
-    """The optimisers have changed the shares of the parameters: gather them again when they are next read."""
+def reshard(model: Model) -> None:
+    """Drop the gathered parameters of FSDP2, so that the next step gathers the new ones."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -179,18 +180,18 @@ def forget_gathered(model: Model) -> None:
             module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor of which every process may hold a share. Called by all."""
+def full(tensor: Tensor) -> Tensor:
+    """Gather a tensor that may be sharded. A collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def held(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, or the tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shared_like(tensor: Tensor, like: Tensor | None) -> Tensor:
-    """This process's share of a whole tensor, if `like` is of the same shape and shared."""
+def shard_like(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """Shard a full tensor the way `like` is sharded, if `like` is of the same shape and sharded."""
     if not isinstance(like, DTensor) or like.shape != tensor.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

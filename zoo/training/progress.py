@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from zoo.training.config import Report
-from zoo.training.parallel import is_first
+from zoo.training.parallel import is_main_process
 
 
 def new_progress() -> Progress:
@@ -70,7 +70,7 @@ def _line(name: str, steps: int, metrics: dict[str, Any]) -> str:
 @contextmanager
 def training_bar(steps: int, name: str) -> Iterator[Report]:
     """The `report` of one training run."""
-    if not is_first():
+    if not is_main_process():
         yield lambda metrics: None
         return
     console = Console(stderr=True)

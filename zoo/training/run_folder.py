@@ -1,12 +1,12 @@
-"""The folder of a training run: its settings, its metrics, and checkpoints from which it goes on.
+"""The folder of a training run: settings, metrics, and the checkpoints it resumes from.
 
-train.yaml                      the settings; a folder goes on only under the same
+train.yaml                      the settings; a run resumes only under the same ones
 metrics.jsonl                   a line per logged step
-checkpoints/00001000/           written whole or not at all
-    model.safetensors zoo.yaml  a folder for zoo.load, the same whether one process trains or many
-    optimizer.safetensors       what the optimisers remember
-    progress.json               steps done, held-out loss, numbers the optimisers remember
-model.safetensors zoo.yaml results.json    the end of the run
+checkpoints/00001000/           each written whole or not at all
+    model.safetensors zoo.yaml  a folder for zoo.load, independent of the number of processes
+    optimizer.safetensors       tensors of the optimiser states
+    progress.json               steps done, held-out loss, numbers of the optimiser states
+model.safetensors zoo.yaml results.json    after the last step
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from zoo.config import read_yaml
 from zoo.errors import ZooError
 from zoo.files import new_folder, refuse_existing, replacing
 from zoo.model import Model
-from zoo.training.parallel import Team, held, shared_like
+from zoo.training.parallel import Team, local, shard_like
 
 SETTINGS, METRICS, RESULTS = "train.yaml", "metrics.jsonl", "results.json"
 OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
 
 
 class NotFiniteError(Exception):
-    """Weights, or what an optimiser remembers, hold NaN or infinity."""
+    """Weights or optimiser states contain NaN or infinity."""
 
 
 class RunFolder:
-    """The folder `path` of a run with `settings`, on a disk that the whole team sees. Making this object writes nothing.
+    """The folder `path` of a run with `settings`, on a disk that all processes share. Nothing is written before `locked`.
 
     Raises:
-        ZooError: something else is there: not a run, a run of other settings, or one that is finished.
+        ZooError: `path` holds something else: no run, a run with other settings, or a finished one.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], team: Team | None = None) -> None:
@@ -58,21 +58,21 @@ class RunFolder:
             if there.get(field) != settings.get(field):
                 was, now = there.get(field), settings.get(field)
                 raise ZooError(
-                    f"{path}: holds a run with {field}: {was}, not {now}; go on with the same settings, or choose another folder"
+                    f"{path}: holds a run with {field}: {was}, not {now}; resume with the same settings, or choose another folder"
                 )
         if (path / RESULTS).exists():
             raise ZooError(f"{path}: holds this run already, finished; nothing is overwritten, choose another folder")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Make the folder if there is none, and keep other teams from training in it. Raises ZooError."""
-        self.team.wait()  # until all have looked
-        with self._locked() if self.team.first else nullcontext():
-            self.team.wait()
+    def locked(self) -> Iterator[None]:
+        """Create the folder if there is none, and hold its lock. Raises ZooError if another run holds it."""
+        self.team.barrier()  # until all have looked
+        with self._lock() if self.team.is_main else nullcontext():
+            self.team.barrier()
             yield
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock(self) -> Iterator[None]:
         if not (self.path / SETTINGS).is_file():
             with new_folder(self.path) as folder:
                 (folder / SETTINGS).write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="utf-8")
@@ -81,44 +81,46 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ZooError(f"{self.path}: another process is training here") from None
-            for scratch in self.path.glob("checkpoints/.*"):  # of a process that was killed
+            for scratch in self.path.glob("checkpoints/.*"):  # left by a process that was killed
                 shutil.rmtree(scratch)
             yield
 
     def checkpoints(self) -> list[Path]:
-        """Oldest first."""
+        """Return the checkpoints, oldest first."""
         return sorted(self.path.glob("checkpoints/[0-9]*"))
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from, and its progress."""
+        """Return the checkpoint to resume from and its progress."""
         folders = self.checkpoints()
         return (folders[-1], self.progress(folders[-1])) if folders else None
 
     @staticmethod
     def progress(checkpoint: Path) -> dict[str, Any]:
+        """Read the progress that was saved with a checkpoint."""
         return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
 
     def save(self, model: Model, tensors: dict[str, Tensor], progress: dict[str, Any], *, keep: int) -> Path:
-        """Write a checkpoint; then remove all but the newest `keep` and the one with the least held-out loss.
+        """Write a checkpoint; then remove all but the newest `keep` and the one with the lowest held-out loss.
 
         Args:
-            progress: at least the `step` and the `held_out_loss` (None: not measured).
+            tensors: optimiser states.
+            progress: at least `step` and `held_out_loss` (None: not measured).
         Raises:
-            NotFiniteError: numbers that are not finite, which would be no good to go on from.
+            NotFiniteError: NaN or infinity, from which a run could not resume.
         """
         weights = model.state_dict()
-        broken = [name for name, tensor in {**weights, **tensors}.items() if not held(tensor).isfinite().all()]
+        broken = [name for name, tensor in {**weights, **tensors}.items() if not local(tensor).isfinite().all()]
         if self.team.any(bool(broken)):
             raise NotFiniteError(f"{broken[0] if broken else 'a parameter'} is not finite after step {progress['step']}")
         path = self.path / "checkpoints" / f"{progress['step']:08d}"
-        with new_folder(path) if self.team.first else nullcontext() as scratch:
-            folder = Path(self.team.told(str(scratch)))
+        with new_folder(path) if self.team.is_main else nullcontext() as scratch:
+            folder = Path(self.team.broadcast(str(scratch)))
             self.team.save(weights, folder / WEIGHTS)
             self.team.save(tensors, folder / OPTIMIZER)
-            if self.team.first:
+            if self.team.is_main:
                 write_config(model, folder)
                 (folder / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
-        if self.team.first:
+        if self.team.is_main:
             self._remove_all_but(keep)
         return path
 
@@ -131,23 +133,23 @@ class RunFolder:
                 shutil.rmtree(doomed)
 
     def best(self) -> Path | None:
-        """The checkpoint with the least held-out loss."""
+        """Return the checkpoint with the lowest held-out loss."""
         losses = {path: self.progress(path)["held_out_loss"] for path in self.checkpoints()}
         return min((path for path, loss in losses.items() if loss is not None), key=losses.__getitem__, default=None)
 
     @staticmethod
     @torch.no_grad()
     def load(checkpoint: Path, model: Model) -> dict[str, Tensor]:
-        """Put the checkpoint's weights into `model`; what the optimisers remember of the parameters that this process holds."""
+        """Load the weights of a checkpoint into `model`; return the optimiser states, sharded like the parameters."""
         parameters = model.state_dict()
         with safe_open(checkpoint / WEIGHTS, "pt") as file:
-            model.load_state_dict({name: shared_like(file.get_tensor(name), parameters.get(name)) for name in file.keys()})  # noqa: SIM118
+            model.load_state_dict({name: shard_like(file.get_tensor(name), parameters.get(name)) for name in file.keys()})  # noqa: SIM118
         with safe_open(checkpoint / OPTIMIZER, "pt") as file:
-            return {key: shared_like(file.get_tensor(key), parameters.get(key.partition("/")[2])) for key in file.keys()}  # noqa: SIM118
+            return {key: shard_like(file.get_tensor(key), parameters.get(key.partition("/")[2])) for key in file.keys()}  # noqa: SIM118
 
     @contextmanager
     def metrics(self, after: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Write lines of metrics behind those up to step `after`."""
+        """Append lines of metrics, after dropping those beyond step `after`. Yields the function that writes one."""
         self.trim_metrics(after)
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
 
@@ -158,7 +160,7 @@ class RunFolder:
             yield write_line
 
     def trim_metrics(self, step: int) -> None:
-        """Forget the lines after `step`, which will be written again, and half a line."""
+        """Drop the lines after `step`, which will be written again, and an incomplete last line."""
         path = self.path / METRICS
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
@@ -169,8 +171,9 @@ class RunFolder:
             file.write_text("".join(kept), encoding="utf-8")
 
     def finish(self, model: Model, results: dict[str, Any]) -> None:
+        """Write the final model and the results."""
         self.team.save(model.state_dict(), self.path / WEIGHTS)
-        if self.team.first:
+        if self.team.is_main:
             write_config(model, self.path)
             with replacing(self.path / RESULTS) as file:
                 file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -148,7 +148,7 @@ def test_bfloat16_is_trained_through_float32_copies(tmp_path):
         weights.take_gradients()
         sgd.step()
         sgd.zero_grad()
-        weights.hand_back()
+        weights.write_back()
     assert weights.wide["w"].item() == pytest.approx(0.992)
     assert model["w"].item() == torch.tensor(0.992, dtype=torch.bfloat16).item()
 

@@ -79,7 +79,7 @@ def test_no_pickle_is_written(tmp_path):
 def test_what_is_not_finite_is_not_saved(tmp_path):
     model = zoo.create("gdn4", layers="gdn", d_model=16)
     run = RunFolder(tmp_path / "run", {"steps": 1})
-    with run.held(), pytest.raises(NotFiniteError, match="momentum/x is not finite after step 3"):
+    with run.locked(), pytest.raises(NotFiniteError, match="momentum/x is not finite after step 3"):
         run.save(model, {"momentum/x": torch.tensor([1.0, float("nan")])}, {"step": 3, "held_out_loss": 1.0}, keep=1)
     assert run.checkpoints() == []
 
