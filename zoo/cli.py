@@ -153,19 +153,13 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
     from zoo.training.loop import StoppedError
     from zoo.training.loop import train as run
     from zoo.training.parallel import is_main_process
-    from zoo.training.progress import training_bar
-    from zoo.training.reporting import tensorboard, weights_and_biases
+    from zoo.training.reporting import all_sinks
 
     plan = read_config(config, parse_overrides(overrides))
     if out is None:
         out = Path(config) if Path(config, "train.yaml").is_file() else Path("runs") / Path(config).stem
     try:
-        with training_bar(plan.steps, plan.model) as bar, tensorboard(out) as board, weights_and_biases(wandb, out, plan) as biases:
-
-            def report(metrics: dict[str, Any]) -> None:
-                for sink in (bar, board, biases):
-                    sink(metrics)
-
+        with all_sinks(plan, out, wandb) as report:
             results = run(plan, out, report=report)
     except StoppedError as stopped:
         if is_main_process():
@@ -184,7 +178,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
 def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
     """Evaluate a run on held-out sequences. RUN is the folder of a training run."""
     from zoo.checkpoints.own import load
-    from zoo.console import print_results, spinner
+    from zoo.console import print_results, progress_bar, spinner
     from zoo.tasks import new_task
     from zoo.training.config import read_config
     from zoo.training.evaluate import evaluate
@@ -192,8 +186,8 @@ def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
     plan = read_config(run / "train.yaml")
     with spinner(f"loading {run}"):
         model = load(run)
-    with spinner("evaluating"):
-        results = evaluate(model, new_task(plan.task), sequences, seed=seed, loops=loops)
+    with progress_bar("evaluating", sequences) as advance:
+        results = evaluate(model, new_task(plan.task), sequences, seed=seed, loops=loops, advance=advance)
     print_results(results)
 
 

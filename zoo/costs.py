@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,3 +149,27 @@ def _bytes(size: float) -> str:
             break
         size /= 1024
     return f"{size:.3g} {unit}"
+
+
+PEAKS = {
+    "A100": 312e12,
+    "A40": 149.7e12,
+    "A6000": 154.8e12,
+    "B200": 2250e12,
+    "GH200": 989.4e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165.2e12,
+}
+"""Peak bfloat16 FLOPs per second without sparsity, from NVIDIA's data sheets, by words of torch's name for the GPU; the first
+match counts."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak FLOPs per second of a GPU, or None if it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)

@@ -28,7 +28,7 @@ from zoo.tasks import Task, new_task
 from zoo.training.config import TrainConfig, read_config
 from zoo.training.loop import StoppedError, train
 from zoo.training.plots import accuracy_curves, against_level, read_run, save
-from zoo.training.progress import add_run, advance, new_progress
+from zoo.training.reporting import add_run, advance, new_progress
 from zoo.training.workers import end_with_parent
 
 LOOPS = (1, 2, 4)

@@ -39,7 +39,7 @@ from zoo.registry import nearest
 from zoo.training.config import TrainConfig, read_config
 from zoo.training.loop import StoppedError, prepare, sigterm, train
 from zoo.training.plots import figure, read_run, save
-from zoo.training.progress import add_run, advance, new_progress
+from zoo.training.reporting import add_run, advance, new_progress
 from zoo.training.run_folder import RESULTS
 from zoo.training.workers import end_with_parent
 

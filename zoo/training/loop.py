@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoo.costs import training_flops
+from zoo.costs import peak_flops, training_flops
 from zoo.errors import ZooError
 from zoo.factory import create
 from zoo.loss import Recompute
@@ -25,7 +25,6 @@ from zoo.training.config import Report, TrainConfig
 from zoo.training.evaluate import by_level, check_fit, evaluate
 from zoo.training.optimizers import Weights, freeze, make_optimizers, restore, state_of
 from zoo.training.parallel import Answer, Team, full, join, reshard
-from zoo.training.reporting import peak_flops
 from zoo.training.run_folder import NotFiniteError, RunFolder
 
 

@@ -1,4 +1,4 @@
-"""Metrics reach TensorBoard and Weights & Biases as they stand in metrics.jsonl; utilisation and time left are arithmetic."""
+"""Metrics reach TensorBoard and Weights & Biases unchanged from metrics.jsonl; utilisation and time left are arithmetic."""
 
 import json
 import sys
@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.cli import main
-from zoo.costs import training_flops
+from zoo.costs import peak_flops, training_flops
 from zoo.tasks import new_task
-from zoo.training.progress import _line, _time_left, add_run, advance, new_progress
-from zoo.training.reporting import peak_flops, tensorboard
+from zoo.training.config import read_config
+from zoo.training.reporting import _line, _time_left, add_run, advance, new_progress, tensorboard
 
 RUN = """
 model: gdn4-sleep2-hard6
@@ -65,9 +65,10 @@ def test_tensorboard_shows_what_the_lines_say(tmp_path, config):
             assert shown[f"by_level/{level}"][line["step"]] == pytest.approx(share, rel=1e-6)
 
 
-def test_a_run_that_goes_on_takes_back_what_was_lost(tmp_path):
+def test_a_resumed_run_drops_the_steps_it_repeats(tmp_path, config):
+    config = read_config(config)
     for first, loss in ((1, 1.0), (3, 2.0)):  # killed after 5, saved at 2
-        with tensorboard(tmp_path) as write:
+        with tensorboard(config, tmp_path) as write:
             for step in range(first, 6):
                 write({"step": step, "loss": loss, "by_level": {}})
     assert events(tmp_path / "tensorboard")["loss"] == {1: 1.0, 2: 1.0, 3: 2.0, 4: 2.0, 5: 2.0}
@@ -100,7 +101,7 @@ def test_weights_and_biases(tmp_path, config, monkeypatch):
     assert calls[2]["id"] != settings["id"]
 
 
-def test_weights_and_biases_that_is_not_installed_is_told_before_any_work(tmp_path, config, monkeypatch):
+def test_weights_and_biases_not_installed_is_an_error_before_any_work(tmp_path, config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     said = command("train", config, "--out", tmp_path / "run", "--wandb", "sleep", status=2).stderr
     assert "--wandb: sleep: needs pip install 'sleep-zoo[wandb]'" in said
