@@ -206,8 +206,8 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
     """
     from zoo.console import print_markdown
     from zoo.training.ablation import ablate as run
-    from zoo.training.ablation import read_plan
     from zoo.training.loop import StoppedError
+    from zoo.training.plan import read_plan
 
     try:
         table = run(read_plan(plan, parse_overrides(overrides)), out, processes=processes)

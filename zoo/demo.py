@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,24 +13,26 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import zoo.export
 from zoo.checkpoints.own import load
+from zoo.errors import ZooError
 from zoo.files import new_folder
 from zoo.model import Model
 from zoo.sessions.session import Session
 from zoo.tasks import Task, new_task
-from zoo.training.config import TrainConfig, read_config
-from zoo.training.loop import StoppedError, train
-from zoo.training.plots import accuracy_curves, against_level, read_run, save
-from zoo.training.reporting import add_run, advance, new_progress
-from zoo.training.workers import end_with_parent
+from zoo.training.config import read_config
+from zoo.training.loop import StoppedError
+from zoo.training.plots import accuracy_curves, add_legend, against_level, read_run, save
+from zoo.training.tables import level_label
+from zoo.training.workers import Job, train_all
 
 LOOPS = (1, 2, 4)
 SEQUENCES = 1024
-console = Console(width=None if Console().is_terminal else 120)  # a log takes lines of any length
+console = Console()
 
 
 def run(out: Path) -> None:
@@ -48,8 +47,15 @@ def run(out: Path) -> None:
     with new_folder(out) as folder:
         console.print(f"[bold]{task}[/]: the same tokens and seed at N = {', '.join(map(str, LOOPS))} passes of sleep")
         started = time.perf_counter()
-        _train_and_export_all({n: plan.model_copy(update={"model": f"gdn4-sleep{n}-hard{task.window}"}) for n in LOOPS}, folder)
-        console.print(f"trained and exported in {time.perf_counter() - started:.0f} s; asking PyTorch and onnxruntime the same questions")
+        plans = {n: plan.model_copy(update={"model": f"gdn4-sleep{n}-hard{task.window}"}) for n in LOOPS}
+        jobs = {f"N = {n}": Job(plans[n], folder / f"sleep{n}", after=_export) for n in sorted(LOOPS, reverse=True)}  # longest first
+        try:
+            failed = train_all(jobs, processes=2)
+        except StoppedError:
+            raise KeyboardInterrupt from None
+        if failed:
+            raise ZooError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+        console.print(f"trained and exported in {time.perf_counter() - started:.0f} s; comparing PyTorch with onnxruntime")
         models = {n: load(folder / f"sleep{n}") for n in LOOPS}
         costs = _costs(models, task)
         rows = {}
@@ -61,44 +67,13 @@ def run(out: Path) -> None:
     console.print(f"plot: {out / 'demo.png'}   models, graphs and metrics: {out}/")
 
 
-def _train_and_export_all(plans: dict[int, TrainConfig], out: Path) -> None:
-    """Train and export in two processes of one thread each, the longest run first."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    with new_progress() as progress, ProcessPoolExecutor(2, context, initializer=_begin, initargs=(queue,)) as pool:
-        bars = {n: add_run(progress, f"N = {n}", plan.steps) for n, plan in plans.items()}
-        runs = [pool.submit(_train_and_export, plans[n], out, n) for n in sorted(plans, reverse=True)]
-        while not (all(run.done() for run in runs) and queue.empty()):
-            while not queue.empty():
-                n, metrics = queue.get()
-                advance(progress, bars[n], metrics)
-            time.sleep(0.2)
-        for run in runs:
-            run.result()
-
-
-_said: Any
-"""In a process of the pool: the queue on which it says how a run goes."""
-
-
-def _begin(queue: Any) -> None:
-    global _said
-    _said = queue
-    end_with_parent()
-    torch.set_num_threads(1)
-
-
-def _train_and_export(plan: TrainConfig, out: Path, n: int) -> None:
-    try:
-        train(plan, out / f"sleep{n}", report=lambda metrics: _said.put((n, metrics)))
-    except StoppedError:
-        os._exit(1)  # the pool would go on with the next run
-    zoo.export.export(load(out / f"sleep{n}"), out / f"sleep{n}-onnx")
+def _export(run: Path) -> None:
+    zoo.export.export(load(run), run.with_name(f"{run.name}-onnx"))
 
 
 @torch.no_grad()
 def _answer(model: Model, bundle: Path, task: Task, seed: int) -> dict[str, Any]:
-    """The same held-out questions to PyTorch and to the exported graphs: how many are right, and how far the logits are apart."""
+    """Ask PyTorch and the exported graphs the same held-out questions. Returns accuracies and the largest difference of logits."""
     ids, mask, level = (torch.from_numpy(x) for x in task.batch(seed, 0, SEQUENCES, "test"))
     answers = model.answers(ids, mask)
     right, levels = answers.right(), level.flatten()[answers.place]
@@ -115,7 +90,7 @@ def _answer(model: Model, bundle: Path, task: Task, seed: int) -> dict[str, Any]
 
 @torch.no_grad()
 def _costs(models: dict[int, Model], task: Task) -> dict[int, dict[str, float]]:
-    """Median seconds per sleep and per predicted token of one stream, the N taking turns."""
+    """Return the median seconds per sleep and per predicted token of one stream; the models take turns."""
     window = torch.from_numpy(task.batch(0, 0, 1, "test").ids[:, : task.window])
     sleeps: dict[int, list[float]] = {n: [] for n in models}
     tokens: dict[int, list[float]] = {n: [] for n in models}
@@ -136,17 +111,11 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _table(rows: dict[int, dict[str, Any]], task: Task) -> Table:
-    table = Table(title=f"{task}: {next(iter(rows.values()))['answers']} held-out questions, best guess {task.chance():.1%}")
+    title = f"{task}: {next(iter(rows.values()))['answers']} held-out questions, best guess {task.chance():.1%}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     levels = list(next(iter(rows.values()))["by_level"])
-    for name in (
-        "N",
-        *(f"{level} {task.level_name}" for level in levels),
-        "PyTorch",
-        "onnxruntime",
-        "logits differ",
-        "s / sleep",
-        "ms / token",
-    ):
+    labels = [level_label(level, task.level_name) for level in levels]
+    for name in ("N", *labels, "PyTorch", "ONNX", "logits differ by", "s / sleep", "ms / token"):
         table.add_column(name, justify="right")
     for n, row in rows.items():
         table.add_row(
@@ -162,12 +131,12 @@ def _table(rows: dict[int, dict[str, Any]], task: Task) -> Table:
 
 
 def draw(rows: dict[int, dict[str, Any]], out: Path) -> None:
-    """Accuracy against hops and against tokens seen, one line for each N, into demo.png."""
+    """Draw the accuracy against hops and against training tokens, one line for each N, into demo.png."""
     groups = {f"N = {n}": [read_run(out / f"sleep{n}")._replace(results=row)] for n, row in rows.items()}
     drawn = Figure(figsize=(10, 3.8), layout="constrained")
     by_level, by_tokens = drawn.subplots(1, 2, sharey=True)
     against_level(by_level, groups)
-    accuracy_curves(by_tokens, groups, title="while training, all hops")
-    by_level.set(title="held-out questions about an evicted window", ylabel="answers right")
-    by_level.legend(title="passes of sleep", frameon=False)
+    accuracy_curves(by_tokens, groups, title="Training accuracy, all hops")
+    by_level.set_title("Held-out questions about an evicted window")
+    add_legend(drawn)
     save(drawn, out / "demo.png")

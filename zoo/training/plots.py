@@ -1,8 +1,9 @@
-"""Curves of training runs, and what they reached. `zoo plot`, `zoo ablate` and `zoo demo` draw with these."""
+"""Plots of training runs: learning curves and held-out accuracy. Used by `zoo plot`, `zoo ablate` and `zoo demo`."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -11,6 +12,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -20,20 +22,23 @@ from zoo.files import refuse_existing, replacing
 from zoo.tasks import Task, new_task
 from zoo.training.config import TrainConfig, read_config
 from zoo.training.run_folder import METRICS, RESULTS, SETTINGS
+from zoo.training.tables import level_label
 
-COLORS = ("#9aa5b1", "#e0a458", "#2a6f97", "#b5485d", "#5b8c5a", "#7a5ba6", "#3d3d3d", "#c9a227")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00", "#56b4e9", "#222222", "#8b5a2b")
+STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), ((0, (4, 1, 1, 1, 1, 1)), "D"))  # lines and markers: eight groups share one
 FORMATS = (".pdf", ".png", ".svg")
-MOST_LEVELS = 8  # that get a panel each
+MAX_PANELS = 8  # levels that get a panel each
+BEST_GUESS = "best guess without the context"
 
 
 class Trained(NamedTuple):
-    """What a run's folder says."""
+    """A run as read from its folder."""
 
     config: TrainConfig
     metrics: list[dict[str, Any]]
-    """Lines of metrics.jsonl; levels are numbers."""
+    """Lines of metrics.jsonl, with levels as numbers."""
     results: dict[str, Any] | None
-    """None: not finished."""
+    """None if the run is not finished."""
 
     @property
     def task(self) -> Task:
@@ -41,20 +46,24 @@ class Trained(NamedTuple):
 
     @property
     def loops(self) -> int:
-        """N"""
+        """N, the passes per sleep."""
         return self.model()["loops"]
 
     def model(self) -> dict[str, Any]:
-        """Fields of the model."""
+        """Return the config fields of the model."""
         return resolve(self.config.model, {"vocab_size": 1, **self.config.overrides}).model_dump(mode="json")
 
 
 Groups = Mapping[str, Sequence[Trained]]
-"""Names, and the runs of each, which differ in the seed alone."""
+"""Runs by the name of their group; those of a group differ only in the seed."""
 
 
 def read_run(folder: Path) -> Trained:
-    """Raises ZooError: not the folder of a run, or of one that has logged nothing yet."""
+    """Read a run from its folder.
+
+    Raises:
+        ZooError: not the folder of a run, or no step is logged yet.
+    """
     if not (folder / SETTINGS).is_file():
         raise ZooError(f"{folder}: not the folder of a training run: there is no {SETTINGS}")
     config = read_config(folder / SETTINGS)
@@ -71,7 +80,7 @@ def _numbered(fields: dict[str, Any]) -> dict[Any, Any]:
 
 
 def grouped(runs: Iterable[Trained]) -> dict[str, list[Trained]]:
-    """Runs that differ in the seed alone, together, under what tells them from the others."""
+    """Group the runs that differ only in the seed; the name of a group lists the fields in which it differs from the others."""
     found: dict[str, tuple[dict[str, Any], list[Trained]]] = {}
     for run in runs:
         settings = _settings(run)
@@ -86,10 +95,10 @@ def grouped(runs: Iterable[Trained]) -> dict[str, list[Trained]]:
 
 
 def _settings(run: Trained, *besides: str) -> dict[str, Any]:
-    """Dotted paths and values of everything that makes a run, but for its seed, names, and what `besides` names."""
+    """Return all settings of a run by dotted path, without its seed, names, and the paths in `besides`."""
     fields = {**run.config.model_dump(mode="json", exclude={"model", "overrides"}), "model": run.model()}
-    left_out = {"seed", "model.name", "model.about", "model.vocab_size", *besides}
-    return {path: value for path, value in _flat(fields) if path not in left_out}
+    ignored = {"seed", "model.name", "model.about", "model.vocab_size", *besides}
+    return {path: value for path, value in _flat(fields) if path not in ignored}
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -101,12 +110,12 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 
 def figure(groups: Groups) -> Figure:
-    """Loss, and accuracy at each level, over training tokens; held-out accuracy against level, and against N where N differs."""
+    """Draw the panels that apply: training loss, training accuracy by level, held-out accuracy by level, and by N."""
     levels = sorted({level for run in chain(*groups.values()) for level in run.metrics[-1]["by_level"]})
-    name = next(iter(groups.values()))[0].task.level_name
+    name = _level_name(groups)
     panels: list[Callable[[Axes, Groups], None]] = [loss_curves]
-    if 1 < len(levels) <= MOST_LEVELS:
-        panels += [partial(accuracy_curves, level=level, title=f"{name}: {level}") for level in levels]
+    if 1 < len(levels) <= MAX_PANELS:
+        panels += [partial(accuracy_curves, level=level, title=f"Training accuracy, {level_label(level, name)}") for level in levels]
     else:
         panels.append(accuracy_curves)
     finished = {name: done for name, runs in groups.items() if (done := [run for run in runs if run.results])}
@@ -116,111 +125,139 @@ def figure(groups: Groups) -> Figure:
     panels += [partial(against_loops, loops=family) for family in families[:1]]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    drawn = Figure(figsize=(3.6 * columns, 3.1 * rows), layout="constrained")
+    drawn = Figure(figsize=(max(6.0, 3.6 * columns), 3.1 * rows), layout="constrained")
     grid = drawn.subplots(rows, columns, squeeze=False).flatten()
     for axes, panel in zip(grid, panels, strict=False):
         panel(axes, groups)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    drawn.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(groups), 5), frameon=False)
+    add_legend(drawn)
     return drawn
 
 
+def add_legend(drawn: Figure) -> None:
+    """Put one legend below the panels, in as many columns as fit, and make the figure higher by its height."""
+    handles = {label: handle for axes in drawn.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if BEST_GUESS in handles:  # last
+        handles[BEST_GUESS] = handles.pop(BEST_GUESS)
+    labels = [textwrap.fill(label, 50, break_on_hyphens=False) for label in handles]
+    for columns in range(min(len(labels), 6), 0, -1):
+        legend = drawn.legend(
+            handles.values(), labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=3
+        )
+        size = legend.get_window_extent()
+        if size.width <= drawn.bbox.width or columns == 1:
+            break
+        legend.remove()
+    drawn.set_figheight(drawn.get_figheight() + size.height / drawn.dpi)
+
+
 def save(drawn: Figure, out: Path) -> None:
-    """Write the file `out`, whole or not at all, over whatever is there."""
+    """Write the file `out`, whole or not at all, replacing one that exists."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as file:
         drawn.savefig(file, format=out.suffix[1:], dpi=150)
 
 
 def refuse(out: Path) -> None:
-    """ZooError if `out` cannot be a new picture."""
+    """Raise ZooError if `out` cannot be a new picture."""
     if out.suffix not in FORMATS:
         raise ZooError(f"{out}: want a file name that ends in one of {', '.join(FORMATS)}")
     refuse_existing(out)
 
 
 def loss_curves(axes: Axes, groups: Groups) -> None:
+    """Draw the training loss over training tokens."""
     _curves(axes, groups, lambda metrics: metrics["loss"])
-    axes.set(title="loss while training", ylim=(0, None))
+    axes.set(title="Training loss", ylabel="loss", ylim=(0, None))
 
 
-def accuracy_curves(axes: Axes, groups: Groups, *, level: int | None = None, title: str = "while training") -> None:
-    """A line for each run: the share of right answers, of all or of one level, over tokens."""
+def accuracy_curves(axes: Axes, groups: Groups, *, level: int | None = None, title: str = "Training accuracy") -> None:
+    """Draw the training accuracy over training tokens, of all answers or of one level."""
     _curves(axes, groups, lambda metrics: metrics["accuracy"] if level is None else metrics["by_level"].get(level))
-    _accuracy(axes, groups)
+    _accuracy_axis(axes, groups)
     axes.set_title(title)
 
 
 def _curves(axes: Axes, groups: Groups, value: Callable[[dict[str, Any]], float | None]) -> None:
-    for (name, runs), color in zip(groups.items(), _colors(groups), strict=True):
+    for (name, runs), (color, line, _) in zip(groups.items(), _styles(groups), strict=True):
         for run in runs:
             points = [(metrics["tokens"] / 1e6, y) for metrics in run.metrics if (y := value(metrics)) is not None]
-            reach = len(points) // 40  # a running mean: each point is of one batch
+            reach = len(points) // 40  # a running mean, since each point is of one batch
             smooth = [fmean(y for _, y in points[max(0, i - reach) : i + reach + 1]) for i in range(len(points))]
-            axes.plot([x for x, _ in points], smooth, color=color, linewidth=1.2, alpha=0.8, label=name if run is runs[0] else None)
-    _plain(axes)
-    axes.set_xlabel("million training tokens")
+            label = name if run is runs[0] else None
+            axes.plot([x for x, _ in points], smooth, color=color, linestyle=line, linewidth=1.2, alpha=0.8, label=label)
+    _tidy(axes)
+    axes.set_xlabel("training tokens (millions)")
 
 
 def against_level(axes: Axes, groups: Groups) -> None:
-    """Held-out accuracy against what makes a question harder: mean of a group's finished runs, and their range."""
-    for (name, runs), color in zip(groups.items(), _colors(groups), strict=True):
+    """Draw the held-out accuracy against the level: mean and range over the finished runs of a group."""
+    for (name, runs), (color, line, marker) in zip(groups.items(), _styles(groups), strict=True):
         done = [run.results["by_level"] for run in runs if run.results]
         if done:
-            _range(axes, {level: [one[level] for one in done] for level in done[0]}, color=color, label=name)
-    _accuracy(axes, groups)
-    _plain(axes)
-    axes.set(title="held out", xlabel=next(iter(groups.values()))[0].task.level_name)
+            points = {level: [one[level] for one in done] for level in done[0]}
+            _mean_and_range(axes, points, color=color, linestyle=line, marker=marker, label=name)
+    _accuracy_axis(axes, groups)
+    _tidy(axes)
+    level = _level_name(groups)
+    axes.set(title=f"Held-out accuracy by {level}", xlabel=level)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def against_loops(axes: Axes, groups: Groups, loops: Mapping[int, Sequence[Trained]]) -> None:
-    """Held-out accuracy at each level against N."""
+    """Draw the held-out accuracy at each level against N; darker is harder."""
     some = next(iter(loops.values()))[0]
     levels = sorted(some.results["by_level"]) if some.results else []
+    lines = []
     for i, level in enumerate(levels):
         shade = 0.25 + 0.65 * i / max(1, len(levels) - 1)
         found = {n: [run.results["by_level"][level] for run in runs if run.results] for n, runs in sorted(loops.items())}
-        _range(axes, found, color=(0.1, 0.35 * shade, 0.75 * shade + 0.2, shade), label=f"{level}")
-    _accuracy(axes, groups)
-    _plain(axes)
-    axes.set(title="held out", xlabel="N, passes of sleep", xticks=sorted(loops))
-    axes.legend(title=some.task.level_name, fontsize=7, title_fontsize=7, frameon=False)
+        lines.append(_mean_and_range(axes, found, color=(0.1, 0.35 * shade, 0.75 * shade + 0.2, shade), marker="o"))
+    labels = [level_label(level, some.task.level_name) for level in levels]
+    axes.legend(lines, labels, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+    _accuracy_axis(axes, groups)
+    _tidy(axes)
+    axes.set(title="Held-out accuracy by N", xlabel="N (passes per sleep)", xticks=sorted(loops))
 
 
 def _families(groups: Groups) -> list[dict[int, Sequence[Trained]]]:
-    """Groups that differ in N alone (and in the steps that it is given), each by its N; the largest family first."""
+    """Return the families of groups that differ only in N (and in steps), each by N; the largest first."""
     found: dict[str, dict[int, Sequence[Trained]]] = {}
     for runs in groups.values():
         found.setdefault(json.dumps(_settings(runs[0], "model.loops", "steps"), sort_keys=True), {})[runs[0].loops] = runs
     return sorted(found.values(), key=len, reverse=True)
 
 
-def _range(axes: Axes, points: Mapping[int, Sequence[float]], **style: Any) -> None:
+def _mean_and_range(axes: Axes, points: Mapping[int, Sequence[float]], **style: Any) -> ErrorbarContainer:
     means = [fmean(values) for values in points.values()]
     below = [mean - min(values) for mean, values in zip(means, points.values(), strict=True)]
     above = [max(values) - mean for mean, values in zip(means, points.values(), strict=True)]
-    axes.errorbar(list(points), means, yerr=[below, above], fmt="o-", markersize=4, linewidth=1.5, capsize=3, **style)
+    return axes.errorbar(list(points), means, yerr=[below, above], markersize=4, linewidth=1.5, capsize=3, **style)
 
 
-def _accuracy(axes: Axes, groups: Groups) -> None:
-    """Percent, and the best guess without the context: for two answers, that of the majority."""
-    axes.set_ylim(0, 1.02)
+def _accuracy_axis(axes: Axes, groups: Groups) -> None:
+    """Label the axis in percent, and draw the best guess that ignores the context as a reference line."""
+    axes.set(ylim=(0, 1.02), ylabel="accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     for chance in {_chance(runs[0]) for runs in groups.values()}:
-        axes.axhline(chance, color="#555555", linestyle=":", linewidth=1)
-        axes.annotate("best guess", (0.02, chance), (0, 2), axes.get_yaxis_transform(), "offset points", fontsize=7, color="#555555")
+        axes.axhline(chance, color="#777777", linestyle=":", linewidth=1.2, zorder=0, label=BEST_GUESS)
 
 
 def _chance(run: Trained) -> float:
     return run.results["chance"] if run.results else run.task.chance()
 
 
-def _plain(axes: Axes) -> None:
+def _level_name(groups: Groups) -> str:
+    return next(iter(groups.values()))[0].task.level_name
+
+
+def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
 
 
-def _colors(groups: Groups) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(len(groups))]
+def _styles(groups: Groups) -> list[tuple[str, Any, str]]:
+    """Return a colour, a line style and a marker for each group; distinct for 32 groups."""
+    count = len(COLORS)
+    return [(COLORS[i % count], *STYLES[i // count % len(STYLES)]) for i in range(len(groups))]

@@ -1,4 +1,4 @@
-"""What processes that a command starts have in common."""
+"""A pool of processes that train many runs at once, with a progress bar each."""
 
 from __future__ import annotations
 
@@ -6,14 +6,140 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from rich.progress import Progress
+
+from zoo.errors import ZooError
+from zoo.training.config import TrainConfig
+from zoo.training.loop import StoppedError, sigterm, train
+from zoo.training.reporting import add_run, advance, new_progress
+
+Name = TypeVar("Name", bound=Hashable)
 
 
-def end_with_parent() -> None:
-    """Have this process sent SIGTERM, on which a run saves itself, as soon as the one that started it is gone."""
-    threading.Thread(target=_follow_parent, daemon=True).start()
+class Job(NamedTuple):
+    """One run to train."""
+
+    config: TrainConfig
+    folder: Path
+    after: Callable[[Path], None] | None = None
+    """Called with the folder when the run is finished, in the same process; a function that pickle can name."""
 
 
-def _follow_parent() -> None:
+def train_all(jobs: Mapping[Name, Job], processes: int | None = None) -> dict[Name, str]:
+    """Train every job, in order, in worker processes. Workers end with this process, however it ends.
+
+    Args:
+        jobs: by the name that its bar shows.
+        processes: jobs at once, each with one thread or one GPU; default: one per GPU, or else per core.
+    Returns:
+        The jobs that failed, and why.
+    Raises:
+        StoppedError: after SIGTERM or Ctrl-C; runs under way have written a checkpoint.
+    """
+    pending = list(jobs)
+    slots = min(processes or torch.cuda.device_count() or len(os.sched_getaffinity(0)), len(pending))
+    workers: dict[int, _Worker[Name]] = {}
+    failed: dict[Name, str] = {}
+    with new_progress() as progress, sigterm() as stop_requested:
+        try:
+            while pending or any(worker.name is not None for worker in workers.values()):
+                if stop_requested():
+                    raise KeyboardInterrupt
+                for slot in range(slots if pending else 0):
+                    worker = workers.get(slot) or workers.setdefault(slot, _Worker(slot, progress))
+                    if pending and worker.name is None:
+                        name = pending.pop(0)
+                        worker.start(name, jobs[name])
+                ready = wait([worker.connection for worker in workers.values()], timeout=1)
+                for slot, worker in list(workers.items()):
+                    if worker.connection in ready:
+                        finished, error = worker.receive()
+                        if finished is not None and error is not None:
+                            failed[finished] = error
+                        if not worker.process.is_alive():
+                            del workers[slot]
+        except KeyboardInterrupt:
+            raise StoppedError("stopped; the same command resumes") from None
+        finally:
+            for worker in workers.values():
+                worker.process.terminate()
+            for worker in workers.values():
+                worker.process.join()
+    return failed
+
+
+class _Worker(Generic[Name]):
+    """The parent's side of a worker process, which trains one job after another."""
+
+    name: Name | None = None
+    """The job under way."""
+
+    def __init__(self, slot: int, progress: Progress) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.progress = progress
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, slot), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def start(self, name: Name, job: Job) -> None:
+        self.name = name
+        self.bar = add_run(self.progress, str(name), job.config.steps)
+        with suppress(BrokenPipeError):  # the process has ended; `receive` will report it
+            self.connection.send(job)
+
+    def receive(self) -> tuple[Name | None, str | None]:
+        """Handle a message of the process. Returns the job it finished, if any, and why it failed, if it did."""
+        try:
+            message = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            message = f"its process ended with status {self.process.exitcode}"
+        if isinstance(message, dict):
+            advance(self.progress, self.bar, message)
+            return None, None
+        finished, self.name = self.name, None
+        if finished is not None:
+            self.progress.remove_task(self.bar)
+            self.progress.console.print(f"{finished}: {message or 'done'}", highlight=False)
+        return finished, message
+
+
+def _work(connection: Connection, slot: int) -> None:
+    """Train the jobs that arrive. Sends metrics (a dict) as they come, and at the end of a job None or the error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent then sends SIGTERM
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(slot % gpus)
+
+    def send(message: dict[str, Any] | str | None) -> None:
+        with suppress(BrokenPipeError):  # the parent has ended; SIGTERM is on its way
+            connection.send(message)
+
+    while True:
+        job: Job = connection.recv()
+        try:
+            train(job.config, job.folder, report=send)
+            if job.after is not None:
+                job.after(job.folder)
+        except ZooError as error:
+            send(str(error))
+        except StoppedError:
+            return
+        else:
+            send(None)
+
+
+def _end_with_parent() -> None:
+    """Send this process SIGTERM, on which a run saves itself, as soon as its parent has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.costs import training_flops
-from zoo.training.ablation import ablate, arms_of, read_plan, runs_of
+from zoo.training.ablation import ablate
+from zoo.training.plan import arms_of, read_plan, runs_of
 from zoo.training.plots import read_run
 
 BASE = {
@@ -226,7 +227,7 @@ def test_an_interrupted_ablation_goes_on(planned, tmp_path, blow):
     wait_for(lambda: list(folder.glob("checkpoints/[0-9]*")))
     running.send_signal(blow)
     _, errors = running.communicate(timeout=600)
-    assert ("goes on from there" in errors) == (blow == signal.SIGTERM)
+    assert ("the same command resumes" in errors) == (blow == signal.SIGTERM)
     wait_for(lambda: not held(folder))  # after SIGKILL the worker stops by itself
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     reached = int(max(path.name for path in folder.glob("checkpoints/[0-9]*")))

@@ -1,4 +1,4 @@
-"""Plots: what is drawn where, beside the numbers in the runs' files."""
+"""Plots: the points that are drawn, against the numbers in the files of the runs."""
 
 import json
 
@@ -13,7 +13,7 @@ from zoo.training.plots import figure, grouped, read_run
 
 
 def write(path, *, n=1, seed=0, right=0.5, finished=True, **changes):
-    """A run's folder of two logged steps, without the training."""
+    """Write the folder of a run with two logged steps, without training."""
     fields = {
         "model": f"gdn4-sleep{n}-hard5",
         "task": {"name": "cycle", "nodes": 5, "hops": 2},
@@ -38,7 +38,7 @@ def panels(drawn):
 
 
 def lines(axes):
-    """Points of the lines that are not the best guess."""
+    """Return the points of all lines but the best guess."""
     return [list(zip(*line.get_data(), strict=True)) for line in axes.get_lines() if line.get_linestyle() == "-"]
 
 
@@ -52,17 +52,18 @@ def test_curves_and_what_was_reached(tmp_path):
     groups = grouped(read_run(path) for path in found)
     assert {name: len(runs) for name, runs in groups.items()} == {"N=1": 2, "N=4": 2}
     drawn = panels(figure(groups))
-    tokens = "million training tokens"
-    assert drawn.keys() == {
-        ("loss while training", tokens), ("hops: 1", tokens), ("hops: 2", tokens), ("held out", "hops"), ("held out", "N, passes of sleep"),
-    }  # fmt: skip
-    assert lines(drawn["loss while training", tokens]) == [[(1.0, 2.0), (2.0, 1.0)]] * 4
-    assert lines(drawn["hops: 2", tokens]) == [[(1.0, y), (2.0, y)] for y in (0.2, 0.3, 0.45, 0.05)]
-    assert lines(drawn["held out", "hops"]) == [[(1, 0.5), (2, 0.25)], [(1, 0.9), (2, 0.45)]]
-    assert lines(drawn["held out", "N, passes of sleep"]) == [[(1, 0.5), (4, 0.9)], [(1, 0.25), (4, 0.45)]]
-    ranges = [segment.tolist() for bars in drawn["held out", "hops"].collections for segment in bars.get_segments()]
+    tokens = "training tokens (millions)"
+    by_hops, by_n = ("Held-out accuracy by hops", "hops"), ("Held-out accuracy by N", "N (passes per sleep)")
+    training = [("Training loss", tokens), ("Training accuracy, 1 hop", tokens), ("Training accuracy, 2 hops", tokens)]
+    assert drawn.keys() == {*training, by_hops, by_n}
+    assert [axes.get_ylabel() for axes in drawn.values()] == ["loss", *["accuracy"] * 4]
+    assert lines(drawn[training[0]]) == [[(1.0, 2.0), (2.0, 1.0)]] * 4
+    assert lines(drawn[training[2]]) == [[(1.0, y), (2.0, y)] for y in (0.2, 0.3, 0.45, 0.05)]
+    assert lines(drawn[by_hops]) == [[(1, 0.5), (2, 0.25)], [(1, 0.9), (2, 0.45)]]
+    assert lines(drawn[by_n]) == [[(1, 0.5), (4, 0.9)], [(1, 0.25), (4, 0.45)]]
+    ranges = [segment.tolist() for bars in drawn[by_hops].collections for segment in bars.get_segments()]
     assert [[1.0, 0.4], [1.0, 0.6]] in ranges
-    dotted = [line.get_ydata()[0] for line in drawn["hops: 1", tokens].get_lines() if line.get_linestyle() == ":"]
+    dotted = [line.get_ydata()[0] for line in drawn[training[1]].get_lines() if line.get_linestyle() == ":"]
     assert dotted == [0.25]
 
 
@@ -82,7 +83,7 @@ def test_the_majority_is_drawn_where_there_are_two_answers(tmp_path):
     task = {"name": "rule110", "width": 7, "strings": 1, "steps": 2}
     run = read_run(write(tmp_path / "a", task=task, finished=False))
     assert run.task.chance() != 0.5
-    (right,) = (axes for axes in figure({"a": [run]}).axes if axes.get_title() == "steps: 1")
+    (right,) = (axes for axes in figure({"a": [run]}).axes if axes.get_title() == "Training accuracy, 1 step")
     assert [line.get_ydata()[0] for line in right.get_lines() if line.get_linestyle() == ":"] == [run.task.chance()]
 
 
@@ -90,6 +91,21 @@ def run(*arguments, status=0):
     result = CliRunner().invoke(main, ["plot", *map(str, arguments)])
     assert result.exit_code == status, result.output + repr(result.exception)
     return result
+
+
+def test_sixteen_arms_are_distinct_and_their_legend_stays_in_the_picture(tmp_path):
+    names = [f"layers=(attn gdn)*2 overrides.blocks.gdn.heads={i} task.hops=2 lr=0.001 steps=1000 {'x' * (i + 1)}" for i in range(16)]
+    groups = {name: [read_run(write(tmp_path / str(i)))] for i, name in enumerate(names)}
+    drawn = figure(groups)
+    drawn.canvas.draw()
+    (legend,) = drawn.legends
+    inside, whole = legend.get_window_extent(), drawn.bbox
+    assert whole.x0 <= inside.x0 < inside.x1 <= whole.x1
+    assert whole.y0 <= inside.y0 < inside.y1 <= whole.y1
+    assert [" ".join(text.get_text().split()) for text in legend.get_texts()] == [*names, "best guess without the context"]
+    curves = drawn.axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == len(curves) == 16
+    assert all(axes.get_window_extent().height > 100 for axes in drawn.axes if axes.axison)
 
 
 def test_the_command(tmp_path):

@@ -1,0 +1,168 @@
+"""The plan of an ablation: its arms, and the runs that match them by training tokens or by FLOPs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from zoo.config import merge, nested, read_shipped, validate
+from zoo.costs import training_flops
+from zoo.errors import ZooError
+from zoo.registry import nearest
+from zoo.training.config import TrainConfig, read_config
+from zoo.training.loop import prepare
+
+Match = Literal["tokens", "flops"]
+
+
+class Plan(BaseModel):
+    """One ablation. `configs/ablations/*.yaml` holds one of these per file, where `run` may name a run that `base` modifies."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: dict[str, Any] = Field(description="fields of the run that the arms modify")
+    grid: dict[str, list[Any]] = Field({}, description="dotted paths of fields, each with a list of values: an arm for every combination")
+    arms: dict[str, dict[str, Any]] = Field({}, description="further arms by name: dotted paths of fields with their values")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    match: tuple[Match, ...] = Field(("tokens", "flops"), min_length=1, description="budgets in which to match the arms to `reference`")
+    reference: str | None = Field(None, description="the arm that trains for the steps of `base`; default: the first")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Plan:
+        if not self.grid and not self.arms:
+            raise ValueError("grid: neither grid nor arms says what to compare")
+        for path, values in self.grid.items():
+            if not values:
+                raise ValueError(f"grid.{path}: no values")
+        for path in (*self.grid, *itertools.chain(*self.arms.values())):
+            if path in ("steps", "seed"):
+                raise ValueError(f"{path}: belongs into {'base; match decides the steps of each arm' if path == 'steps' else 'seeds'}")
+        for field in ("seeds", "match"):
+            if len(set(getattr(self, field))) < len(getattr(self, field)):
+                raise ValueError(f"{field}: {list(getattr(self, field))} names one twice")
+        return self
+
+
+def read_plan(source: str | Path, overrides: dict[str, Any] | None = None) -> Plan:
+    """Read the ablation in a YAML file, or a shipped one ("cycle-small"), and apply overrides such as {"base": {"steps": 100}}.
+
+    Raises:
+        ZooError: there is no such ablation, or a field is invalid.
+    """
+    fields = merge(read_shipped("ablations", "ablation", source), overrides or {})
+    run = fields.pop("run", None)
+    if run is not None:
+        fields["base"] = merge(read_config(run).model_dump(mode="json", exclude_unset=True), fields.get("base", {}))
+    return validate(Plan, fields, str(source))
+
+
+class Costs(NamedTuple):
+    """Costs of one training step, and the size of the model."""
+
+    tokens: int
+    flops: int
+    """See `zoo.costs.training_flops`."""
+    parameters: int
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One variant of the run."""
+
+    name: str
+    fields: dict[str, Any]
+    """Dotted paths and values that differ from the base."""
+    config: TrainConfig
+    """The run, with the steps and the seed of the base."""
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Costs, counted on the first batch."""
+        task, model, *_ = prepare(self.config, torch.device("meta"))
+        mask = task.batch(0, 0, self.config.batch_size).loss_mask
+        return Costs(mask.size, training_flops(model, torch.from_numpy(mask)), sum(p.numel() for p in model.parameters()))
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm trained with one seed."""
+
+    arm: Arm
+    steps: int
+    seed: int
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.arm.config.model_copy(update={"steps": self.steps, "seed": self.seed})
+
+    @property
+    def folder(self) -> str:
+        return f"{_slug(self.arm.name)}-{self.steps}steps-seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.arm.name}, {self.steps} steps, seed {self.seed}"
+
+
+def arms_of(plan: Plan) -> list[Arm]:
+    """Return every arm of the plan, checked.
+
+    Raises:
+        ZooError: an invalid field or value, or fields that do not fit together; names the arm.
+    """
+    named: dict[str, dict[str, Any]] = {}
+    for values in itertools.product(*plan.grid.values()) if plan.grid else ():
+        fields = dict(zip(plan.grid, values, strict=True))
+        named[" ".join(f"{_short(path)}={format_value(value)}" for path, value in fields.items())] = fields
+    for name, fields in plan.arms.items():
+        if name in named:
+            raise ZooError(f"arms.{name}: the grid has an arm of this name")
+        named[name] = fields
+    arms = []
+    for name, fields in named.items():
+        label, merged = f"arm '{name}'", plan.base
+        for path, value in fields.items():
+            merged = merge(merged, nested(path, value))
+        arms.append(Arm(name, fields, validate(TrainConfig, merged, label)))
+        try:
+            prepare(arms[-1].config, torch.device("meta"))
+        except ZooError as error:
+            raise ZooError(f"{label}: {error}") from None
+    if len({_slug(name) for name in named}) < len(named):
+        raise ZooError(f"arms: {', '.join(named)}: two would share a folder; call one something else")
+    if plan.reference is not None and plan.reference not in named:
+        raise ZooError(f"reference: there is no arm '{plan.reference}'; {nearest(plan.reference, named)}")
+    return arms
+
+
+def runs_of(plan: Plan, arms: list[Arm]) -> dict[Match, list[Run]]:
+    """Return the runs of each matching; a run that serves both is in both.
+
+    Each arm gets the number of steps that matches the tokens, or the FLOPs, of the reference.
+    """
+    reference = next(arm for arm in arms if plan.reference in (None, arm.name))
+    matched = {}
+    for match in plan.match:
+        each = {arm: arm.config.steps * getattr(reference.costs, match) / getattr(arm.costs, match) for arm in arms}
+        matched[match] = [Run(arm, max(1, round(steps)), seed) for arm, steps in each.items() for seed in plan.seeds]
+    return matched
+
+
+def _short(path: str) -> str:
+    return "N" if path == "overrides.loops" else path.removeprefix("overrides.")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "_", name)
+
+
+def format_value(value: Any) -> str:
+    """Format the value of a config field."""
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)

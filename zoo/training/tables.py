@@ -1,0 +1,131 @@
+"""The tables of an ablation: runs.csv, and Markdown that is readable as it stands."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from zoo.training.plan import Arm, Match, Run, format_value
+
+Results = Mapping[Run, dict[str, Any]]
+"""Finished runs, with what `zoo.training.evaluate.evaluate` returned for each."""
+
+
+def csv_rows(match: Match, results: Results) -> Iterator[dict[str, Any]]:
+    """Yield the rows of runs.csv: one per run for all levels together, then one per level."""
+    paths = list(dict.fromkeys(path for run in results for path in run.arm.fields))
+    for run, found in results.items():
+        costs, settings = run.arm.costs, run.config.model_dump()
+        row = {
+            "match": match,
+            "arm": run.arm.name,
+            **{path: format_value(_at(settings, path)) for path in paths},
+            "seed": run.seed,
+            "steps": run.steps,
+            "tokens": run.steps * costs.tokens,
+            "flops": run.steps * costs.flops,
+            "parameters": costs.parameters,
+            "best_guess": found["chance"],
+        }
+        yield {**row, "level": "all", "loss": found["loss"], "accuracy": found["accuracy"], "exact": found["exact"]}
+        for level, accuracy in found["by_level"].items():
+            yield {**row, "level": level, "loss": found["loss_by_level"][level], "accuracy": accuracy}
+
+
+def markdown(match: Match, results: Results, arms: Sequence[Arm], reference: str, seeds: Sequence[int]) -> str:
+    """Return a Markdown table with a row per arm: costs, then mean and range of the accuracy over its seeds."""
+    some = next(iter(results.values()))
+    levels = list(dict.fromkeys(itertools.chain(*(found["by_level"] for found in results.values()))))
+    header = ["arm", "parameters", "steps", "Mtokens", "TFLOPs", "right"]
+    header += [level_label(level, some["level_name"]) for level in levels if len(levels) > 1]
+    header += ["whole sequences"] if some["exact_chance"] is not None else []
+    rows = [[*header, "best guess"]]
+    for arm in arms:
+        done = {run: found for run, found in results.items() if run.arm is arm}
+        if done:
+            rows.append(_row(arm, done, seeds, levels, whole=some["exact_chance"] is not None))
+    lines = [
+        f"## The same {'tokens' if match == 'tokens' else 'training FLOPs'} as {reference}",
+        "",
+        *_aligned(rows),
+        "",
+        f"{some['answers']:,} held-out answers per run; mean (range) over seeds {', '.join(map(str, seeds))}; torch {torch.__version__}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(arm: Arm, done: Results, seeds: Sequence[int], levels: Sequence[int], *, whole: bool) -> list[str]:
+    steps, found = next(iter(done)).steps, list(done.values())
+    name = arm.name if len(done) == len(seeds) else f"{arm.name} ({len(done)} of {len(seeds)} seeds)"
+    row = [name, f"{arm.costs.parameters:,}", f"{steps:,}"]
+    row += [f"{steps * arm.costs.tokens / 1e6:.3g}", f"{steps * arm.costs.flops / 1e12:.3g}"]
+    row.append(_mean_and_range([one["accuracy"] for one in found]))
+    row += [_mean_and_range([one["by_level"].get(level) for one in found]) for level in levels if len(levels) > 1]
+    row += [_mean_and_range([one["exact"] for one in found])] if whole else []
+    return [*row, f"{found[0]['chance']:.1%}" + (f", whole {found[0]['exact_chance']:.2%}" if whole else "")]
+
+
+def _mean_and_range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{fmean(known):.1%}" + (f" ({100 * min(known):.1f}-{100 * max(known):.1f})" if len(known) > 1 else "")
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table: names to the left, numbers to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        first, *cells = (cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        lines.append(f"| {' | '.join([first, *cells])} |")
+    rule = "|".join("-" * (widths[0] + 2) if not i else "-" * (width + 1) + ":" for i, width in enumerate(widths))
+    return [lines[0], f"|{rule}|", *lines[1:]]
+
+
+def show(tables: str) -> None:
+    """Print Markdown tables: folded to the width of a terminal, unchanged into a pipe."""
+    console = Console()
+    console.print(fold(tables, console.width) if console.is_terminal else tables, markup=False, highlight=False, soft_wrap=True)
+
+
+def fold(tables: str, width: int) -> str:
+    """Split every Markdown table that is wider than `width` into several that fit, each of which repeats the first column."""
+    folded: list[str] = []
+    for is_table, group in itertools.groupby(tables.splitlines(), lambda line: line.startswith("|")):
+        lines = list(group)
+        folded += _folded(lines, width) if is_table else lines
+    return "\n".join(folded) + "\n"
+
+
+def _folded(lines: list[str], width: int) -> list[str]:
+    rows = [line[1:-1].split("|") for line in lines]
+    widths = [len(cell) + 1 for cell in rows[0]]
+    parts: list[list[int]] = [[0]]
+    for column in range(1, len(widths)):
+        if len(parts[-1]) > 1 and 1 + sum(widths[i] for i in [*parts[-1], column]) > width:
+            parts.append([0])
+        parts[-1].append(column)
+    tables = [[f"|{'|'.join(row[i] for i in part)}|" for row in rows] for part in parts]
+    return [line for i, table in enumerate(tables) for line in ([""] if i else []) + table]
+
+
+def level_label(level: int, name: str) -> str:
+    """Return "1 hop", "2 hops", or "window 2" if the name of the levels is no plural."""
+    noun, space, rest = name.partition(" ")
+    if not noun.endswith("s"):
+        return f"{name} {level}"
+    return f"{level} {noun.removesuffix('s') if level == 1 else noun}{space}{rest}"
+
+
+def _at(settings: Any, path: str) -> Any:
+    """Return the value at a dotted path, or None."""
+    for key in path.split("."):
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    return settings
