@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zoo.config import merge, read_shipped, shipped, validate
 from zoo.errors import ZooError
-from zoo.model import Recompute
+from zoo.loss import Recompute
 from zoo.training.parallel import Parallel
 from zoo.training.run_folder import SETTINGS
 

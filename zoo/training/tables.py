@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from zoo.costs import count
 from zoo.training.plan import Arm, Match, Run, format_value
 
 Results = Mapping[Run, dict[str, Any]]
@@ -41,7 +42,7 @@ def markdown(match: Match, results: Results, arms: Sequence[Arm], reference: str
     """Return a Markdown table with a row per arm: costs, then mean and range of the accuracy over its seeds."""
     some = next(iter(results.values()))
     levels = list(dict.fromkeys(itertools.chain(*(found["by_level"] for found in results.values()))))
-    header = ["arm", "parameters", "steps", "Mtokens", "TFLOPs", "right"]
+    header = ["arm", "parameters", "steps", "tokens", "FLOPs", "right"]
     header += [level_label(level, some["level_name"]) for level in levels if len(levels) > 1]
     header += ["whole sequences"] if some["exact_chance"] is not None else []
     rows = [[*header, "best guess"]]
@@ -63,8 +64,7 @@ def markdown(match: Match, results: Results, arms: Sequence[Arm], reference: str
 def _row(arm: Arm, done: Results, seeds: Sequence[int], levels: Sequence[int], *, whole: bool) -> list[str]:
     steps, found = next(iter(done)).steps, list(done.values())
     name = arm.name if len(done) == len(seeds) else f"{arm.name} ({len(done)} of {len(seeds)} seeds)"
-    row = [name, f"{arm.costs.parameters:,}", f"{steps:,}"]
-    row += [f"{steps * arm.costs.tokens / 1e6:.3g}", f"{steps * arm.costs.flops / 1e12:.3g}"]
+    row = [name, count(arm.costs.parameters), f"{steps:,}", count(steps * arm.costs.tokens), count(steps * arm.costs.flops)]
     row.append(_mean_and_range([one["accuracy"] for one in found]))
     row += [_mean_and_range([one["by_level"].get(level) for one in found]) for level in levels if len(levels) > 1]
     row += [_mean_and_range([one["exact"] for one in found])] if whole else []
