@@ -1,6 +1,6 @@
-"""Train in child processes that are killed, then go on in this one. Prints a JSON object: losses and a hash of the weights by case.
+"""Train in child processes that are killed, then resume in this one. Prints a JSON object: losses and a hash of the weights by case.
 
-A fresh process, because a process that has threads (as a test runner has) must not fork.
+Runs in a fresh process, because a process with threads, such as a test runner, must not fork.
 """
 
 import hashlib
@@ -16,26 +16,14 @@ import torch
 
 import zoo
 import zoo.training.parallel
-from zoo.config import validate
-from zoo.training.config import TrainConfig
+from tests.zoo.training.tiny import tiny
 from zoo.training.loop import StoppedError, train
 
-CONFIG = {
-    "model": "gdn4-sleep2-hard6",
-    "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16},
-    "task": {"name": "cycle", "nodes": 6, "hops": 1},
-    "steps": 16,
-    "batch_size": 4,
-    "accumulate": 2,
-    "muon_lr": 0.02,
-    "log_every": 1,
-    "eval_sequences": 4,
-    "checkpoint_every": 3,
-}
+CONFIG = {"steps": 16, "accumulate": 2, "muon_lr": 0.02, "checkpoint_every": 3}
 
 
 def send(number, step, metrics):
-    """Kill this very process at `step`."""
+    """Send this process a signal at `step`."""
     if metrics["step"] == step:
         os.kill(os.getpid(), number)
 
@@ -46,7 +34,7 @@ def kill_while_saving(step, metrics):
 
 
 def child(config, out, report):
-    """How the run ended: the signal that killed it, 0 if it stopped by itself."""
+    """Train in a child process. Returns 0 if the run stopped by itself, else minus the signal that killed it."""
     if (pid := os.fork()) == 0:
         try:
             train(config, out, report=report)
@@ -67,7 +55,7 @@ def outcome(out):
 
 def main(folder, dtype, count):
     torch.set_num_threads(1)
-    config = validate(TrainConfig, {**CONFIG, "dtype": dtype}, "test")
+    config = tiny(**CONFIG, dtype=dtype)
     chosen = random.Random(0).sample(range(1, config.steps), count)
     cases = {f"{number.name} at {step}": partial(send, number, step) for number in (signal.SIGTERM, signal.SIGKILL) for step in chosen}
     cases["killed while saving"] = partial(kill_while_saving, 7)

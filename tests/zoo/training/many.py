@@ -1,4 +1,4 @@
-"""What torchrun starts twice: the runs of test_parallel.py in one process group.
+"""The runs of test_parallel.py, in the two processes that torchrun starts.
 
 torchrun --nproc-per-node 2 many.py FOLDER curves|killed
 """
@@ -12,19 +12,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from zoo.config import validate
+from tests.zoo.training.tiny import TINY, tiny
 from zoo.tasks import Task
-from zoo.training.config import TrainConfig
 from zoo.training.loop import StoppedError, train
 
 BASE = {
-    "model": "gdn4-sleep2-hard6",
-    "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16},
+    **TINY,
     "task": {"name": "cycle", "nodes": 6, "hops": 2},
     "steps": 20,
     "batch_size": 6,
     "lr": 0.01,
-    "log_every": 1,
     "eval_sequences": 9,
     "checkpoint_every": 8,
 }
@@ -34,7 +31,7 @@ CASES = {
     "muon": MUON,
     "accumulate": {**MUON, "accumulate": 3, "recompute": "chunks"},
     "bfloat16": {**MUON, "dtype": "bfloat16"},
-    # answers differ in number, and a gate has no gradient
+    # the processes have different numbers of answers, and a gate gets no gradient
     "depo": {
         "overrides": {**BASE["overrides"], "window": 12, "exit": {"loop": 0}},
         "task": {"name": "depo", "nodes": 12, "hops": 2, "questions": 2},
@@ -42,15 +39,15 @@ CASES = {
         "batch_size": 5,
     },
 }
-STOP = 7  # so the checkpoint is that of step 8
+STOP = 7  # the checkpoint is then written after step 8
 
-# Muon makes updates orthogonal in bfloat16, where a last bit of a gradient, as another order of sums leaves it, may be one in
-# 256 of an update: after 20 steps the losses differ by 1e-3, in one process with accumulate 1 and 3 just as well.
+# Muon orthogonalises in bfloat16, where the last bit of a gradient, which depends on the order of sums, can change an update by
+# 1/256. After 20 steps the losses differ by 1e-3, also between accumulate 1 and 3 in a single process.
 in_float32 = (torch.Tensor, "bfloat16", torch.Tensor.float)
 
 
 def plan(case, how):
-    return validate(TrainConfig, {**BASE, **CASES[case], "parallel": how}, "test")
+    return tiny(**{**BASE, **CASES[case], "parallel": how})
 
 
 @contextmanager
@@ -73,7 +70,7 @@ def terminate():
 
 
 def stopped(out, how, *, here=True):
-    """Train until SIGTERM comes to this process, or to another one."""
+    """Train until SIGTERM arrives in this process, or in another one."""
     with at_step(STOP, terminate) if here else nullcontext():
         try:
             train(plan("muon", how), out)

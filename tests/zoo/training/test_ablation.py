@@ -1,4 +1,4 @@
-"""Ablations: the arms a plan stands for, how they are matched, what is refused, and what a folder of runs becomes."""
+"""Ablations: the arms of a plan, how they are matched, which plans are refused, and the files that come out."""
 
 import csv
 import fcntl
@@ -16,26 +16,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+from tests.zoo.training.tiny import TINY
 from zoo.costs import training_flops
 from zoo.training.ablation import ablate
 from zoo.training.plan import arms_of, read_plan, runs_of
 from zoo.training.plots import read_run
 
-BASE = {
-    "model": "gdn4-sleep2-hard5",
-    "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16},
-    "task": {"name": "cycle", "nodes": 5, "hops": 2},
-    "steps": 4,
-    "batch_size": 4,
-    "log_every": 1,
-    "eval_sequences": 8,
-}
+BASE = {**TINY, "model": "gdn4-sleep2-hard5", "task": {"name": "cycle", "nodes": 5, "hops": 2}, "steps": 4, "eval_sequences": 8}
 PLAN = {"base": BASE, "grid": {"overrides.loops": [1, 4]}, "seeds": [0, 3]}
 
 
 @pytest.fixture
 def planned(tmp_path):
-    """A function that reads a plan from a file."""
+    """Return a function that reads a plan from a file."""
 
     def read(overrides=None, **fields):
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **fields}, sort_keys=False))
@@ -67,7 +60,7 @@ def test_a_plan_may_start_from_a_shipped_run_and_be_changed_on_the_command_line(
 
 
 def test_matching_by_tokens_and_by_operations(planned):
-    """Counted apart from the plan: the steps that the costs of single passes call for."""
+    """The number of steps equals one counted independently, from the costs of single passes."""
     plan = planned(
         {"base": {"steps": 100}},
         grid={"overrides.loops": [1, 4]},
@@ -99,7 +92,7 @@ def test_matching_by_tokens_and_by_operations(planned):
     assert by_other == {"N=1": round(100 * per_sequence("attn gdn", 4) / once), "N=4": 100}
 
 
-def test_a_run_that_both_matchings_call_for_is_one(planned):
+def test_a_run_that_serves_both_matchings_is_one(planned):
     plan = planned()
     matched = runs_of(plan, arms_of(plan))
     assert {run for run in matched["tokens"] if run.arm.name == "N=1"} == {run for run in matched["flops"] if run.arm.name == "N=1"}
@@ -116,7 +109,7 @@ def test_a_run_that_both_matchings_call_for_is_one(planned):
     ],
 )
 def test_operations_of_a_step_as_torch_counts_them(fields):
-    """Attention and MLPs hold nothing but products that torch counts, and every one of these is also two backward."""
+    """Attention and MLPs consist of products that torch counts; the backward pass of each takes two more."""
     model = zoo.create("gdn4", d_model=16, **fields)
     ids, mask = torch.randint(3, (2, 11)), torch.zeros(2, 11, dtype=torch.bool)
     mask[:, [6, 9]] = True
@@ -151,7 +144,7 @@ def test_operations_of_a_step_as_torch_counts_them(fields):
         ({"run": "cycel"}, "unknown run 'cycel'"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_any_data_is_made(planned, tmp_path, monkeypatch, fields, message):
+def test_invalid_plans_are_refused_before_any_data_is_made(planned, tmp_path, monkeypatch, fields, message):
     monkeypatch.setattr("zoo.tasks.cycle.Cycle.contexts", lambda *_: pytest.fail("data was made"))
     with pytest.raises(zoo.ZooError, match=message):
         ablate(planned(**fields), tmp_path / "out")
@@ -169,7 +162,7 @@ def test_shipped_plans_fit_together(name):
 
 
 def test_a_folder_becomes_a_table(planned, tmp_path):
-    """Trained once; what is written is what the runs' folders say; nothing is trained again."""
+    """The files repeat what the folders of the runs hold, and nothing is trained twice."""
     plan, out = planned(arms={"wild": {"lr": 1e30, "clip": 1e30, "overrides.loops": 1}}), tmp_path / "out"
     with pytest.raises(zoo.ZooError, match=r"2 runs failed: wild, 4 steps, seed 3: .*try a lower lr"):
         ablate(plan, out, processes=1)
@@ -206,7 +199,7 @@ def test_a_folder_becomes_a_table(planned, tmp_path):
     assert {path: (path / "results.json").stat().st_mtime_ns for path in folders.values()} == finished
 
 
-def test_something_else_in_the_folder_is_left_alone(planned, tmp_path):
+def test_other_files_in_the_folder_are_not_touched(planned, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(zoo.ZooError, match="already exists"):
@@ -214,8 +207,8 @@ def test_something_else_in_the_folder_is_left_alone(planned, tmp_path):
 
 
 @pytest.mark.parametrize("blow", [signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_ablation_goes_on(planned, tmp_path, blow):
-    """No process is left behind, what was under way goes on from its checkpoint, and no run is lost."""
+def test_an_interrupted_ablation_resumes(planned, tmp_path, blow):
+    """No process survives, the run under way resumes from its checkpoint, and no run is lost."""
     plan, out = (
         planned({"base": {"steps": 300, "checkpoint_every": 5}}, grid={"lr": [0.001]}, seeds=[0], match=["tokens"]),
         tmp_path / "out",
@@ -238,7 +231,7 @@ def test_an_interrupted_ablation_goes_on(planned, tmp_path, blow):
 
 
 def held(folder):
-    """Whether a process trains there."""
+    """Return True if a process trains there."""
     with (folder / "train.yaml").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Training: it learns, repeats itself, splits parameters as it says, and treats files with care."""
+"""Training: it learns, is reproducible, assigns parameters to optimisers as documented, and overwrites nothing."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_it_learns(tmp_path):
 
 
 @pytest.mark.parametrize("muon_lr", [None, 0.02])
-def test_a_run_repeats_itself_and_loads(tmp_path, muon_lr):
+def test_a_run_is_reproducible_and_loads(tmp_path, muon_lr):
     for name in ("first", "second"):
         results = train(plan(muon_lr=muon_lr), tmp_path / name)
     first, second = (zoo.load(tmp_path / name) for name in ("first", "second"))
@@ -112,14 +112,14 @@ def test_rates_and_freezing_by_name():
         assert rate == pytest.approx(base * factor), name
 
 
-def test_what_is_frozen_stays(tmp_path):
+def test_frozen_parameters_do_not_change(tmp_path):
     train(plan(frozen=["blocks.0.*"]), tmp_path / "run")
     trained = zoo.load(tmp_path / "run").state_dict()
     fresh = zoo.create("gdn4-sleep2", **SMALL["overrides"], vocab_size=7).state_dict()
     assert {name for name in fresh if torch.equal(fresh[name], trained[name])} == {name for name in fresh if name.startswith("blocks.0.")}
 
 
-def test_parts_of_a_batch_add_up_to_the_whole():
+def test_micro_batches_add_up_to_the_batch():
     config = plan()
     task = new_task(config.task)
     gradients, losses = [], []
@@ -143,7 +143,7 @@ def test_bfloat16_is_trained_through_float32_copies(tmp_path):
     model = torch.nn.ParameterDict({"w": torch.ones(1, dtype=torch.bfloat16)})
     weights = Weights(model)
     (sgd,) = [torch.optim.SGD(weights.wide.values(), lr=1e-3)]
-    for _ in range(8):  # each too small a step to change a bfloat16 1
+    for _ in range(8):  # each step is too small to change a bfloat16 1
         (model["w"] * 1).sum().backward()
         weights.take_gradients()
         sgd.step()

@@ -1,4 +1,4 @@
-"""Two processes train what one does, from the same config, and either goes on where the other stopped."""
+"""Two processes train the same weights as one, and one resumes a run of two or the other way round."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def torchrun(*arguments, status=0):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The runs of `many.py`: alone, by two processes, and begun by one and ended by the other."""
+    """The runs of many.py: in one process, in two, and started in one and finished in two or the other way round."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*in_float32)
@@ -74,7 +74,7 @@ def test_two_processes_equal_one(runs, how, case):
 
 @pytest.mark.parametrize("begun", ["begun alone", "begun together"])
 @pytest.mark.parametrize("how", LAYOUTS)
-def test_a_run_goes_on_in_another_number_of_processes(runs, how, begun):
+def test_a_run_resumes_in_another_number_of_processes(runs, how, begun):
     same(runs / how / begun, runs / "alone" / "muon")
 
 
@@ -86,7 +86,7 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(runs, how):
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
-def test_a_checkpoint_is_the_same_files_and_no_pickle(runs, how):
+def test_a_checkpoint_has_the_same_files_and_no_pickle(runs, how):
     files = ["model.safetensors", "optimizer.safetensors", "progress.json", "zoo.yaml"]
     assert json.loads((runs / how / "left.json").read_text()) == files
     endings = {path.suffix for path in (runs / how).rglob("*") if path.is_file() and not path.name.startswith(("stopped", "left"))}
@@ -128,7 +128,7 @@ def test_a_batch_of_fewer_sequences_than_parts_is_refused(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("count", "size"), [(8, 2), (7, 3), (2, 5), (1, 4)])
-def test_every_sequence_is_taken_and_nobody_goes_without(count, size):
+def test_every_sequence_is_taken_and_every_rank_has_one(count, size):
     taken = [Team(torch.device("cpu"), rank, size).rows(count).tolist() for rank in range(size)]
     assert all(taken)
     assert {row for rows in taken for row in rows} == set(range(count))

@@ -1,4 +1,4 @@
-"""Every shipped run fits together at full shape, every small twin trains, and runs start from weights."""
+"""Every shipped run fits together at full size, every small twin trains, and runs start from given weights."""
 
 import json
 import shutil
@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import zoo
-from zoo.config import shipped, validate
-from zoo.training.config import TrainConfig, read_config
+from tests.zoo.training.tiny import tiny
+from zoo.config import shipped
+from zoo.training.config import read_config
 from zoo.training.loop import prepare, train
 
 RUNS = sorted(shipped("train"))
@@ -20,7 +21,7 @@ ORACLES = "tests/data/oracles"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A tokenizer.json in place of those that the recipes download."""
+    """Return a tokenizer.json to replace those that the recipes download."""
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(["The number of"], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
@@ -29,15 +30,15 @@ def tokenizer(tmp_path_factory):
     return str(path)
 
 
-def whole(name, tokenizer):
+def full_size(name, tokenizer):
     config = read_config(name)
     return read_config(name, {"task": {"tokenizer": tokenizer}}) if str(config.task.get("tokenizer")).startswith("hub:") else config
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_shipped_runs_fit_together(name, tokenizer):
-    """At full shape, with its optimisers and the patterns of its names, in no memory."""
-    config = whole(name, tokenizer)
+    """At full size on the meta device, with optimisers and name patterns."""
+    config = full_size(name, tokenizer)
     task, model, _, weights, optimizers = prepare(config, torch.device("meta"))
     assert task.window == model.config.window
     assert model.config.vocab_size >= task.vocab_size
@@ -48,7 +49,7 @@ def test_shipped_runs_fit_together(name, tokenizer):
     assert set(weights.wide) == (new if "warmup" in name else {n for n, _ in model.named_parameters()})
 
 
-def test_recipes_that_are_asked_for_have_their_twins():
+def test_every_recipe_of_the_paper_has_its_twins():
     for name in ("rule110-paper", "depo-paper", "gsm-jet2b", "gsm-ourojet", "gsm-ourojet-slide512", "gsm-samba421m"):
         assert {name, f"{name}-small", f"{name}-h200"} <= set(RUNS)
         paper, twin = read_config(name), read_config(f"{name}-h200")
@@ -62,7 +63,7 @@ def test_recipes_that_are_asked_for_have_their_twins():
 
 
 @pytest.mark.parametrize("name", ["gsm-jet2b", "gsm-ourojet", "gsm-ourojet-slide512", "gsm-ourojet-slide512-warmup"])
-def test_fine_tuning_is_that_of_the_paper(name):
+def test_fine_tuning_uses_the_settings_of_the_paper(name):
     config = read_config(name)
     assert (config.batch_size, config.lr, config.muon_lr, config.seed) == (256, 5e-5, 1e-3, 0)
     assert config.task["operations"] == 8
@@ -82,7 +83,7 @@ def test_small_twins_train(name, tmp_path):
 
 
 def test_a_recipe_of_two_phases(tmp_path, monkeypatch):
-    """The inserted blocks alone under hard eviction, then everything under a sliding window, from where the first run ended."""
+    """First the inserted blocks alone under hard eviction, then everything under a sliding window, starting from the first run."""
     monkeypatch.chdir(tmp_path)
     for name in ("gsm-ourojet-slide512-warmup-small", "gsm-ourojet-slide512-small"):
         train(quick(name), tmp_path / "runs" / name)
@@ -97,20 +98,11 @@ def test_a_recipe_of_two_phases(tmp_path, monkeypatch):
     assert all(torch.equal(warm[name], tensor) for name, tensor in start.state_dict().items())
 
 
-SMALLEST = {
-    "model": "gdn4-sleep2-hard6",
-    "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16},
-    "task": {"name": "cycle", "nodes": 6, "hops": 1},
-    "checkpoint_every": 1,
-    **QUICK,
-}
-
-
 def plan(**changes):
-    return validate(TrainConfig, {**SMALLEST, **changes}, "test")
+    return tiny(**{"checkpoint_every": 1, **changes})
 
 
-def test_a_run_starts_from_another_and_goes_on_without_it(tmp_path):
+def test_a_run_starts_from_another_and_resumes_without_it(tmp_path):
     train(plan(lr=0.1), tmp_path / "first")
 
     def stop(metrics):
@@ -138,7 +130,7 @@ def test_a_run_starts_from_upstream(tmp_path):
     started = prepare(run, torch.device("cpu")).model
     assert all(torch.equal(tensor, started.state_dict()[name]) for name, tensor in model.state_dict().items())
     train(run, tmp_path / "run")
-    for name, tensor in zoo.load(f"{ORACLES}/jet-nemotron-a").state_dict().items():  # the file is as it was
+    for name, tensor in zoo.load(f"{ORACLES}/jet-nemotron-a").state_dict().items():  # unchanged
         assert torch.equal(tensor, model.state_dict()[name])
 
 
@@ -156,7 +148,7 @@ def test_a_run_starts_from_upstream(tmp_path):
         ({"weights": "first", "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16, "inject": True}}, "'inject'"),
     ],
 )
-def test_weights_that_do_not_fit(tmp_path, monkeypatch, changes, message):
+def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     train(plan(), "first")
     with pytest.raises(zoo.ZooError, match=message):
@@ -164,7 +156,7 @@ def test_weights_that_do_not_fit(tmp_path, monkeypatch, changes, message):
     assert not (tmp_path / "second").exists()
 
 
-def test_a_file_says_only_what_differs(tmp_path, monkeypatch):
+def test_a_file_lists_only_the_differences_from_its_base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("base: cycle\nsteps: 7\ntask: {hops: 2}\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\nlr: 0.5\n")

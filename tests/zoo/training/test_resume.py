@@ -1,4 +1,4 @@
-"""A run that was interrupted ends as if it had not been, and a run's folder is never taken for another's."""
+"""An interrupted run ends bit-identical to an uninterrupted one, and a folder is never mistaken for that of another run."""
 
 import fcntl
 import json
@@ -10,16 +10,15 @@ import pytest
 import torch
 
 import zoo
-from zoo.config import validate
-from zoo.training.config import TrainConfig
+from tests.zoo.training.tiny import tiny
 from zoo.training.loop import train
 from zoo.training.run_folder import NotFiniteError, RunFolder
 
 
 @pytest.mark.parametrize(("dtype", "count"), [("float32", 5), ("bfloat16", 1)])
 def test_interrupted_at_any_step_and_resumed_is_bit_identical(tmp_path, dtype, count):
-    script = Path(__file__).with_name("interrupted.py")
-    done = subprocess.run([sys.executable, script, tmp_path, dtype, str(count)], check=True, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.zoo.training.interrupted", tmp_path, dtype, str(count)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], check=True, capture_output=True, text=True)
     cases = json.loads(done.stdout)
     whole = cases.pop("uninterrupted")
     assert len(cases) == 2 * count + 1
@@ -32,20 +31,8 @@ def test_interrupted_at_any_step_and_resumed_is_bit_identical(tmp_path, dtype, c
         assert not [left for left in case["left"] if left.startswith(".")], name
 
 
-SMALL = {
-    "model": "gdn4-sleep2-hard6",
-    "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16},
-    "task": {"name": "cycle", "nodes": 6, "hops": 1},
-    "steps": 8,
-    "batch_size": 4,
-    "eval_sequences": 64,
-    "checkpoint_every": 1,
-    "lr": 1e-2,
-}
-
-
 def plan(**changes):
-    return validate(TrainConfig, {**SMALL, **changes}, "test")
+    return tiny(**{"steps": 8, "eval_sequences": 64, "checkpoint_every": 1, "lr": 1e-2, **changes})
 
 
 def test_the_newest_and_the_best_checkpoints_stay(tmp_path):
@@ -76,7 +63,7 @@ def test_no_pickle_is_written(tmp_path):
     assert endings == {".yaml", ".json", ".jsonl", ".safetensors"}
 
 
-def test_what_is_not_finite_is_not_saved(tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = zoo.create("gdn4", layers="gdn", d_model=16)
     run = RunFolder(tmp_path / "run", {"steps": 1})
     with run.locked(), pytest.raises(NotFiniteError, match="momentum/x is not finite after step 3"):
@@ -98,7 +85,7 @@ def stop(metrics):
     raise zoo.ZooError("stopped here")
 
 
-def test_half_a_line_of_metrics_is_forgotten(tmp_path):
+def test_an_incomplete_line_of_metrics_is_dropped(tmp_path):
     run = RunFolder(tmp_path, {})
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     run.trim_metrics(2)
