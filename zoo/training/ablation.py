@@ -61,8 +61,8 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None) -> str:
 def _train(runs: Iterable[Run], folder: Path, processes: int | None) -> dict[Run, str]:
     """Train the runs that are not finished, the longest first. Returns those that failed, and why."""
     pending = [run for run in runs if not (folder / run.folder / RESULTS).exists()]
-    pending.sort(key=lambda run: -run.steps * run.arm.costs.flops)
-    return train_all({run: Job(run.config, folder / run.folder) for run in pending}, processes)
+    pending.sort(key=lambda run: run.steps * run.arm.costs.flops)
+    return train_all({run: Job(run.config, folder / run.folder) for run in reversed(pending)}, processes)
 
 
 def _write_results(plan: Plan, arms: list[Arm], matched: dict[Match, list[Run]], failed: Container[Run], out: Path) -> str:

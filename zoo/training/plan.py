@@ -108,7 +108,7 @@ class Run:
         return f"{_slug(self.arm.name)}-{self.steps}steps-seed{self.seed}"
 
     def __str__(self) -> str:
-        return f"{self.arm.name}, {self.steps} steps, seed {self.seed}"
+        return f"{self.arm.name}, {self.steps} step{'' if self.steps == 1 else 's'}, seed {self.seed}"
 
 
 def arms_of(plan: Plan) -> list[Arm]:
