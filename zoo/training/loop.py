@@ -129,9 +129,7 @@ class Trainer:
                 if (due or stop) and not last:
                     checkpoint = self.save(self.evaluate()["loss"] if due else None)
                     if stop:
-                        raise StoppedError(
-                            f"stopped after step {self.done} of {config.steps}: {checkpoint}; the same command goes on from there"
-                        )
+                        raise StoppedError(f"stopped after step {self.done} of {config.steps}: {checkpoint}; the same command resumes")
         results = self.evaluate()
         self.run.finish(self.model, results)
         return results
