@@ -164,12 +164,3 @@ def _time_left(metrics: dict[str, Any], steps: int) -> timedelta:
     """Estimate the time left at the current speed."""
     tokens = metrics["tokens"] * (steps / metrics["step"] - 1)
     return timedelta(seconds=round(tokens / max(1, metrics["tokens_per_second"])))
-
-
-@contextmanager
-def counting_bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar that counts to `total`, on a terminal only; yields the function that sets the count."""
-    console = Console(stderr=True)
-    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
-        bar = progress.add_task(what, total=total, visible=console.is_terminal)
-        yield lambda done: progress.update(bar, completed=done)

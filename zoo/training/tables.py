@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from zoo.costs import count
 from zoo.training.plan import Arm, Match, Run, format_value
@@ -87,33 +86,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         lines.append(f"| {' | '.join([first, *cells])} |")
     rule = "|".join("-" * (widths[0] + 2) if not i else "-" * (width + 1) + ":" for i, width in enumerate(widths))
     return [lines[0], f"|{rule}|", *lines[1:]]
-
-
-def show(tables: str) -> None:
-    """Print Markdown tables: folded to the width of a terminal, unchanged into a pipe."""
-    console = Console()
-    console.print(fold(tables, console.width) if console.is_terminal else tables, markup=False, highlight=False, soft_wrap=True)
-
-
-def fold(tables: str, width: int) -> str:
-    """Split every Markdown table that is wider than `width` into several that fit, each of which repeats the first column."""
-    folded: list[str] = []
-    for is_table, group in itertools.groupby(tables.splitlines(), lambda line: line.startswith("|")):
-        lines = list(group)
-        folded += _folded(lines, width) if is_table else lines
-    return "\n".join(folded) + "\n"
-
-
-def _folded(lines: list[str], width: int) -> list[str]:
-    rows = [line[1:-1].split("|") for line in lines]
-    widths = [len(cell) + 1 for cell in rows[0]]
-    parts: list[list[int]] = [[0]]
-    for column in range(1, len(widths)):
-        if len(parts[-1]) > 1 and 1 + sum(widths[i] for i in [*parts[-1], column]) > width:
-            parts.append([0])
-        parts[-1].append(column)
-    tables = [[f"|{'|'.join(row[i] for i in part)}|" for row in rows] for part in parts]
-    return [line for i, table in enumerate(tables) for line in ([""] if i else []) + table]
 
 
 def level_label(level: int, name: str) -> str:

@@ -1,8 +1,8 @@
-"""Tables of an ablation: labels, alignment, and folding to a width."""
+"""Tables of an ablation: labels and alignment."""
 
 import pytest
 
-from zoo.training.tables import _aligned, fold, level_label
+from zoo.training.tables import _aligned, level_label
 
 
 @pytest.mark.parametrize(
@@ -30,18 +30,3 @@ def test_columns_are_aligned():
     head, rule, *rest = cells(lines)
     assert [head, *rest] == ROWS
     assert all(set(cell) <= set("-:") for cell in rule)
-
-
-@pytest.mark.parametrize("width", [80, 40, 10])
-def test_a_folded_table_fits_and_loses_nothing(width):
-    text = "\n".join(["## Title", "", *_aligned(ROWS), "", "a footnote that is longer than ten columns", ""])
-    folded = fold(text, width).splitlines()
-    table = [line for line in folded if line.startswith("|")]
-    assert all(len(line) <= max(width, 33) for line in table)  # 33: the first column and one more
-    height = len(ROWS) + 1
-    parts = [cells(table[i : i + height]) for i in range(0, len(table), height)]
-    assert [row[0] for row in parts[0]] == [row[0] for row in parts[-1]]
-    joined = [[parts[0][i][0], *(cell for part in parts for cell in part[i][1:])] for i in range(height)]
-    assert [joined[0], *joined[2:]] == ROWS
-    assert [line for line in folded if line and not line.startswith("|")] == ["## Title", "a footnote that is longer than ten columns"]
-    assert fold(text, 1000) == text
