@@ -53,6 +53,38 @@ def test_dead_links_are_found():
     ]
 
 
+def test_the_readme_is_short_and_shows_the_picture():
+    assert len(README.split()) < 600
+    assert "](docs/demo.png)" in README
+
+
+def test_every_command_and_option_is_described():
+    """And none that does not exist."""
+    from zoo.cli import main
+    from zoo.export.cli import main as export
+
+    commands = {f"zoo {name}": command for name, command in main.commands.items()} | {"zoo-export": export}
+    options = {
+        name: {flag for p in command.params for flag in p.opts + p.secondary_opts if flag[0] == "-"} for name, command in commands.items()
+    }
+    sections = re.split(r"^## (.+)$", (ROOT / "docs/cli.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    described = {
+        name: {flag for cell in re.findall(r"^\| (`-.*?`) \|", text, re.MULTILINE) for flag in re.findall(r"`(--?[\w-]+)", cell)}
+        for name, text in zip(sections[::2], sections[1::2], strict=True)
+    }
+    assert described == options
+
+
+def test_every_model_block_task_and_family_is_described():
+    from zoo.blocks.mixer import mixers
+    from zoo.checkpoints.family import families
+    from zoo.tasks import tasks
+
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    names = [*zoo.list_models(), *mixers.names(), *tasks.names(), *families.names()]
+    assert [name for name in names if not re.search(rf"`{re.escape(name)}`", text)] == []
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site, built with warnings as errors."""

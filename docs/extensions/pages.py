@@ -23,8 +23,8 @@ CONTENTS = """
 ```
 """
 SECTIONS = {
-    "Guide": ("docs/sessions", "docs/training", "docs/reproduction", "docs/deploy", "docs/performance"),
-    "Inside": ("export/README", "kernels/*/README", "benchmarks/results/hotspots"),
+    "Guide": ("docs/models", "docs/cli", "docs/sessions", "docs/training", "docs/reproduction", "docs/deploy", "docs/performance"),
+    "Inside": ("docs/architecture", "docs/glossary", "export/README", "kernels/*/README", "benchmarks/results/hotspots"),
     "Reference": ("docs/api/zoo", "docs/api/config", "docs/api/blocks", "docs/api/extending", "docs/api/export"),
     "Project": ("CONTRIBUTING", "CHANGELOG", "SECURITY"),
 }
