@@ -85,6 +85,31 @@ def test_every_model_block_task_and_family_is_described():
     assert [name for name in names if not re.search(rf"`{re.escape(name)}`", text)] == []
 
 
+ARCHITECTURE = Path("docs/architecture.md")
+
+
+def test_the_architecture_names_every_folder_and_every_top_file():
+    text = (ROOT / ARCHITECTURE).read_text(encoding="utf-8")
+    folders = {f"{folder}/" for file in files() for folder in file.parents if folder != Path(".")}
+    folders = {re.sub(r"^tests/data/oracles/.+", "tests/data/oracles/*/", folder) for folder in folders}
+    parents = {"configs/", "tests/data/", "tests/data/oracles/"}  # they hold folders only
+    assert [folder for folder in sorted(folders - parents) if f"[`{folder}`](" not in text] == []
+    assert [file.name for file in files() if len(file.parts) == 1 and f"](../{file})" not in text] == []
+
+
+def test_the_architecture_names_what_is_in_the_linked_file():
+    text = (ROOT / ARCHITECTURE).read_text(encoding="utf-8")
+    named = re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)\)", text)
+    assert len(named) > 30
+    gone = [
+        (name, file)
+        for name, file in named
+        for part in name.split(".")
+        if not re.search(rf"^ *(async )?(def|class) {part}\b", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert gone == []
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site, built with warnings as errors."""
