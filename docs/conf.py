@@ -20,7 +20,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 extensions += ["extensions.docstrings", "extensions.fields", "extensions.pages"]
 root_doc = "README"
 include_patterns = ["*.md", "docs/**.md", "export/**.md", "kernels/**.md", "benchmarks/**.md"]
-exclude_patterns = ["AGENTS.md", "build", "runs", "demo", "tests", "zoo", ".*"]
+exclude_patterns = ["build", "runs", "demo", "tests", "zoo", ".*"]
 
 myst_heading_anchors = 3
 default_role = "py:obj"

@@ -7,7 +7,8 @@ import torch
 
 import zoo
 from zoo.tasks import new_task
-from zoo.training.loop import read_config, train
+from zoo.training import train
+from zoo.training.config import read_config
 
 STEPS = 30  # the shipped run takes 1,400, about two minutes, and answers nearly every question
 

@@ -26,7 +26,7 @@ SECTIONS = {
     "Guide": ("docs/models", "docs/cli", "docs/sessions", "docs/training", "docs/reproduction", "docs/deploy", "docs/performance"),
     "Inside": ("docs/architecture", "docs/glossary", "export/README", "kernels/*/README", "benchmarks/results/hotspots"),
     "Reference": ("docs/api/zoo", "docs/api/config", "docs/api/blocks", "docs/api/extending", "docs/api/export"),
-    "Project": ("CONTRIBUTING", "CHANGELOG", "SECURITY"),
+    "Project": ("CONTRIBUTING", "AGENTS", "CHANGELOG", "SECURITY"),
 }
 
 
@@ -62,7 +62,9 @@ def link_sources(app: Sphinx, doctree: nodes.document) -> None:
 def source_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yield a page for each linked file, and for each linked folder with the files in it."""
     linked = {Path(app.srcdir, name) for name in app.env.linked}
-    inside = {folder: sorted(path for path in folder.iterdir() if path.is_file()) for folder in linked if folder.is_dir()}
+    inside = {
+        folder: sorted(path for path in folder.iterdir() if path.is_file() and not is_binary(path)) for folder in linked if folder.is_dir()
+    }
     for folder, files in inside.items():
         items = "".join(f'<li><a href="{folder.name}/{file.name}.html">{file.name}</a></li>' for file in files)
         yield page(app, folder, f"<ul>{items}</ul>")
@@ -73,6 +75,10 @@ def source_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
         except ClassNotFound:
             lexer = "text"
         yield page(app, file, app.builder.highlighter.highlight_block(text, lexer, linenos=True))
+
+
+def is_binary(file: Path) -> bool:
+    return b"\0" in file.read_bytes()
 
 
 def page(app: Sphinx, path: Path, body: str) -> tuple[str, dict[str, Any], str]:
