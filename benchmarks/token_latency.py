@@ -51,7 +51,7 @@ def session() -> dict[str, Any]:
             if kind != "awake":
                 stream.sleep(wait=False)
             for _ in range(40):
-                if kind != "awake" and stream._nap is None:
+                if kind != "awake" and stream._stream.sleep is None:
                     break
                 before = time.perf_counter()
                 stream.feed(prompt[:, :1])

@@ -21,7 +21,7 @@ from zoo.export.target import targets
 from zoo.export.verify import Parity, verify
 from zoo.files import new_folder
 from zoo.model import Model
-from zoo.sessions.file import fingerprint
+from zoo.sessions.sleeping_model import fingerprint
 
 import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
 

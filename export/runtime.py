@@ -19,8 +19,8 @@ from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_rings
 from zoo.factory import create
 from zoo.registry import Registry
 from zoo.sessions.session import Session
-from zoo.sessions.sliced import Turn
-from zoo.sessions.snapshot import finish
+from zoo.sessions.sliced import Slice, finish
+from zoo.sessions.slots import Slots
 from zoo.state import Output, State
 
 try:
@@ -60,11 +60,13 @@ def load(path: str | Path, *, provider: str = "cpu", batch_size: int = 1) -> Ses
 
 
 class ExportedModel:
-    """The graphs of a bundle behind the interface of the PyTorch model. States are never modified in place.
+    """The graphs of a bundle behind the interface of the PyTorch model, and a `SleepingModel`. States are never modified in place.
 
     Raises:
         ZooError: as in `load`.
     """
+
+    keeps_hidden = False
 
     def __init__(self, folder: Path, provider: str = "cpu") -> None:
         self.bundle = Bundle.read(folder)
@@ -125,9 +127,19 @@ class ExportedModel:
             ZooError: more tokens than the window holds, a state taken inside a window that restarts, a model that never
                 sleeps, or a number of passes that the graph does not offer.
         """
-        return finish(self.consolidation(ids, state, loops=loops))
+        return finish(self.consolidate_in_slices(ids, state, loops=loops))
 
-    async def consolidation(self, ids: Tensor, state: State, *, loops: int | None = None) -> State:
+    def wake_pass(self, ids: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
+        """Run one wake pass, without hidden states."""
+        return *self(ids, state), None
+
+    async def wake_in_slices(self, ids: Tensor, state: State) -> Output:
+        """Run one wake pass in a single slice."""
+        return self(ids, state)
+
+    async def consolidate_in_slices(
+        self, ids: Tensor, state: State, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
+    ) -> State:
         """Run `consolidate` in slices: one per pass in bundles exported with --per-pass, else a single one."""
         if not self._eviction.uses_window:
             raise ZooError(f"{self.config.name} never sleeps (evict '{self.config.evict}')")
@@ -149,7 +161,7 @@ class ExportedModel:
         h = first = out.pop("h")
         carried, after = given, {}
         for n in range(loops):
-            await Turn()
+            await Slice()
             after = self._graphs[PASS](carried | {"pass": torch.tensor(n, device=self.device), "h": h, "first": first})
             h = after.pop("h_out")
             # fast weights carry over; every pass starts from the window cache at the start of the chunk
@@ -159,6 +171,10 @@ class ExportedModel:
     def _padded(self, ids: Tensor, length: int) -> dict[str, Tensor]:
         T = ids.shape[1]
         return {"input_ids": F.pad(ids, (0, length - T)), "n_valid": torch.tensor(T, device=self.device)}
+
+    def slots(self, streams: int) -> Slots[int] | None:
+        """Return None: states of graphs are not changed in place."""
+        return None
 
     def plain(self, state: State) -> State:
         """Convert a state to the PyTorch model's form: growing caches, oldest token first."""

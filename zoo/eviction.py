@@ -37,6 +37,10 @@ class Eviction:
         """Return a mixer's window cache after the eviction."""
         return cache
 
+    def kept(self, tokens: int) -> int:
+        """Number of tokens that `evict` keeps of a cache of `tokens` tokens."""
+        return tokens
+
 
 @evictions.register("hard")
 class Hard(Eviction):
@@ -47,6 +51,9 @@ class Hard(Eviction):
 
     def evict(self, cache: WindowCache) -> WindowCache:
         return cache.empty()
+
+    def kept(self, tokens: int) -> int:
+        return 0
 
 
 @evictions.register("sliding")
@@ -62,3 +69,7 @@ class Sliding(Eviction):
     def evict(self, cache: WindowCache) -> WindowCache:
         assert self.window is not None
         return cache.keep(self.window - 1)
+
+    def kept(self, tokens: int) -> int:
+        assert self.window is not None
+        return min(tokens, self.window - 1)

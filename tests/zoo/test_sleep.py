@@ -213,8 +213,8 @@ def test_a_sleep_that_starts_from_the_wake_pass(loops, overrides, evict):
     state, run = blocks_run(model, lambda: model.consolidate(ids, start, loops=loops, awake=awake))
     assert run == (loops - 1) * len(model.blocks)
     assert same(state, model.consolidate(ids, start, loops=loops))
-    bit_by_bit, _ = by_bits(sliced.consolidation(model, ids, start, loops=loops, awake=awake), [None]) if loops > 1 else (state, 0)
-    assert same(bit_by_bit, state)
+    in_slices, _ = by_slices(sliced.consolidate(model, ids, start, loops=loops, awake=awake), [None]) if loops > 1 else (state, 0)
+    assert same(in_slices, state)
 
 
 @pytest.mark.parametrize("overrides", [{"span": (1, 2)}, PLACED_ASLEEP])
@@ -303,14 +303,14 @@ def test_bad_calls(call, message):
         call(tiny("gdn4-sleep2-hard6"))
 
 
-def by_bits(work, sizes):
-    """What `work` returns, sent each of `sizes` in turn, over and over; and how many bits it took."""
+def by_slices(work, sizes):
+    """Run `work` in slices of at most these sizes, over and over. Returns its result and the number of slices."""
     work.send(None)
-    for bits, most in enumerate(itertools.cycle(sizes), 1):
+    for slices, most in enumerate(itertools.cycle(sizes), 1):
         try:
             work.send(most)
         except StopIteration as done:
-            return done.value, bits
+            return done.value, slices
 
 
 @torch.no_grad()
@@ -321,19 +321,19 @@ def by_bits(work, sizes):
     [*VARIANTS, RESTARTING, {"layers": "swa*2", "wake_loops": 3}, {"layers": "mamba jet mamba2", "blocks": {"mamba2": {"head_dim": 8}}}],
     ids=str,
 )
-def test_bit_by_bit(fields, evict, sizes):
-    """Whatever the bits, waking and sleeping are what they are at once."""
+def test_in_slices(fields, evict, sizes):
+    """For any sizes of slices, a wake pass and a sleep return the same as in one piece."""
     if (fields is RESTARTING and evict != "hard6") or ("wake_loops" in fields and evict != "full"):
         return
     model = tiny(f"gdn4-sleep{1 if evict == 'full' else 3}-{evict}", **fields)
     start = model.init_state(2) if evict == "full" else model.consolidate(tokens(2, 5))
     state = model(tokens(2, 3), start).state
-    read, bits = by_bits(sliced.waking(model, tokens(2, 3, seed=1), state), sizes)
+    read, slices = by_slices(sliced.wake(model, tokens(2, 3, seed=1), state), sizes)
     torch.testing.assert_close(read, model(tokens(2, 3, seed=1), state), rtol=1e-9, atol=1e-9)
     blocks = len(model.blocks) * model.config.wake_loops + 1  # and the head
-    assert bits == {1: blocks * 3, 4: blocks + (blocks + 1) // 4}.get(sizes[0], blocks)
+    assert slices == {1: blocks * 3, 4: blocks + (blocks + 1) // 4}.get(sizes[0], blocks)
     if evict != "full":
-        slept, _ = by_bits(sliced.consolidation(model, tokens(2, 6, seed=2), start, loops=2), sizes)
+        slept, _ = by_slices(sliced.consolidate(model, tokens(2, 6, seed=2), start, loops=2), sizes)
         torch.testing.assert_close(slept, model.consolidate(tokens(2, 6, seed=2), start, loops=2), rtol=1e-9, atol=1e-9)
 
 

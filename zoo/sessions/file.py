@@ -1,4 +1,4 @@
-"""A stream in one safetensors file. Its header says which model it belongs to; no other model takes it."""
+"""A session in one safetensors file, whose header identifies the model; any other model refuses it."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 from zoo.files import replacing
-from zoo.sessions.snapshot import Counts, Moment, Sleeper, opening
+from zoo.sessions.sleeping_model import SleepingModel
+from zoo.sessions.snapshot import Counts, Snapshot, opening
 from zoo.state import State
 
 FORMAT = "zoo.session.1"
-SAMPLES = 64  # values of each weight that tell one model from another
 
 
-def write_file(path: Path, model: Sleeper, moment: Moment) -> None:
-    """Write `moment` to `path`, whole or not at all, in place of what is there. Raises ZooError."""
-    tensors = {"ids": moment.ids, "said": moment.said, **_pack("state", _plain(model, moment.state))}
-    if moment.logits is not None:
-        tensors["logits"] = moment.logits
-    if moment.hidden:
-        tensors["hidden"] = torch.cat(moment.hidden, dim=1)
-    if moment.start is not moment.state:
-        tensors |= _pack("start", _plain(model, moment.start))
+def write_file(path: Path, model: SleepingModel, snapshot: Snapshot) -> None:
+    """Write `snapshot` to `path` atomically, replacing an existing file. Raises ZooError."""
+    tensors = {"ids": snapshot.ids, "said": snapshot.pending, **_pack("state", model.plain(snapshot.state))}
+    if snapshot.logits is not None:
+        tensors["logits"] = snapshot.logits
+    if snapshot.hidden:
+        tensors["hidden"] = torch.cat(snapshot.hidden, dim=1)
+    if snapshot.start is not snapshot.state:
+        tensors |= _pack("start", model.plain(snapshot.start))
     header = {
         "format": FORMAT,
         **_identity(model),
         "versions": json.dumps({"sleep-zoo": version("sleep-zoo"), "torch": torch.__version__}),
-        "positions": json.dumps([moment.state.position, moment.start.position]),
-        "counts": json.dumps(moment.counts._asdict()),
-        "hidden": json.dumps(bool(moment.hidden)),
+        "positions": json.dumps([snapshot.state.position, snapshot.start.position]),
+        "counts": json.dumps(snapshot.counts._asdict()),
+        "hidden": json.dumps(bool(snapshot.hidden)),
     }
     content = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, header)
     try:
@@ -49,11 +49,11 @@ def write_file(path: Path, model: Sleeper, moment: Moment) -> None:
         raise ZooError(f"{path}: {error.strerror}") from None
 
 
-def read_file(path: Path, model: Sleeper) -> Moment:
-    """The moment that `write_file` wrote for this very model.
+def read_file(path: Path, model: SleepingModel) -> Snapshot:
+    """Read the snapshot that `write_file` wrote for the same model.
 
     Raises:
-        ZooError: the file is missing, damaged or no session, or belongs to a model of another config or other weights.
+        ZooError: the file is missing, damaged, no session, or of a model with another config or other weights.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -64,55 +64,37 @@ def read_file(path: Path, model: Sleeper) -> Moment:
     except SafetensorError as error:
         raise ZooError(f"{path}: cannot be read: {error}") from None
     if header.get("format") != FORMAT:
-        raise ZooError(f"{path}: format: {header.get('format')!r}; want a session's file, {FORMAT!r}")
+        raise ZooError(f"{path}: format: {header.get('format')!r}; want a session file, {FORMAT!r}")
     for key, own in _identity(model).items():
         if header.get(key) != own:
-            raise ZooError(f"{path}: {key}: the session is of {header.get(key)!r}, and this model is {own!r}")
+            raise ZooError(f"{path}: {key}: the session is of {header.get(key)!r}, this model is {own!r}")
     try:
         positions, counts = json.loads(header["positions"]), Counts(**json.loads(header["counts"]))
         fresh = opening(model, tensors["ids"].shape[0])
         device = fresh.ids.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        like, ringed = _plain(model, fresh.state), getattr(model, "ringed", lambda state: state)
-        state = ringed(_unpack("state", tensors, like)._replace(position=positions[0]))
-        start = ringed(_unpack("start", tensors, like)._replace(position=positions[1])) if _has("start", tensors) else state
-        ids, said, logits = _take("ids", tensors, fresh.ids), _take("said", tensors, fresh.ids), None
+        like = model.plain(fresh.state)
+        state = model.ringed(_unpack("state", tensors, like)._replace(position=positions[0]))
+        start = model.ringed(_unpack("start", tensors, like)._replace(position=positions[1])) if _has("start", tensors) else state
+        ids, pending, logits = _take("ids", tensors, fresh.ids), _take("said", tensors, fresh.ids), None
         if counts.tokens:
             logits = _take("logits", tensors, tensors["logits"].new_zeros(len(ids), model.config.vocab_size))
         hidden = None if ids.shape[1] else fresh.hidden
         if json.loads(header["hidden"]) and fresh.hidden is not None:
             hidden = (_take("hidden", tensors, tensors["hidden"].new_zeros(*ids.shape, model.config.d_model)),)
-        return Moment(state, start, ids, logits, said, hidden, counts)
+        return Snapshot(state, start, ids, logits, pending, hidden, counts)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise ZooError(f"{path}: not a whole session: {error}") from None
 
 
-def _plain(model: Sleeper, state: State) -> State:
-    """The state as `zoo.Model` has it; exported graphs keep caches of fixed size."""
-    return model.plain(state) if hasattr(model, "plain") else state
-
-
-def _identity(model: Sleeper) -> dict[str, str]:
-    return {"model": model.config.name, "config": config_hash(model.config), "weights": fingerprint(model)}
+def _identity(model: SleepingModel) -> dict[str, str]:
+    return {"model": model.config.name, "config": config_hash(model.config), "weights": model.fingerprint}
 
 
 def config_hash(config: ModelConfig) -> str:
-    """Of all that decides what a model computes."""
+    """Hash of every field that affects what a model computes."""
     fields = config.model_dump(mode="json", exclude={"name", "about", "hub", "upstream"})
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def fingerprint(model: Sleeper) -> str:
-    """Of a few values of every weight; exported graphs know that of the model they were made of."""
-    if not isinstance(model, nn.Module):
-        return str(getattr(model, "fingerprint", type(model).__name__))
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        values = weight.detach().flatten()
-        places = torch.linspace(0, len(values) - 1, min(SAMPLES, len(values)), dtype=torch.float64).long()  # float32 counts to 2**24
-        some = values[places].float().cpu()
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _pack(prefix: str, state: State) -> dict[str, Tensor]:
@@ -132,7 +114,7 @@ def _has(prefix: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _unpack(prefix: str, tensors: Mapping[str, Tensor], like: State) -> State:
-    """The state in `tensors`, of the form of `like`, a fresh one."""
+    """Read a state from `tensors`, with the layout of `like`, a new stream's state."""
     fast = tuple(None if s is None else _take(f"{prefix}.fast.{i}", tensors, s) for i, s in enumerate(like.fast))
     window: list[Any] = []
     for i, cache in enumerate(like.window):
@@ -142,7 +124,7 @@ def _unpack(prefix: str, tensors: Mapping[str, Tensor], like: State) -> State:
 
 
 def _take(name: str, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """A tensor of the same form, longer only where a fresh one is empty."""
+    """Read a tensor with the shape of `like`, larger only where a dimension of `like` is 0."""
     tensor = tensors[name]
     if (
         tensor.dtype != like.dtype

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Sampling of the next token."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from torch import Tensor
 
 
 class Sampling(BaseModel):
-    """How many tokens, which of them, and what ends them. Greedy unless told otherwise."""
+    """Settings of one generation. Greedy by default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int = Field(ge=1, description="at most so many")
-    stop: tuple[int, ...] = Field((), description="the last token: ends with the first of these")
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: the likeliest token")
-    top_k: int | None = Field(None, ge=1, description="among the so many likeliest")
-    top_p: float | None = Field(None, gt=0, le=1, description="among the likeliest that have so much of the probability together")
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="makes what has been seen less likely if above 1")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="the same tokens every time; None: others every time")
+    tokens: int = Field(ge=1, description="maximum number of tokens")
+    stop: tuple[int, ...] = Field((), description="stop tokens: generation ends with the first of them")
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: always the most likely token")
+    top_k: int | None = Field(None, ge=1, description="sample only from the k most likely tokens")
+    top_p: float | None = Field(None, gt=0, le=1, description="sample only from the smallest set of tokens with total probability p")
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="above 1: tokens that were seen become less likely")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="makes the tokens reproducible; None: a random seed")
 
 
 class Sampler:
-    """Chooses tokens for B streams, and remembers which ones it has seen. A stream that has stopped repeats its last.
+    """Chooses tokens for B streams and records which ones were seen. A stream that has stopped repeats its last token.
 
     Args:
-        seen: tokens that count as repeated, [B, T] int64.
+        seen: tokens to which the repetition penalty applies from the start, [B, T] int64.
     """
 
     def __init__(self, sampling: Sampling, seen: Tensor, vocab_size: int) -> None:
@@ -46,7 +46,7 @@ class Sampler:
         return bool(self._over.all())
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The next token of each stream, [B], from logits [B, V]."""
+        """Choose the next token of each stream, [B], from logits [B, V]."""
         scores = self.scores(logits)
         if self.sampling.temperature == 0:
             token = scores.argmax(-1)
@@ -58,7 +58,7 @@ class Sampler:
         return self._last
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Log-probabilities up to a constant, [B, V] float32; -inf where a token is out of the question."""
+        """Unnormalised log-probabilities [B, V], float32; -inf for tokens that are excluded."""
         how = self.sampling
         scores = logits.float()
         if how.repetition_penalty != 1:  # CTRL, arXiv 1909.05858, section 4.1
@@ -71,6 +71,6 @@ class Sampler:
         if how.top_p is not None and how.top_p < 1:  # arXiv 1904.09751, section 3.1
             ordered, index = scores.sort(descending=True)
             share = ordered.softmax(-1)
-            beyond = share.cumsum(-1) - share >= how.top_p  # what comes before a token has enough already
+            beyond = share.cumsum(-1) - share >= how.top_p  # the tokens before this one already reach top_p
             scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), float("-inf"))
         return scores

@@ -1,4 +1,4 @@
-"""Sleeps that run beside a session, in a thread of its own."""
+"""One sleep of a stream, and the thread that runs the background sleeps of one session."""
 
 from __future__ import annotations
 
@@ -6,126 +6,129 @@ import threading
 import time
 
 import torch
+from torch import Tensor
 
-from zoo.sessions.snapshot import Moment, Sleeper, consolidation, reading, slept
+from zoo.sessions.sleeping_model import SleepingModel
+from zoo.sessions.snapshot import Snapshot, after_sleeping, wake_in_slices
 from zoo.state import State
 
 
-class Nap:
-    """One sleep on what a stream held at one moment. The stream itself is not touched, and may read on meanwhile.
+class Sleep:
+    """One sleep on a snapshot. The stream itself is not touched and may read on meanwhile.
 
     Args:
-        yields_to_tokens: whether it is thrown away if a token comes before it has ended.
+        loops: passes of the span, default as in the model's config.
+        pause: seconds without a token before an idle sleep starts; a token cancels it. None: starts at once and runs to its end.
     """
 
-    def __init__(self, model: Sleeper, moment: Moment, loops: int | None = None, *, yields_to_tokens: bool = False) -> None:
-        self.model, self.loops, self.yields_to_tokens = model, loops, yields_to_tokens
-        self.before = moment if moment.hidden else moment._replace(state=moment.start)
-        """The stream when the sleep began; without its waking state, if the sleep does not go on from that."""
-        self.latest = moment
-        """The stream now: its session keeps this up to date."""
-        self.after: Moment | None = None
+    def __init__(self, model: SleepingModel, snapshot: Snapshot, loops: int | None = None, *, pause: float | None = None) -> None:
+        self.model, self.loops, self.pause = model, loops, pause
+        self.before = snapshot if snapshot.hidden else snapshot._replace(waking=None)
+        """The stream when the sleep began; with its waking state only if the sleep continues from that."""
+        self.latest = snapshot
+        """The stream now; its session keeps this up to date."""
+        self.after: Snapshot | None = None
+        """The result: the stream asleep, and what it has read since."""
         self.error: BaseException | None = None
         self.ended = threading.Event()
         self.begun = time.monotonic()
         self.seconds = 0.0
-        self.stopped = False
+        self.cancelled = False
 
     @torch.no_grad()
     def run(self) -> None:
-        """To the end, or until it is stopped or fails; raises nothing."""
+        """Run until the sleep ends, fails or is cancelled; raises nothing."""
         self.begun = time.monotonic()
+        work = self.work()
         try:
-            work = self.work()
-            try:
-                while not self.stopped:
-                    work.send(None)
-            except StopIteration:
-                return
-            work.close()
+            while not self.cancelled:
+                work.send(None)
+        except StopIteration:
+            pass
         except BaseException as error:  # the session raises it from its next call
             self.error = error
         finally:
+            work.close()
             self.end()
 
     def end(self) -> None:
-        """Its result, or its error, is there."""
+        """Announce that the result, or the error, is there."""
         self.seconds = time.monotonic() - self.begun
         self.ended.set()
 
     async def work(self) -> None:
-        if not self.stopped:
-            state = await consolidation(self.model, self.before, self.loops)
-            await self.catch_up(state)
+        """Consolidate the window, then catch up with the stream."""
+        state = await self.model.consolidate_in_slices(self.before.ids, self.before.start, loops=self.loops, awake=self.before.awake)
+        await self.catch_up(state)
 
     async def catch_up(self, state: State) -> None:
-        """Read again, in the state after the sleep, what the stream has read meanwhile."""
-        after = slept(self.model, self.before, state)
+        """Read again, from the state after the sleep, what the stream has read meanwhile."""
+        after = after_sleeping(self.model, self.before, state)
         while (missed := self._missed(after)).shape[1]:
-            _, after = await reading(self.model, after, missed)
+            _, after = await wake_in_slices(self.model, after, missed)
         self.after = after
 
     @property
     def up_to_date(self) -> bool:
-        """Whether its result is that of all that the stream has read."""
+        """Whether the result covers everything that the stream has read."""
         return self.ended.is_set() and self.after is not None and not self._missed(self.after).shape[1]
 
-    def stop(self) -> None:
-        """Leave off after the bit under way, and forget it."""
-        self.stopped = True
+    def cancel(self) -> None:
+        """Stop after the current slice and discard the result."""
+        self.cancelled = True
 
-    async def commit(self) -> Moment:
-        """The stream as if it had slept at once, at the moment the sleep began."""
+    async def commit(self) -> Snapshot:
+        """The stream now, as if it had slept at once when the sleep began. Only for a sleep that has a result."""
         assert self.after is not None
         after = self.after
         if (missed := self._missed(after)).shape[1]:
-            _, after = await reading(self.model, after, missed)
+            _, after = await wake_in_slices(self.model, after, missed)
         now = self.latest
         if not after.ids.shape[1]:
             after = after._replace(logits=now.logits)
         counts = now.counts._replace(cached=after.counts.cached, sleeps=now.counts.sleeps + 1, asleep=now.counts.asleep + self.seconds)
-        return after._replace(said=now.said, counts=counts)
+        return after._replace(pending=now.pending, counts=counts)
 
-    def _missed(self, after: Moment) -> torch.Tensor:
+    def _missed(self, after: Snapshot) -> Tensor:
         return self.latest.ids[:, self.before.ids.shape[1] + after.ids.shape[1] :]
 
 
 class Worker:
-    """The thread that runs the sleeps of one session, each at its time. Knows sleeps, never the session."""
+    """The thread that runs the background sleeps of one session, each at its time. Holds no reference to the session."""
 
     def __init__(self) -> None:
-        self._news = threading.Condition()
-        self._next: tuple[float, Nap] | None = None
+        self._changed = threading.Condition()
+        self._next: tuple[float, Sleep] | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="zoo-sleep", daemon=True)
         self._thread.start()
 
-    def begin(self, nap: Nap, after: float = 0.0) -> None:
-        """Run `nap` in `after` seconds, in place of one that has not begun."""
-        with self._news:
-            self._next = time.monotonic() + after, nap
-            self._news.notify()
+    def begin(self, sleep: Sleep) -> None:
+        """Run `sleep` after its pause, in place of one that has not started."""
+        with self._changed:
+            self._next = time.monotonic() + (sleep.pause or 0.0), sleep
+            self._changed.notify()
 
     def close(self) -> None:
-        """Leave off, and end the thread."""
-        with self._news:
+        """Cancel the sleep and end the thread."""
+        with self._changed:
             self._closed = True
             if self._next is not None:
-                self._next[1].stop()
-            self._news.notify()
-        if threading.current_thread() is not self._thread:  # a garbage collection may run anywhere
+                self._next[1].cancel()
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:  # the garbage collector may run in any thread
             self._thread.join()
 
     def _work(self) -> None:
         while True:
-            with self._news:
+            with self._changed:
                 while self._next is None or (wait := self._next[0] - time.monotonic()) > 0:
                     if self._closed:
                         return
-                    self._news.wait(None if self._next is None else wait)
-                nap = self._next[1]
-            nap.run()
-            with self._news:
-                if self._next is not None and self._next[1] is nap:
+                    self._changed.wait(None if self._next is None else wait)
+                sleep = self._next[1]
+            sleep.run()
+            with self._changed:
+                if self._next is not None and self._next[1] is sleep:
                     self._next = None
-            del nap
+            del sleep

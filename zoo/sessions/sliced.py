@@ -1,9 +1,9 @@
-"""`Model.run` in slices, so that something else may go first: one block over some of the tokens at a time."""
+"""`Model.run` in slices, so that other work can be interleaved: one block over some of the tokens at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Coroutine, Generator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,25 +12,33 @@ from zoo.blocks.positions import Positions
 from zoo.model import Model, Passes
 from zoo.state import Output, State
 
+T = TypeVar("T")
 
-class Turn:
-    """`await Turn(wants)` hands control to whoever drives this coroutine; the result is what they answer with."""
 
-    def __init__(self, wants: Any = None) -> None:
-        self.wants = wants
+class Slice:
+    """Request to run the next slice. The answer is the maximum number of tokens it may cover; None: no limit."""
 
-    def __await__(self) -> Generator[Turn, Any, Any]:
+    def __await__(self) -> Generator[Slice, int | None, int | None]:
         return (yield self)
 
 
-async def waking(model: Model, ids: Tensor, state: State | None = None) -> Output:
+def finish(work: Coroutine[object, None, T]) -> T:
+    """Run `work` to its end without interruption, slices without a limit. Returns its result."""
+    while True:
+        try:
+            work.send(None)
+        except StopIteration as done:
+            return done.value
+
+
+async def wake(model: Model, ids: Tensor, state: State | None = None) -> Output:
     """`model.forward` in slices."""
     h, state = await run(model, *model.start_wake(ids, state))
     logits = await _slices(h.shape[1], lambda first, last: model.logits(h[:, first:last]))
     return Output(logits, state)
 
 
-async def consolidation(
+async def consolidate(
     model: Model, ids: Tensor, state: State | None = None, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
 ) -> State:
     """`model.consolidate` in slices."""
@@ -46,10 +54,11 @@ async def run(
     passes: Passes,
     awake: tuple[Tensor, State] | None = None,
 ) -> tuple[Tensor, State]:
-    """`model.run` in slices, the definition of what happens here."""
-    config, first, after = model.config, h, []
-    fast, window = (list(start.fast), list(start.window)) if awake is None else (list(awake[1].fast), list(awake[1].window))
-    h = h if awake is None else awake[0]
+    """`model.run` in slices; `model.run` defines the result."""
+    first, outputs = h, []
+    fast, window = list(start.fast), list(start.window)
+    if awake is not None:  # the first pass has been run
+        h, fast, window = awake[0], list(awake[1].fast), list(awake[1].window)
     parts = {(0, positions.length): positions}
     for n, blocks in enumerate(passes):
         if n == 0 and awake is not None:
@@ -57,28 +66,28 @@ async def run(
         for i, mlp in blocks:
             if i == model.span.start:
                 first, h = (h, h) if n == 0 else (first, model.between_passes(h, first))
-            if n and not config.carry and i in model.span:
+            if n and not model.config.carry and i in model.span:
                 fast[i] = start.fast[i]
-            at = n % config.wake_loops * len(model.blocks) + i
+            at = n % model.config.wake_loops * len(model.blocks) + i
             window[at] = start.window[at]
 
-            def over(begin: int, end: int, i: int = i, at: int = at, h: Tensor = h, mlp: bool = mlp) -> Tensor:
+            def block(begin: int, end: int, i: int = i, at: int = at, h: Tensor = h, mlp: bool = mlp) -> Tensor:
                 if (begin, end) not in parts:
                     parts[begin, end] = positions.part(begin, end)
                 y, fast[i], window[at] = model.blocks[i](h[:, begin:end], fast[i], window[at], parts[begin, end], mlp=mlp)
                 return y
 
-            h = await _slices(positions.length, over)
-        after.append(h)
-    h = torch.stack(after, dim=-2) if config.wake_loops > 1 else h
+            h = await _slices(positions.length, block)
+        outputs.append(h)
+    h = torch.stack(outputs, dim=-2) if model.config.wake_loops > 1 else h
     return h, State(tuple(fast), tuple(window), positions.end)
 
 
-async def _slices(tokens: int, over: Callable[[int, int], Tensor]) -> Tensor:
-    """`over(begin, end)` until all tokens have been taken: its results [B, T, ...] side by side."""
+async def _slices(tokens: int, compute: Callable[[int, int], Tensor]) -> Tensor:
+    """Call `compute(begin, end)` until all tokens are covered; concatenates the results, [B, T, ...]."""
     results, end = [], 0
     while end < tokens:
-        most: int | None = await Turn()
+        most = await Slice()
         begin, end = end, tokens if most is None else min(end + most, tokens)
-        results.append(over(begin, end))
+        results.append(compute(begin, end))
     return results[0] if len(results) == 1 else torch.cat(results, dim=1)

@@ -1,8 +1,9 @@
-"""One token for each of many streams, wherever they stand: their states side by side in buffers of fixed size, changed in place."""
+"""One wake pass over a token of each of many streams, at any positions: states side by side in fixed buffers, changed in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -20,7 +21,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class SlotPositions(Positions):
-    """The next token of each of n streams, at positions start: [n], none of them at `longest` or beyond."""
+    """Positions of the next token of n streams: start: [n], each below `longest`."""
 
     def __init__(self, start: Tensor, longest: int) -> None:
         super().__init__(start, 1, start.device)
@@ -28,7 +29,7 @@ class SlotPositions(Positions):
         self.rows = torch.arange(len(start), device=start.device)
 
     def visible(self, slots: int) -> Tensor:
-        """Which slot of a ring each stream sees, once its token is in: bool [n, 1, 1, slots]."""
+        """Mask of the ring slots that each stream attends to once its token is written: bool [n, 1, 1, slots]."""
         key = ("visible", slots)
         if key not in self._tables:
             age = (self.position - torch.arange(slots, device=self.index.device)) % slots
@@ -37,16 +38,16 @@ class SlotPositions(Positions):
 
 
 class SlotKV(NamedTuple):
-    """Keys (after rotation) and values of n streams, [n, Hkv, R, D]: position p lies in slot p mod R. Written in place.
+    """Keys (after rotation) and values of n streams, [n, Hkv, R, D]: position p is in slot p mod R. Written in place.
 
-    R is at most what attention may reach, so whatever a ring holds is seen.
+    R is at most the reach of the attention, so every filled slot is visible.
     """
 
     key: Tensor
     value: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: SlotPositions, reach: int | None) -> tuple[Tensor, SlotKV]:
-        """Attention of q [n, H, 1, D] to what is cached and to k, v [n, Hkv, 1, D]."""
+        """Attention of q [n, H, 1, D] to the cache and to k, v [n, Hkv, 1, D]."""
         ring = self.key.shape[2]
         at = positions.position[:, 0] % ring
         self.key[positions.rows, :, at] = k[:, :, 0]
@@ -59,23 +60,32 @@ class SlotKV(NamedTuple):
         return y, self
 
 
-class Slots(Generic[Name]):
-    """States of at most `slots` streams, by name, and one wake pass over a token of any of them.
+@dataclass(eq=False)
+class _Row(Generic[Name]):
+    """The stream in one row of the buffers."""
 
-    A stream is put in with its state and taken out with what became of it. On a GPU the pass over n streams is recorded
-    the first time as a CUDA graph, and replayed from then on.
+    name: Name
+    position: int
+    cached: list[int]
+    """Tokens in each of its KV caches when it was put in."""
+    read: int = 0
+    """Tokens read since."""
+
+
+class Slots(Generic[Name]):
+    """Up to `slots` streams by name, and one wake pass over a token of any of them.
+
+    `put` copies a stream's state in, `take` copies it out. On a GPU the pass over n streams is recorded as a CUDA graph the
+    first time and replayed afterwards.
 
     Args:
-        context: tokens that a window cache holds at most.
+        context: maximum number of tokens in a window cache.
     """
 
     def __init__(self, model: Model, slots: int, context: int) -> None:
         self.model, self.slots, self.context = model, slots, context
-        self.names: list[Name] = []
-        """Whose state stands in each row; the rows behind are free."""
-        self._positions: list[int] = []
-        self._read: list[int] = []  # tokens since a stream was put in
-        self._held: list[list[int]] = []  # what each of its KV caches held then
+        self._rows: list[_Row[Name]] = []
+        """The streams in the first rows of the buffers; the remaining rows are free."""
         fresh = model.init_state(slots)
         mixers = [block.mixer for block in model.blocks] * model.config.wake_loops
         self._reach: list[int | None] = [getattr(mixer, "reach", None) for mixer in mixers]
@@ -84,9 +94,19 @@ class Slots(Generic[Name]):
             self._ring(cache, reach) if isinstance(cache, KV) else cache for cache, reach in zip(fresh.window, self._reach, strict=True)
         )
         self.ids = torch.zeros(slots, 1, dtype=torch.int64, device=model.embed.weight.device)
-        """What `token` reads, [slots, 1]."""
+        """Input of `token`, [slots, 1]."""
         self._position = torch.zeros_like(self.ids[:, 0])
         self._recorded: dict[int, Callable[[], Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Name]:
+        """Names of the streams."""
+        return (row.name for row in self._rows)
+
+    def _index(self, name: Name) -> int | None:
+        return next((i for i, row in enumerate(self._rows) if row.name == name), None)
 
     def _ring(self, cache: KV, reach: int | None) -> SlotKV:
         slots, heads, _, dim = cache.key.shape
@@ -95,79 +115,79 @@ class Slots(Generic[Name]):
 
     @property
     def _buffers(self) -> list[Tensor]:
-        """All that belongs to the streams, a row each."""
+        """All tensors with a row per stream."""
         return (
             [s for s in self._fast if s is not None] + [x for cache in self._window if cache is not None for x in cache] + [self._position]
         )
 
     def put(self, name: Name, state: State) -> None:
-        """Give a stream, of batch size 1, a slot of its own; there must be a free one."""
-        row, position = len(self.names), int(state.position)
-        assert row < self.slots
+        """Copy the state of a stream, of batch size 1, into its slot, or into a free one; there must be one."""
+        i, position, cached = self._index(name), int(state.position), []
+        if i is None:
+            i = len(self._rows)
+            assert i < self.slots
         for ours, fast in zip(self._fast, state.fast, strict=True):
             if fast is not None:
-                ours[row] = fast[0]
-        held = []
+                ours[i] = fast[0]
         for ours, cache in zip(self._window, state.window, strict=True):
             if isinstance(ours, SlotKV):
-                held.append(cache.key.shape[2])
-                at = torch.arange(position - held[-1], position, device=cache.key.device) % ours.key.shape[2]
+                cached.append(cache.key.shape[2])
+                at = torch.arange(position - cached[-1], position, device=cache.key.device) % ours.key.shape[2]
                 for ring, kept in zip(ours, cache, strict=True):
-                    ring[row, :, at] = kept[0]
+                    ring[i, :, at] = kept[0]
             elif ours is not None:
                 for tail, kept in zip(ours, cache, strict=True):
-                    tail[row] = kept[0]
-        self._position[row] = position
-        self.names.append(name)
-        self._positions.append(position)
-        self._read.append(0)
-        self._held.append(held)
+                    tail[i] = kept[0]
+        self._position[i] = position
+        self._rows[i : i + 1] = [_Row(name, position, cached)]
 
     def take(self, name: Name) -> State:
-        """The state of a stream, which leaves its slot."""
-        row, last = self.names.index(name), len(self.names) - 1
-        self._swap(row, last)
-        position, held = self._positions[last], iter(self._held[last])
+        """Remove a stream from its slot. Returns its state."""
+        i, last = self._index(name), len(self._rows) - 1
+        assert i is not None
+        self._swap(i, last)
+        row = self._rows.pop()
+        position, cached = row.position, iter(row.cached)
         fast = tuple(None if s is None else s[last : last + 1].clone() for s in self._fast)
         window: list[Any] = []
         for cache, reach in zip(self._window, self._reach, strict=True):
             if isinstance(cache, SlotKV):
-                tokens = next(held) + self._read[last]
+                tokens = next(cached) + row.read
                 tokens = tokens if reach is None else min(tokens, reach - 1)
                 at = torch.arange(position - tokens, position, device=cache.key.device) % cache.key.shape[2]
                 window.append(KV(cache.key[last : last + 1, :, at], cache.value[last : last + 1, :, at]))
             else:
                 window.append(cache and cache._make(tail[last : last + 1].clone() for tail in cache))
-        for rows in (self.names, self._positions, self._read, self._held):
-            rows.pop()
         return State(fast, tuple(window), position)
 
     def read(self, names: Sequence[Name], ids: Tensor) -> Tensor:
-        """One wake pass over a token of each named stream, ids [n, 1]. Returns logits [n, 1, V].
+        """Run one wake pass over a token of each named stream, ids [n, 1]. Returns logits [n, 1, V].
 
-        An error leaves every stream as it was.
+        If it raises, every stream is as it was.
         """
         n = len(names)
-        free = [row for row in range(n) if self.names[row] not in names]
-        for row in [row for row in range(n, len(self.names)) if self.names[row] in names]:
-            self._swap(row, free.pop())
-        rows = [self.names.index(name) for name in names]
+        free = [i for i, row in enumerate(self._rows[:n]) if row.name not in names]
+        for i, row in enumerate(self._rows[n:], n):
+            if row.name in names:
+                self._swap(i, free.pop())
+        places = {row.name: i for i, row in enumerate(self._rows[:n])}
+        rows = [places[name] for name in names]
         self.ids[rows] = ids
         if self.ids.is_cuda:
             if n not in self._recorded:
                 self._recorded[n] = _record(partial(self.token, n, self.context), self._buffers)
             logits = self._recorded[n]()
         else:
-            logits = self.token(n, max(self._positions[:n]) + 1)
-        for row in range(n):
-            self._positions[row] += 1
-            self._read[row] += 1
+            logits = self.token(n, max(row.position for row in self._rows[:n]) + 1)
+        for row in self._rows[:n]:
+            row.position += 1
+            row.read += 1
         return logits[rows]
 
     def token(self, n: int, longest: int) -> Tensor:
-        """One wake pass over `ids` of the first n rows, at positions below `longest`. Returns logits [n, 1, V].
+        """Run one wake pass over `ids` of the first n rows, at positions below `longest`. Returns logits [n, 1, V].
 
-        What it reads and changes stands in buffers that stay where they are, so it can be compiled or recorded.
+        Reads and writes buffers that never move, so it can be compiled or recorded.
         """
         position = self._position[:n]
         positions = SlotPositions(position, longest)
@@ -190,25 +210,23 @@ class Slots(Generic[Name]):
     def _swap(self, a: int, b: int) -> None:
         if a == b:
             return
-        lists: list[list[Any]] = [self.names, self._positions, self._read, self._held]
-        for rows in lists:
-            rows[a], rows[b] = rows[b], rows[a]
+        self._rows[a], self._rows[b] = self._rows[b], self._rows[a]
         for tensor in self._buffers:
             tensor[[a, b]] = tensor[[b, a]]
 
 
 def _record(step: Callable[[], Tensor], buffers: list[Tensor]) -> Callable[[], Tensor]:
-    """`step` as a CUDA graph: what it launches, at once. It must change nothing but `buffers`, and returns the same memory always."""
+    """Record `step` as a CUDA graph. `step` must change nothing but `buffers`; every replay returns the same memory."""
     before = [buffer.clone() for buffer in buffers]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels are compiled and libraries set up before anything is recorded
+    with torch.cuda.stream(side):  # compile kernels and set up libraries before recording
         step()
     torch.cuda.current_stream().wait_stream(side)
     for buffer, was in zip(buffers, before, strict=True):
         buffer.copy_(was)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
         logits = step()
 
     def replay() -> Tensor:
@@ -219,9 +237,9 @@ def _record(step: Callable[[], Tensor], buffers: list[Tensor]) -> Callable[[], T
 
 
 def context_of(model: Model, context: int | None) -> int:
-    """Tokens that a window cache must hold. Raises ZooError."""
+    """Number of tokens that a window cache must hold. Raises ZooError."""
     if model.config.window is not None:
         return model.config.window
     if context is None or context < 1:
-        raise ZooError(f"context: {context}; {model.config.name} never sleeps, so say how many tokens a stream may have, at least 1")
+        raise ZooError(f"context: {context}; {model.config.name} never sleeps, so give the maximum number of tokens per stream, at least 1")
     return context

@@ -1,4 +1,4 @@
-"""Streams that run for long, and processes that are killed. The full sizes run in `make test-all`."""
+"""Long streams, and killed processes. The full sizes run in `make test-all`."""
 
 import gc
 import mmap
@@ -51,14 +51,14 @@ def test_memory_is_flat(evict, fed):
         place.append(stream.stats().tokens)
         held.append(live_bytes())
         resident.append(resident_bytes())
-    assert len(set(held[1:])) == 1  # not a byte in tensors, at the same point of the window
-    if fed >= 200_000:  # what the allocator does shows in a short stream
+    assert len(set(held[1:])) == 1  # equal in every byte of tensors, at the same point of the window
+    if fed >= 200_000:  # in a short stream, the allocator dominates
         slope = np.polyfit(place[3:], resident[3:], 1)[0]
         assert slope < 1, f"{slope:.2f} bytes per token"
 
 
 def program():
-    """What the killed process does: feed, sleep at every third piece, save after either."""
+    """Yield the steps of the killed process: feed, sleep at every third piece, and save after each."""
     ids = torch.randint(0, 11, (1, sum(PIECES)), generator=torch.Generator().manual_seed(0))
     for i, piece in enumerate(ids.split(PIECES, dim=1)):
         yield from [("feed", piece), ("save", None)]
@@ -67,7 +67,7 @@ def program():
 
 
 def run(stream, steps, file=None, phase=None):
-    """Each step's logits, or nothing, and what the stream has read and slept by then."""
+    """Yield the logits of each step, if any, and the numbers of tokens and sleeps afterwards."""
     for name, piece in steps:
         if phase is not None:
             phase[0] = PHASES.index(name)
@@ -82,7 +82,7 @@ def run(stream, steps, file=None, phase=None):
 
 
 def kill_and_replay(folder, kills):
-    """Run by `test_killed` in a process of its own, which forks the processes that it kills."""
+    """Fork processes and kill them; `test_killed` runs this in a process of its own."""
     sleeping, file, steps, chance = model("slide24"), folder / "stream", list(program()), random.Random(0)
     unbroken = list(run(zoo.Session(sleeping), steps))
     reached, whole, phase = [0, 0, 0], 0, mmap.mmap(-1, 1)
@@ -112,7 +112,7 @@ def kill_and_replay(folder, kills):
 
 @pytest.mark.parametrize("kills", [9, pytest.param(50, marks=pytest.mark.extended)])
 def test_killed(tmp_path, kills):
-    """kill -9 at random points: every file is whole, and the stream goes on from it bit for bit."""
+    """After kill -9 at random points, every file is complete, and the stream continues from it bit for bit."""
     code = (
         "import sys; sys.path.insert(0, '.'); from tests.zoo.sessions.test_endurance import *; "
         f"kill_and_replay(Path({str(tmp_path)!r}), {kills})"

@@ -1,4 +1,4 @@
-"""A pool: every stream as if it were alone, whatever the others do; tokens go first; a bound that refuses."""
+"""A pool: every stream answers as a session of its own would; tokens come first; the memory bound holds."""
 
 import copy
 import gc
@@ -12,10 +12,12 @@ import torch
 
 import zoo
 from zoo.blocks.mixer import mixers
-from zoo.sessions import sliced as sweep
+from zoo.sessions import sliced
+from zoo.sessions.scheduler import Scheduler
 from zoo.sessions.slots import Slots
 
 PAUSE = 60.0
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error::pytest.PytestUnraisableExceptionWarning")
 
 
 def model(name="gdn4-sleep2-hard6", layers="attn gdn", **fields):
@@ -34,7 +36,7 @@ def close(got, want):
 @pytest.mark.parametrize("kind", [*mixers.names(), "learned positions"])
 @torch.no_grad()
 def test_slots(kind, evict):
-    """Streams at different positions, put in and taken out in any order, a token at a time: the model one by one."""
+    """Streams at different positions, put in and taken out in any order: each token equals that of the model alone."""
     if kind == "learned positions" and evict != "hard9":
         return
     fields = {"layers": "attn gdn", "learned_positions": True} if kind == "learned positions" else {"layers": f"{kind} gdn"}
@@ -47,27 +49,27 @@ def test_slots(kind, evict):
     for n, name in enumerate("abcd"):  # prompts of different lengths
         states[name] = whole(tokens(n + 1, seed=n), states[name]).state
     for turn, names in enumerate(["ab", "abc", "cb", "bd", "dba", "a", "c"]):
-        for name in list(slots.names):
+        for name in list(slots):
             if name not in names and turn % 2:
                 close(slots.take(name), states[name])
-        while len({*slots.names, *names}) > 3:
-            slots.take(next(name for name in slots.names if name not in names))
+        while len({*slots, *names}) > 3:
+            slots.take(next(name for name in slots if name not in names))
         for name in names:
-            if name not in slots.names:
+            if name not in slots:
                 slots.put(name, states[name])
         ids = torch.cat([tokens(1, seed=turn + ord(name)) for name in names])
         got = slots.read(names, ids)
         for row, name in enumerate(names):
             want, states[name] = whole(ids[row : row + 1], states[name])
             close(got[row : row + 1], want)
-    for name in list(slots.names):
+    for name in list(slots):
         close(slots.take(name), states[name])
 
 
 @pytest.mark.parametrize("evict", ["hard9", "slide9"])
 @torch.no_grad()
 def test_slots_compiled(evict):
-    """A token of several streams is one graph, without a break."""
+    """A token of several streams compiles to one graph without a break."""
     whole = model(f"gdn4-sleep2-{evict}", layers="attn jet")
     slots, plain = (Slots(whole, 3, 9) for _ in range(2))
     slots.token = torch.compile(slots.token, fullgraph=True, backend="aot_eager")
@@ -83,7 +85,7 @@ def test_slots_compiled(evict):
 @pytest.mark.parametrize("evict", ["hard9", "slide9"])
 @torch.no_grad()
 def test_slots_recorded(evict):
-    """On a GPU: graphs of one, two and three streams, replayed while streams come and go; and sessions, which use them too."""
+    """On a GPU: graphs of one, two and three streams, replayed while streams are put in and taken out; and sessions, which use them too."""
     whole = model(f"gdn4-sleep2-{evict}", layers="attn jet swa gdn").cuda()
     slots, states = Slots(whole, 3, 9), {}
     for turn, names in enumerate(["a", "ab", "ab", "abc", "ca", "b", "abc"]):
@@ -105,9 +107,9 @@ def test_slots_recorded(evict):
 @pytest.mark.parametrize("evict", ["hard6", "slide6"])
 @pytest.mark.parametrize("when", ["full", "interval(4)"])
 def test_every_stream_as_if_alone(evict, when):
-    """More streams than slots, prompts longer than a window, sampling, sleeps together: what a session of its own says.
+    """More streams than slots, prompts longer than a window, sampling, sleeps in one batch: the tokens of a session of its own.
 
-    Under interval(4) a stream of the pool goes on while it sleeps, so only its state after that is the same.
+    Under interval(4) a stream of the pool reads on while it sleeps, so only the number of its tokens is compared.
     """
     sleeping = model(f"gdn4-sleep2-{evict}")
 
@@ -129,8 +131,8 @@ def test_every_stream_as_if_alone(evict, when):
             assert stats.sleeps == wanted_stats.sleeps
 
 
-def test_a_stream_that_goes_on_while_it_sleeps():
-    """The state after a sleep in the background is that of a sleep at once."""
+def test_a_stream_that_reads_while_it_sleeps():
+    """The state after a background sleep equals that after a sleep in the foreground."""
     sleeping = model("gdn4-sleep2-slide6")
     with zoo.SessionPool(sleeping, when="interval(4)") as pool:
         stream, plain = pool.open(), zoo.Session(sleeping, when="manual")
@@ -139,7 +141,7 @@ def test_a_stream_that_goes_on_while_it_sleeps():
         plain.feed(ids[:, :4])
         plain.sleep()
         plain.feed(ids[:, 4:])
-        stream.sleep()  # waits for the one under way, then sleeps on the two tokens left
+        stream.sleep()  # waits for the one under way, then consolidates the two remaining tokens
         plain.sleep()
         close(stream.state, plain.state)
         assert stream.stats().sleeps == 2
@@ -147,14 +149,14 @@ def test_a_stream_that_goes_on_while_it_sleeps():
 
 def test_idle_streams_sleep_in_the_gap_and_together(monkeypatch):
     sleeping, widths, now = model(), [], [0.0]
-    consolidation = sweep.consolidation
+    consolidate = sliced.consolidate
 
     def spy(self, ids, state=None, **how):
         widths.append(len(ids))
-        return consolidation(self, ids, state, **how)
+        return consolidate(self, ids, state, **how)
 
-    monkeypatch.setattr(sweep, "consolidation", spy)
-    monkeypatch.setattr("zoo.sessions.pool.time.monotonic", lambda: now[0])  # however long the machine takes to feed all of them
+    monkeypatch.setattr(sliced, "consolidate", spy)
+    monkeypatch.setattr("zoo.sessions.scheduler.time.monotonic", lambda: now[0])  # independent of how long feeding takes
     with zoo.SessionPool(sleeping, slots=4, when="idle(0.1)") as pool:
         streams = [pool.open() for _ in range(4)]
         for n, stream in enumerate(streams):
@@ -162,7 +164,7 @@ def test_idle_streams_sleep_in_the_gap_and_together(monkeypatch):
         assert not widths
         now[0] = 0.2
         for stream in streams:
-            assert stream._nap.ended.wait(PAUSE)
+            assert stream._stream.sleep.ended.wait(PAUSE)
         assert widths == [4]
         for n, stream in enumerate(streams):
             plain = zoo.Session(sleeping)
@@ -220,22 +222,22 @@ def live_bytes():
     ("name", "when"), [("gdn4-sleep2-hard30", "interval(20)"), ("gdn4-sleep2-slide30", "interval(20)"), ("gdn4", "full")]
 )
 def test_the_bound_in_bytes(name, when, monkeypatch):
-    """Whatever the streams do, they hold no more than what the pool says, and it does not say far too much."""
+    """The streams never exceed the bound, and the bound is not far too high."""
     whole, held, turns = model(name), [], itertools.count()
     how = {"slots": 2, "streams": 4, "when": when, "context": 60}
-    turn = zoo.SessionPool._turn
+    turn = Scheduler._turn
 
     def spy(self):
         turn(self)
-        if next(turns) % 16 == 0:  # to look at every object takes long
+        if next(turns) % 16 == 0:  # looking at every object takes long
             held.append(live_bytes())
 
-    gc.collect()  # what earlier tests left is not given back while the streams speak
+    gc.collect()  # so that nothing of earlier tests is freed while the streams run
     before = live_bytes()
     with zoo.SessionPool(whole, **how) as pool, ThreadPoolExecutor(4) as threads:
         streams = [pool.open() for _ in range(4)]
-        with monkeypatch.context() as watched:  # alone: no other thread may build a tuple while `gc` holds it
-            watched.setattr(zoo.SessionPool, "_turn", spy)
+        with monkeypatch.context() as watched:  # nothing else runs: no other thread may build a tuple while `gc` holds it
+            watched.setattr(Scheduler, "_turn", spy)
             list(threads.map(lambda stream: list(stream.generate(tokens(29), 30)), streams))
         assert pool.sleeps or name == "gdn4"
         assert pool.bytes / 6 < max(held) - before < pool.bytes
@@ -244,7 +246,7 @@ def test_the_bound_in_bytes(name, when, monkeypatch):
             zoo.SessionPool(whole, **how, max_bytes=pool.bytes - 1)
 
 
-def test_one_call_at_a_time_and_listeners_that_leave():
+def test_one_call_at_a_time_and_generation_that_is_dropped():
     with zoo.SessionPool(model()) as pool:
         stream, plain = pool.open(), zoo.Session(model())
         speech = stream.generate(tokens(3), 10_000)
@@ -259,16 +261,16 @@ def test_one_call_at_a_time_and_listeners_that_leave():
 
 
 def test_an_error_is_that_of_one_stream(monkeypatch):
-    """Of a sleep: raised to who waits for it, or by the next call; others go on, and the stream is as it was."""
+    """A failed sleep is raised by the call that waits for it, or by the next one; other streams continue, the stream is unchanged."""
     sleeping = model()
-    consolidation = sweep.consolidation
+    consolidate = sliced.consolidate
 
     def fails(self, ids, state=None, *, loops=None):
         if (ids == 7).all():
             raise MemoryError("no memory")
-        return consolidation(self, ids, state, loops=loops)
+        return consolidate(self, ids, state, loops=loops)
 
-    monkeypatch.setattr(sweep, "consolidation", fails)
+    monkeypatch.setattr(sliced, "consolidate", fails)
     with zoo.SessionPool(sleeping) as pool:
         bad, good = pool.open(), pool.open()
         sevens = torch.full((1, 6), 7)
@@ -279,7 +281,7 @@ def test_an_error_is_that_of_one_stream(monkeypatch):
         good.feed(tokens(6))
         assert bad.stats().tokens == 6
         bad.sleep(wait=False)
-        bad._nap and bad._nap.ended.wait(PAUSE)
+        bad._stream.sleep and bad._stream.sleep.ended.wait(PAUSE)
         with pytest.raises(MemoryError):
             bad.feed(tokens(1))
         monkeypatch.undo()
@@ -288,19 +290,21 @@ def test_an_error_is_that_of_one_stream(monkeypatch):
         close(bad.feed(tokens(3)), plain.feed(tokens(3)))
 
 
-def test_a_scheduler_that_dies_is_heard_of(monkeypatch):
+def test_a_scheduler_that_fails_is_reported(monkeypatch):
     with zoo.SessionPool(model()) as pool:
         stream = pool.open()
-        monkeypatch.setattr(pool, "_turn", lambda: 1 / 0)
+        monkeypatch.setattr(pool._scheduler, "_turn", lambda: 1 / 0)
         for _ in range(2):
             with pytest.raises((ZeroDivisionError, zoo.ZooError), match="division by zero"):
                 stream.feed(tokens(2))
-        assert not any(thread.name == "zoo-pool" and thread.is_alive() for thread in threading.enumerate() if thread is pool.thread)
+        assert not any(
+            thread.name == "zoo-pool" and thread.is_alive() for thread in threading.enumerate() if thread is pool._scheduler.thread
+        )
 
 
 @pytest.mark.parametrize("cycles", [20, pytest.param(1000, marks=pytest.mark.extended)])
-def test_nothing_stays_of_a_stream(cycles):
-    """Opened, asked, put to sleep and closed: no object, no thread, no byte of a tensor is left."""
+def test_a_closed_stream_is_released(cycles):
+    """Opened, used, put to sleep and closed: no object, thread or byte of a tensor remains."""
     with zoo.SessionPool(model(), slots=2, when="interval(4)") as pool:
 
         def use():
@@ -311,7 +315,7 @@ def test_nothing_stays_of_a_stream(cycles):
             return weakref.ref(stream)
 
         def left():
-            pool.open().close()  # what the scheduler was last about
+            pool.open().close()  # replaces what the scheduler handled last
             gc.collect()
             return len(gc.get_objects()), live_bytes(), threading.active_count()
 

@@ -1,4 +1,4 @@
-"""The choice of the next token, against the same rules written token by token in plain Python."""
+"""Sampling against the same rules written in plain Python, token by token."""
 
 import math
 
@@ -13,7 +13,7 @@ LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0], [-1.0, 3.0, 0.0, 0.5, 1.0]])
 
 
 def by_hand(logits, seen, temperature, top_k, top_p, penalty):
-    """Probabilities of one stream."""
+    """Compute the probabilities of one stream."""
     logits = [(x / penalty if x > 0 else x * penalty) if i in seen else x for i, x in enumerate(logits)]
     weights = [math.exp(x / temperature) for x in logits]
     order = sorted(range(len(weights)), key=lambda i: -weights[i])[: top_k or len(weights)]

@@ -1,4 +1,4 @@
-"""Sessions: any cut of a stream gives the same logits; a sleep in the background is taken up whole or leaves no trace."""
+"""Sessions: any cut of a stream gives the same logits; a background sleep is committed as a whole or leaves no trace."""
 
 import dataclasses
 import gc
@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import zoo
 from zoo.blocks.mixer import mixers
-from zoo.sessions.file import fingerprint
+from zoo.sessions import sliced
+from zoo.sessions.sleeping_model import TorchModel, fingerprint
+from zoo.sessions.slots import Slots
 
 POLICIES = ["hard6", "slide6"]
 PAUSE = 60.0  # seconds that no test waits for
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error::pytest.PytestUnraisableExceptionWarning")
 
 
 def model(name="gdn4-sleep2-hard6", layers="attn gdn", **fields):
@@ -41,24 +44,21 @@ def equal(a, b):
     return all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in pairs)
 
 
-class Gated:
+class Gated(TorchModel):
     """A model whose sleeps wait at the first block until `gate` is set, and fail if `error` is set."""
 
     def __init__(self, inner, error=None):
-        self.inner, self.error = inner, error
-        self.config, self.init_state = inner.config, inner.init_state
+        super().__init__(inner)
+        self.keeps_hidden, self.error = False, error
         self.begun, self.gate = threading.Event(), threading.Event()
 
-    def __call__(self, ids, state):
-        return self.inner(ids, state)
-
-    async def consolidation(self, ids, state, *, loops=None):
+    async def consolidate_in_slices(self, ids, state, *, loops=None, awake=None):
         self.begun.set()
         assert self.gate.wait(PAUSE)
-        await zoo.sessions.sliced.Turn()
+        await sliced.Slice()
         if self.error:
             raise self.error
-        return await zoo.sessions.sliced.consolidation(self.inner, ids, state, loops=loops)
+        return await super().consolidate_in_slices(ids, state, loops=loops, awake=awake)
 
 
 def gated(name="gdn4-sleep2-hard6", error=None, **how):
@@ -67,13 +67,13 @@ def gated(name="gdn4-sleep2-hard6", error=None, **how):
 
 def let_it_end(stream):
     stream.model.gate.set()
-    assert stream._nap.ended.wait(PAUSE)
+    assert stream._stream.sleep.ended.wait(PAUSE)
 
 
 @pytest.mark.parametrize("evict", POLICIES)
 @pytest.mark.parametrize("kind", mixers.names())
 def test_any_cut_is_what_the_loss_sees(kind, evict):
-    """Every mixer: the logits of a stream cut at random are those of training with `sleep_on: every`."""
+    """For every mixer, the logits of a stream cut anywhere equal those of training with `sleep_on: every`."""
     sleeping = model(f"gdn4-sleep2-{evict}", layers=f"{kind} gdn", sleep_on="every")
     ids = tokens(20)
     answers = sleeping.answers(ids, torch.ones_like(ids))
@@ -102,7 +102,7 @@ def test_a_full_window_sleeps_when_the_next_token_comes():
     assert torch.equal(stream.state.fast[1], stream.model.consolidate(ids, stream.model.init_state(2)).fast[1])
     assert not torch.equal(stream.state.fast[1], awake.fast[1])
     asleep = stream.state
-    stream.sleep()  # nothing to sleep on
+    stream.sleep()  # nothing to consolidate
     assert stream.state is asleep
 
 
@@ -149,14 +149,14 @@ def test_manual_refuses_what_does_not_fit_before_it_reads():
 
 
 @pytest.mark.parametrize("evict", POLICIES)
-def test_a_sleep_in_the_background_counts_as_if_at_once(evict):
+def test_a_background_sleep_equals_a_sleep_in_the_foreground(evict):
     stream, plain, awake = gated(f"gdn4-sleep2-{evict}"), session(f"gdn4-sleep2-{evict}"), session(f"gdn4-sleep2-{evict}")
     first, meanwhile, later = tokens(10).split([3, 2, 5], dim=1)
     for each in (stream, plain, awake):
         each.feed(first)
     stream.sleep(wait=False)
     assert stream.model.begun.wait(PAUSE)
-    assert torch.equal(stream.feed(meanwhile), awake.feed(meanwhile))  # answered by the state that has not slept
+    assert torch.equal(stream.feed(meanwhile), awake.feed(meanwhile))  # read from the state that has not slept
     assert stream.stats().sleeps == 0
     let_it_end(stream)
     plain.sleep()
@@ -167,7 +167,7 @@ def test_a_sleep_in_the_background_counts_as_if_at_once(evict):
     close(stream.feed(later), plain.feed(later))
 
 
-def test_a_full_window_waits_for_the_sleep_in_the_background():
+def test_a_full_window_waits_for_the_background_sleep():
     stream, plain = gated(), session()
     ids = tokens(12)
     stream.feed(ids[:, :2])
@@ -183,29 +183,29 @@ def test_a_full_window_waits_for_the_sleep_in_the_background():
     assert stream.stats().sleeps == plain.stats().sleeps == 2
 
 
-def test_idle_uses_the_pause():
+def test_an_idle_session_sleeps():
     stream, plain = session(when="idle(0)"), session()
     ids = tokens(9)
     for each in (stream, plain):
         each.feed(ids[:, :4])
-    assert stream._nap.ended.wait(PAUSE)
+    assert stream._stream.sleep.ended.wait(PAUSE)
     plain.sleep()
     assert equal(stream.state, plain.state)
     assert stream.stats().sleeps == 1
     assert torch.equal(stream.feed(ids[:, 4:]), plain.feed(ids[:, 4:]))
 
 
-def test_a_token_comes_before_an_idle_sleep_has_ended():
+def test_a_token_cancels_an_idle_sleep():
     stream, plain = gated(when="idle(0)"), session()
     ids = tokens(5)
     stream.feed(ids[:, :3])
     assert stream.model.begun.wait(PAUSE)
-    nap = stream._nap
+    sleep = stream._stream.sleep
     stream.schedule.pause = PAUSE
     got = stream.feed(ids[:, 3:])
     stream.model.gate.set()
-    assert nap.ended.wait(PAUSE)
-    assert nap.after is None
+    assert sleep.ended.wait(PAUSE)
+    assert sleep.after is None
     close(torch.cat([got], 1), plain.feed(ids)[:, 3:])
     assert stream.stats().sleeps == 0
     close(stream.state, plain.state)
@@ -219,7 +219,7 @@ def test_idle_waits_for_the_pause():
 
 
 @pytest.mark.parametrize("how", ["wait", "background", "idle"])
-def test_a_sleep_that_fails_is_heard_of_and_leaves_the_stream_as_it_was(how):
+def test_a_failed_sleep_is_raised_and_leaves_the_stream_unchanged(how):
     stream = gated(error=RuntimeError("out of memory"), when="idle(0)" if how == "idle" else "full")
     plain = session()
     ids = tokens(9)
@@ -232,10 +232,10 @@ def test_a_sleep_that_fails_is_heard_of_and_leaves_the_stream_as_it_was(how):
     else:
         if how == "background":
             stream.sleep(wait=False)
-        assert stream._nap.ended.wait(PAUSE)
+        assert stream._stream.sleep.ended.wait(PAUSE)
         with pytest.raises(RuntimeError, match="out of memory"):
             stream.feed(ids[:, 4:])
-    assert equal(stream._moment[:3], plain._moment[:3])
+    assert equal(stream._snapshot[:3], plain._snapshot[:3])
     stream.model.error = None
     close(stream.feed(ids[:, 4:]), plain.feed(ids[:, 4:]))
 
@@ -258,7 +258,7 @@ def test_fork(evict):
 @pytest.mark.parametrize("evict", POLICIES)
 @pytest.mark.parametrize("kind", mixers.names())
 def test_decode_steps_of_fixed_shapes(kind, evict, tmp_path, monkeypatch):
-    """What a GPU records: the same logits and states, whatever comes between the tokens."""
+    """The form that a GPU records: the same logits and states, with any other calls between the tokens."""
     sleeping, ids, file = model(f"gdn4-sleep2-{evict}", layers=f"{kind} gdn"), tokens(40), tmp_path / "stream"
 
     def live():
@@ -273,7 +273,7 @@ def test_decode_steps_of_fixed_shapes(kind, evict, tmp_path, monkeypatch):
         stream.sleep(loops=3)
         feed(2)
         stream.sleep(wait=False)
-        assert stream._nap.ended.wait(PAUSE)
+        assert stream._stream.sleep.ended.wait(PAUSE)
         feed(3)
         twin = stream.fork()
         feed(3)
@@ -285,13 +285,13 @@ def test_decode_steps_of_fixed_shapes(kind, evict, tmp_path, monkeypatch):
         logits += stream.generate(ids[:, :1], 8)
         return logits, stream.state, dataclasses.astuple(stream.stats())[:4]
 
-    def in_slots(self, ids):
-        used.append(self)
-        return decode(self, ids)
+    class Counted(Slots):
+        def read(self, names, ids):
+            used.append(self)
+            return super().read(names, ids)
 
-    want, used, decode = live(), [], zoo.Session._decode
-    monkeypatch.setattr("zoo.sessions.session._decodes_in_slots", lambda model: True)
-    monkeypatch.setattr(zoo.Session, "_decode", in_slots)
+    want, used = live(), []
+    monkeypatch.setattr(TorchModel, "slots", lambda self, streams: Counted(self.model, streams, self.config.window))
     close(live(), want)
     assert len(used) > 25
 
@@ -320,7 +320,7 @@ def test_generate_streams_greedily():
     for made in stream.generate(prompt, 9):
         assert torch.equal(made, token)
         token = manual.feed(token[:, None])[:, -1].argmax(-1)
-    # what was said is part of the stream: it is read when the stream goes on
+    # generated tokens are part of the stream: the last one is read by the next call
     assert stream.stats().tokens + 1 == manual.stats().tokens
     close(stream.feed(tokens(3)), manual.feed(tokens(3)))
     want = manual.feed(tokens(1))[:, -1].argmax(-1)
@@ -328,7 +328,7 @@ def test_generate_streams_greedily():
     assert torch.equal(next(stream.generate(None, 1)), want)
 
 
-def test_generation_that_is_dropped_keeps_what_was_said():
+def test_dropped_generation_keeps_the_tokens_it_yielded():
     stream, manual = session(), session()
     made = list(itertools.islice(stream.generate(tokens(5), 9), 3))
     assert all(map(torch.equal, made, manual.generate(tokens(5), 3)))
@@ -353,7 +353,7 @@ def test_stop():
         (lambda s: s.generate(tokens(1), 0), "generate: tokens: 0: input should be greater than or equal to 1"),
         (lambda s: s.generate(tokens(1), 3, temperature=-1), "temperature: -1"),
         (lambda s: s.generate(tokens(1), 3, top_p=0), "top_p: 0"),
-        (lambda s: s.generate(None, 3), "prompt: nothing has been read yet"),
+        (lambda s: s.generate(None, 3), "prompt: None; nothing has been read yet"),
         (lambda s: s.generate(tokens(0), 3), r"ids: \[2, 0\]"),
         (lambda s: s.feed(tokens(3, batch_size=1)), r"ids: \[1, 3\] torch.int64; want \[2, T\]"),
         (lambda s: s.feed(tokens(3).float()), "torch.float32; want"),
@@ -381,7 +381,7 @@ def test_bad_calls(call, message):
 
 @pytest.mark.parametrize("evict", POLICIES)
 @pytest.mark.parametrize("layers", ["attn gdn", "swa jet mamba2", "mamba"])
-def test_a_saved_stream_goes_on_bit_for_bit(tmp_path, layers, evict):
+def test_a_saved_stream_continues_bit_for_bit(tmp_path, layers, evict):
     sleeping = model(f"gdn4-sleep2-{evict}", layers=layers)
     for read in (0, 3, 6, 9):
         stream = zoo.Session(sleeping, 2)
@@ -389,7 +389,7 @@ def test_a_saved_stream_goes_on_bit_for_bit(tmp_path, layers, evict):
             list(stream.generate(tokens(read), 2))
         stream.save(tmp_path / "stream")
         loaded = zoo.Session(sleeping).load(tmp_path / "stream")
-        assert loaded._moment.counts == stream._moment.counts
+        assert loaded._snapshot.counts == stream._snapshot.counts
         ids = tokens(15, seed=1)
         assert torch.equal(loaded.feed(ids), stream.feed(ids))
     assert [path.name for path in tmp_path.iterdir()] == ["stream"]
@@ -397,8 +397,8 @@ def test_a_saved_stream_goes_on_bit_for_bit(tmp_path, layers, evict):
 
 @torch.no_grad()
 @pytest.mark.parametrize("evict", POLICIES)
-def test_a_sleep_goes_on_from_the_wake_pass(tmp_path, evict):
-    """Blocks that run while it sleeps: those of one pass less, also after a file and in a fork; all where tokens were read elsewhere."""
+def test_a_sleep_continues_from_the_wake_pass(tmp_path, evict):
+    """A sleep runs one pass less, also after save and load and in a fork; in a pool, which keeps no hidden states, it runs all."""
     sleeping, seen = model(f"gdn4-sleep3-{evict}"), []
     stream = zoo.Session(sleeping, 2, when="manual")
     for block in sleeping.blocks:
@@ -426,7 +426,7 @@ def test_a_sleep_goes_on_from_the_wake_pass(tmp_path, evict):
 
 
 def one_row(folder, sleeping):
-    """The file of a session of one stream that has read something."""
+    """Save a session of one stream that has read something. Returns the file."""
     stream = zoo.Session(sleeping, when="manual")
     stream.feed(tokens(3, batch_size=1))
     stream.save(folder / "row")
@@ -462,7 +462,7 @@ def test_another_model_is_refused(tmp_path):
 
 def test_weights_of_any_size_have_a_fingerprint():
     layer = torch.nn.Module()
-    layer.weight = torch.nn.Parameter(torch.zeros(1).expand(233_373_696))  # the embedding of jet2b; its last index is no float32
+    layer.weight = torch.nn.Parameter(torch.zeros(1).expand(233_373_696))  # the embedding of jet2b; float32 cannot represent its last index
     assert fingerprint(layer) != fingerprint(torch.nn.Linear(1, 1))
 
 
@@ -491,7 +491,7 @@ def test_a_damaged_file_is_refused(tmp_path):
         with pytest.raises(zoo.ZooError, match="not a whole session"):
             stream.load(file)
     save_file(tensors, file)
-    with pytest.raises(zoo.ZooError, match="format: None; want a session's file"):
+    with pytest.raises(zoo.ZooError, match="format: None; want a session file"):
         stream.load(file)
 
 
@@ -502,7 +502,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("cycles", [20, pytest.param(1000, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("how", ["closed", "dropped"])
-def test_nothing_stays_of_a_session(how, cycles):
+def test_a_session_is_released(how, cycles):
     sleeping = model()
 
     def use():

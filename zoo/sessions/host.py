@@ -1,0 +1,202 @@
+"""What a session asks of whoever runs it, and the simplest answer: the caller's own thread."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Coroutine, Generator, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.sessions.sleeping import Sleep, Worker
+from zoo.sessions.sleeping_model import SleepingModel
+from zoo.sessions.sliced import Slice, finish
+from zoo.sessions.slots import Slots
+from zoo.sessions.snapshot import Snapshot, after_reading, one_of, together, wake
+
+T = TypeVar("T")
+
+
+class PoolFullError(ZooError):
+    """The pool has no room for another stream."""
+
+
+class BusyError(ZooError):
+    """A stream received a call before its last one had returned."""
+
+
+@dataclass(frozen=True, eq=False)
+class Token:
+    """Request to read a token, ids [1, 1], in the next batch. The answer is its logits, [1, 1, V]."""
+
+    ids: Tensor
+
+    def __await__(self) -> Generator[Token, Tensor, Tensor]:
+        return (yield self)
+
+
+@dataclass(frozen=True, eq=False)
+class SleepEnd:
+    """Request to wait until a sleep has ended. The answer is None."""
+
+    sleep: Sleep
+
+    def __await__(self) -> Generator[SleepEnd, None, None]:
+        yield self
+
+
+Request = Slice | Token | SleepEnd
+Answer = int | Tensor | None
+Call = Coroutine[Request, Answer, T]
+"""A call under way. Its host answers the requests that it awaits; tokens and ends of sleeps are requested only by the host itself."""
+
+
+@dataclass(eq=False)
+class Stream:
+    """What a session and its host share."""
+
+    model: SleepingModel
+    snapshot: Snapshot
+    sleep: Sleep | None = None
+    """The sleep under way, or one that has ended and is not committed yet."""
+
+    def advance(self, snapshot: Snapshot) -> None:
+        """Replace the snapshot by one that has read more."""
+        self.snapshot = snapshot
+        if self.sleep is not None:
+            self.sleep.latest = snapshot
+
+    async def collect_finished_sleep(self) -> None:
+        """Commit the sleep if it has ended. Raises its error."""
+        sleep = self.sleep
+        if sleep is not None and sleep.ended.is_set():
+            self.sleep = None
+            if sleep.error is not None:
+                raise sleep.error
+            if sleep.after is not None:
+                self.snapshot = await sleep.commit()
+
+    def cancel_sleep(self) -> None:
+        """Cancel the sleep, if there is one."""
+        if self.sleep is not None:
+            self.sleep.cancel()
+            self.sleep = None
+
+
+class Host(Protocol):
+    """Runs the calls, wake passes and sleeps of sessions.
+
+    A host may keep the waking state of a stream in slots; `snapshot.waking` is None meanwhile, and any other value replaces the
+    state in the slots.
+    """
+
+    reads_while_asleep: bool
+    """Whether a sleep that is due before the window is full runs in the background."""
+    keeps_hidden: bool
+    """Whether there is memory for hidden states from which a sleep can continue."""
+    context: int | None
+    """Maximum number of tokens of a stream of a model that never sleeps; None: no limit."""
+
+    def open(self, stream: Stream) -> Host:
+        """Accept one more stream. Returns its host. Raises PoolFullError."""
+        ...
+
+    def close(self, stream: Stream) -> None:
+        """Cancel the stream's background sleep and release what the host holds for it."""
+        ...
+
+    def run(self, stream: Stream, call: Call[T]) -> T:
+        """Run a call to its end. Returns its result. Raises BusyError while another call of the stream is running."""
+        ...
+
+    def run_each(self, stream: Stream, calls: Iterator[Call[T]]) -> Iterator[T]:
+        """Run calls one after the other, each before the next is made. Yields their results."""
+        ...
+
+    async def wake(self, stream: Stream, ids: Tensor) -> tuple[Tensor, Snapshot]:
+        """Run one wake pass over ids: [B, T], or over the first of them. Returns logits and the snapshot afterwards."""
+        ...
+
+    def reclaim(self, stream: Stream) -> None:
+        """Move the stream's waking state from slots back into its snapshot."""
+        ...
+
+    def begin(self, stream: Stream, sleep: Sleep, *, wait: bool) -> None:
+        """Start a sleep: in the background, after its pause; or, if the caller waits for it, as soon as possible."""
+        ...
+
+    async def wait(self, sleep: Sleep) -> None:
+        """Wait until a sleep that has begun has ended."""
+        ...
+
+
+class Alone:
+    """Host of one session: the caller's thread. Background sleeps run in a thread of their own.
+
+    Where that is faster, tokens are decoded in slots: on a GPU, one CUDA graph per token.
+    """
+
+    reads_while_asleep = False
+    keeps_hidden = True
+    context: int | None = None
+
+    def __init__(self) -> None:
+        self._slots: Slots[int] | None = None
+        self._worker: Worker | None = None
+
+    def open(self, stream: Stream) -> Host:
+        return Alone()
+
+    def close(self, stream: Stream) -> None:
+        stream.cancel_sleep()
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def run(self, stream: Stream, call: Call[T]) -> T:
+        with torch.no_grad():
+            return finish(call)
+
+    def run_each(self, stream: Stream, calls: Iterator[Call[T]]) -> Iterator[T]:
+        for call in calls:
+            yield self.run(stream, call)
+
+    async def wake(self, stream: Stream, ids: Tensor) -> tuple[Tensor, Snapshot]:
+        if ids.shape[1] == 1:
+            if self._slots is None or self._slots.slots != len(ids):
+                self.reclaim(stream)
+                self._slots = stream.model.slots(len(ids))
+            if self._slots is not None:
+                return self._decode(stream, self._slots, ids)
+        self.reclaim(stream)
+        return wake(stream.model, stream.snapshot, ids)
+
+    def _decode(self, stream: Stream, slots: Slots[int], ids: Tensor) -> tuple[Tensor, Snapshot]:
+        """Run one wake pass over a token of each stream in slots."""
+        if stream.snapshot.waking is not None:
+            for n in range(len(ids)):
+                slots.put(n, one_of(stream.snapshot.waking, n))
+            stream.advance(stream.snapshot._replace(waking=None, hidden=None))
+        logits = slots.read(range(len(ids)), ids)
+        return logits, after_reading(stream.model, stream.snapshot, ids, logits, None)
+
+    def reclaim(self, stream: Stream) -> None:
+        if stream.snapshot.waking is None:
+            assert self._slots is not None
+            states = [self._slots.take(n) for n in range(len(self._slots))]
+            stream.snapshot = stream.snapshot._replace(waking=together(states))
+
+    def begin(self, stream: Stream, sleep: Sleep, *, wait: bool) -> None:
+        if wait:
+            sleep.run()
+            return
+        if self._worker is None:
+            self._worker = Worker()
+            weakref.finalize(self, self._worker.close)
+        self._worker.begin(sleep)
+
+    async def wait(self, sleep: Sleep) -> None:
+        sleep.ended.wait()

@@ -1,0 +1,353 @@
+"""The thread that runs the streams of a pool: tokens of all streams in one batch, sleeps and prompts in slices between them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.model import Model
+from zoo.sessions import sliced
+from zoo.sessions.host import Answer, BusyError, Call, Host, PoolFullError, SleepEnd, Stream, Token
+from zoo.sessions.sleeping import Sleep
+from zoo.sessions.slots import Slots
+from zoo.sessions.snapshot import Snapshot, after_reading, one_of, together, wake_in_slices
+
+T = TypeVar("T")
+SLICE = 32  # tokens per slice while a stream is waiting for a token
+LONG_SLICE = 256  # tokens per slice otherwise, and tokens of a prompt that are read in one pass
+SHARE = 0.25  # of the usual time of a token: the time for background sleeps after it
+
+
+class _Pending:
+    """A call that has not returned."""
+
+    def __init__(self, stream: Stream, call: Call[Any]) -> None:
+        self.stream, self.call = stream, call
+        self.result: Future[Any] = Future()
+        self.cancelled = False
+
+
+class Scheduler:
+    """Host of all streams of a pool.
+
+    Every turn reads one token for each stream that requests one, in one batch. Prompts and sleeps run in slices, one block over up
+    to `SLICE` tokens: after a batch of tokens for `SHARE` of its usual time, or longer if streams wait for prompts and sleeps; all
+    the time if none requests a token. Sleeps that start at the same position with the same number of tokens while no stream
+    requests a token run as one batch.
+
+    Args:
+        slots: maximum number of streams in a batch; more take turns.
+        streams: maximum number of open streams.
+        context: maximum number of tokens in a window cache.
+    """
+
+    reads_while_asleep = True
+    keeps_hidden = False
+
+    def __init__(self, model: Model, slots: int, streams: int, context: int) -> None:
+        self.model, self.streams = model, streams
+        self.context: int | None = context
+        self.sleeps = 0
+        """Number of sleeps that have ended."""
+        self._slots: Slots[Stream] = Slots(model, slots, context)
+        self._open: set[Stream] = set()
+        self._changed = threading.Condition()
+        self._calls: dict[Stream, _Pending] = {}
+        """The call of each busy stream."""
+        self._arrived: list[_Pending] = []
+        """Calls that have not started."""
+        self._in_slices: deque[_Pending] = deque()
+        """Calls that request a slice."""
+        self._for_tokens: deque[tuple[_Pending, Tensor]] = deque()
+        """Calls that request a token to be read."""
+        self._for_sleeps: list[tuple[_Pending, Sleep]] = []
+        """Calls that wait for a sleep."""
+        self._sleeps: list[tuple[float, Sleep]] = []
+        """Sleeps that have not ended, and when they are due."""
+        self._group: tuple[list[Sleep], Coroutine[Any, int | None, None]] | None = None
+        """The sleeps under way, as one batch."""
+        self._usual: dict[int, float] = {}
+        """Seconds that a batch of n tokens usually takes."""
+        self._credit = self._cost = 0.0
+        """Time budget left for slices, and the cost of the most expensive recent slice, in seconds."""
+        self._prompt_was_last = False
+        self._closed = False
+        self._failure: BaseException | None = None
+        self.thread = threading.Thread(target=self._serve, name="zoo-pool", daemon=True)
+        self.thread.start()
+
+    def __len__(self) -> int:
+        """Number of open streams."""
+        return len(self._open)
+
+    # The host: called in the threads of the callers.
+
+    def open(self, stream: Stream) -> Host:
+        with self._changed:
+            if len(self._open) >= self.streams:
+                raise PoolFullError(f"streams: {self.streams} are open, and no more are allowed; close one first")
+            self._open.add(stream)
+        return self
+
+    def close(self, stream: Stream) -> None:
+        async def release() -> None:
+            stream.cancel_sleep()
+            if stream in self._slots:
+                self._slots.take(stream)
+
+        with contextlib.suppress(ZooError):  # the pool is closed
+            self.run(stream, release())
+        with self._changed:
+            self._open.discard(stream)
+
+    def run(self, stream: Stream, call: Call[T]) -> T:
+        return self._submit(stream, call).result.result()
+
+    def run_each(self, stream: Stream, calls: Iterator[Call[T]]) -> Iterator[T]:
+        results: SimpleQueue[tuple[T] | None] = SimpleQueue()
+
+        async def run_all() -> None:
+            for call in calls:
+                results.put((await call,))
+
+        pending = self._submit(stream, run_all())
+        pending.result.add_done_callback(lambda _: results.put(None))
+        try:
+            while (result := results.get()) is not None:
+                yield result[0]
+        finally:
+            pending.cancelled = True  # the caller may have dropped the iterator
+            if threading.current_thread() is not self.thread:  # the garbage collector may run in any thread
+                pending.result.result()
+
+    def _submit(self, stream: Stream, call: Call[Any]) -> _Pending:
+        pending = _Pending(stream, call)
+        try:
+            with self._changed:
+                if self._failure is not None:
+                    raise ZooError(f"pool: it has failed: {self._failure}") from self._failure
+                if self._closed:
+                    raise ZooError("pool: it is closed")
+                if stream not in self._open:
+                    raise ZooError("stream: it is closed")
+                if stream in self._calls:
+                    raise BusyError("stream: it is busy with another call")
+                self._calls[stream] = pending
+                self._arrived.append(pending)
+                self._changed.notify()
+        except ZooError:
+            call.close()
+            raise
+        return pending
+
+    def stop(self) -> None:
+        """Cancel everything and end the thread. Pending calls raise ZooError."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self.thread.join()
+
+    # The host: called by calls, in the scheduler's thread.
+
+    async def wake(self, stream: Stream, ids: Tensor) -> tuple[Tensor, Snapshot]:
+        if ids.shape[1] > 1:
+            self.reclaim(stream)
+            return await wake_in_slices(stream.model, stream.snapshot, ids[:, :LONG_SLICE])
+        logits = await Token(ids)
+        return logits, after_reading(stream.model, stream.snapshot, ids, logits, None)
+
+    def reclaim(self, stream: Stream) -> None:
+        if stream in self._slots:
+            state = self._slots.take(stream)
+            if stream.snapshot.waking is None:
+                stream.snapshot = stream.snapshot._replace(waking=state)
+
+    def begin(self, stream: Stream, sleep: Sleep, *, wait: bool) -> None:
+        if sleep.pause is None:  # a pause starts when the call has returned
+            self._sleeps.append((time.monotonic(), sleep))
+
+    async def wait(self, sleep: Sleep) -> None:
+        if not sleep.ended.is_set():
+            await SleepEnd(sleep)
+
+    # The thread.
+
+    def _serve(self) -> None:
+        try:
+            with torch.no_grad():
+                while self._wait_for_work():
+                    self._turn()
+            error: BaseException = ZooError("pool: it is closed")
+        except BaseException as failure:
+            self._failure = error = failure
+        with self._changed:
+            self._closed = True
+            calls, self._calls = list(self._calls.values()), {}
+        if self._group is not None:
+            self._group[1].close()
+        for pending in calls:
+            pending.call.close()
+            pending.result.set_exception(error)
+
+    def _wait_for_work(self) -> bool:
+        """Block until there is something to do. Returns False once the pool is closed."""
+        with self._changed:
+            while not self._closed:
+                self._sleeps = [(due, sleep) for due, sleep in self._sleeps if not sleep.cancelled]
+                if self._arrived or self._in_slices or self._for_tokens or self._group:
+                    return True
+                wait = min((due for due, _ in self._sleeps), default=float("inf")) - time.monotonic()
+                if wait <= 0:
+                    return True
+                self._changed.wait(None if wait == float("inf") else wait)
+        return False
+
+    def _turn(self) -> None:
+        """Read one token for each stream that requests one, then run the slices that fit into the gap."""
+        with self._changed:
+            arrived, self._arrived = self._arrived, []
+        for pending in arrived:
+            self._advance(pending)
+        if not self._for_tokens:
+            self._run_slice(LONG_SLICE)
+            return
+        batch = [self._for_tokens.popleft() for _ in range(min(len(self._for_tokens), self._slots.slots))]
+        started = time.perf_counter()
+        self._read_tokens(batch)
+        seconds = time.perf_counter() - started
+        usual = self._usual[len(batch)] = 0.9 * self._usual.get(len(batch), seconds) + 0.1 * seconds
+        waiting = len(self._in_slices) + len(self._for_sleeps)
+        gap = max(SHARE, waiting / len(batch)) * usual  # equal time for every stream that waits, for a token or for slices
+        # less after a token that took longer, so that no turn is much longer than others
+        self._credit = min(self._credit + usual + gap - seconds, gap)
+        while self._credit >= min(self._cost, gap) and (self._in_slices or self._group or self._due()):
+            started = time.perf_counter()
+            self._run_slice(SLICE)
+            seconds = time.perf_counter() - started
+            self._credit -= seconds
+            self._cost = max(seconds, 0.95 * self._cost)
+
+    def _read_tokens(self, batch: list[tuple[_Pending, Tensor]]) -> None:
+        """Read one token for each call in the batch."""
+        streams = [pending.stream for pending, _ in batch]
+        try:
+            for stream in streams:
+                self._put_in_slot(stream, streams)
+            logits = self._slots.read(streams, torch.cat([ids for _, ids in batch]))
+        except Exception as error:
+            for pending, _ in batch:
+                self._advance(pending, error=error)
+            return
+        for (pending, _), row in zip(batch, logits, strict=True):
+            self._advance(pending, row[None])
+
+    def _put_in_slot(self, stream: Stream, batch: list[Stream]) -> None:
+        """Put the stream's state in a slot, if necessary in place of a stream outside the batch."""
+        if stream.sleep is not None and stream.sleep.up_to_date:  # it has ended since the token was requested
+            sliced.finish(stream.collect_finished_sleep())
+        state = stream.snapshot.waking
+        if state is None:
+            return
+        while stream not in self._slots and len(self._slots) >= self._slots.slots:
+            self.reclaim(next(other for other in self._slots if other not in batch))
+        self._slots.put(stream, state)
+        stream.advance(stream.snapshot._replace(waking=None, hidden=None))
+
+    def _run_slice(self, tokens: int) -> None:
+        """Run one slice of a prompt or of sleeps; alternate if calls wait for both."""
+        self._prompt_was_last = bool(self._in_slices) and not (self._for_sleeps and self._prompt_was_last)
+        if self._prompt_was_last:
+            self._advance(self._in_slices.popleft(), tokens)
+        else:
+            self._run_sleeps(tokens)
+
+    def _advance(self, pending: _Pending, answer: Answer = None, error: Exception | None = None) -> None:
+        """Answer the request of a call, and queue its next one."""
+        try:
+            request = pending.call.send(answer) if error is None else pending.call.throw(error)
+        except StopIteration as done:
+            self._return(pending, done.value)
+            return
+        except BaseException as raised:
+            self._return(pending, error=raised)
+            return
+        if pending.cancelled:
+            pending.call.close()
+            self._return(pending)
+        elif isinstance(request, Token):
+            self._for_tokens.append((pending, request.ids))
+        elif isinstance(request, SleepEnd):
+            self._for_sleeps.append((pending, request.sleep))
+        else:
+            self._in_slices.append(pending)
+
+    def _return(self, pending: _Pending, value: Any = None, error: BaseException | None = None) -> None:
+        """Pass the result of a call, or its error, to the caller. From now on the stream is idle."""
+        sleep = pending.stream.sleep
+        if sleep is not None and sleep.pause is not None and all(sleep is not other for _, other in self._sleeps):
+            self._sleeps.append((time.monotonic() + sleep.pause, sleep))
+        with self._changed:
+            self._calls.pop(pending.stream, None)
+        if error is None:
+            pending.result.set_result(value)
+        else:
+            pending.result.set_exception(error)
+
+    def _due(self) -> list[Sleep]:
+        """Sleeps that are due; those that calls wait for come first."""
+        now, awaited = time.monotonic(), {id(sleep) for _, sleep in self._for_sleeps}
+        due = [sleep for at, sleep in self._sleeps if at <= now and not sleep.cancelled]
+        return sorted(due, key=lambda sleep: id(sleep) not in awaited)
+
+    def _run_sleeps(self, tokens: int) -> None:
+        """Run one slice of the sleeps under way, or start the next ones."""
+        if self._group is not None and all(sleep.cancelled for sleep in self._group[0]):
+            self._group[1].close()
+            self._group = None
+        if self._group is None:
+            due = self._due()
+            if not due:
+                return
+            sleeps = [due[0]] if self._for_tokens else [sleep for sleep in due if _batch_key(sleep) == _batch_key(due[0])]
+            self._group, most = (sleeps, self._consolidate(sleeps)), None
+        else:
+            most = max(1, tokens // len(self._group[0]))
+        sleeps, work = self._group
+        try:
+            work.send(most)
+            return
+        except StopIteration:
+            pass
+        except Exception as error:
+            for sleep in sleeps:
+                sleep.error = error
+        self._group = None
+        for sleep in sleeps:
+            sleep.end()
+            self.sleeps += sleep.after is not None
+        self._sleeps = [(due, sleep) for due, sleep in self._sleeps if sleep not in sleeps]
+        self._in_slices.extendleft(pending for pending, sleep in self._for_sleeps if sleep in sleeps)
+        self._for_sleeps = [(pending, sleep) for pending, sleep in self._for_sleeps if sleep not in sleeps]
+
+    async def _consolidate(self, sleeps: list[Sleep]) -> None:
+        """Run sleeps with the same key as one batch."""
+        start = together([sleep.before.start for sleep in sleeps])
+        state = await sliced.consolidate(self.model, torch.cat([sleep.before.ids for sleep in sleeps]), start, loops=sleeps[0].loops)
+        for n, sleep in enumerate(sleeps):
+            if not sleep.cancelled:
+                await sleep.catch_up(one_of(state, n))
+
+
+def _batch_key(sleep: Sleep) -> tuple[int, int, int | None]:
+    """Position, tokens and loops: sleeps that agree in them can run as one batch."""
+    return int(sleep.before.start.position), sleep.before.ids.shape[1], sleep.loops

@@ -1,0 +1,132 @@
+"""What a session asks of a model: the contract, and how `zoo.Model` fulfils it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Coroutine
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zoo.config import ModelConfig
+from zoo.model import Model
+from zoo.sessions import sliced
+from zoo.sessions.sliced import Slice
+from zoo.sessions.slots import Slots
+from zoo.state import Output, State
+
+SAMPLES = 64  # values of each weight that enter the fingerprint
+
+
+class SleepingModel(Protocol):
+    """A model that can be used in a session. States are never changed in place."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights: a session file can only be loaded with the weights that it was saved with."""
+        ...
+
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether `wake_pass` returns hidden states, from which a sleep can continue."""
+        ...
+
+    def init_state(self, batch_size: int = 1) -> State:
+        """The state of `batch_size` streams before their first token."""
+        ...
+
+    def wake_pass(self, ids: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
+        """Run one wake pass over ids: [B, T].
+
+        Returns logits [B, T, V], the state, and with `keeps_hidden` the hidden states [B, T, D] after the last block.
+        """
+        ...
+
+    def wake_in_slices(self, ids: Tensor, state: State) -> Coroutine[Slice, int | None, Output]:
+        """Run one wake pass over ids: [B, T], interruptible at every `Slice` that it awaits."""
+        ...
+
+    def consolidate_in_slices(
+        self, ids: Tensor, state: State, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
+    ) -> Coroutine[Slice, int | None, State]:
+        """Sleep on one window, ids: [B, n], from the state at its start; interruptible at every `Slice` that it awaits.
+
+        Args:
+            loops: passes of the span, default `config.loops`.
+            awake: with `keeps_hidden`, the hidden states [B, n, D] and the state after the wake passes over ids.
+        """
+        ...
+
+    def slots(self, streams: int) -> Slots[int] | None:
+        """Buffers for decoding steps of fixed shapes; None where these are not faster."""
+        ...
+
+    def plain(self, state: State) -> State:
+        """Convert a state to the caches of `zoo.Model`, which session files contain."""
+        ...
+
+    def ringed(self, state: State) -> State:
+        """Convert a state back from the caches of `zoo.Model`."""
+        ...
+
+
+def sleeping_model(model: Model | SleepingModel) -> SleepingModel:
+    """Return `model` in the form that sessions use."""
+    return TorchModel(model) if isinstance(model, nn.Module) else model
+
+
+class TorchModel:
+    """`zoo.Model` as a `SleepingModel`."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.config = model, model.config
+        # torch.compile and other wrappers replace the call as a whole, so its parts must not be called one by one
+        self._whole = not isinstance(model, Model) or model._compiled_call_impl is not None
+        self.keeps_hidden = model.wakes_as_it_sleeps and model.config.window is not None and not self._whole
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    def init_state(self, batch_size: int = 1) -> State:
+        return self.model.init_state(batch_size)
+
+    def wake_pass(self, ids: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
+        if not self.keeps_hidden:
+            return *self.model(ids, state), None
+        h, state = self.model.wake(ids, state)
+        return self.model.logits(h), state, h
+
+    async def wake_in_slices(self, ids: Tensor, state: State) -> Output:
+        return await sliced.wake(self.model, ids, state)
+
+    async def consolidate_in_slices(
+        self, ids: Tensor, state: State, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
+    ) -> State:
+        return await sliced.consolidate(self.model, ids, state, loops=loops, awake=awake)
+
+    def slots(self, streams: int) -> Slots[int] | None:
+        # on a CPU there are no graphs to gain from, and a cache without a bound has no fixed shape
+        window = self.config.window
+        return Slots(self.model, streams, window) if window is not None and self.model.embed.weight.is_cuda and not self._whole else None
+
+    def plain(self, state: State) -> State:
+        return state
+
+    def ringed(self, state: State) -> State:
+        return state
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of a few values of every weight."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        values = weight.detach().flatten()
+        places = torch.linspace(0, len(values) - 1, min(SAMPLES, len(values)), dtype=torch.float64).long()  # float32 counts to 2**24
+        some = values[places].float().cpu()
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
