@@ -302,6 +302,24 @@ def test_a_scheduler_that_fails_is_reported(monkeypatch):
         )
 
 
+def test_refused_and_interrupted_calls_are_closed(monkeypatch):
+    """Busy, closed, failed: no coroutine is left behind unawaited, which Python would report here as an error."""
+    with zoo.SessionPool(model(), streams=2) as pool:
+        stream, other = pool.open(), pool.open()
+        speech = stream.generate(tokens(3), 10_000)
+        next(speech)
+        with pytest.raises(zoo.sessions.pool.BusyError):
+            stream.feed(tokens(1))
+        other.close()
+        with pytest.raises(zoo.ZooError, match="it is closed"):
+            other.feed(tokens(1))
+    with pytest.raises(zoo.ZooError, match="pool: it is closed"):
+        list(speech)
+    with pytest.raises(zoo.ZooError, match="pool: it is closed"):
+        stream.sleep()
+    gc.collect()
+
+
 @pytest.mark.parametrize("cycles", [20, pytest.param(1000, marks=pytest.mark.extended)])
 def test_a_closed_stream_is_released(cycles):
     """Opened, used, put to sleep and closed: no object, thread or byte of a tensor remains."""

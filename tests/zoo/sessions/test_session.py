@@ -296,6 +296,15 @@ def test_decode_steps_of_fixed_shapes(kind, evict, tmp_path, monkeypatch):
     assert len(used) > 25
 
 
+@pytest.mark.parametrize("evict", [*POLICIES, "full"])
+def test_tokens_kept_by_an_eviction(evict):
+    """The number equals the length of the caches after an eviction."""
+    reading = model("gdn4-sleep2-" + evict if evict != "full" else "gdn4")
+    for count in range(1, 7):
+        cache = reading.evict(reading(tokens(count)).state).window[0]
+        assert reading.eviction.kept(count) == cache.key.shape[2]
+
+
 @pytest.mark.parametrize("evict", POLICIES)
 def test_stats(evict):
     stream = session(f"gdn4-sleep2-{evict}")
@@ -333,6 +342,18 @@ def test_dropped_generation_keeps_the_tokens_it_yielded():
     made = list(itertools.islice(stream.generate(tokens(5), 9), 3))
     assert all(map(torch.equal, made, manual.generate(tokens(5), 3)))
     close(stream.feed(tokens(2)), manual.feed(tokens(2)))
+
+
+def test_a_pending_token_survives_a_sleep_that_ends_meanwhile():
+    stream, plain = gated(), session()
+    for each in (stream, plain):
+        each.feed(tokens(3))
+    stream.sleep(wait=False)
+    made = next(stream.generate(None, 1))
+    let_it_end(stream)
+    plain.sleep()
+    close(stream.feed(tokens(2)), plain.feed(torch.cat([made[:, None], tokens(2)], dim=1))[:, 1:])
+    assert stream.stats().tokens == plain.stats().tokens == 6
 
 
 def test_stop():
