@@ -76,12 +76,12 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
         like = model.plain(fresh.state)
         state = model.ringed(_unpack("state", tensors, like)._replace(position=positions[0]))
         start = model.ringed(_unpack("start", tensors, like)._replace(position=positions[1])) if _has("start", tensors) else state
-        ids, pending, logits = _take("ids", tensors, fresh.ids), _take("said", tensors, fresh.ids), None
+        ids, pending, logits = _tensor("ids", tensors, fresh.ids), _tensor("said", tensors, fresh.ids), None
         if counts.tokens:
-            logits = _take("logits", tensors, tensors["logits"].new_zeros(len(ids), model.config.vocab_size))
+            logits = _tensor("logits", tensors, tensors["logits"].new_zeros(len(ids), model.config.vocab_size))
         hidden = None if ids.shape[1] else fresh.hidden
         if json.loads(header["hidden"]) and fresh.hidden is not None:
-            hidden = (_take("hidden", tensors, tensors["hidden"].new_zeros(*ids.shape, model.config.d_model)),)
+            hidden = (_tensor("hidden", tensors, tensors["hidden"].new_zeros(*ids.shape, model.config.d_model)),)
         return Snapshot(state, start, ids, logits, pending, hidden, counts)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise ZooError(f"{path}: not a whole session: {error}") from None
@@ -115,15 +115,15 @@ def _has(prefix: str, tensors: Mapping[str, Tensor]) -> bool:
 
 def _unpack(prefix: str, tensors: Mapping[str, Tensor], like: State) -> State:
     """Read a state from `tensors`, with the layout of `like`, a new stream's state."""
-    fast = tuple(None if s is None else _take(f"{prefix}.fast.{i}", tensors, s) for i, s in enumerate(like.fast))
+    fast = tuple(None if s is None else _tensor(f"{prefix}.fast.{i}", tensors, s) for i, s in enumerate(like.fast))
     window: list[Any] = []
     for i, cache in enumerate(like.window):
         fields = {} if cache is None else cache._asdict()
-        window.append(cache and cache._make(_take(f"{prefix}.window.{i}.{field}", tensors, tensor) for field, tensor in fields.items()))
+        window.append(cache and cache._make(_tensor(f"{prefix}.window.{i}.{field}", tensors, tensor) for field, tensor in fields.items()))
     return State(fast, tuple(window), like.position)
 
 
-def _take(name: str, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
+def _tensor(name: str, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
     """Read a tensor with the shape of `like`, larger only where a dimension of `like` is 0."""
     tensor = tensors[name]
     if (

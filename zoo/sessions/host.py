@@ -1,4 +1,4 @@
-"""What a session asks of whoever runs it, and the simplest answer: the caller's own thread."""
+"""The contract between a session and its host, which runs it; and the simplest host, the calling thread."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ Call = Coroutine[Request, Answer, T]
 
 @dataclass(eq=False)
 class Stream:
-    """What a session and its host share."""
+    """The data that a session and its host share."""
 
     model: SleepingModel
     snapshot: Snapshot
@@ -94,9 +94,9 @@ class Host(Protocol):
     """
 
     reads_while_asleep: bool
-    """Whether a sleep that is due before the window is full runs in the background."""
+    """True if a sleep that is due before the window is full runs in the background."""
     keeps_hidden: bool
-    """Whether there is memory for hidden states from which a sleep can continue."""
+    """True if sessions may keep hidden states, from which a sleep can continue."""
     context: int | None
     """Maximum number of tokens of a stream of a model that never sleeps; None: no limit."""
 

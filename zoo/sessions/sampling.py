@@ -42,7 +42,7 @@ class Sampler:
 
     @property
     def over(self) -> bool:
-        """Whether every stream has stopped."""
+        """True once every stream has stopped."""
         return bool(self._over.all())
 
     def __call__(self, logits: Tensor) -> Tensor:

@@ -230,7 +230,7 @@ class Scheduler:
         gap = max(SHARE, waiting / len(batch)) * usual  # equal time for every stream that waits, for a token or for slices
         # less after a token that took longer, so that no turn is much longer than others
         self._credit = min(self._credit + usual + gap - seconds, gap)
-        while self._credit >= min(self._cost, gap) and (self._in_slices or self._group or self._due()):
+        while self._credit >= min(self._cost, gap) and (self._in_slices or self._group or self._due_sleeps()):
             started = time.perf_counter()
             self._run_slice(SLICE)
             seconds = time.perf_counter() - started
@@ -303,7 +303,7 @@ class Scheduler:
         else:
             pending.result.set_exception(error)
 
-    def _due(self) -> list[Sleep]:
+    def _due_sleeps(self) -> list[Sleep]:
         """Sleeps that are due; those that calls wait for come first."""
         now, awaited = time.monotonic(), {id(sleep) for _, sleep in self._for_sleeps}
         due = [sleep for at, sleep in self._sleeps if at <= now and not sleep.cancelled]
@@ -315,7 +315,7 @@ class Scheduler:
             self._group[1].close()
             self._group = None
         if self._group is None:
-            due = self._due()
+            due = self._due_sleeps()
             if not due:
                 return
             sleeps = [due[0]] if self._for_tokens else [sleep for sleep in due if _batch_key(sleep) == _batch_key(due[0])]

@@ -70,7 +70,7 @@ class Sleep:
 
     @property
     def up_to_date(self) -> bool:
-        """Whether the result covers everything that the stream has read."""
+        """True if the result covers everything that the stream has read."""
         return self.ended.is_set() and self.after is not None and not self._missed(self.after).shape[1]
 
     def cancel(self) -> None:

@@ -1,4 +1,4 @@
-"""What a session asks of a model: the contract, and how `zoo.Model` fulfils it."""
+"""The contract between a session and its model, and how `zoo.Model` fulfils it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SleepingModel(Protocol):
 
     @property
     def keeps_hidden(self) -> bool:
-        """Whether `wake_pass` returns hidden states, from which a sleep can continue."""
+        """True if `wake_pass` returns hidden states, from which a sleep can continue."""
         ...
 
     def init_state(self, batch_size: int = 1) -> State:

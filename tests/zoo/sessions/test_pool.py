@@ -115,18 +115,18 @@ def test_every_stream_as_if_alone(evict, when):
 
     def alone(n, session):
         how = {"temperature": 1.0, "seed": n}
-        said = [int(t) for t in session.generate(tokens(1 + 3 * n, seed=n), 17, **how)]
-        said += [int(t) for t in session.generate(tokens(2, seed=n), 9, stop=[3], **how)]
+        made = [int(t) for t in session.generate(tokens(1 + 3 * n, seed=n), 17, **how)]
+        made += [int(t) for t in session.generate(tokens(2, seed=n), 9, stop=[3], **how)]
         session.sleep()
-        return said, session.state, session.stats()
+        return made, session.state, session.stats()
 
     want = [alone(n, zoo.Session(sleeping, when=when)) for n in range(6)]
     with zoo.SessionPool(sleeping, slots=4, streams=6, when=when) as pool, ThreadPoolExecutor(6) as threads:
         got = list(threads.map(lambda n: alone(n, pool.open()), range(6)))
-    for (said, state, stats), (wanted, wanted_state, wanted_stats) in zip(got, want, strict=True):
+    for (made, state, stats), (wanted, wanted_state, wanted_stats) in zip(got, want, strict=True):
         assert (stats.tokens, stats.state_bytes) == (wanted_stats.tokens, wanted_stats.state_bytes) or when != "full"
         if when == "full":
-            assert said == wanted
+            assert made == wanted
             close(state, wanted_state)
             assert stats.sleeps == wanted_stats.sleeps
 
@@ -254,9 +254,9 @@ def test_one_call_at_a_time_and_generation_that_is_dropped():
         with pytest.raises(zoo.ZooError, match="busy"):
             stream.feed(tokens(1))
         speech.close()
-        said = stream.stats().tokens + 1 - 3
-        assert said < 9_000
-        list(plain.generate(tokens(3), said))
+        made = stream.stats().tokens + 1 - 3
+        assert made < 9_000
+        list(plain.generate(tokens(3), made))
         close(stream.feed(tokens(4)), plain.feed(tokens(4)))
 
 
