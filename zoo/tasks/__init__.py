@@ -1,4 +1,4 @@
-"""Tasks that tell a model that sleeps from one that does not: seeded sequences, a scorer, a baseline."""
+"""Tasks on which sleep makes a difference: seeded sequences, held-out contexts, the accuracy of a guess."""
 
 from zoo.tasks.task import Batch as Batch
 from zoo.tasks.task import Split as Split

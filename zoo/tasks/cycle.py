@@ -1,4 +1,4 @@
-"""`cycle`: a permutation with one cycle is shown in a window; later, where do k hops from a node lead?"""
+"""`cycle`: the window shows a permutation that is one cycle; the questions ask where k hops from a node lead."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from zoo.tasks.task import Batch, Task, tasks
 
 @tasks.register("cycle")
 class Cycle(Task):
-    """The window shows f(0) ... f(m - 1), so the place of a token is the node it follows; the prediction chunk asks `k x`
-    and answers f^k(x), and so do more of them if there are more questions.
+    """A window shows f(0) ... f(m - 1), so the index of a token is the node whose successor it is. Prediction chunks follow:
+    each question `k x` is answered by f^k(x). As many chunks as the questions need.
 
-    Tokens: node x is x, "k hops" is m - 1 + k; of joint questions, "k hops from x" is k m + x. All questions of a sequence
-    differ. f is gone from attention when the questions come, so the walk must have been done while asleep.
+    Tokens: node x is x, "k hops" is m - 1 + k; in joint questions, "k hops from x" is k m + x. All questions of a sequence
+    differ. Attention no longer sees f when the questions are asked, so the model must follow the hops while it sleeps.
     """
 
     name = "cycle"
     level_name = "hops"
-    nodes: int = Field(12, ge=3, description="m, nodes on the cycle")
-    hops: int = Field(4, ge=1, description="questions ask for 1 .. hops hops")
-    joint: bool = Field(False, description="ask by one token for each k and x, so that a question is not two to be put together")
-    questions: int | None = Field(None, ge=1, description="per sequence; default as many as a window holds; more fill more windows")
+    nodes: int = Field(12, ge=3, description="m, number of nodes on the cycle")
+    hops: int = Field(4, ge=1, description="largest number of hops in a question")
+    joint: bool = Field(False, description="encode a question (k, x) as one token instead of two")
+    questions: int | None = Field(None, ge=1, description="per sequence; default: as many as fit into one window")
 
     @model_validator(mode="after")
     def _fits(self) -> Cycle:
@@ -37,7 +37,7 @@ class Cycle(Task):
 
     @property
     def length(self) -> int:
-        """Tokens of a question and its answer."""
+        """Number of tokens in a question and its answer."""
         return 2 if self.joint else 3
 
     @property
@@ -49,7 +49,7 @@ class Cycle(Task):
         return self.nodes
 
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """f of each cycle: [count, nodes]."""
+        """Return random cycles f: [count, nodes]."""
         order = rng.permuted(np.tile(np.arange(self.nodes), (count, 1)), axis=1)
         successor = np.empty_like(order)
         np.put_along_axis(successor, order, np.roll(order, -1, axis=1), axis=1)

@@ -1,4 +1,4 @@
-"""`depo`: a cycle of named nodes is shown edge by edge over several windows; later, where do k hops from a node lead?"""
+"""`depo`: several windows show the edges of a cycle of named nodes; the questions ask where k hops from a node lead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from zoo.tasks.task import Batch, Split, Task, tasks
 
-LETTERS = 50  # a name is 0 or 1 of these tokens, then one of as many others that end it
+LETTERS = 50  # a name is at most one of these tokens, followed by one of 50 others that end a name
 PAD, LAST, HOP = 0, 1 + LETTERS, 2 * LETTERS
 
 
@@ -16,20 +16,20 @@ PAD, LAST, HOP = 0, 1 + LETTERS, 2 * LETTERS
 class Depo(Task):
     """Depo of arXiv 2605.26099, section 5, with the names of Depo1 ("Physics of Language Models", part 4.1).
 
-    A directed cycle of n <= `nodes` nodes: its edges `u v` in random order, padded on the left to 4 windows of `nodes` tokens;
-    then a prediction chunk of questions `k u ; v`, v being k hops from u, padded on the right. Names are 1 or 2 tokens, all
-    different. `;` and v are to be predicted, as in the source, so that losses compare. Start nodes of a sequence differ.
+    A directed cycle of n <= `nodes` nodes: its edges `u v` in random order, padded on the left to 4 windows of `nodes` tokens.
+    Then a prediction chunk of questions `k u ; v`, where v is k hops from u, padded on the right. Names are distinct and have
+    one or two tokens. `;` and v are supervised, as in the source, so that losses are comparable. No start node is asked about twice.
 
     Tokens: 0 pads; 1-50 begin names of two tokens; 51-100 end names; 100 + k is "k hops"; 101 + hops is `;`.
-    n is drawn with P(n) ~ 1 / (n + sqrt(nodes)) from 3 .. nodes in training, and is `nodes` when held out.
+    In training, n is drawn from 3 .. nodes with P(n) ~ 1 / (n + sqrt(nodes)); held-out cycles have all `nodes` nodes.
     """
 
     name = "depo"
     level_name = "hops"
-    nodes: int = Field(75, ge=3, le=1000, description="on the largest cycle; also the window")
-    hops: int = Field(16, ge=1, description="questions ask for 1 .. hops hops")
+    nodes: int = Field(75, ge=3, le=1000, description="number of nodes on the largest cycle; also the window in tokens")
+    hops: int = Field(16, ge=1, description="largest number of hops in a question")
     questions: int = Field(10, ge=1, description="per sequence, at most n")
-    largest: bool = Field(False, description="every cycle has all nodes, in training too")
+    largest: bool = Field(False, description="use all nodes in training too")
 
     @model_validator(mode="after")
     def _fits(self) -> Depo:
@@ -51,7 +51,7 @@ class Depo(Task):
         return super().batch(seed, step, size, split)
 
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """Along the cycle, each node's name (a number) and the place of its edge: [count, 2, nodes]; -1 from n on."""
+        """Return, along each cycle, the name of every node (a number) and the rank of its edge: [count, 2, nodes]; -1 past n."""
         sizes = np.arange(3, self.nodes + 1)
         odds = 1 / (sizes + self.nodes**0.5)
         n = np.full(count, self.nodes) if self.largest else rng.choice(sizes, count, p=odds / odds.sum())
@@ -80,19 +80,21 @@ class Depo(Task):
         return Batch(ids, level > 0, level)
 
     def chance(self) -> float:
-        """`;` always comes; a name's tokens are guessed among the letters, its length among 1 and 2 (less than 0.01 off for
-        few nodes, whose names are more often short than if they could be equal)."""
+        """Accuracy of always predicting `;` and guessing the length and tokens of a name.
+
+        Off by less than 0.01 where nodes are few: their names, being distinct, are short a little more often.
+        """
         return (1 + 0.5 / LETTERS + 0.5 / LETTERS) / 2.5
 
 
 def spell(name: int) -> list[int]:
-    """The tokens of a name."""
+    """Return the tokens of a name."""
     before, last = divmod(int(name), LETTERS)
     return [LAST + last] if before == 0 else [before, LAST + last]
 
 
 def _names(rng: np.random.Generator, count: int) -> list[int]:
-    """Different names, of 1 or 2 letters with equal odds."""
+    """Distinct names, of one or two tokens with equal probability."""
     found: dict[int, None] = {}
     while len(found) < count:
         before = rng.integers(1, LETTERS + 1, count) * rng.integers(0, 2, count)

@@ -1,4 +1,4 @@
-"""`gsm-infinite`: a question, then facts about named quantities, some of which answer it in a few operations; then the answer."""
+"""`gsm-infinite`: a question, then facts about named quantities, of which a few operations give the answer."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ OPERATIONS: tuple[tuple[str, Callable[[int, int], int]], ...] = (
     ("difference", lambda a, b: a - b),
     ("product", lambda a, b: a * b),
 )
-SHARE_OF_NUMBERS = 0.4  # of the facts that do not matter; the rest are operations
+SHARE_OF_NUMBERS = 0.4  # of the irrelevant facts; the others are operations
 
 
 class Fact(NamedTuple):
-    """`name` is a number, or an operation on two other quantities."""
+    """A quantity that equals a number, or an operation on two other quantities."""
 
     name: int
     value: int
@@ -61,37 +61,39 @@ class Problem(NamedTuple):
     operations: int
 
 
-class Told(NamedTuple):
-    """A problem in tokens."""
+class Encoded(NamedTuple):
+    """A problem as tokens."""
 
     ids: list[int]
     answer: list[int]
-    """The last of `ids`."""
+    """The last tokens of `ids`, which are supervised."""
     operations: int
 
 
 @tasks.register("gsm-infinite")
 class GsmInfinite(Task):
-    """Problems of the kind of GSM-Infinite (arXiv 2502.05252) as in arXiv 2605.26099, section 6: the question stands first, no
-    working is shown, and facts that do not matter fill a sequence to `shortest` .. `longest` tokens.
+    """Problems in the style of GSM-Infinite (arXiv 2502.05252), as in arXiv 2605.26099, section 6: the question comes first, no
+    intermediate steps are shown, and irrelevant facts extend a sequence to `shortest` .. `longest` tokens.
 
-    The facts that matter are a graph of 1 .. `operations` sums, differences and products over numbers from 1 to 9, every value at
-    most 99; the others go on building on it, so that nothing but the question tells them apart. All stand in random order.
-    Sequences are padded on the left to `longest` tokens; the answer, and the token that ends it, are to be predicted.
+    The relevant facts form a graph of 1 .. `operations` sums, differences and products of numbers from 1 to 9, with values of
+    at most 99. Irrelevant facts extend this graph, so that only the question tells them apart. Facts are shuffled.
+    Sequences are padded on the left to `longest` tokens. The answer and the token that ends it are supervised.
 
-    Tokens: words and numbers, each a token; or those of `tokenizer`; or the bytes of problems read from files.
+    Tokens: words and numbers, one token each; or the tokens of `tokenizer`; or, for problems read from files, bytes.
     """
 
     name = "gsm-infinite"
     level_name = "operations"
-    operations: int = Field(8, ge=1, le=64, description="problems take 1 .. operations")
-    shortest: int = Field(2000, ge=1, description="tokens of a sequence without padding, up to the size of a fact")
-    longest: int = Field(3300, ge=1, le=16000, description="tokens of a sequence")
-    width: int = Field(2000, ge=2, description="tokens of a window")
-    tokenizer: str | None = Field(None, description="a tokenizer.json; 'hub:OWNER/NAME' downloads that of a repository")
-    end: str = Field("<|endoftext|>", description="the token of `tokenizer` that ends an answer and pads")
-    train: str | None = Field(None, description="file of problems of GSM-Infinite, a JSON object per line, instead of generated ones")
-    test: str | None = Field(None, description="another one, held out")
+    operations: int = Field(8, ge=1, le=64, description="largest number of operations in a problem")
+    shortest: int = Field(
+        2000, ge=1, description="smallest number of tokens in a sequence, padding excluded; may be missed by the length of a fact"
+    )
+    longest: int = Field(3300, ge=1, le=16000, description="number of tokens in a sequence, padding included")
+    width: int = Field(2000, ge=2, description="window in tokens")
+    tokenizer: str | None = Field(None, description="path of a tokenizer.json, or 'hub:OWNER/NAME' to download that of a repository")
+    end: str = Field("<|endoftext|>", description="token of `tokenizer` that ends an answer and pads")
+    train: str | None = Field(None, description="file of GSM-Infinite problems to use instead of generated ones; one JSON object per line")
+    test: str | None = Field(None, description="held-out file of problems")
 
     @model_validator(mode="after")
     def _fits(self) -> GsmInfinite:
@@ -106,7 +108,7 @@ class GsmInfinite(Task):
             raise ValueError(f"test: {self.test} is also the file to train on")
         if self.train is None and self.operations * 40 > self.shortest:
             raise ValueError(f"operations: the facts of {self.operations} may not fit into {self.shortest} tokens, shortest")
-        _ = self.text, self._files  # what cannot be read is told now
+        _ = self.text, self._files  # report unreadable files now
         return self
 
     @cached_property
@@ -125,7 +127,7 @@ class GsmInfinite(Task):
         return self.width
 
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """The facts that matter, in the order of their computation: [count, 2 operations + 1, 5]; -1 where there are fewer."""
+        """Return the relevant facts in order of computation: [count, 2 operations + 1, 5], padded with -1."""
         found = np.full((count, 2 * self.operations + 1, len(Fact._fields)), -1)
         dice = random.Random(int(rng.integers(2**63)))
         for row in found:
@@ -144,7 +146,7 @@ class GsmInfinite(Task):
         return self._laid_out([self._files[split][i] for i in chosen])
 
     def chance(self) -> float:
-        """The commonest token of an answer after those before it."""
+        """Accuracy of the most frequent next token of an answer, given the tokens before it."""
         after = Counter((tuple(answer[:i]), token) for answer in self._answers for i, token in enumerate(answer))
         best: dict[tuple[int, ...], int] = {}
         for (before, _), times in after.items():
@@ -152,37 +154,38 @@ class GsmInfinite(Task):
         return sum(best.values()) / after.total()
 
     def exact_chance(self) -> float:
-        """The commonest answer."""
+        """Return the share of the most frequent answer."""
         return max(Counter(map(tuple, self._answers)).values()) / len(self._answers)
 
     @cached_property
     def _answers(self) -> list[list[int]]:
-        """To the held-out problems of the file, or to 20,000 generated ones."""
+        """Answers to the held-out problems of the file, or to 20,000 generated ones."""
         if self._files is not None:
-            return [told.answer for told in self._files["test"]]
+            return [encoded.answer for encoded in self._files["test"]]
         dice = random.Random(0)
         return [self._answer(_graph(dice, dice.randint(1, self.operations))[-1].value) for _ in range(20_000)]
 
     @cached_property
-    def _files(self) -> dict[Split, list[Told]] | None:
-        """The problems of the files that are not too long."""
+    def _files(self) -> dict[Split, list[Encoded]] | None:
+        """Problems of the files with at most `longest` tokens."""
         if self.train is None or self.test is None:
             return None
         paths: dict[Split, str] = {"train": self.train, "test": self.test}
         fit = {
-            split: [told for p in read_problems(path) if len((told := self._told(p)).ids) <= self.longest] for split, path in paths.items()
+            split: [encoded for p in read_problems(path) if len((encoded := self._encoded(p)).ids) <= self.longest]
+            for split, path in paths.items()
         }
         for split, path in paths.items():
             if not fit[split]:
                 raise ValueError(f"{split}: {path}: no problem of at most {self.longest} tokens, longest")
         return fit
 
-    def _filled(self, dice: random.Random, matter: list[Fact]) -> Told:
-        """A problem of as many tokens as are drawn: facts that matter among others that do not."""
+    def _filled(self, dice: random.Random, relevant: list[Fact]) -> Encoded:
+        """Return a problem of random length: the relevant facts among irrelevant ones."""
         target = dice.randint(self.shortest, self.longest)
-        facts, asked, names = list(matter), matter[-1], {fact.name for fact in matter}
-        bare = Problem(_question(asked), "", str(asked.value), sum(fact.operation >= 0 for fact in matter))
-        room = target - len(self._told(bare).ids) - sum(map(self._length, facts))
+        facts, asked, names = list(relevant), relevant[-1], {fact.name for fact in relevant}
+        bare = Problem(_question(asked), "", str(asked.value), sum(fact.operation >= 0 for fact in relevant))
+        room = target - len(self._encoded(bare).ids) - sum(map(self._length, facts))
         while room > 0 and len(names) < NAMES:
             while (name := dice.randrange(NAMES)) in names:
                 pass
@@ -192,11 +195,11 @@ class GsmInfinite(Task):
                 facts.append(_operation(dice, name, *dice.sample(facts, 2)))
             names.add(name)
             room -= self._length(facts[-1])
-        while True:  # tokens of single facts may add up to more or less than those of the text
-            told = self._told(bare._replace(facts=" ".join(map(str, dice.sample(facts, len(facts))))))
-            if len(told.ids) <= target:
-                return told
-            if len(facts) == len(matter):
+        while True:  # the text may have more or fewer tokens than its facts one by one
+            encoded = self._encoded(bare._replace(facts=" ".join(map(str, dice.sample(facts, len(facts))))))
+            if len(encoded.ids) <= target:
+                return encoded
+            if len(facts) == len(relevant):
                 raise ZooError(f"task {self}: shortest: {self.shortest} tokens cannot hold the facts of {bare.operations} operations")
             facts.pop()
 
@@ -206,32 +209,32 @@ class GsmInfinite(Task):
     def _answer(self, answer: int | str) -> list[int]:
         return [*self.text.encode(f" {answer}"), *self.text.after]
 
-    def _told(self, problem: Problem) -> Told:
+    def _encoded(self, problem: Problem) -> Encoded:
         answer = self._answer(problem.answer)
-        return Told(self.text.encode(f"{problem.question} Problem: {problem.facts} Answer:") + answer, answer, problem.operations)
+        return Encoded(self.text.encode(f"{problem.question} Problem: {problem.facts} Answer:") + answer, answer, problem.operations)
 
-    def _laid_out(self, problems: Sequence[Told]) -> Batch:
+    def _laid_out(self, problems: Sequence[Encoded]) -> Batch:
         ids = np.full((len(problems), self.longest), self.text.pad)
         level = np.zeros_like(ids)
-        for row, operations, told in zip(ids, level, problems, strict=True):
-            row[-len(told.ids) :] = told.ids
-            operations[-len(told.answer) :] = told.operations
+        for row, operations, encoded in zip(ids, level, problems, strict=True):
+            row[-len(encoded.ids) :] = encoded.ids
+            operations[-len(encoded.answer) :] = encoded.operations
         return Batch(ids, level > 0, level)
 
 
 def _graph(dice: random.Random, operations: int) -> list[Fact]:
-    """Numbers and so many operations on them, each needed for the last one."""
+    """Return numbers and `operations` operations on them, all of which the last one depends on."""
     names = iter(dice.sample(range(NAMES), 2 * operations + 1))
     facts: list[Fact] = []
-    open_: list[Fact] = []  # results that nothing uses yet
+    open_: list[Fact] = []  # results that no operation uses yet
 
     def number() -> Fact:
         facts.append(Fact(next(names), dice.randint(1, 9)))
         return facts[-1]
 
     for left in range(operations, 0, -1):
-        # the operations left must be enough to bring the open results together
-        kinds = [*(["begin"] if len(open_) < left else []), *(["go on"] if open_ else []), *(["join"] if len(open_) > 1 else [])]
+        # the remaining operations must suffice to join the open results
+        kinds = [*(["begin"] if len(open_) < left else []), *(["extend"] if open_ else []), *(["join"] if len(open_) > 1 else [])]
         kind = dice.choice(kinds if len(open_) <= left else ["join"])
         if kind == "begin":
             a, b = number(), number()
@@ -245,7 +248,7 @@ def _graph(dice: random.Random, operations: int) -> list[Fact]:
 
 
 def _operation(dice: random.Random, name: int, a: Fact, b: Fact) -> Fact:
-    """One of those whose value is between 1 and the largest, if there is one; else a difference of zero."""
+    """Return a random operation with a value from 1 to LARGEST; if there is none, a difference of 0."""
     a, b = (a, b) if dice.random() < 0.5 else (b, a)
     high, low = (a, b) if a.value >= b.value else (b, a)
     fits = [i for i, (_, run) in enumerate(OPERATIONS) if 1 <= run(high.value, low.value) <= LARGEST]
@@ -265,8 +268,10 @@ def _question(fact: Fact) -> str:
 
 
 def read_problems(path: str) -> list[Problem]:
-    """Problems in the files that GSM-Infinite's generator writes: objects with `problem`, `question`, `op`, and a `solution` that
-    holds "Answer: <number>.". Raises ValueError."""
+    """Read a file written by the generator of GSM-Infinite. Raises ValueError.
+
+    Each line is a JSON object with `problem`, `question`, `op`, and a `solution` that contains "Answer: <number>.".
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -286,7 +291,7 @@ def _problem(line: str, where: str) -> Problem:
 
 
 class Text(Protocol):
-    """A tokenizer of whole texts."""
+    """Interface of a tokenizer."""
 
     size: int
     pad: int
@@ -297,7 +302,7 @@ class Text(Protocol):
 
 
 class Words:
-    """The words of generated problems, every number, and 0 for padding. Answers are one token, and need no end."""
+    """Tokenizer of generated problems: a token per word or number, and 0 for padding. Answers are one token and need no end."""
 
     pad = 0
     after: tuple[int, ...] = ()
@@ -318,7 +323,7 @@ class Words:
 
 
 class Utf8:
-    """Bytes; 0 ends and pads."""
+    """Tokenizer with one token per byte; 0 ends answers and pads."""
 
     size, pad = 256, 0
     after: tuple[int, ...] = (0,)
@@ -334,7 +339,7 @@ def _downloaded(repository: str) -> str:
 
 
 class FromFile:
-    """A tokenizer.json."""
+    """Tokenizer of a tokenizer.json."""
 
     def __init__(self, path: str, end: str) -> None:
         try:
@@ -343,7 +348,7 @@ class FromFile:
             raise ValueError(f"tokenizer: {path}: needs pip install 'sleep-zoo[serve]'") from None
         try:
             self._tokenizer = Tokenizer.from_file(_downloaded(path.removeprefix("hub:")) if path.startswith("hub:") else path)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(f"tokenizer: {path}: cannot be read: {error}") from None
         found = self._tokenizer.token_to_id(end)
         if found is None:

@@ -1,4 +1,4 @@
-"""`passkey`: pairs of key and value stand among noise in several windows; later, which value has a key? Plain recall."""
+"""`passkey`: several windows hold key-value pairs among noise; the questions ask which value belongs to a key: plain recall."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from zoo.tasks.task import Batch, Task, tasks
 
 @tasks.register("passkey")
 class Passkey(Task):
-    """Associative recall: nothing is to be worked out, so it shows whether sleep costs memory.
+    """Associative recall. It needs no computation, so it shows whether sleep costs memory.
 
-    Each of `windows` windows holds `pairs` pairs `key value` at random even places, noise between them. The prediction chunk
-    asks `key value` for pairs of any window. Keys of a sequence differ.
+    Each of `windows` windows holds `pairs` pairs `key value` at random even positions, with noise between them. The prediction
+    chunk asks for the value of keys from any window. The keys of a sequence are distinct.
 
-    Tokens: keys are 0 .. keys - 1, then come the values, then the noise.
+    Tokens: keys are 0 .. keys - 1, followed by the values, then the noise.
     """
 
     name = "passkey"
     level_name = "windows ago"
-    width: int = Field(64, ge=2, description="tokens of a window")
+    width: int = Field(64, ge=2, description="window in tokens")
     windows: int = Field(4, ge=1)
-    pairs: int = Field(4, ge=1, description="per window; 1: a passkey")
-    questions: int | None = Field(None, ge=1, description="per sequence; default all pairs, or as many as a window holds")
+    pairs: int = Field(4, ge=1, description="number of pairs per window; 1: a passkey")
+    questions: int | None = Field(None, ge=1, description="per sequence; default: all pairs, or as many as fit into one window")
     keys: int = Field(64, ge=1)
     values: int = Field(64, ge=2)
     noise: int = Field(64, ge=1)
@@ -48,7 +48,7 @@ class Passkey(Task):
         return self.width
 
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """Tokens: [count, windows * width]."""
+        """Return tokens: [count, windows * width]."""
         slots = self.width // 2
         ids = rng.integers(self.keys + self.values, self.vocab_size, (count, self.windows, self.width))
         key = rng.permuted(np.tile(np.arange(self.keys), (count, 1)), axis=1)[:, : self.windows * self.pairs]

@@ -1,4 +1,4 @@
-"""`rule110`: the state of a cellular automaton is shown; what is its first cell after t steps?"""
+"""`rule110`: windows show states of a cellular automaton; the question is the first cell of each after t steps."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Rule110(Task):
     """Cellular automaton of arXiv 2605.26099, section 4: independent random states on a ring, one per window,
     then the first cell of each after `steps` steps of rule 110.
 
-    Tokens: the cells 0 and 1, and one query token that opens the prediction chunk. A sequence counts as right when
-    every answer is.
+    Tokens: the cells 0 and 1, and a query token that starts the prediction chunk. A sequence counts as correct if all of its
+    answers are.
     """
 
     name = "rule110"
     level_name = "steps"
-    width: int = Field(24, ge=3, le=63, description="cells of a state, which is also the window")
-    strings: int = Field(4, ge=1, description="states per sequence")
-    steps: int = Field(32, ge=0, description="t")
+    width: int = Field(24, ge=3, le=63, description="number of cells in a state; also the window in tokens")
+    strings: int = Field(4, ge=1, description="number of states per sequence")
+    steps: int = Field(32, ge=0, description="t, number of steps of the automaton")
 
     @property
     def vocab_size(self) -> int:
@@ -35,7 +35,7 @@ class Rule110(Task):
         return self.width
 
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """Cells of each state: [count, strings, width]."""
+        """Return the cells of each state: [count, strings, width]."""
         return rng.integers(0, 2, (count, self.strings, self.width))
 
     def pose(self, rng: np.random.Generator, contexts: NDArray[np.int64]) -> Batch:
@@ -59,14 +59,14 @@ class Rule110(Task):
     def share_of_ones(self) -> float:
         """Probability that a cell is 1 after `steps` steps: over all states up to 24 cells, else over 2^20 random ones.
 
-        By the ring's symmetry every cell has the same probability, so all cells are counted.
+        All cells are counted: by symmetry of the ring they have the same probability.
         """
         exhaustive = self.width <= 24
         count = 2 ** min(self.width, 24) if exhaustive else 2**20
         rng = np.random.default_rng(0)
         width, one, ones = np.uint64(self.width), np.uint64(1), 0
         everything = np.uint64(2**self.width - 1)
-        for start in range(0, count, 2**14):  # in pieces that stay in cache
+        for start in range(0, count, 2**14):  # batches that fit into the cache
             size = min(2**14, count - start)
             cells = np.arange(start, start + size, dtype=np.uint64) if exhaustive else rng.integers(0, 2**self.width, size, dtype=np.uint64)
             for _ in range(self.steps):

@@ -1,4 +1,4 @@
-"""What a task is, and the registry of tasks. Adding a task is one file beside this one."""
+"""The base class of tasks and their registry. To add a task, add a file to this folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoo.errors import ZooError
 from zoo.registry import Registry
 
 Split = Literal["train", "test"]
-HELD_OUT = 16  # one context in this many belongs to the test split
+HELD_OUT = 16  # one context in 16 belongs to the test split
 
 
 class Batch(NamedTuple):
@@ -23,9 +23,9 @@ class Batch(NamedTuple):
     ids: NDArray[np.int64]
     """[B, T]"""
     loss_mask: NDArray[np.bool_]
-    """[B, T], true for the tokens to be predicted"""
+    """[B, T], true for supervised tokens"""
     level: NDArray[np.int64]
-    """[B, T], how hard each of them is (hops, steps); 0 elsewhere"""
+    """[B, T], difficulty of each supervised token (hops, steps); 0 elsewhere"""
 
 
 class Task(BaseModel):
@@ -34,9 +34,9 @@ class Task(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
     level_name: ClassVar[str] = "level"
-    """What makes a question harder."""
+    """Name of the quantity that makes a question harder."""
     loss_everywhere: ClassVar[bool] = False
-    """Whether every chunk carries loss, so that the model must sleep on every chunk."""
+    """True if every chunk carries loss, so that the model must sleep on every chunk."""
 
     def __str__(self) -> str:
         given = "".join(f" {field}={value}" for field, value in self.model_dump(exclude_defaults=True).items())
@@ -44,37 +44,37 @@ class Task(BaseModel):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens are 0 .. vocab_size - 1."""
+        """Number of tokens; ids are 0 .. vocab_size - 1."""
         raise NotImplementedError
 
     @property
     def window(self) -> int:
-        """L: the sequences are laid out for a window of this many tokens."""
+        """L, the window in tokens that the sequences are laid out for."""
         raise NotImplementedError
 
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """`count` random contexts, [count, ...]: what the model must remember and what a split holds apart."""
+        """Return `count` random contexts, [count, ...]: the information to remember, and the unit by which splits are separated."""
         raise NotImplementedError
 
     def pose(self, rng: np.random.Generator, contexts: NDArray[np.int64]) -> Batch:
-        """Sequences that show the contexts and ask about them."""
+        """Return sequences that show the contexts and ask about them."""
         raise NotImplementedError
 
     def chance(self) -> float:
-        """Accuracy per answer of the best guess that ignores the context."""
+        """Return the accuracy per answer of the best guess that ignores the context."""
         raise NotImplementedError
 
     def exact_chance(self) -> float | None:
-        """Rate at which such a guess gets every answer of a sequence right, where that says something."""
+        """Return the rate at which that guess gets a whole sequence right; None if that is not informative."""
         return None
 
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
-        """The `step`-th batch of `size` sequences: the same arguments give the same batch.
+        """Return the `step`-th batch of `size` sequences, a function of its arguments alone.
 
-        No context occurs in both splits: a hash of the context decides where it belongs.
+        No context occurs in both splits: its hash decides which one it belongs to.
 
         Raises:
-            ZooError: so few contexts that a split has none.
+            ZooError: the task has too few contexts to fill the split.
         """
         rng = np.random.default_rng([seed, step, split == "test"])
         kept: list[NDArray[np.int64]] = []
@@ -104,7 +104,7 @@ tasks: Registry[type[Task]] = Registry("task", "tasks", "zoo.tasks.*")
 
 
 def new_task(fields: Mapping[str, Any]) -> Task:
-    """The task that `{"name": "cycle", "nodes": 12, ...}` describes. Raises ZooError."""
+    """Return the task that `{"name": "cycle", "nodes": 12, ...}` describes. Raises ZooError."""
     fields = dict(fields)
     name = fields.pop("name", None)
     if not isinstance(name, str):

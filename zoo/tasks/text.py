@@ -1,4 +1,4 @@
-"""`text`: every next token of text in memory-mapped files of token ids."""
+"""`text`: next-token prediction on memory-mapped files of token ids."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from zoo.tasks.task import Batch, Split, Task, tasks
 
 @tasks.register("text")
 class Text(Task):
-    """Sequences of `length` tokens from random places of a one-dimensional .npy file of unsigned integers, which is never
-    read as a whole. Every token but the first is to be predicted, so the model needs `sleep_on: every`.
+    """Sequences of `length` tokens from random offsets of a one-dimensional .npy file of unsigned integers, which is never
+    read whole. Every token but the first is supervised, so the model needs `sleep_on: every`.
 
-    The level of a token is the number of its window in the sequence, from 1: what sleep kept shows from 2 on.
+    The level of a token is the index of its window in the sequence, from 1: from 2 on it shows what sleep has kept.
     """
 
     name = "text"
     level_name = "window"
     loss_everywhere = True
     train: str = Field(description="file of token ids")
-    test: str = Field(description="another one, held out")
-    vocab: int = Field(ge=2, description="token ids are less than this")
-    length: int = Field(2048, ge=2, description="tokens of a sequence")
-    width: int = Field(512, ge=1, description="tokens of a window")
+    test: str = Field(description="held-out file of token ids")
+    vocab: int = Field(ge=2, description="size of the vocabulary; every token id is smaller")
+    length: int = Field(2048, ge=2, description="number of tokens in a sequence")
+    width: int = Field(512, ge=1, description="window in tokens")
 
     @model_validator(mode="after")
     def _fits(self) -> Text:
@@ -48,7 +48,7 @@ class Text(Task):
         return self.width
 
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
-        """Raises ZooError: a token that is not in the vocabulary."""
+        """See `Task.batch`. Raises ZooError: a token is outside the vocabulary."""
         tokens = self._tokens(split)
         starts = np.random.default_rng([seed, step, split == "test"]).integers(0, len(tokens) - self.length + 1, size)
         ids = np.stack([tokens[start : start + self.length] for start in starts]).astype(np.int64)
@@ -59,7 +59,7 @@ class Text(Task):
         return Batch(ids, level > 0, level)
 
     def chance(self) -> float:
-        """Share of the commonest token, in the first million of the held-out file."""
+        """Share of the most frequent token among the first million of the held-out file."""
         tokens = self._tokens("test")[:1_000_000]
         return float(np.bincount(tokens).max() / len(tokens))
 
