@@ -1,4 +1,4 @@
-"""A model as a folder of files that run without PyTorch's modules: graphs, their weights, and bundle.json."""
+"""Write a model as a bundle, a folder that runs without PyTorch modules: graphs, weights and bundle.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from zoo.sessions.sleeping_model import fingerprint
 import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
 
 Report = Callable[[str, str, float], None]
-"""Called after every stage of an export: what was done, what came of it, in how many seconds."""
+"""Callback after every stage of an export: stage, result, seconds."""
 
 
 def export(
@@ -39,28 +39,29 @@ def export(
     report: Report = lambda stage, result, seconds: None,
     **options: Any,
 ) -> Parity | None:
-    """Write `model` as a bundle to the new folder `out`, after it has been run against PyTorch.
+    """Write `model` as a bundle to the new folder `out`, verified against PyTorch.
 
     Args:
-        model: on the CPU, in float32, float16 or bfloat16.
-        options: of the target.
+        model: a model on the CPU in float32, float16 or bfloat16.
+        options: options of the target.
     Returns:
-        How far the graphs are from PyTorch; None if not `verified`, or in bfloat16, which onnxruntime's CPU provider cannot run.
+        The differences between the graphs and PyTorch; None without `verified`, or in bfloat16, which onnxruntime cannot run
+        on a CPU.
     Raises:
-        ZooError: `out` exists, a model, plan or target that does not fit, or graphs that differ from PyTorch by more than
-            `zoo.export.verify.TOLERANCE`. Nothing is left behind.
+        ZooError: `out` exists, the model, plan and target do not fit each other, or the graphs differ from PyTorch by more than
+            `zoo.export.verify.TOLERANCE`. No files remain in that case.
     """
     goal = validate(targets.get(target), options, f"target {target}")
     check(model, plan, Path(out), verified)
     if (device := model.embed.weight.device).type != "cpu":
-        raise ZooError(f"{model.config.name}: its weights are on {device}; allowed: cpu")
+        raise ZooError(f"{model.config.name}: the weights are on {device}; allowed: cpu")
     goal.check(PRECISIONS[model.embed.weight.dtype], plan)
     with new_folder(Path(out)) as folder:
         bundle = write_onnx(model, folder, plan, report)
         bundle.write(folder)
         parity = None
         if bundle.precision == "bfloat16":
-            report("compare with PyTorch", "not done, onnxruntime has no bfloat16 kernels on a CPU", 0.0)
+            report("compare with PyTorch", "skipped, onnxruntime has no bfloat16 kernels on a CPU", 0.0)
         elif verified:
             started = time.perf_counter()
             parity = verify(model, ExportedModel(folder))
@@ -74,10 +75,10 @@ def export(
 
 
 def write_onnx(model: Model, folder: Path, plan: Plan = Plan(), report: Report = lambda *_: None) -> Bundle:  # noqa: B008
-    """Write the graphs and their weights into an empty folder."""
+    """Write the graphs and their weights to an empty folder."""
     made: dict[str, Any] = {}
-    config, held = model.config, slots(model, plan)
-    for name, graph in _graphs(model, plan, held).items():
+    config, window = model.config, slots(model, plan)
+    for name, graph in _graphs(model, plan, window).items():
         started = time.perf_counter()
         made[name] = graphs.build(graph, plan.dialect)
         report(f"trace {name}", f"{sum(1 for _ in made[name].graph.all_nodes()):,} nodes", time.perf_counter() - started)
@@ -92,12 +93,12 @@ def write_onnx(model: Model, folder: Path, plan: Plan = Plan(), report: Report =
         parameters |= {part: tensor for name, weight in integers.items() for part, tensor in weight.tensors(name).items()}
     trace.save(made, parameters, folder, WEIGHTS)
     if plan.dialect == "ort":
-        (folder / GENAI).write_text(genai_config(config, held), encoding="utf-8")
+        (folder / GENAI).write_text(genai_config(config, window), encoding="utf-8")
     files = sorted(file.name for file in folder.iterdir())
     report("write", _size(folder, files), time.perf_counter() - started)
     return Bundle(
         config=config,
-        window=held,
+        window=window,
         loops=config.loops,
         evict=config.evict,
         opset=trace.OPSET,
@@ -110,24 +111,24 @@ def write_onnx(model: Model, folder: Path, plan: Plan = Plan(), report: Report =
     )
 
 
-def _graphs(model: Model, plan: Plan, held: int) -> dict[str, Any]:
-    """What a bundle has, by file."""
+def _graphs(model: Model, plan: Plan, window: int) -> dict[str, Any]:
+    """Return the graphs of a bundle by file name."""
     genai = plan.dialect == "ort"
-    wanted: dict[str, Any] = {PREDICTION: graphs.Wake(model, held, 1, position_ids=genai)}
+    wanted: dict[str, Any] = {PREDICTION: graphs.Wake(model, window, 1, position_ids=genai)}
     if plan.prefill is not None:
-        wanted[PREFILL] = graphs.Wake(model, held, plan.prefill, position_ids=genai)
+        wanted[PREFILL] = graphs.Wake(model, window, plan.prefill, position_ids=genai)
     if not evictions.get(model.config.evict).uses_window:
         return wanted
     if plan.sleep != "per-pass":
-        return wanted | {CONSOLIDATION: graphs.Sleep(model, held, unrolled=plan.sleep == "unroll")}
-    coda = {CODA: graphs.Coda(model, held)} if model.coda else {}
-    return wanted | {PRELUDE: graphs.Prelude(model, held), PASS: graphs.Pass(model, held)} | coda
+        return wanted | {CONSOLIDATION: graphs.Sleep(model, window, unrolled=plan.sleep == "unroll")}
+    coda = {CODA: graphs.Coda(model, window)} if model.coda else {}
+    return wanted | {PRELUDE: graphs.Prelude(model, window), PASS: graphs.Pass(model, window)} | coda
 
 
 def _specs(values: Iterable[Any]) -> list[TensorSpec]:
     return [
         TensorSpec(
-            name=value.name, dtype=str(value.dtype.numpy()), shape=[size if isinstance(size, int) else "batch" for size in value.shape]
+            name=value.name, dtype=str(value.dtype.numpy()), shape=[size if isinstance(size, int) else size.value for size in value.shape]
         )
         for value in values
     ]

@@ -17,28 +17,24 @@ if TYPE_CHECKING:
 @click.command(context_settings=CONTEXT)
 @click.argument("model", metavar="RUN_OR_NAME")
 @click.argument("overrides", metavar="[FIELD=VALUE]...", nargs=-1)
-@click.option("--target", default="onnx", show_default=True, help="What to write.")
+@click.option("--target", default="onnx", show_default=True, help="Format of the bundle.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder for the bundle.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of weights and activations.  [default: as stored]")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Weights and activations.  [default: as stored]")
 @click.option("--dialect", type=click.Choice(["portable", "ort"]), default="portable", show_default=True, help="Operators of the graphs.")
-@click.option("--prefill", type=int, metavar="T", help="Also write prefill.onnx, which reads T tokens at once.")
-@click.option("--loops", type=int, metavar="N", help="Passes of a sleep, if not as the model has.")
-@click.option("--unroll", "sleep", flag_value="unroll", help="Write the passes of a sleep one after the other, without a Loop.")
-@click.option(
-    "--per-pass", "sleep", flag_value="per-pass", help="Write a pass as a graph of its own, for a host that stops between passes."
-)
-@click.option("--max-length", type=int, metavar="T", help="Tokens of a stream, for a model whose window nothing bounds.")
-@click.option("--weights-only-int8", "weights", flag_value="int8", help="Store linear layers in 8 bits, a scale per channel.")
-@click.option("--weights-only-int4", "weights", flag_value="int4", help="Store linear layers in 4 bits, a scale per group of 32.")
-@click.option("--no-verify", is_flag=True, help="Do not run the graphs against PyTorch.")
-@click.option(
-    "--verify-only", type=click.Path(path_type=Path), metavar="DIR", help="Write nothing; compare the bundle in DIR with the model."
-)
-@click.option("--compute-capability", metavar="LIST", help="tensorrt: GPUs to build for that are not here, such as 8.0,12.0.")
-@click.option("--batch", type=int, nargs=3, metavar="MIN OPT MAX", help="tensorrt: streams that run together.  [default: 1 1 8]")
-@click.option("--workspace", type=float, metavar="GIB", help="tensorrt: memory that a layer may use for itself.  [default: 4]")
-@click.option("--timing-cache", type=click.Path(path_type=Path), help="tensorrt: file that makes the next build quicker.")
-@click.option("--seed", default=0, show_default=True, help="Of the random weights, where the model is a name.")
+@click.option("--prefill", type=int, metavar="T", help="Also write prefill.onnx, which reads up to T tokens at once.")
+@click.option("--loops", type=int, metavar="N", help="Passes of a sleep.  [default: as in the model]")
+@click.option("--unroll", "sleep", flag_value="unroll", help="Unroll the passes of a sleep instead of writing a Loop.")
+@click.option("--per-pass", "sleep", flag_value="per-pass", help="Write a pass as a separate graph, for hosts that stop between passes.")
+@click.option("--max-length", type=int, metavar="T", help="Maximum tokens of a stream, for models that never evict.")
+@click.option("--weights-only-int8", "weights", flag_value="int8", help="Store linear layers in 8 bits, one scale per output.")
+@click.option("--weights-only-int4", "weights", flag_value="int4", help="Store linear layers in 4 bits, one scale per 32 inputs.")
+@click.option("--no-verify", is_flag=True, help="Skip the comparison with PyTorch.")
+@click.option("--verify-only", type=click.Path(path_type=Path), metavar="DIR", help="Only compare the bundle in DIR with the model.")
+@click.option("--compute-capability", metavar="LIST", help="tensorrt: compute capabilities of GPUs to build for, such as 8.0,12.0.")
+@click.option("--batch", type=int, nargs=3, metavar="MIN OPT MAX", help="tensorrt: streams per batch.  [default: 1 1 8]")
+@click.option("--workspace", type=float, metavar="GIB", help="tensorrt: scratch memory per layer.  [default: 4]")
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="tensorrt: file of measurements that speeds up the next build.")
+@click.option("--seed", default=0, show_default=True, help="Seed of random weights, if the model is given by name.")
 def main(
     model: str,
     overrides: tuple[str, ...],
@@ -49,10 +45,10 @@ def main(
     compute_capability: str | None,
     **asked: Any,
 ) -> None:
-    """Write a model that sleeps as graphs that need no PyTorch modules, and run them against PyTorch.
+    """Export a model as ONNX graphs or TensorRT engines, and verify them against PyTorch.
 
     RUN_OR_NAME is a folder with zoo.yaml and model.safetensors, or the name of a model (random weights).
-    FIELD=VALUE replaces a field of its config, for example loops=4.
+    FIELD=VALUE overrides a field of its config, for example loops=4.
     """
     if (out is None) == (verify_only is None):
         raise click.UsageError("want either --out DIR or --verify-only DIR")
@@ -142,5 +138,5 @@ def _model(name: str, overrides: tuple[str, ...], seed: int, dtype: str | None, 
     try:
         model.load_state_dict(stored.state_dict(), assign=True)
     except RuntimeError:
-        raise ZooError(f"{name}: its weights do not fit {' '.join(overrides)}") from None
+        raise ZooError(f"{name}: the weights do not fit {' '.join(overrides)}") from None
     return model

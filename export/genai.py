@@ -1,4 +1,4 @@
-"""What onnxruntime-genai must know to run the prediction graph of an `ort` bundle: awake, within one window; it cannot sleep."""
+"""Configuration for onnxruntime-genai, which runs the prediction graph of an `ort` bundle within one window; it cannot sleep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GENAI = "genai_config.json"
 
 
 def genai_config(config: ModelConfig, slots: int) -> str:
-    """The JSON file. Tokens are read one by one (chunk_size 1); key and value heads are as the graph's own inputs say."""
+    """Return the JSON of genai_config.json. Tokens are read one by one (chunk_size 1); head counts are taken from the graph's inputs."""
     decoder = {
         "filename": PREDICTION,
         "hidden_size": config.d_model,
@@ -29,7 +29,7 @@ def genai_config(config: ModelConfig, slots: int) -> str:
         },
         "outputs": {"logits": "logits", "present_key_names": f"{PRESENT}.%d.key", "present_value_names": f"{PRESENT}.%d.value"},
     }
-    # it insists on a token that ends a stream; without a tokenizer the last word is as good as any
+    # an end-of-stream id is mandatory; without a tokenizer, any id will do
     ends = config.upstream.get("eos_token_id", config.vocab_size - 1)
     model = {
         "type": "decoder",

@@ -1,6 +1,6 @@
-"""What each graph computes: the model's own modules over tensors by name. README.md has the picture.
+"""The computation of each graph: the model's own modules over named tensors. README.md has the picture.
 
-Every kind of block is traced once per graph; a graph is traced with a node in the place of each block, and of the loop.
+Each kind of block is traced once per graph; the graph itself is traced with placeholder nodes for the blocks and the loop.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.onnx.ops import symbolic_multi_out
 
 from zoo.blocks.block import Block
 from zoo.blocks.positions import Positions
-from zoo.export.operators import DIALECTS, DOMAIN
+from zoo.export.operators import DIALECTS, DOMAIN, Scans
 from zoo.export.ring import PAST, PRESENT, pack, unpack, with_rings
-from zoo.export.trace import hand_over_initializers, inline, prefix_names, reads, replace, tidy, trace
+from zoo.export.trace import hoist_initializers, inline, prefix_names, reads, replace, tidy, trace
 from zoo.kernels.dispatch import use
 from zoo.model import Model
 from zoo.state import State
@@ -25,17 +25,17 @@ from zoo.state import State
 import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
 
 
-class Run(NamedTuple):
-    """The tokens that a graph reads at once."""
+class Tokens(NamedTuple):
+    """The tokens of one call of a graph."""
 
     length: int
     padded: bool
-    """Whether only the first n_valid of them count."""
+    """True if only the first `n_valid` tokens are valid."""
     fresh: bool
-    """Whether they are the first of a window that restarts: nothing cached is read, nor handed on."""
+    """True for the first tokens of a window that restarts: no window cache is read or returned."""
 
     def inputs(self) -> dict[str, Tensor]:
-        """Examples of the scalars that say where the tokens stand in their stream, and how many count."""
+        """Return example scalars: the number of valid tokens and the position of the first."""
         place = {} if self.fresh else {"position": torch.tensor(0)}
         return ({"n_valid": torch.tensor(self.length)} if self.padded else {}) | place
 
@@ -44,11 +44,11 @@ class Run(NamedTuple):
 
 
 class BlockPart(nn.Module):
-    """One block over a run of tokens: h [B, T, D], place, fast weights, window cache -> h, fast weights, window cache."""
+    """One block: h [B, T, D], position, fast weights, window cache -> h, fast weights, window cache."""
 
-    def __init__(self, block: Block, run: Run, slots: int) -> None:
+    def __init__(self, block: Block, tokens: Tokens, slots: int) -> None:
         super().__init__()
-        self.model, self.tokens, self.slots = block, run, slots
+        self.model, self.tokens, self.slots = block, tokens, slots
 
     def example(self) -> dict[str, Tensor]:
         weight = next(self.model.parameters())
@@ -68,9 +68,9 @@ class BlockPart(nn.Module):
 
 
 class Graph(nn.Module):
-    """What one graph computes, over tensors by name. B streams; rings of `slots` tokens."""
+    """One graph as a function of named tensors, for B streams and rings of `slots` tokens."""
 
-    tokens: Run
+    tokens: Tokens
     asleep = False
 
     def __init__(self, model: Model, slots: int) -> None:
@@ -80,10 +80,10 @@ class Graph(nn.Module):
     def fresh(self, batch: int) -> State:
         return with_rings(self.model.init_state(batch), self.slots)
 
-    def states(self, layers: range) -> dict[str, Tensor]:
-        """Examples of the states of some layers."""
-        state = self.part(self.fresh(2), layers)
-        return {name: torch.zeros_like(tensor, device="cpu") for name, tensor in pack(state, PAST).items()}
+    def example_states(self, layers: range, *, window: bool = True) -> dict[str, Tensor]:
+        """Return example states of these layers."""
+        named = pack(self.fresh(2), PAST, layers=layers, window=window)
+        return {name: torch.zeros_like(tensor, device="cpu") for name, tensor in named.items()}
 
     def ids(self) -> dict[str, Tensor]:
         return {"input_ids": torch.zeros(2, self.tokens.length, dtype=torch.int64), **self.tokens.inputs()}
@@ -91,18 +91,12 @@ class Graph(nn.Module):
     def h(self) -> Tensor:
         return torch.zeros(2, self.tokens.length, self.model.config.d_model, dtype=self.model.embed.weight.dtype)
 
-    def part(self, state: State, layers: range) -> State:
-        """The part of a state that belongs to some layers."""
-        depth = len(self.model.blocks)
-        fast = tuple(x if i in layers else None for i, x in enumerate(state.fast))
-        return State(fast, tuple(x if i % depth in layers else None for i, x in enumerate(state.window)), state.position)
-
     def embedded(self, inputs: Mapping[str, Tensor]) -> Tensor:
         ids = inputs["input_ids"]
         return self.model.embedded(ids, self.tokens.positions(inputs, ids.device), asleep=self.asleep)
 
     def run(self, layers: range, h: Tensor, state: State, inputs: Mapping[str, Tensor], loop: int = 0) -> tuple[Tensor, State]:
-        """Blocks one after the other, a stand-in for each; with wake loops, each loop has window caches of its own."""
+        """Run these blocks, one placeholder node each; with wake loops, every loop has its own window caches."""
         fast, window = list(state.fast), list(state.window)
         for i in layers:
             at = loop * len(self.model.blocks) + i
@@ -123,14 +117,14 @@ class Graph(nn.Module):
 
 
 class Wake(Graph):
-    """input_ids [B, T], place, every state -> logits [B, T, V], every state.
+    """input_ids [B, T], position, all states -> logits [B, T, V], all states.
 
-    Where a runtime wants `position_ids` [B, T], the first of them stands for all: streams advance together.
+    With `position_ids` [B, T], which some runtimes require, only the first entry is read: streams advance together.
     """
 
     def __init__(self, model: Model, slots: int, tokens: int, position_ids: bool) -> None:
         super().__init__(model, slots)
-        self.tokens = Run(tokens, padded=tokens > 1, fresh=False)
+        self.tokens = Tokens(tokens, padded=tokens > 1, fresh=False)
         self.position_ids = position_ids
 
     def example(self) -> dict[str, Tensor]:
@@ -138,7 +132,7 @@ class Wake(Graph):
         if self.position_ids:
             del ids["position"]
             ids["position_ids"] = torch.zeros_like(ids["input_ids"])
-        return {**ids, **self.states(range(len(self.model.blocks)))}
+        return {**ids, **self.example_states(range(len(self.model.blocks)))}
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         model = self.model
@@ -153,65 +147,65 @@ class Wake(Graph):
 
 
 class Asleep(Graph):
-    """What the parts of a sleep share.
+    """Common part of the graphs of a sleep.
 
-    A window that restarts is empty, and at position 0, when a sleep starts and when it ends: only fast weights are read.
+    A window that restarts is empty and at position 0 when a sleep starts and when it ends, so only the fast weights are read.
     """
 
     asleep = True
 
     def __init__(self, model: Model, slots: int) -> None:
         super().__init__(model, slots)
-        self.tokens = Run(model.config.window or 0, padded=True, fresh=model.eviction.restarts)
+        self.tokens = Tokens(model.config.window or 0, padded=True, fresh=model.eviction.restarts)
 
-    def given(self, inputs: Mapping[str, Tensor], batch: int) -> State:
-        """The state that comes in; where windows restart, whatever is left in the window is not looked at."""
+    def start(self, inputs: Mapping[str, Tensor], batch: int) -> State:
+        """Return the state at the start of the chunk, with an empty window if windows restart."""
         fresh = self.fresh(batch)
         state = unpack(inputs, PAST, fresh)
         return state._replace(window=fresh.window) if self.tokens.fresh else state
 
-    def evicted(self, state: State, layers: range, batch: int) -> dict[str, Tensor]:
-        """The states of some layers after the eviction that ends a chunk."""
-        kept = self.fresh(batch).window if self.tokens.fresh else self.model.evict(state).window
-        return pack(self.part(state._replace(window=kept), layers), PRESENT)
+    def carried(self, state: State, prefix: str) -> dict[str, Tensor]:
+        """Return the states that one pass hands to the next."""
+        return pack(state, prefix, layers=self.model.span, window=not self.tokens.fresh)
 
-    def carried(self, state: State) -> State:
-        """What passes read and hand on."""
-        state = self.part(state, self.model.span)
-        return state._replace(window=(None,) * len(state.window)) if self.tokens.fresh else state
+    def evicted(self, state: State, layers: range, batch: int) -> dict[str, Tensor]:
+        """Return the states of these layers after the eviction that ends a chunk."""
+        window = self.fresh(batch).window if self.tokens.fresh else self.model.evict(state).window
+        return pack(state._replace(window=window), PRESENT, layers=layers)
 
 
 class Pass(Asleep):
-    """One pass of the span: the body of the loop.
+    """One pass of the span, the body of the loop.
 
-    pass (0 is the first), h and first [B, L, D] (the last pass's output; the span's first input), place, state -> h, state.
+    pass (0 for the first), h [B, L, D] (output of the previous pass), first [B, L, D] (input of the first pass), position, states
+    -> h, states.
     """
 
     def example(self) -> dict[str, Tensor]:
-        carried = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in pack(self.carried(self.fresh(2)), PAST).items()}
+        carried = self.example_states(self.model.span, window=not self.tokens.fresh)
         return {"pass": torch.tensor(0), "h": self.h(), "first": self.h(), **self.tokens.inputs(), **carried}
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         h = inputs["h"]
         if self.model.config.loop_norm or self.model.config.inject:
             h = torch.where(inputs["pass"] > 0, self.model.between_passes(h, inputs["first"]), h)
-        h, state = self.run(self.model.span, h, self.given(inputs, h.shape[0]), inputs)
-        return {"h_out": h, **pack(self.carried(state), PRESENT)}
+        h, state = self.run(self.model.span, h, self.start(inputs, h.shape[0]), inputs)
+        return {"h_out": h, **self.carried(state, PRESENT)}
 
 
 class Sleep(Asleep):
-    """input_ids [B, L], place, every state -> every state, evicted. The loop is one node, or `unrolled`."""
+    """input_ids [B, L], position, all states -> all states, evicted. The passes are one Loop, or `unrolled`."""
 
     def __init__(self, model: Model, slots: int, unrolled: bool) -> None:
         super().__init__(model, slots)
         self.unrolled = unrolled
 
     def example(self) -> dict[str, Tensor]:
-        return {**self.ids(), **self.states(range(len(self.model.blocks)))}
+        return {**self.ids(), **self.example_states(range(len(self.model.blocks)))}
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = inputs["input_ids"].shape[0]
-        h, state = self.run(self.model.prelude, self.embedded(inputs), self.given(inputs, batch), inputs)
+        h, state = self.run(self.model.prelude, self.embedded(inputs), self.start(inputs, batch), inputs)
         h, state = self._unrolled(h, state, inputs) if self.unrolled else self._loop(h, state, inputs)
         h, state = self.run(self.model.coda, h, state, inputs)
         return self.evicted(state, range(len(self.model.blocks)), batch)
@@ -224,8 +218,8 @@ class Sleep(Asleep):
         return h, state
 
     def _loop(self, h: Tensor, state: State, inputs: Mapping[str, Tensor]) -> tuple[Tensor, State]:
-        """A node in the place of the loop, with the inputs and outputs of `Pass`, less those that every pass gets anew."""
-        carried = pack(self.carried(state), PAST)
+        """Insert a placeholder for the loop, with the inputs and outputs of `Pass` except `pass` and `first`."""
+        carried = self.carried(state, PAST)
         tensors = [h, *carried.values()]
         outputs = symbolic_multi_out(
             f"{DOMAIN}::Loop",
@@ -238,41 +232,42 @@ class Sleep(Asleep):
 
 
 class Prelude(Asleep):
-    """What comes before the passes, for a host that runs them one by one: input_ids, place, states -> h [B, L, D], states."""
+    """The prelude, for hosts that run the passes one by one: input_ids, position, states -> h [B, L, D], states."""
 
     def example(self) -> dict[str, Tensor]:
-        return {**self.ids(), **self.states(self.model.prelude)}
+        return {**self.ids(), **self.example_states(self.model.prelude)}
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = inputs["input_ids"].shape[0]
-        h, state = self.run(self.model.prelude, self.embedded(inputs), self.given(inputs, batch), inputs)
+        h, state = self.run(self.model.prelude, self.embedded(inputs), self.start(inputs, batch), inputs)
         return {"h": h, **self.evicted(state, self.model.prelude, batch)}
 
 
 class Coda(Asleep):
-    """What comes after the passes: h [B, L, D], place, states -> states."""
+    """The coda, for hosts that run the passes one by one: h [B, L, D], position, states -> states."""
 
     def example(self) -> dict[str, Tensor]:
-        return {"h": self.h(), **self.tokens.inputs(), **self.states(self.model.coda)}
+        return {"h": self.h(), **self.tokens.inputs(), **self.example_states(self.model.coda)}
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = inputs["h"].shape[0]
-        _, state = self.run(self.model.coda, inputs["h"], self.given(inputs, batch), inputs)
+        _, state = self.run(self.model.coda, inputs["h"], self.start(inputs, batch), inputs)
         return self.evicted(state, self.model.coda, batch)
 
 
-_parts: dict[object, ir.Graph] = {}  # traced blocks; without their weights, they are small
+_blocks: dict[object, ir.Graph] = {}  # traced blocks; small, since they hold no weights
 
 
 def build(graph: Wake | Pass | Sleep | Prelude | Coda, dialect: str) -> ir.Model:
-    """The ONNX form of a graph, whole, in a dialect of `zoo.export.operators`."""
-    with use(DIALECTS[dialect]):
-        made = trace(graph, graph.example())
+    """Return the complete ONNX form of a graph, in a dialect of `zoo.export.operators`."""
+    scans: Scans = {}
+    with use(DIALECTS[dialect](scans)):
+        made = trace(graph, graph.example(), scans)
         outputs = [str(value.name) for value in made.graph.outputs]
         for node in list(made.graph):
             if (node.domain, node.op_type) == (DOMAIN, "Block"):
                 layer = node.attributes["layer"].as_int()
-                inline(made.graph, node, _block(graph, layer, dialect), f"blocks.{layer}")
+                inline(made.graph, node, _block(graph, layer, dialect, scans), f"blocks.{layer}")
     for node in list(made.graph):
         if (node.domain, node.op_type) == (DOMAIN, "Loop"):
             body = build(Pass(graph.model, graph.slots), dialect).graph
@@ -281,49 +276,49 @@ def build(graph: Wake | Pass | Sleep | Prelude | Coda, dialect: str) -> ir.Model
     return made
 
 
-def _block(graph: Graph, layer: int, dialect: str) -> ir.Graph:
-    """A block as a graph over a run of tokens, traced when first asked for; one for all layers of its kind."""
+def _block(graph: Graph, layer: int, dialect: str, scans: Scans) -> ir.Graph:
+    """Return the traced graph of a block; blocks of the same kind share one."""
     config, kind = graph.model.config, graph.model.config.pattern[layer]
     made_of = (config.d_model, config.mlp_width, config.norm, config.norm_eps, graph.model.eviction.reach, graph.model.embed.weight.dtype)
     key = (kind, json.dumps(config.blocks.get(kind)), *made_of, graph.tokens, graph.slots, dialect)
-    if key not in _parts:
+    if key not in _blocks:
         block: Any = graph.model.blocks[layer]
         part = BlockPart(block, graph.tokens, graph.slots)
-        _parts[key] = trace(part, part.example()).graph
-    return _parts[key]
+        _blocks[key] = trace(part, part.example(), scans).graph
+    return _blocks[key]
 
 
-def _put_loop(outer: ir.Graph, stand_in: ir.Node, body: ir.Graph, trips: int) -> None:
-    """Put a Loop of `trips` passes in the place of `stand_in`.
+def _put_loop(outer: ir.Graph, placeholder: ir.Node, body: ir.Graph, passes: int) -> None:
+    """Replace `placeholder` by a Loop of `passes` iterations.
 
-    The body refers to the outer graph for the weights, for the window caches at the chunk's start and for whatever else
-    is the same in every pass, which is computed there once.
+    The body refers to the outer graph for the weights, for the window caches at the start of the chunk, and for everything
+    else that is the same in every pass and therefore computed once.
     """
-    trip, h, first, *given = body.inputs
-    start: dict[Any, Any] = dict(zip([h, *given], stand_in.inputs, strict=True)) | {first: stand_in.inputs[0]}
+    n, h, first, *given = body.inputs
+    start: dict[Any, Any] = dict(zip([h, *given], placeholder.inputs, strict=True)) | {first: placeholder.inputs[0]}
     carried = [h, *(value for value in given if str(value.name).startswith(PAST))]
     for value, outside in start.items():
         if value is not h and not value.name.endswith("recurrent_state"):
             ir.convenience.replace_all_uses_with(value, outside)
-    hand_over_initializers(body, outer, "", "span/")
-    varying: set[ir.Value | None] = {trip, *carried}
-    for value in (trip, *carried):
+    hoist_initializers(body, outer, "", "span/")
+    varying: set[ir.Value | None] = {n, *carried}
+    for value in (n, *carried):
         value.name = f"span/{value.name}"
     for node in list(body):
         prefix_names(node, "span/")
         if varying.isdisjoint(reads(node)):
             body.remove(node)
-            outer.insert_before(stand_in, node)
+            outer.insert_before(placeholder, node)
         else:
             varying.update(node.outputs)
 
-    onward = ir.node("Constant", [], {"value": ir.tensor(True)}, name="span/onward")
-    body.append(onward)
-    body.outputs.insert(0, onward.outputs[0])
-    body.inputs[:] = [trip, ir.val("span/go", ir.DataType.BOOL, []), *carried]
-    passes = ir.node("Constant", [], {"value": ir.tensor(trips)}, name="passes")
-    outer.insert_before(stand_in, passes)
-    starts = [start[value] for value in carried]
-    replace(
-        outer, stand_in, ir.node("Loop", [passes.outputs[0], None, *starts], {"body": body}, num_outputs=len(carried), name="span/Loop")
-    )
+    # some runtimes run no iteration without an explicit condition, although ONNX calls it optional
+    again = ir.node("Constant", [], {"value": ir.tensor(True)}, name="span/again")
+    body.append(again)
+    body.outputs.insert(0, again.outputs[0])
+    body.inputs[:] = [n, ir.val("span/condition", ir.DataType.BOOL, []), *carried]
+    constants = {"passes": ir.tensor(passes), "always": ir.tensor(True)}
+    count, always = (ir.node("Constant", [], {"value": value}, name=name) for name, value in constants.items())
+    outer.insert_before(placeholder, [count, always])
+    given = [count.outputs[0], always.outputs[0], *(start[value] for value in carried)]
+    replace(outer, placeholder, ir.node("Loop", given, {"body": body}, num_outputs=len(carried), name="span/Loop"))

@@ -1,4 +1,4 @@
-"""bundle.json: what a bundle is made of."""
+"""The manifest of a bundle, bundle.json."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from zoo.export.plan import Plan
 
 MANIFEST, WEIGHTS = "bundle.json", "weights.bin"
 PREDICTION, PREFILL, CONSOLIDATION = "prediction.onnx", "prefill.onnx", "consolidation.onnx"
-PRELUDE, PASS, CODA = "prelude.onnx", "pass.onnx", "coda.onnx"  # a sleep for a host that stops between passes
+PRELUDE, PASS, CODA = "prelude.onnx", "pass.onnx", "coda.onnx"  # a sleep for hosts that stop between passes
 
 
 class TensorSpec(BaseModel):
-    """One input or output of a graph; a dimension that may vary is a word."""
+    """One input or output of a graph. A free dimension is given by name."""
 
     name: str
     dtype: str
@@ -32,7 +32,7 @@ class GraphSpec(BaseModel):
 
 
 class EngineSpec(BaseModel):
-    """What a TensorRT engine was built by and for, and what the build said."""
+    """How a TensorRT engine was built, for which GPUs, and the warnings of the build."""
 
     built_by: str
     compute_capability: list[str]
@@ -43,16 +43,16 @@ class EngineSpec(BaseModel):
 
     def __str__(self) -> str:
         low, preferred, high = self.batch
-        place = ", ".join(self.compute_capability) or "its default"
-        said = "".join(f"\n  warning: {warning}" for warning in self.warnings)
+        gpus = ", ".join(self.compute_capability) or "its default"
+        warnings = "".join(f"\n  warning: {warning}" for warning in self.warnings)
         return (
-            f"{self.layers} layers in {self.seconds:.1f} s by {self.built_by}, compute capability {place}, "
-            f"batch {low} to {high}, best at {preferred}{said}"
+            f"{self.layers} layers in {self.seconds:.1f} s by {self.built_by}, compute capability {gpus}, "
+            f"batch {low} to {high}, optimized for {preferred}{warnings}"
         )
 
 
 class Bundle(BaseModel):
-    """What bundle.json says. `window` (slots of a ring), `loops` and `evict` are for readers that know nothing of this package."""
+    """Contents of bundle.json. `window` (slots of a ring), `loops` and `evict` repeat the config for readers without this package."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,7 +65,7 @@ class Bundle(BaseModel):
     precision: Literal["float32", "float16", "bfloat16"]
     plan: Plan
     fingerprint: str
-    """Of the weights: a session's file belongs to every form of one model."""
+    """Fingerprint of the weights; session files can move between all forms of one model."""
     graphs: dict[str, GraphSpec]
     engines: dict[str, EngineSpec] = {}
     versions: dict[str, str]
@@ -77,10 +77,10 @@ class Bundle(BaseModel):
 
     @staticmethod
     def read(folder: Path) -> Bundle:
-        """The bundle in `folder`, all of its files as they were written.
+        """Read the manifest in `folder` and verify the checksum of every file.
 
         Raises:
-            ZooError: no bundle there, or a file that is missing, damaged, or of another bundle.
+            ZooError: there is no bundle, or a file is missing, damaged or from another bundle.
         """
         file = folder / MANIFEST
         try:
@@ -96,7 +96,7 @@ class Bundle(BaseModel):
             if not (folder / name).is_file():
                 raise ZooError(f"{folder / name}: is missing")
             if digest(folder / name) != bundle.sha256.get(name):
-                raise ZooError(f"{folder / name}: is not the file that {MANIFEST} speaks of (sha256 differs)")
+                raise ZooError(f"{folder / name}: does not match {MANIFEST} (sha256 differs)")
         return bundle
 
 

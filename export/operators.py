@@ -1,12 +1,13 @@
-"""The kernels' forms in the two dialects of a graph: `portable` (standard ONNX operators) and `ort` (those of com.microsoft).
+"""Operators as they appear in graphs: `portable` (standard ONNX operators) and `ort` (operators of com.microsoft where they exist).
 
-The PyTorch forms of the kernels do the arithmetic; where a dialect has an operator for it, the operator takes their place.
+The PyTorch kernels are traced, unless the dialect has a single operator that replaces them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,18 @@ from torch.onnx.ops import symbolic_multi_out
 
 from zoo.kernels.dispatch import kernels
 
-DOMAIN = "zoo"  # of nodes that stand for a traced part until it is put in their place
+DOMAIN = "zoo"  # domain of placeholder nodes, which are replaced by traced graphs
 MICROSOFT = "com.microsoft"
-CHUNK = 64  # tokens of one trip of a Scan
-UNROLLED = 8  # chunks that stand in a graph one after the other; more become a Scan
+CHUNK = 64  # tokens per iteration of a Scan
+UNROLLED = 8  # up to this many chunks are unrolled; more become a Scan
+
+Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 
-class Trip(nn.Module):
-    """One trip of a Scan over chunks: state, a chunk of every tensor, whatever is the same in every trip -> state, output."""
+class ScanBody(nn.Module):
+    """One iteration of a Scan over chunks: state, a chunk of every scanned tensor, fixed tensors -> state, output."""
 
-    def __init__(self, kernel: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         super().__init__()
         self.kernel = kernel
 
@@ -34,16 +37,22 @@ class Trip(nn.Module):
         return {"state_out": state, "output": output}
 
 
-trips: dict[str, tuple[Trip, dict[str, Tensor]]] = {}
-"""What the Scans of this process contain, by name, with examples of their inputs."""
+class Scan(NamedTuple):
+    body: ScanBody
+    example: Mapping[str, Tensor]
+    """Example inputs of the body."""
+
+
+Scans = dict[str, Scan]
+"""Scans met while a module is traced, by the name that their placeholder nodes carry."""
 
 
 def over_chunks(
-    name: str, kernel: Callable[..., tuple[Tensor, Tensor]], tokens: list[Tensor], fixed: list[Tensor], state: Tensor, like: Tensor
+    scans: Scans, name: str, kernel: Kernel, tokens: list[Tensor], fixed: list[Tensor], state: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """kernel(*tokens, *fixed, state) over tokens [B, T, ...], chunk by chunk.
+    """Compute kernel(*tokens, *fixed, state) over tokens [B, T, ...]; long inputs become a Scan, which is added to `scans`.
 
-    Returns an output with the shape of `like` and the final state. Zeros past the end must change no state.
+    Returns an output of the shape of `like` and the final state. Zero padding at the end must leave the state unchanged.
     """
     T = like.shape[1]
     if T <= UNROLLED * CHUNK:
@@ -57,11 +66,11 @@ def over_chunks(
     example |= {f"chunk{i}": torch.zeros(2, *x.shape[2:], dtype=x.dtype) for i, x in enumerate(chunks)}
     example |= {f"fixed{i}": torch.zeros(x.shape, dtype=x.dtype) for i, x in enumerate(fixed)}
     key = " ".join([name, *("x".join(map(str, x.shape)) for x in example.values())])
-    trips[key] = Trip(kernel), example
+    scans[key] = Scan(ScanBody(kernel), example)
     final, y = symbolic_multi_out(
         f"{DOMAIN}::Scan",
         [state, *chunks, *fixed],
-        {"trip": key, "chunks": len(chunks)},
+        {"scan": key, "chunks": len(chunks)},
         dtypes=[state.dtype, like.dtype],
         shapes=[state.shape, [*chunks[0].shape[:3], *like.shape[2:]]],
         version=1,
@@ -70,30 +79,28 @@ def over_chunks(
 
 
 def gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor, cu_seqlens: None
+    scans: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor, cu_seqlens: None
 ) -> tuple[Tensor, Tensor]:
     if q.shape[1] == 1:
         return kernels.get("gated_delta_rule.reference")(q, k, v, g, beta, scale, state, None)
     chunked = kernels.get("gated_delta_rule.chunked")
-    return over_chunks(f"gated_delta_rule {scale}", lambda *x: chunked(*x[:5], scale, x[5], None), [q, k, v, g, beta], [], state, v)
+    kernel = lambda *x: chunked(*x[:5], scale, x[5], None)  # noqa: E731
+    return over_chunks(scans, f"gated_delta_rule {scale}", kernel, [q, k, v, g, beta], [], state, v)
 
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: None) -> tuple[Tensor, Tensor]:
+def state_space(
+    scans: Scans, operator: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: None
+) -> tuple[Tensor, Tensor]:
+    """`ssd` or `selective_scan`, which take the same arguments."""
     if x.shape[1] == 1:
-        return kernels.get("ssd.reference")(x, dt, A, B, C, state, None)
-    chunked = kernels.get("ssd.chunked")
-    return over_chunks("ssd", lambda x, dt, B, C, A, state: chunked(x, dt, A, B, C, state, None), [x, dt, B, C], [A], state, x)
-
-
-def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: None) -> tuple[Tensor, Tensor]:
-    if u.shape[1] == 1:
-        return kernels.get("selective_scan.reference")(u, dt, A, B, C, state, None)
-    chunked = kernels.get("selective_scan.chunked")
-    return over_chunks("selective_scan", lambda u, dt, B, C, A, state: chunked(u, dt, A, B, C, state, None), [u, dt, B, C], [A], state, u)
+        return kernels.get(f"{operator}.reference")(x, dt, A, B, C, state, None)
+    chunked = kernels.get(f"{operator}.chunked")
+    kernel = lambda x, dt, B, C, A, state: chunked(x, dt, A, B, C, state, None)  # noqa: E731
+    return over_chunks(scans, operator, kernel, [x, dt, B, C], [A], state, x)
 
 
 def linear_attention(rule: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: list[Tensor], scale: float, state: Tensor) -> Any:
-    """LinearAttention of com.microsoft, on a CPU in float32 alone.
+    """LinearAttention of com.microsoft, which onnxruntime implements on CPUs in float32 only.
 
     q, k: [B, T, H, K]. v: [B, T, HV, V]. g (log decay), beta: [B, T, HV]. state: [B, HV, K, V].
     """
@@ -125,7 +132,10 @@ def ssd_operator(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: 
 def convolution_operator(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, tail: Tensor, cu_seqlens: None
 ) -> tuple[Tensor, Tensor]:
-    """CausalConvWithState of com.microsoft, on a CPU in float32 alone. x: [B, T, C]. weight: [C, K]. tail: [B, C, K-1]."""
+    """CausalConvWithState of com.microsoft, which onnxruntime implements on CPUs in float32 only.
+
+    x: [B, T, C]. weight: [C, K]. tail: [B, C, K-1].
+    """
     inputs = [x.mT, weight[:, None], bias, tail]
     y, newest = symbolic_multi_out(
         f"{MICROSOFT}::CausalConvWithState",
@@ -138,13 +148,22 @@ def convolution_operator(
     return y.mT.to(x.dtype), newest.to(x.dtype)
 
 
-DIALECTS: dict[str, dict[str, Callable[..., Any]]] = {
-    "portable": {"gated_delta_rule": gated_delta_rule, "ssd": ssd, "selective_scan": selective_scan},
-    "ort": {
+def portable(scans: Scans) -> dict[str, Kernel]:
+    return {
+        "gated_delta_rule": partial(gated_delta_rule, scans),
+        "ssd": partial(state_space, scans, "ssd"),
+        "selective_scan": partial(state_space, scans, "selective_scan"),
+    }
+
+
+def ort(scans: Scans) -> dict[str, Kernel]:
+    return {
         "gated_delta_rule": delta_rule_operator,
         "ssd": ssd_operator,
-        "selective_scan": selective_scan,
+        "selective_scan": partial(state_space, scans, "selective_scan"),
         "causal_conv1d": convolution_operator,
-    },
-}
-"""What `zoo.kernels.use` puts in the place of operators while a graph is traced."""
+    }
+
+
+DIALECTS: dict[str, Callable[[Scans], dict[str, Kernel]]] = {"portable": portable, "ort": ort}
+"""Kernels for `zoo.kernels.use` while a graph is traced; they add the Scans that they need to `scans`."""

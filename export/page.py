@@ -1,4 +1,4 @@
-"""A page for people who run a bundle without Python, made from its bundle.json: `python -m zoo.export.page DIR > page.md`."""
+"""Documentation of one bundle for users without Python: `python -m zoo.export.page DIR > page.md`."""
 
 from __future__ import annotations
 
@@ -10,47 +10,50 @@ from zoo.export.manifest import CODA, CONSOLIDATION, PASS, PREDICTION, PREFILL, 
 
 PURPOSE = {
     PREDICTION: "one wake pass over one token",
-    PREFILL: "one wake pass over a piece of at most {prefill} tokens",
-    CONSOLIDATION: "one whole sleep: {loops} passes over a window of at most {window} tokens, then eviction",
-    PRELUDE: "what a sleep does once, before its passes",
+    PREFILL: "one wake pass over up to {prefill} tokens",
+    CONSOLIDATION: "one whole sleep: {loops} passes over a window of up to {window} tokens, then eviction",
+    PRELUDE: "start of a sleep, run once before the passes",
     PASS: "one of the {loops} passes of a sleep",
-    CODA: "what a sleep does once, after its passes",
+    CODA: "end of a sleep, run once after the passes",
 }
 MEANING = {
-    "input_ids": ("tokens, the first `n_valid` of them count", "one call"),
-    "position": ("of the first token: in the window under `hard`, else in the stream", "one call"),
-    "position_ids": ("of each token, as `position`; the first of them counts", "one call"),
-    "n_valid": ("tokens that count; the rest is padding at the end, of any value", "one call"),
-    "logits": ("of the token after each", "one call"),
-    "h": ("hidden states: those of the last pass", "one sleep"),
-    "h_out": ("hidden states: `h` of the next pass", "one sleep"),
+    "input_ids": ("token ids; with `n_valid`, the first `n_valid` of each row are valid", "one call"),
+    "position": ("position of the first token, in the window under `hard`, otherwise in the stream", "one call"),
+    "position_ids": ("position of each token; only the first is read", "one call"),
+    "n_valid": ("number of valid tokens; the rest is padding at the end, of any value", "one call"),
+    "logits": ("logits of the token that follows each", "one call"),
+    "h": ("hidden states after the previous pass", "one sleep"),
+    "h_out": ("hidden states, `h` of the next pass", "one sleep"),
     "first": ("hidden states before the first pass", "one sleep"),
-    "pass": ("0 for the first", "one call"),
+    "pass": ("index of the pass, from 0", "one call"),
     "recurrent_state": ("fast weights", "the stream"),
-    "conv_state": ("newest inputs of a short convolution", "until a sleep evicts it"),
-    "key": ("ring: position p lies in slot p mod {window}", "until a sleep evicts it"),
+    "conv_state": ("latest inputs of a short convolution", "until a sleep evicts it"),
+    "key": ("ring: position p is stored in slot p mod {window}", "until a sleep evicts it"),
     "value": ("ring, as `key`", "until a sleep evicts it"),
 }
 
 
 def page(bundle: Bundle) -> str:
-    """Markdown: every tensor of every graph, and the loop that runs them."""
+    """Return Markdown with every tensor of every graph and the loop that runs them."""
     words = {"prefill": bundle.plan.prefill, "loops": bundle.loops, "window": bundle.window}
     graphs = "\n".join(f"| `{name}` | {PURPOSE[name].format(**words)} |" for name in bundle.graphs)
     tables = "\n".join(f"## {name}\n\n{_tensors(spec, words)}" for name, spec in bundle.graphs.items())
+    sleep = f"window {bundle.window}, {bundle.loops} passes per sleep, eviction `{bundle.evict}`"
     return f"""# {bundle.config.name} without Python
 
-Made from `bundle.json` by `python -m zoo.export.page DIR`; do not edit. Opset {bundle.opset}, {bundle.precision}, dialect
-`{bundle.plan.dialect}`, window {bundle.window}, {bundle.loops} passes of sleep, eviction `{bundle.evict}`.
+Generated from `bundle.json` by `python -m zoo.export.page DIR`; do not edit.
+Opset {bundle.opset}, {bundle.precision}, dialect `{bundle.plan.dialect}`, {sleep}.
 
-| file | what it is |
+| file | contents |
 |---|---|
 {graphs}
-| `{WEIGHTS}` | the weights, external data of every graph: keep it beside them |
+| `{WEIGHTS}` | weights, the external data of every graph; keep it in the same folder |
 | `bundle.json` | config, tensors, versions, sha256 of every file |
 
-`batch` streams advance together, each dimension of that name is the same number. Every state goes in as `past_key_values.*` and
-comes out as `present.*`, of the same shape and type; a graph changes nothing in place. A stream begins with zeros at position 0.
+`batch` is the number of streams, which advance together; it is the same in every tensor.
+States go in as `past_key_values.*` and come out as `present.*`, with the same shape and type.
+No graph modifies its inputs.
+A stream starts with zero states at position 0.
 
 ## The loop
 
@@ -59,7 +62,7 @@ comes out as `present.*`, of the same shape and type; a graph changes nothing in
 
 
 def _tensors(spec: GraphSpec, words: dict[str, int | None]) -> str:
-    rows = ["| in | out | shape | type | what | lives |", "|---|---|---|---|---|---|"]
+    rows = ["| input | output | shape | type | contents | lifetime |", "|---|---|---|---|---|---|"]
     outputs = {tensor.name: tensor for tensor in spec.outputs}
     for tensor in spec.inputs:
         after = outputs.pop(tensor.name.replace("past_key_values", "present"), None) if "past_key_values" in tensor.name else None
@@ -83,35 +86,35 @@ def _lines(bundle: Bundle) -> Iterator[str]:
     yield "states = zeros; position = 0" + ("; window = []; start_states = states; start_position = 0" if sleeps else "")
     yield ""
     yield "feed(tokens):"
-    yield "    while tokens are left:"
+    yield "    while tokens remain:"
     if sleeps:
         yield f"        if length(window) == {L}: sleep()"
         room = f"{L} - length(window)"
     else:
-        yield f"        if position == {L}: stop; the stream is as long as this bundle allows"
+        yield f"        if position == {L}: stop  # the maximum length of a stream in this bundle"
         room = f"{L} - position"
     if prefill:
-        yield f"        piece = at most {prefill} of the tokens left, and at most {room}"
+        yield f"        piece = next tokens, at most {prefill} and at most {room}"
         yield f"        logits, states = prefill(input_ids = piece padded to {prefill}, n_valid = length(piece), position, states)"
-        yield "        # or, token by token, as cheap where the piece is short: prediction(input_ids = token, position, states)"
+        yield "        # for a short piece, one token at a time is as fast: prediction(input_ids = token, position, states)"
     else:
-        yield "        piece = the next token"
+        yield "        piece = next token"
         yield "        logits, states = prediction(input_ids = piece, position, states)"
     yield "        position += length(piece)" + ("; window += piece" if sleeps else "")
-    yield "    the next token is chosen from the logits after the last one"
+    yield "    choose the next token from the logits of the last one"
     if not sleeps:
         return
     position = "" if bundle.evict == "hard" else ", position = start_position"
     given = f"n_valid = length(window){position}"
     yield ""
-    yield "sleep():                      # also at any earlier time, for example when nobody waits"
+    yield "sleep():                      # may also be called earlier, for example while the stream is idle"
     if CONSOLIDATION in bundle.graphs:
         yield f"    states = consolidation(input_ids = window padded to {L}, {given}, start_states)"
     else:
         yield f"    first, states of the prelude = prelude(input_ids = window padded to {L}, {given}, start_states)"
         yield "    h = first"
-        yield f"    for n in 0 .. {bundle.loops - 1}:          # another number of passes is allowed"
-        yield f"        h, states of the span = pass(pass = n, h, first, {given}, fast weights of the last pass, other start_states)"
+        yield f"    for n in 0 .. {bundle.loops - 1}:          # any number of passes is allowed"
+        yield f"        h, states of the span = pass(pass = n, h, first, {given}, fast weights of the previous pass, other start_states)"
         if CODA in bundle.graphs:
             yield f"    states of the coda = coda(h, {given}, start_states)"
     yield "    position = " + ("0" if bundle.evict == "hard" else "start_position + length(window)")

@@ -1,4 +1,4 @@
-"""Linear layers stored in 8 or 4 bits. Activations and arithmetic keep the model's precision; the graph dequantises first."""
+"""Linear layers stored in 8 or 4 bits. The graph dequantises them first; activations and arithmetic keep the model's precision."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from zoo.model import Model
 
 import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
 
-GROUP = 32  # inputs that share a scale in 4 bits; layers that they do not divide are stored in 8
+GROUP = 32  # inputs per scale in 4 bits; layers with other widths are stored in 8 bits
 
 
 class Quantised(NamedTuple):
-    """A weight as integers times scales: symmetric, rounded to nearest."""
+    """A weight as integers times scales, symmetric and rounded to nearest."""
 
     integers: Tensor
     """[out, in] int8; from -7 to 7 in 4 bits."""
@@ -30,7 +30,7 @@ class Quantised(NamedTuple):
         return self.integers.to(scale.dtype) * scale
 
     def tensors(self, name: str) -> dict[str, ir.TensorProtocol]:
-        """What is stored for the weight of this name."""
+        """Return the stored tensors of the weight `name`, by name."""
         return {
             f"{name}_integers": self._stored(f"{name}_integers"),
             f"{name}_scale": ir.tensor_adapters.TorchTensor(self.scale, name=f"{name}_scale"),
@@ -44,7 +44,7 @@ class Quantised(NamedTuple):
 
 
 def quantised(weight: Tensor, how: str) -> Quantised:
-    """weight [out, in] in "int8", a scale per output channel, or "int4", a scale per group of inputs."""
+    """Quantise weight [out, in] to "int8", with a scale per output channel, or "int4", with a scale per group of inputs."""
     bits = 4 if how == "int4" and weight.shape[1] % GROUP == 0 else 8
     groups = weight.detach().float().unflatten(1, (-1, GROUP if bits == 4 else weight.shape[1]))
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-8) / (2 ** (bits - 1) - 1)
@@ -54,13 +54,13 @@ def quantised(weight: Tensor, how: str) -> Quantised:
 
 
 def linear_weights(model: Model) -> dict[str, Tensor]:
-    """Weights of linear layers by name."""
+    """Return the weights of all linear layers by name."""
     return {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 @torch.no_grad()
 def rounded(model: Model, how: str) -> Model:
-    """A copy of the model that computes with the weights as they are stored."""
+    """Return a copy of the model whose linear layers hold the dequantised weights."""
     model = copy.deepcopy(model)
     for weight in linear_weights(model).values():
         weight.copy_(quantised(weight, how).dequantised())
@@ -68,7 +68,7 @@ def rounded(model: Model, how: str) -> Model:
 
 
 def dequantise_in(graph: ir.Graph, weights: dict[str, Quantised]) -> None:
-    """Let a graph read these weights as integers and scales."""
+    """Replace these weights in a graph by their integers and scales, dequantised."""
     for name, weight in weights.items():
         value = graph.initializers.get(PARAMETER + name)
         if value is None:

@@ -1,4 +1,4 @@
-"""Window caches of fixed size, and the state of a stream as named tensors: what a graph can take in and give out."""
+"""Window caches of fixed size, and states as named tensors: the inputs and outputs of graphs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from zoo.blocks.attention import KV
 from zoo.blocks.positions import Positions
 from zoo.state import State
 
-PAST, PRESENT = "past_key_values", "present"  # what onnxruntime-genai calls the states that go in, and come out
+PAST, PRESENT = "past_key_values", "present"  # onnxruntime-genai's names for input and output states
 
 
 class RingKV(NamedTuple):
-    """Keys (after rotation) and values in a ring of L slots, [B, Hkv, L, D] each: position p lies in slot p mod L.
+    """Keys (after rotation) and values in a ring of L slots, [B, Hkv, L, D] each: position p is stored in slot p mod L.
 
-    Serves the same attention layers as `KV`, while they are traced. Nothing is ever moved: a slot that `reach` hides
-    or that the stream has not come to counts as empty.
+    Replaces `KV` in attention layers while they are traced. Entries never move; slots that are beyond `reach` or not yet
+    written are masked.
     """
 
     key: Tensor
@@ -32,7 +32,7 @@ class RingKV(NamedTuple):
         return self
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, RingKV]:
-        """Attention of q [B, H, T, D] to the cached and the new k, v [B, Hkv, T, D]; T is at most L."""
+        """Attend from q [B, H, T, D] to the cached and the new k, v [B, Hkv, T, D]; T is at most L."""
         if positions.valid is None:
             return self._attend_token(q, k, v, positions, reach)
         return self._attend_piece(q, k, v, positions, positions.valid, reach)
@@ -47,14 +47,14 @@ class RingKV(NamedTuple):
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, valid: Tensor, reach: int | None
     ) -> tuple[Tensor, RingKV]:
         slots = self.key.shape[2]
-        behind = positions.index[:, None] - positions.index  # padding stands at the end, so no token that counts sees it
+        behind = positions.index[:, None] - positions.index  # padding is at the end, so no valid token sees it
         visible = (behind >= 0) & _visible(behind, positions.index[:, None], reach)
         keys, values = k, v
-        if isinstance(positions.start, Tensor):  # a window that starts at 0 finds nothing cached
+        if isinstance(positions.start, Tensor):  # otherwise the window starts at 0 and the cache is empty
             age = 1 + positions.index[:, None] + (positions.start - 1 - torch.arange(slots)) % slots
             visible = torch.cat([_visible(age, positions.start + positions.index[:, None], reach), visible], dim=-1)
             keys, values = torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)
-        token = (torch.arange(slots) - positions.start) % slots  # which of the new tokens lands in each slot
+        token = (torch.arange(slots) - positions.start) % slots  # index of the new token for each slot
         lands = (token < valid)[:, None]
         token = token.clamp(max=positions.length - 1)
         ring = RingKV(*(torch.where(lands, new.index_select(2, token), old) for new, old in ((k, self.key), (v, self.value))))
@@ -62,7 +62,7 @@ class RingKV(NamedTuple):
 
     @staticmethod
     def of(cache: KV, position: int, slots: int) -> RingKV:
-        """A ring of the tokens before `position` that `cache` holds."""
+        """Convert a growing cache of the tokens before `position` to a ring."""
 
         def ring(tokens: Tensor) -> Tensor:
             B, Hkv, S, D = tokens.shape
@@ -72,38 +72,38 @@ class RingKV(NamedTuple):
         return RingKV(ring(cache.key), ring(cache.value))
 
     def ordered(self, position: int, tokens: int) -> KV:
-        """The newest `tokens` tokens before `position`, oldest first."""
+        """Return the newest `tokens` tokens before `position`, oldest first."""
         slot = torch.arange(position - tokens, position) % self.key.shape[2]
         return KV(self.key[:, :, slot], self.value[:, :, slot])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """Softmax attention of q [B, H, T, D] to k, v [B, Hkv, S, D] where visible [T, S], as matrix products.
+    """Softmax attention of q [B, H, T, D] to k, v [B, Hkv, S, D] where visible [T, S].
 
-    Written out because TensorRT-RTX 1.7 builds ONNX Attention in no Loop, and not at all in float32 at T > 1.
+    Written as matrix products because TensorRT-RTX 1.7 cannot build ONNX Attention inside a Loop, nor in float32 for T > 1.
     """
     groups = q.unflatten(1, (k.shape[1], -1))
     scores = groups * q.shape[-1] ** -0.5 @ k[:, :, None].mT
-    hidden = torch.zeros(visible.shape, dtype=scores.dtype).masked_fill(~visible, float("-inf"))  # a sum costs less than a choice
-    shares = (scores + hidden).softmax(-1, dtype=torch.float32).to(v.dtype)
-    mixed: Tensor = shares @ v[:, :, None]
+    hidden = torch.zeros(visible.shape, dtype=scores.dtype).masked_fill(~visible, float("-inf"))  # adding is cheaper than selecting
+    weights = (scores + hidden).softmax(-1, dtype=torch.float32).to(v.dtype)
+    mixed: Tensor = weights @ v[:, :, None]
     return mixed.flatten(1, 2)
 
 
 def _visible(age: Tensor, position: int | Tensor, reach: int | None) -> Tensor:
-    """Whether a token at `position` sees the one `age` tokens before it: it exists, and is within reach."""
+    """Mask of the tokens `age` positions before `position` that exist and are within reach."""
     exists = age <= position
     return exists if reach is None else exists & (age < reach)
 
 
 def _scatter(cache: Tensor, new: Tensor, position: int | Tensor) -> Tensor:
-    """cache [B, Hkv, L, D] with new [B, Hkv, 1, D] in slot position mod L, as ONNX TensorScatter (graphs only)."""
+    """Write new [B, Hkv, 1, D] into slot position mod L of cache [B, Hkv, L, D], as ONNX TensorScatter (graphs only)."""
     slot = torch.as_tensor(position % cache.shape[2]).expand(new.shape[0])  # TensorRT has no circular mode
     return torch.onnx.ops.symbolic("TensorScatter", (cache, new, slot), dtype=cache.dtype, shape=cache.shape, version=24)
 
 
 def with_rings(state: State, slots: int) -> State:
-    """The state of fresh streams with rings of `slots` slots in place of caches that grow."""
+    """Replace the growing caches of fresh streams by empty rings of `slots` slots."""
 
     def ring(cache: KV) -> RingKV:
         B, Hkv, _, D = cache.key.shape
@@ -112,19 +112,24 @@ def with_rings(state: State, slots: int) -> State:
     return state._replace(window=tuple(ring(cache) if isinstance(cache, KV) else cache for cache in state.window))
 
 
-def pack(state: State, prefix: str, *, window: bool = True) -> dict[str, Tensor]:
-    """Tensors of a state by name, as in onnxruntime-genai: `<prefix>.<layer>.recurrent_state`, `.conv_state`, `.key`, ...
+def pack(state: State, prefix: str, *, layers: range | None = None, window: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of a state under onnxruntime-genai's names: `<prefix>.<layer>.recurrent_state`, `.conv_state`, `.key`, ...
 
-    With wake loops, the layers of the second loop are counted on from those of the first, and so on. Without `window`,
-    the fast weights alone.
+    With wake loops, the second loop's layers are numbered after those of the first, and so on.
+
+    Args:
+        layers: include only these; default: all.
+        window: include the window caches, not just the fast weights.
     """
-    named = {f"{prefix}.{i}.recurrent_state": fast for i, fast in enumerate(state.fast) if fast is not None}
-    caches = enumerate(state.window) if window else ()
-    return named | {f"{prefix}.{i}.{field}": x for i, cache in caches if cache is not None for field, x in cache._asdict().items()}
+    depth = len(state.fast)
+    chosen = range(depth) if layers is None else layers
+    named = {f"{prefix}.{i}.recurrent_state": fast for i, fast in enumerate(state.fast) if fast is not None and i in chosen}
+    caches = [(i, cache) for i, cache in enumerate(state.window) if window and cache is not None and i % depth in chosen]
+    return named | {f"{prefix}.{i}.{field}": x for i, cache in caches for field, x in cache._asdict().items()}
 
 
 def unpack(named: Mapping[str, Tensor], prefix: str, like: State) -> State:
-    """The state whose tensors `named` holds; those it lacks, and the position, are `like`'s."""
+    """Return the state with the tensors of `named`; missing ones, and the position, come from `like`."""
     fast = tuple(named.get(f"{prefix}.{i}.recurrent_state", fast) for i, fast in enumerate(like.fast))
     window = tuple(
         None if cache is None else cache._make(named.get(f"{prefix}.{i}.{field}", own) for field, own in cache._asdict().items())

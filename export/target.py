@@ -1,4 +1,4 @@
-"""What a bundle is written for: the graphs alone, or with what one runtime needs beside them."""
+"""Export targets: the graphs alone, or with additional files for one runtime."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from zoo.registry import Registry
 
 
 class Target(BaseModel):
-    """`onnx`: the graphs alone. The base of every target; its fields are what a user may ask of it."""
+    """The target `onnx`, the graphs alone, and the base class of all targets. Fields are the options of the target."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def check(self, precision: str, plan: Plan) -> None:
-        """ZooError, before any work, for what this target cannot do here."""
+        """Raise a ZooError, before any work, for anything that this target cannot do here."""
 
     def build(self, folder: Path, bundle: Bundle) -> Bundle:
-        """Write further files beside the graphs in `folder`. Returns the bundle with what it now holds, sha256 of them included."""
+        """Write additional files to `folder`. Returns the updated bundle, with their sha256."""
         return bundle
 
 

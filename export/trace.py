@@ -1,12 +1,14 @@
-"""PyTorch modules as ONNX graphs, and graphs put together from parts that were traced once each."""
+"""Trace PyTorch modules to ONNX graphs, and assemble graphs from parts traced once each."""
 
 from __future__ import annotations
 
 import ast
 import logging
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from zoo.errors import ZooError
-from zoo.export.operators import DOMAIN, MICROSOFT, trips
+from zoo.export.operators import DOMAIN, MICROSOFT, Scans
 
 try:
     import onnx_ir as ir
@@ -24,21 +26,34 @@ try:
 except ImportError:
     raise ZooError("export: needs pip install 'sleep-zoo[onnx]'") from None
 
-for noisy in ("torch.onnx", "onnx_ir"):  # they warn that torchvision is not there, and that parameters have no value while we trace
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-
 OPSET = 24
-IR_VERSION = 12  # the oldest that has opset 24
-PARAMETER = "model."  # how the names of parameters start: the module that is traced has a `model`
-FOLDED = 1024  # bytes; larger tables are computed by the graph
+IR_VERSION = 12  # the oldest with opset 24
+PARAMETER = "model."  # prefix of parameter names: traced modules hold theirs in `model`
+FOLDED = 1024  # bytes; larger constants are computed by the graph
+BATCH = "batch"
 
 
-def trace(module: nn.Module, example: Mapping[str, Tensor]) -> ir.Model:
-    """The ONNX form of a module over tensors by name: any batch size, parameters under their names, nothing folded into them.
+@contextmanager
+def _errors_only(*names: str) -> Iterator[None]:
+    """Silence warnings of loggers: that torchvision is missing, and that parameters have no value."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
-    Nodes are named by their place in the module. Stand-ins of domain `zoo` remain.
+
+@_errors_only("torch.onnx", "onnx_ir")
+def trace(module: nn.Module, example: Mapping[str, Tensor], scans: Scans) -> ir.Model:
+    """Trace a module over named tensors to ONNX, with a free dimension `batch` and with parameters by name only.
+
+    Nodes are named by their place in the module. Placeholders of domain `zoo` remain, except those of `scans`.
     """
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim(BATCH)
     shapes = {name: {0: batch} if tensor.ndim and not name.startswith("fixed") else {} for name, tensor in example.items()}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -53,22 +68,32 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> ir.Model:
     model = onnx.model
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for name, value in list(model.graph.initializers.items()):
-        if is_parameter(value) and name not in parameters:  # a constant that one of the model's modules brings
+        if is_parameter(value) and name not in parameters:  # a constant of one of the model's modules
             del model.graph.initializers[name]
             value.name = name.removeprefix(PARAMETER)
             model.graph.register_initializer(value)
         elif is_parameter(value):
-            value.const_value = None  # so that what a parameter holds is neither folded nor merged with its equal
+            value.const_value = None  # keeps parameters from being folded, or merged with equal ones
     _name_nodes(model)
     optimize(model, output_size_limit=FOLDED)
+    _name_batch(model.graph)
     for node in list(model.graph):
         if (node.domain, node.op_type) == (DOMAIN, "Scan"):
-            _put_scan(model.graph, node)
+            _put_scan(model.graph, node, scans)
     return model
 
 
+def _name_batch(graph: ir.Graph) -> None:
+    """Rename the free dimension, which torch calls s41 or the like, to `batch`, also in expressions such as 2*s41."""
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                re.sub(r"\bs\d+\b", BATCH, str(size)) if isinstance(size, ir.SymbolicDim) else size for size in value.shape
+            )
+
+
 def _name_nodes(model: ir.Model) -> None:
-    """Call every node by the module that made it and its operator, such as mixer/q_proj/MatMul."""
+    """Name every node after the module that made it and its operator, such as mixer/q_proj/MatMul."""
     seen: Counter[str] = Counter()
     parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for graph in parts:
@@ -87,8 +112,9 @@ def _unique(seen: Counter[str], name: str) -> str:
     return chosen
 
 
+@_errors_only("onnx_ir")
 def tidy(model: ir.Model, names: Sequence[str]) -> None:
-    """Compute nothing twice, keep nothing unused, and name every value after the node that makes it; the outputs are given names."""
+    """Merge equal subexpressions, drop unused nodes, and name values after their nodes and the outputs by `names`."""
     graph = model.graph
     common.DeduplicateInitializersPass(size_limit=FOLDED)(model)
     common.CommonSubexpressionEliminationPass()(model)
@@ -101,7 +127,7 @@ def tidy(model: ir.Model, names: Sequence[str]) -> None:
             value.name = f"{node.name}:{i}"
     taken = {*graph.inputs, *graph.initializers.values()}
     for i, value in enumerate(graph.outputs):
-        if value in taken:  # an output is a value of its own
+        if value in taken:  # every output needs a value of its own
             copy = ir.node("Identity", [value], name=f"{names[i]}/Identity")
             copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
             graph.append(copy)
@@ -116,25 +142,25 @@ def tidy(model: ir.Model, names: Sequence[str]) -> None:
     model.opset_imports.update({"": OPSET} | ({MICROSOFT: 1} if MICROSOFT in used else {}))
 
 
-def inline(outer: ir.Graph, stand_in: ir.Node, part: ir.Graph, module: str) -> None:
-    """Put a copy of `part`, traced from one of the model's modules, in the place of a node with its inputs and outputs."""
+def inline(outer: ir.Graph, placeholder: ir.Node, part: ir.Graph, module: str) -> None:
+    """Replace a placeholder node by a copy of `part`, which was traced from a module of the model and has its inputs and outputs."""
     part = part.clone()
-    given: dict[ir.Value, Any] = dict(zip(part.inputs, stand_in.inputs, strict=True))
+    given: dict[ir.Value, Any] = dict(zip(part.inputs, placeholder.inputs, strict=True))
     outputs = [given.get(value, value) for value in part.outputs]
     for value, outside in given.items():
         ir.convenience.replace_all_uses_with(value, outside)
-    hand_over_initializers(part, outer, f"{module}.", f"{module}/")
+    hoist_initializers(part, outer, f"{module}.", f"{module}/")
     part.outputs.clear()
     for node in list(part):
         part.remove(node, safe=False)
         prefix_names(node, f"{module}/")
-        outer.insert_before(stand_in, node)
-    ir.convenience.replace_all_uses_with(stand_in.outputs, outputs, replace_graph_outputs=True)
-    outer.remove(stand_in)
+        outer.insert_before(placeholder, node)
+    ir.convenience.replace_all_uses_with(placeholder.outputs, outputs, replace_graph_outputs=True)
+    outer.remove(placeholder)
 
 
-def hand_over_initializers(part: ir.Graph, outer: ir.Graph, module: str, place: str) -> None:
-    """Let `part` refer to the outer graph for its parameters, which are those of a module of the model, and for its constants."""
+def hoist_initializers(part: ir.Graph, outer: ir.Graph, module: str, place: str) -> None:
+    """Move the parameters of `part`, which belong to `module` of the model, and its constants to the outer graph."""
     for name, value in list(part.initializers.items()):
         del part.initializers[name]
         if is_parameter(value):
@@ -150,7 +176,7 @@ def hand_over_initializers(part: ir.Graph, outer: ir.Graph, module: str, place: 
 
 
 def prefix_names(node: ir.Node, place: str) -> None:
-    """Say of a node, and of all that it contains, where in the model it is."""
+    """Prefix the names of a node and of all nodes inside it with their place in the model."""
     node.name = place + (node.name or node.op_type)
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
@@ -158,26 +184,28 @@ def prefix_names(node: ir.Node, place: str) -> None:
                 prefix_names(inner, place)
 
 
-def _put_scan(outer: ir.Graph, stand_in: ir.Node) -> None:
-    """A Scan over the first axis of its chunks in the place of `stand_in`."""
-    chunks = stand_in.attributes["chunks"].as_int()
-    body = trace(*trips[stand_in.attributes["trip"].as_string()]).graph.clone()
-    fixed: list[Any] = [*stand_in.inputs[1 + chunks :]]
+def _put_scan(outer: ir.Graph, placeholder: ir.Node, scans: Scans) -> None:
+    """Replace a placeholder by a Scan over the first axis of its chunks."""
+    chunks = placeholder.attributes["chunks"].as_int()
+    body = trace(*scans[placeholder.attributes["scan"].as_string()], scans).graph.clone()
+    fixed: list[Any] = [*placeholder.inputs[1 + chunks :]]
     for value, outside in zip(body.inputs[1 + chunks :], fixed, strict=True):
         ir.convenience.replace_all_uses_with(value, outside)
-    place = f"{stand_in.name}/"
+    place = f"{placeholder.name}/"
     body.inputs[:] = body.inputs[: 1 + chunks]
     for value in body.inputs:
         value.name = place + str(value.name)
-    hand_over_initializers(body, outer, "", place)
+    hoist_initializers(body, outer, "", place)
     for node in body:
         prefix_names(node, place)
-    scan = ir.node("Scan", stand_in.inputs[: 1 + chunks], {"body": body, "num_scan_inputs": chunks}, num_outputs=2, name=stand_in.name)
-    replace(outer, stand_in, scan)
+    scan = ir.node(
+        "Scan", placeholder.inputs[: 1 + chunks], {"body": body, "num_scan_inputs": chunks}, num_outputs=2, name=placeholder.name
+    )
+    replace(outer, placeholder, scan)
 
 
 def replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    """Put `new` in the place of `old`, which has the same outputs."""
+    """Replace `old` by `new`, which has the same outputs."""
     graph.insert_before(old, new)
     ir.convenience.replace_all_uses_with(old.outputs, new.outputs, replace_graph_outputs=True)
     for before, after in zip(old.outputs, new.outputs, strict=True):
@@ -186,7 +214,7 @@ def replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
 
 
 def reads(node: ir.Node) -> Iterable[ir.Value | None]:
-    """Every value that a node, or a graph that it contains, reads."""
+    """Yield every value that a node, or a graph inside it, reads."""
     yield from node.inputs
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
@@ -195,12 +223,12 @@ def reads(node: ir.Node) -> Iterable[ir.Value | None]:
 
 
 def is_parameter(value: ir.Value) -> bool:
-    """Whether an initializer is one of the model's parameters, and not a constant that the graph brings."""
+    """Return True for initializers that are parameters of the model, False for the graph's own constants."""
     return str(value.name).startswith(PARAMETER)
 
 
 def save(models: Mapping[str, ir.Model], parameters: Mapping[str, ir.TensorProtocol], folder: Path, weights: str) -> None:
-    """Write each graph to the file it is named by, and every parameter once to the file `weights`, to which all of them refer."""
+    """Write each graph to the file of its name, and every parameter once to the file `weights`, which all graphs share."""
     values: list[Any] = [value for model in models.values() for value in model.graph.initializers.values() if is_parameter(value)]
     used = {value.name: parameters[value.name.removeprefix(PARAMETER)] for value in values}
     stored = dict(zip(used, ir.external_data.convert_tensors_to_external(list(used.values()), folder, weights), strict=True))

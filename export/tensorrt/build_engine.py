@@ -1,8 +1,8 @@
-"""One TensorRT engine from one ONNX file. Runs in a process of its own, because TensorRT crashes on some graphs it does not like.
+"""Build one TensorRT engine from one ONNX file, in a separate process because TensorRT crashes on some graphs.
 
     python -P build_engine.py '{"package": "tensorrt_rtx", "graph": "prediction.onnx", ...}'    the arguments of `build`
 
-The last line it prints is a JSON object: what `build` returns, or {"error": one line}. Imports nothing but TensorRT.
+Its last line of output is a JSON object: the result of `build`, or {"error": one line}. It imports TensorRT only.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Any
 
 
 class RefusedError(Exception):
-    """TensorRT does not build this graph; says why in one line."""
+    """TensorRT cannot build this graph; the message is one line."""
 
 
 def build(
     package: str, graph: str, engine: str, batch: Sequence[int], workspace: int, compute_capability: Sequence[str], timing_cache: str | None
 ) -> dict[str, Any]:
-    """Write the engine of the ONNX file `graph` to the file `engine`.
+    """Build the engine of the ONNX file `graph` and write it to the file `engine`.
 
     Args:
         package: tensorrt or tensorrt_rtx.
-        batch: smallest, preferred and largest size of every dimension that varies.
-        workspace: bytes.
-        compute_capability: for tensorrt_rtx; none: those it chooses.
-        timing_cache: for tensorrt; read if it is there, and written.
+        batch: minimum, optimal and maximum size of the free dimension.
+        workspace: scratch memory per layer in bytes.
+        compute_capability: targets of tensorrt_rtx; empty: its default.
+        timing_cache: file of measurements, for tensorrt; read if it exists, then updated.
     Raises:
-        RefusedError: a node, or the whole, does not build.
+        RefusedError: a node or the whole graph cannot be built.
         OSError: a file cannot be read or written.
     """
     trt = importlib.import_module(package)
@@ -60,7 +60,7 @@ def build(
         config.set_timing_cache(config.create_timing_cache(measured), ignore_mismatch=False)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise RefusedError(f"cannot build it: {_line('; '.join(log.errors) or 'it does not say why')}")
+        raise RefusedError(f"cannot build it: {_line('; '.join(log.errors) or 'no reason given')}")
     Path(engine).write_bytes(serialized)
     if timing_cache is not None:
         Path(f"{timing_cache}.new").write_bytes(config.get_timing_cache().serialize())
@@ -69,13 +69,13 @@ def build(
 
 
 def capabilities(trt: Any) -> dict[str, Any]:
-    """The compute capabilities that tensorrt_rtx builds for: "8.0" and so on."""
+    """Return the compute capabilities that tensorrt_rtx can build for, keyed like "8.0"."""
     found = {name.removeprefix("SM"): member for name, member in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
     return {f"{digits[:-1]}.{digits[-1]}": member for digits, member in found.items()}
 
 
 def profile(builder: Any, inputs: Sequence[Any], batch: Sequence[int]) -> Any:
-    """Any batch from the smallest to the largest, everything else as in the graph."""
+    """Return a profile for every batch size in the range; other dimensions are those of the graph."""
     made = builder.create_optimization_profile()
     for tensor in inputs:
         shape = tuple(tensor.shape)
@@ -85,14 +85,14 @@ def profile(builder: Any, inputs: Sequence[Any], batch: Sequence[int]) -> Any:
 
 
 def grouped(warnings: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Each warning once, with the number of inputs it was said of."""
+    """Merge warnings that differ only in the name of an input, and count them."""
     name = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
     counted = Counter(name.sub("...", _line(warning)) for warning in warnings)
     return [warning if times == 1 else f"{warning} ({times} times)" for warning, times in counted.items()]
 
 
 def _log(trt: Any) -> Any:
-    """A TensorRT logger that keeps errors and warnings."""
+    """Return a TensorRT logger that collects errors and warnings."""
 
     class Log(trt.ILogger):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The engines of a bundle on TensorRT: torch tensors on the GPU are bound as they are."""
+"""The provider `tensorrt`: runs the engines of a bundle on torch tensors, without copies."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ DTYPES = {
 
 
 def open_engine(folder: Path, bundle: Bundle, graph: str) -> Engine:
-    """The engine of one graph of the bundle in `folder`.
+    """Open the engine of one graph of the bundle in `folder`.
 
     Raises:
-        ZooError: the bundle has no engine of it; no GPU, or not the TensorRT that built it; TensorRT refuses the file.
+        ZooError: the bundle has no such engine, there is no GPU, another version of TensorRT is installed, or the file does not
+            load on this GPU.
     """
     name = Path(graph).with_suffix(".engine").name
     if name not in bundle.engines:
-        raise ZooError(f"{folder}: holds no {name}; zoo-export --target tensorrt writes one")
+        raise ZooError(f"{folder}: has no {name}; zoo-export --target tensorrt writes one")
     return (Step if graph == PREDICTION else Engine)(folder / name, bundle.engines[name])
 
 
@@ -43,7 +44,7 @@ providers.register("tensorrt", open_engine)
 
 
 class Engine:
-    """One engine as a function of tensors by name. Outputs are new tensors."""
+    """One engine as a function of named tensors. Outputs are new tensors."""
 
     def __init__(self, file: Path, spec: EngineSpec) -> None:
         self.device = _gpu()
@@ -55,12 +56,12 @@ class Engine:
         if self._engine is None:
             built_for = ", ".join(spec.compute_capability) or "its default"
             here = ".".join(map(str, torch.cuda.get_device_capability()))
-            raise ZooError(f"{file}: built for compute capability {built_for}, does not load on this GPU, which has {here}")
+            raise ZooError(f"{file}: built for compute capability {built_for}; this GPU has {here}")
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._dtypes = {name: DTYPES[self._engine.get_tensor_dtype(name).name] for name in names}
         self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT]
         self._outputs = [name for name in names if name not in self._inputs]
-        # an output that must lie where an input does: caches written by TensorScatter
+        # outputs that must share memory with an input: caches written by TensorScatter
         self._in_place = {name: source for name in self._outputs if (source := self._engine.get_aliased_input_tensor(name))}
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,12 +76,12 @@ class Engine:
         return self._context()
 
     def _bind(self, context: Any, given: Mapping[str, Tensor], outputs: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
-        """Let `context` read `given` and write `outputs`; an output that is not named there is allocated, or lies in its input."""
+        """Bind inputs and outputs of a context; outputs that are not given are allocated, or share memory with their input."""
         for name, tensor in given.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 low, _, high = self._batch
                 raise ZooError(
-                    f"{name} {list(tensor.shape)}: the engine takes a batch of {low} to {high}, and else the shapes in bundle.json"
+                    f"{name} {list(tensor.shape)}: the engine takes a batch of {low} to {high}, and otherwise the shapes in bundle.json"
                 )
         made = {}
         for name in self._outputs:
@@ -96,31 +97,31 @@ class Engine:
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(_stream()):
-            raise ZooError(f"{self._trt.__name__}: the engine did not run; TensorRT has said why on stderr")
+            raise ZooError(f"{self._trt.__name__}: the engine failed; see the messages of TensorRT on stderr")
 
     def _context(self) -> Any:
         config = self._engine.create_runtime_config()
-        if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):  # TensorRT-RTX: compile before the first run, not behind it
+        if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):  # TensorRT-RTX: do not compile in the background
             config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         context = self._engine.create_execution_context(config)
         if context is None:
-            raise ZooError(f"{self._trt.__name__}: no room on the GPU for what the engine works with")
+            raise ZooError(f"{self._trt.__name__}: not enough GPU memory for the working memory of the engine")
         return context
 
 
 class Step(Engine):
-    """The engine of one token: states stay where they are, and the whole step is one CUDA graph.
+    """The engine of one token, run as a CUDA graph over fixed buffers.
 
-    The caches are written in place; other states alternate between two buffers, so there is a graph for either way. A state
-    that the last call returned is continued without a copy, any other is copied in first. So a call overwrites the state that
-    the last one returned.
+    Caches are updated in place. Other states alternate between two buffers, with one graph per direction. The state returned
+    by the previous call is continued without a copy; any other state is copied in first. Each call therefore overwrites the
+    state returned by the previous one.
     """
 
     def __init__(self, file: Path, spec: EngineSpec) -> None:
         super().__init__(file, spec)
         self._streams = 0
-        self._sides: list[dict[str, Tensor]] = []  # inputs before a step, and after it
-        self._graphs: list[Callable[[], None]] = []  # from each side to the other
+        self._sides: list[dict[str, Tensor]] = []  # the two sets of input buffers
+        self._graphs: list[Callable[[], None]] = []  # one per direction
         self._side = 0
         self._own: set[int] = set()
         self._last: dict[str, Tensor] = {}
@@ -134,7 +135,7 @@ class Step(Engine):
         new = {name: tensors[name] for name in self._inputs if tensors[name] is not self._last.get(name)}
         for name, tensor in new.items():
             if tensor.data_ptr() in self._own:
-                raise ZooError(f"{name}: of a state that was continued already, which overwrote it; clone a state to continue it twice")
+                raise ZooError(f"{name}: belongs to a state that was already continued and overwritten; clone a state to continue it twice")
         for name, tensor in new.items():
             self._sides[self._side][name].copy_(tensor, non_blocking=True)
         self._graphs[self._side]()
@@ -143,7 +144,7 @@ class Step(Engine):
         return {"logits": self._logits.clone()} | {_present(name): tensor for name, tensor in self._last.items()}
 
     def _prepare(self, like: Mapping[str, Tensor]) -> None:
-        """Buffers for inputs like these, and the two graphs over them."""
+        """Allocate buffers for inputs like these, and capture the two graphs."""
         self._streams, self._side, self._last = 0, 0, {}
         first = {name: torch.zeros(tensor.shape, dtype=self._dtypes[name], device=self.device) for name, tensor in like.items()}
         shared = {*self._in_place.values(), *(name for name in first if not name.startswith(PAST))}
@@ -159,14 +160,14 @@ class Step(Engine):
 
 
 def _captured(context: Any, enqueue: Callable[[], None]) -> Callable[[], None]:
-    """`enqueue` as a CUDA graph, where TensorRT can; what it has bound must stay where it is."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # the first runs allocate and compile, which cannot be captured
+    """Capture `enqueue` as a CUDA graph if TensorRT allows it. The bound tensors must not move."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # the first runs allocate and compile, which cannot be captured
         enqueue()
         enqueue()
-    torch.cuda.current_stream().wait_stream(aside)
-    if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(aside.cuda_stream):
+    torch.cuda.current_stream().wait_stream(side)
+    if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(side.cuda_stream):
         return enqueue
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a sleep may run in another thread
@@ -176,7 +177,7 @@ def _captured(context: Any, enqueue: Callable[[], None]) -> Callable[[], None]:
 
 def _gpu() -> torch.device:
     if not torch.cuda.is_available():
-        raise ZooError("provider: tensorrt runs on an NVIDIA GPU, and torch finds none here; the graphs beside the engines run on cpu")
+        raise ZooError("provider: tensorrt needs an NVIDIA GPU, and torch finds none; use provider cpu to run the graphs")
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -185,14 +186,14 @@ def _stream() -> int:
 
 
 def _package(file: Path, spec: EngineSpec) -> Any:
-    """The TensorRT that built an engine; no other can read it."""
+    """Import the TensorRT that built an engine; no other version can read it."""
     name = spec.built_by.split()[0]
     try:
         trt = importlib.import_module(name)
     except (ImportError, OSError):
-        raise ZooError(f"{file}: was built by {spec.built_by}, and {name} is not installed; pip install {name}") from None
+        raise ZooError(f"{file}: built by {spec.built_by}, but {name} is not installed; pip install {name}") from None
     if f"{name} {trt.__version__}" != spec.built_by:
-        raise ZooError(f"{file}: was built by {spec.built_by}, and {name} {trt.__version__} is installed; export the model again")
+        raise ZooError(f"{file}: built by {spec.built_by}, but {name} {trt.__version__} is installed; export the model again")
     return trt
 
 

@@ -1,6 +1,6 @@
-"""TensorRT engines from the graphs of a bundle, strongly typed: every tensor keeps the type that the graph gives it.
+"""The target `tensorrt`: strongly typed engines, in which every tensor keeps its type in the graph.
 
-`tensorrt` builds for the GPU it finds. `tensorrt_rtx` builds on a machine without one, for compute capabilities that are named.
+`tensorrt` builds for the local GPU. `tensorrt_rtx` builds without a GPU, for given compute capabilities.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from zoo.export.tensorrt import build_engine
 from zoo.export.tensorrt.build_engine import capabilities
 from zoo.files import replacing
 
-OLDEST = (10, 15)  # the first tensorrt whose parser knows TensorScatter
+OLDEST = (10, 15)  # first tensorrt whose parser supports TensorScatter
 BFLOAT16_SINCE = 8.0
 GIB = 1 << 30
-HEADROOM = 64 << 20  # bytes of an engine that are not weights
+HEADROOM = 64 << 20  # bytes of an engine besides the weights
 
 
 class Toolkit(NamedTuple):
@@ -37,7 +37,7 @@ class Toolkit(NamedTuple):
 
     trt: Any
     ahead: bool
-    """Whether it builds for GPUs that are not here."""
+    """True if it builds ahead of time, for GPUs of other machines."""
 
     @property
     def name(self) -> str:
@@ -45,34 +45,34 @@ class Toolkit(NamedTuple):
 
 
 class TensorRT(Target):
-    """Engines of both graphs beside them. Fields: what they are built for."""
+    """Write an engine for every graph. Fields are the options of the build."""
 
-    batch: tuple[int, int, int] = Field((1, 1, 8), description="smallest, preferred and largest number of streams")
+    batch: tuple[int, int, int] = Field((1, 1, 8), description="minimum, optimal and maximum number of streams")
     compute_capability: tuple[str, ...] = Field(
-        (), description='such as "8.0", one engine for all of them; none: that of the GPU here, or what tensorrt_rtx chooses'
+        (), description='GPUs that one engine is built for, such as "8.0"; empty: the local GPU, or the default of tensorrt_rtx'
     )
-    workspace: float = Field(4, gt=0, description="GiB that a layer may use beside its inputs and outputs")
-    timing_cache: Path | None = Field(None, description="file that `tensorrt` keeps its measurements in, so that the next build is quicker")
+    workspace: float = Field(4, gt=0, description="scratch memory per layer in GiB")
+    timing_cache: Path | None = Field(None, description="file of measurements of `tensorrt`, which speeds up the next build")
 
     @field_validator("batch")
     @classmethod
     def _ordered(cls, batch: tuple[int, int, int]) -> tuple[int, int, int]:
         if not 1 <= batch[0] <= batch[1] <= batch[2]:
-            raise ValueError(f"{batch}; want smallest, preferred and largest, in that order and at least 1")
+            raise ValueError(f"{batch}; want minimum, optimal and maximum, ascending and at least 1")
         return batch
 
     def check(self, precision: str, plan: Plan) -> None:
         if plan.dialect != "portable":
-            raise ZooError(f"dialect: TensorRT knows nothing of '{plan.dialect}', which is onnxruntime's own; allowed: portable")
+            raise ZooError(f"dialect: TensorRT does not support '{plan.dialect}', which is specific to onnxruntime; allowed: portable")
         if plan.weights == "int8":
-            raise ZooError("weights: TensorRT-RTX 1.7 builds no Loop that reads int8 weights; allowed: int4, or none")
+            raise ZooError("weights: TensorRT-RTX 1.7 cannot build a Loop that reads int8 weights; allowed: int4, or none")
         self.toolkit(precision)
 
     def build(self, folder: Path, bundle: Bundle) -> Bundle:
-        """Write an engine of every graph.
+        """Write an engine for every graph.
 
         Raises:
-            ZooError: TensorRT refuses a node or the whole, or the engines do not fit on the disk.
+            ZooError: TensorRT cannot build a graph, or the engines do not fit on the disk.
         """
         toolkit = self.toolkit(bundle.precision)
         check_space(folder, (folder / WEIGHTS).stat().st_size, len(bundle.graphs))
@@ -84,10 +84,10 @@ class TensorRT(Target):
         return bundle.model_copy(update={"engines": engines, "sha256": bundle.sha256 | hashes})
 
     def toolkit(self, precision: str) -> Toolkit:
-        """`tensorrt` where it is installed, a GPU is here and no compute capability is asked for; else `tensorrt_rtx`.
+        """Choose `tensorrt` if it is installed, there is a GPU and no compute capability is requested; otherwise `tensorrt_rtx`.
 
         Raises:
-            ZooError: neither will do, or a compute capability or precision that it lacks.
+            ZooError: neither is usable, or it does not support the compute capability or precision.
         """
         if precision not in ("float32", "float16", "bfloat16"):
             raise ZooError(f"dtype: TensorRT has no kernels for {precision}; allowed: float32, float16, bfloat16")
@@ -97,33 +97,31 @@ class TensorRT(Target):
                 raise ZooError(f"tensorrt {trt.__version__}: want {OLDEST[0]}.{OLDEST[1]} or newer")
             if torch.cuda.is_available() and not self.compute_capability:
                 return Toolkit(trt, ahead=False)
-            why_not = "builds for the GPU of this machine alone" if self.compute_capability else "needs a GPU to build, and there is none"
+            why_not = "builds only for the local GPU" if self.compute_capability else "needs a GPU to build, and none is available"
         rtx = _installed("tensorrt_rtx")
         if rtx is None:
-            raise ZooError(
-                f"tensorrt {why_not}; pip install 'sleep-zoo[tensorrt-rtx]' builds without a GPU for compute capabilities you name"
-            )
+            raise ZooError(f"tensorrt {why_not}; pip install 'sleep-zoo[tensorrt-rtx]' builds without a GPU, for any compute capability")
         if self.timing_cache is not None:
-            raise ZooError(f"timing-cache: {rtx.__name__} times nothing while it builds; allowed with tensorrt only")
+            raise ZooError(f"timing-cache: {rtx.__name__} measures nothing during a build; allowed with tensorrt only")
         known = capabilities(rtx)
         for asked in self.compute_capability:
             if asked not in known:
                 raise ZooError(
-                    f"compute-capability: '{asked}' is not one {rtx.__name__} {rtx.__version__} builds for; allowed: {', '.join(known)}"
+                    f"compute-capability: '{asked}' is not supported by {rtx.__name__} {rtx.__version__}; allowed: {', '.join(known)}"
                 )
             if precision == "bfloat16" and float(asked) < BFLOAT16_SINCE:
                 raise ZooError(f"dtype: no bfloat16 at compute capability {asked}; allowed: {BFLOAT16_SINCE} and newer, or another dtype")
         return Toolkit(rtx, ahead=True)
 
     def engine(self, toolkit: Toolkit, graph: Path, engine: Path) -> EngineSpec:
-        """Write the engine of the ONNX file `graph` to `engine`, whole or not at all.
+        """Build the engine of the ONNX file `graph` and write it atomically to `engine`.
 
         Raises:
-            ZooError: TensorRT refuses a node or the whole, or crashes, or the engine does not fit on the disk.
+            ZooError: TensorRT refuses the graph or crashes, or the engine does not fit on the disk.
         """
         started = time.perf_counter()
         with replacing(engine) as scratch:
-            said = _run(
+            result = _run(
                 f"{graph.name}: {toolkit.name}",
                 package=toolkit.trt.__name__,
                 graph=str(graph),
@@ -138,7 +136,7 @@ class TensorRT(Target):
             compute_capability=list(self.compute_capability) if toolkit.ahead else [_here()],
             batch=self.batch,
             seconds=round(time.perf_counter() - started, 2),
-            **said,
+            **result,
         )
 
 
@@ -146,7 +144,7 @@ targets.register("tensorrt", TensorRT)
 
 
 def check_space(folder: Path, weights: int, engines: int) -> None:
-    """Raises ZooError where the disk has no room for `engines` engines, each of which holds `weights` bytes of weights."""
+    """Raise a ZooError if the disk has no room for `engines` engines with `weights` bytes of weights each."""
     need, free = engines * (weights + HEADROOM), shutil.disk_usage(folder).free
     if free < need:
         raise ZooError(f"{folder}: {engines} engines need about {need / GIB:.1f} GiB, and the disk has {free / GIB:.1f} GiB left")
@@ -160,19 +158,19 @@ def _here() -> str:
 def _installed(package: str) -> Any:
     try:
         return importlib.import_module(package)
-    except (ImportError, OSError):  # OSError: its libraries are not there
+    except (ImportError, OSError):  # OSError: its libraries are missing
         return None
 
 
 def _run(label: str, **task: Any) -> dict[str, Any]:
-    """`zoo.export.tensorrt.build_engine.build` in a process of its own."""
+    """Run `zoo.export.tensorrt.build_engine.build` in a separate process."""
     script = [sys.executable, "-P", build_engine.__file__, json.dumps(task)]
     done = subprocess.run(script, capture_output=True, text=True)
     if done.returncode < 0:
-        raise ZooError(f"{label} crashes on it ({signal.Signals(-done.returncode).name})")
+        raise ZooError(f"{label} crashes ({signal.Signals(-done.returncode).name})")
     if done.returncode:
-        raise ZooError(f"{label} fails on it: {done.stderr.strip().splitlines()[-1]}")
-    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if "error" in said:
-        raise ZooError(f"{label} {said['error']}")
-    return said
+        raise ZooError(f"{label} fails: {done.stderr.strip().splitlines()[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "error" in result:
+        raise ZooError(f"{label} {result['error']}")
+    return result

@@ -34,7 +34,7 @@ SMALL = {
 PREFILL = {"prefill": 4}
 CASES = {
     "hard": ({"layers": "attn gdn", "loops": 3, "learned_positions": "asleep"}, {}),
-    # fast weights before the span and in it, KV in it and after it, grouped heads, a window inside the window, something between passes
+    # fast weights before and inside the span, KV inside and after it, grouped heads, a window inside the window, norm and injection
     "sliding": (
         {
             "layers": "gdn swa gdn attn",
@@ -48,10 +48,10 @@ CASES = {
         },
         PREFILL,
     ),
-    # one pass of a span without fast weights, which the coda has; the word embedding is the head
+    # one pass of a span without fast weights, which only the coda has; tied embeddings
     "once": ({"layers": "swa gdn", "loops": 1, "span": [0, 0], "tie_embeddings": True}, {}),
 }
-# every mixer and policy, every form of a sleep, both dialects
+# all mixers, policies, forms of a sleep, and both dialects
 FORMS = {
     "mix": (
         {"layers": "mamba2 swa jet gdn attn mamba", "evict": "sliding", "span": [1, 4], "blocks": {"mamba2": {"groups": 2}}},
@@ -82,7 +82,7 @@ OUROJET = {
     "exit": {"threshold": 1.0},
     "blocks": {"attn": {"post_norm": True}, "jet": {"mlp": False, "inserted": True}},
 }
-# every mixer by itself, and more families
+# each mixer alone, and more families
 MORE = {
     "attn": ({"layers": "attn", "evict": "sliding"}, PREFILL),
     "swa": ({"layers": "swa", "evict": "sliding"}, PREFILL),
@@ -99,7 +99,7 @@ MORE = {
 }
 ALL = CASES | FORMS | MORE
 
-# torch parses the source of its 500 translations for every graph; here, once for all of them
+# torch parses the source of its 500 translations for every graph; here it does so once
 ONNXRegistry.from_torchlib = classmethod(functools.cache(ONNXRegistry.from_torchlib.__func__))
 
 
@@ -110,15 +110,15 @@ class Exported(NamedTuple):
 
 
 def small(loud: float | None = None, **fields) -> zoo.Model:
-    """loud: deviation of the weights that start at zero; default: that of all others."""
+    """Create a small model. loud: standard deviation of weights that are initialized to zero; default: as the others."""
     fields = dict(fields)
-    if "name" in fields:  # a model as it is
+    if "name" in fields:  # a model from its config
         return zoo.create(fields["name"])
     dtype = fields.pop("dtype", torch.float32)
     model = zoo.create(zoo.create("gdn4", **SMALL).config, dtype=dtype, **fields)
     branches = sum(1 if block.mlp is None else 2 for block in model.blocks)
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():  # what starts at zero would hide whatever it multiplies
+    for name, parameter in model.named_parameters():  # zeros would hide errors in what they multiply
         if not parameter.any():
             usual = 0.3 if parameter.ndim == 1 else (parameter.shape[1] * (branches if name.endswith("o_proj.weight") else 1)) ** -0.5
             torch.nn.init.normal_(parameter, std=usual if loud is None else loud, generator=generator)
@@ -127,7 +127,7 @@ def small(loud: float | None = None, **fields) -> zoo.Model:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory):
-    """Each case exported once in all processes, when a test first asks for it."""
+    """Export each case once across all processes, when a test first needs it."""
     made: dict[str, Exported] = {}
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

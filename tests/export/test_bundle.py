@@ -1,4 +1,4 @@
-"""What is in a bundle, and what is refused."""
+"""The contents of a bundle, and the errors of an export."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_span_is_one_loop_of_constant_length(bundle):
     loop = next(node for node in graph.node if node.op_type == "Loop")
     constants = {node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t) for node in graph.node if node.op_type == "Constant"}
     assert constants[loop.input[0]] == bundle.model.config.loops
-    assert loop.input[1] == ""
+    assert constants[loop.input[1]]
     body = loop.attribute[0].g
     assert not body.initializer
     assert onnx.numpy_helper.to_array(next(node for node in body.node if node.output[0] == body.output[0].name).attribute[0].t)
@@ -103,10 +103,16 @@ def test_every_parameter_is_stored_once(bundle):
 
 def test_names_and_shapes(bundles):
     model, folder, _ = bundles("sliding")
-    said = json.loads((folder / "bundle.json").read_text())
-    assert (said["window"], said["loops"], said["evict"], said["opset"], said["precision"]) == (5, 3, "sliding", 24, "float32")
-    assert zoo.create(said["config"], device="meta").config == model.config
-    prediction, consolidation = said["graphs"]["prediction.onnx"], said["graphs"]["consolidation.onnx"]
+    manifest = json.loads((folder / "bundle.json").read_text())
+    assert (manifest["window"], manifest["loops"], manifest["evict"], manifest["opset"], manifest["precision"]) == (
+        5,
+        3,
+        "sliding",
+        24,
+        "float32",
+    )
+    assert zoo.create(manifest["config"], device="meta").config == model.config
+    prediction, consolidation = manifest["graphs"]["prediction.onnx"], manifest["graphs"]["consolidation.onnx"]
     given = {tensor["name"]: (tensor["dtype"], tensor["shape"]) for tensor in prediction["inputs"]}
     assert given["input_ids"] == ("int64", ["batch", 1])
     assert given["position"] == ("int64", [])
@@ -122,7 +128,7 @@ def test_names_and_shapes(bundles):
 
 
 def test_a_window_that_restarts_is_not_read_asleep(bundles):
-    """A host may hand over the states as they stand: what the waking window left there changes nothing, and comes out as zeros."""
+    """A host may pass its states unchanged: the contents of the window have no effect, and come out as zeros."""
     folder = bundles("hard").folder
     session = onnxruntime.InferenceSession(str(folder / "consolidation.onnx"), providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
@@ -165,17 +171,17 @@ def test_a_file_of_another_bundle_is_refused(bundles, tmp_path, file):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "no bundle.json here"), ("{", "not JSON"), ("[]", "want a mapping"), ("{}", "config: is missing")]
+    ("content", "message"), [(None, "no bundle.json here"), ("{", "not JSON"), ("[]", "want a mapping"), ("{}", "config: is missing")]
 )
-def test_a_broken_manifest(tmp_path, content, said):
+def test_a_broken_manifest(tmp_path, content, message):
     if content is not None:
         (tmp_path / "bundle.json").write_text(content)
-    with pytest.raises(ZooError, match=said):
+    with pytest.raises(ZooError, match=message):
         zoo.export.load(tmp_path)
 
 
 def copy_of(folder):
-    """What stands for writing a bundle: another one's files."""
+    """Return a stand-in for `write_onnx` that copies the files of an existing bundle."""
 
     def write(model, out, *_):
         shutil.copytree(folder, out, dirs_exist_ok=True)
@@ -189,30 +195,30 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["gdn4-sleep2", "--target", "nonsense"], "unknown export target 'nonsense'; "),
-        (["gdn4"], "evict: 'none' .* allowed: hard, sliding, or a max_length"),
+        (["gdn4"], "evict: 'none' does not bound the window.* allowed: hard, sliding, or a max_length"),
         (["gdn4-sleep2", "--max-length", "9"], "max_length: 9; windows of gdn4-sleep2 hold 24 tokens"),
         (["gdn4", "--max-length", "9", "--per-pass"], "never sleeps"),
         (["gdn4-sleep2", "--prefill", "25"], "prefill: 25 tokens are more than a window of 24"),
         (["gdn4-sleep2", "--prefill", "1"], "prefill: 1: .* greater than or equal to 2"),
         (["gdn4-sleep2", "--loops", "0"], "loops: 0: .* greater than or equal to 1"),
-        (["gdn4-sleep2", "carry=false"], "carry: False is for comparisons"),
+        (["gdn4-sleep2", "carry=false"], "carry: False is not supported"),
         (["gdn5-sleep2"], "unknown model 'gdn5-sleep2'; did you mean 'gdn4'?"),
         (["gdn4-sleep2", "loops"], "want field=value"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, arguments, said):
+def test_bad_input_is_one_line(tmp_path, arguments, message):
     result = run(*arguments, "--out", tmp_path / "new")
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
-    assert re.search(said, result.stderr)
+    assert re.search(message, result.stderr)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_exists_is_left_alone(tmp_path):
+def test_an_existing_folder_is_untouched(tmp_path):
     (tmp_path / "mine").write_text("untouched")
     result = run("gdn4-sleep2", "--out", tmp_path)
     assert result.exit_code == 2
@@ -243,13 +249,13 @@ class Growing(NamedTuple):
     tokens: torch.Tensor
 
 
-def test_what_no_graph_can_hold(bundles, tmp_path):
+def test_models_that_no_graph_can_hold(bundles, tmp_path):
     model = zoo.create(bundles("hard").model.config)
     model.blocks[1].mixer.new_window = lambda batch: Growing(torch.zeros(batch, 0, 4))
-    with pytest.raises(ZooError, match="block 'gdn' keeps a cache that grows, which no graph can hold; allowed: KV, or a fixed size"):
+    with pytest.raises(ZooError, match="block 'gdn' keeps a growing cache, which no graph can hold; allowed: KV, or a fixed size"):
         zoo.export.export(model, tmp_path / "new")
     model.config = model.config.model_copy(update={"evict": "oldest"})
-    with pytest.raises(ZooError, match="evict: graphs know nothing of 'oldest'; allowed: none, hard, sliding"):
+    with pytest.raises(ZooError, match="evict: graphs do not support 'oldest'; allowed: none, hard, sliding"):
         zoo.export.export(model, tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
@@ -270,13 +276,13 @@ def test_a_saved_model_against_its_bundle(bundles, tmp_path):
     assert result.exit_code == 2
     assert "from PyTorch" in result.stderr
     result = run(tmp_path / "run", "d_model=32", "--verify-only", folder)
-    assert "its weights do not fit d_model=32" in result.stderr
+    assert "the weights do not fit d_model=32" in result.stderr
 
 
 def test_a_folder_in_use_is_found_before_any_work(bundles, tmp_path, monkeypatch):
     model, folder, _ = bundles("hard")
     zoo.save(model, tmp_path / "run")
-    monkeypatch.setattr("zoo.checkpoints.own.load", lambda *_, **__: pytest.fail("work"))
+    monkeypatch.setattr("zoo.checkpoints.own.load", lambda *_, **__: pytest.fail("the model was loaded"))
     result = run(tmp_path / "run", "--out", folder)
     assert result.exit_code == 2
     assert "already exists" in result.stderr

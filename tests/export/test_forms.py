@@ -1,4 +1,4 @@
-"""What else a bundle may be: stored in fewer bits, for onnxruntime-genai, of long windows; and the page about it."""
+"""Other forms of a bundle: integer weights, onnxruntime-genai, long windows; and its generated page."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import zoo
-from zoo.export import page as deploy
 from zoo.export.manifest import Bundle
+from zoo.export.page import page
 from zoo.export.quantise import linear_weights, quantised
 
 
@@ -39,11 +39,11 @@ def test_fewer_bits(bundles, case, stored_as):
     assert (folder / "weights.bin").stat().st_size < sum(tensor.nbytes for tensor in model.parameters())
 
 
-def test_genai_says_the_same(bundles):
+def test_genai_generates_the_same(bundles):
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     model, folder, _ = bundles("ort")
     prompt = [3, 1, 4, 1]
-    said = [int(token) for token in zoo.Session(model).generate(torch.tensor([prompt]), model.config.window - len(prompt))]
+    ours = [int(token) for token in zoo.Session(model).generate(torch.tensor([prompt]), model.config.window - len(prompt))]
     loaded = genai.Model(str(folder))
     params = genai.GeneratorParams(loaded)
     params.set_search_options(max_length=model.config.window)
@@ -51,24 +51,24 @@ def test_genai_says_the_same(bundles):
     generator.append_tokens(np.array([prompt], dtype=np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    heard = [int(token) for token in generator.get_sequence(0)]
-    end = model.config.vocab_size - 1  # what the config calls the end of a stream
-    wanted = said[: said.index(end)] if end in said else said
-    assert heard[: len(prompt) + len(wanted)] == prompt + wanted
+    theirs = [int(token) for token in generator.get_sequence(0)]
+    end = model.config.vocab_size - 1  # the end-of-stream id of the config
+    wanted = ours[: ours.index(end)] if end in ours else ours
+    assert theirs[: len(prompt) + len(wanted)] == prompt + wanted
     assert len(wanted) >= 4
 
 
 def test_the_page_is_not_stale(bundles):
     _, folder, _ = bundles("gdn4")
     written = Path(__file__).parents[2] / "docs" / "deploy.md"
-    assert written.read_text(encoding="utf-8") == deploy.page(Bundle.read(folder))
+    assert written.read_text(encoding="utf-8") == page(Bundle.read(folder))
 
 
 @pytest.mark.parametrize("case", ["per-pass", "sliding", "full", "ort"])
 def test_a_page_names_every_tensor(bundles, case):
     _, folder, _ = bundles(case)
     bundle = Bundle.read(folder)
-    page = deploy.page(bundle)
+    text = page(bundle)
     for file, spec in bundle.graphs.items():
-        assert f"## {file}" in page
-        assert all(f"`{tensor.name}`" in page for tensor in (*spec.inputs, *spec.outputs))
+        assert f"## {file}" in text
+        assert all(f"`{tensor.name}`" in text for tensor in (*spec.inputs, *spec.outputs))

@@ -1,4 +1,4 @@
-"""A session on the graphs answers as the PyTorch session does."""
+"""Sessions on the graphs agree with PyTorch sessions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_sleeping_early(bundle, batch):
     assert all(map(torch.equal, ours.generate(ids[:, :1], 2 * window), wanted.generate(ids[:, :1], 2 * window)))
 
 
-def test_what_padding_holds_does_not_matter(bundle):
+def test_the_content_of_padding_does_not_matter(bundle):
     exported = ExportedModel(bundle.folder)
     graph = exported._graphs["consolidation.onnx"]
     window = exported.config.window
@@ -77,17 +77,17 @@ def test_as_pytorch_over_windows_with_sleeps(bundles, case):
     assert all(0 <= d.mean <= d.maximum < (1e-2 if half else 1e-4) for d in parity.differences.values())
     assert any(d.maximum > 0 for d in parity.differences.values())
     assert half or parity.agreement == 1
-    states = {name for moment, name in parity.differences if name != "logits"}
+    states = {name for stage, name in parity.differences if name != "logits"}
     assert states == set(pack(model(torch.zeros(1, 2, dtype=torch.int64)).state, PAST))
-    assert {SLEEP, STRESS} <= {moment for moment, _ in parity.differences} or model.config.evict == "none"
+    assert {SLEEP, STRESS} <= {stage for stage, _ in parity.differences} or model.config.evict == "none"
     for file in json.loads((folder / "bundle.json").read_text())["graphs"]:
         onnx.checker.check_model(str(folder / file), full_check=True)
 
 
 def moved_by_an_ulp(model):
-    """How far the fast weights go, at most of four draws, if two of three weights of the model go one unit in the last place.
+    """Largest change of the fast weights, over four draws, when two thirds of the weights change by one unit in the last place.
 
-    Random weights can make a model that sleeps multiply a rounding a thousandfold; no two ways to compute it agree better.
+    Random weights can make a sleeping model amplify rounding errors a thousandfold; no two implementations agree better.
     """
 
     def fast(model):
@@ -108,9 +108,9 @@ def moved_by_an_ulp(model):
 
 
 @pytest.mark.extended
-def test_what_multiplies_roundings_is_off_by_its_conditioning(bundles):
-    """Inserted blocks five times as loud as others: it misses the 1e-4 of the test above, by what a few units in the last place of the
-    weights do to the PyTorch model.
+def test_a_model_that_amplifies_rounding_differs_by_its_conditioning(bundles):
+    """Inserted blocks with weights five times larger exceed the 1e-4 of the test above, but only by as much as changing the
+    weights by a few units in the last place changes the PyTorch model.
     """
     model, _, parity = bundles("ourojet-loud")
     assert max(d.maximum for d in parity.differences.values()) < 4 * moved_by_an_ulp(model)
@@ -121,10 +121,10 @@ def test_a_piece_is_its_tokens_one_by_one(bundles, case):
     model, folder, _ = bundles(case)
     exported = ExportedModel(folder)
     ids = stream(model, 2, 4)
-    first = exported(ids[:, :1], exported.init_state(2)).state  # a piece need not start a window
+    first = exported(ids[:, :1], exported.init_state(2)).state  # a piece may start inside a window
     T = exported.bundle.plan.prefill
     given = {"position": torch.tensor(1), "position_ids": torch.ones(2, T, dtype=torch.int64), **pack(first, PAST)}
-    given |= exported._padded(ids[:, 1:4], T)  # three of its tokens count
+    given |= exported._padded(ids[:, 1:4], T)  # three of its tokens are valid
     piece = exported._graphs["prefill.onnx"](given)
     logits, state = [], first
     for token in ids[:, 1:4].split(1, dim=1):
@@ -137,7 +137,7 @@ def test_a_piece_is_its_tokens_one_by_one(bundles, case):
 
 @pytest.mark.parametrize("case", ["sliding", "hard", "full"])
 def test_states_pass_from_one_to_the_other(bundles, case):
-    """A stream may change from PyTorch to the graphs and back at any token."""
+    """A stream can move from PyTorch to the graphs and back at any token."""
     model, folder, _ = bundles(case)
     exported = ExportedModel(folder)
     if model.config.evict != "none":
@@ -160,13 +160,13 @@ def test_a_session_moves_between_pytorch_and_the_graphs(bundles, case, tmp_path)
     model, folder, _ = bundles(case)
     ids = stream(model, 2, 4 * model.config.window)
     sessions = {"torch": zoo.Session(model, 2), "graphs": zoo.export.load(folder, batch_size=2)}
-    said = model.config.window + 3
+    fed = model.config.window + 3
     for name, session in sessions.items():
-        session.feed(ids[:, :said])
+        session.feed(ids[:, :fed])
         session.save(tmp_path / name)
-    wanted = sessions["torch"].feed(ids[:, said:])
-    assert torch.allclose(sessions["graphs"].load(tmp_path / "torch").feed(ids[:, said:]), wanted, atol=1e-4)
-    assert torch.allclose(sessions["torch"].load(tmp_path / "graphs").feed(ids[:, said:]), wanted, atol=1e-4)
+    wanted = sessions["torch"].feed(ids[:, fed:])
+    assert torch.allclose(sessions["graphs"].load(tmp_path / "torch").feed(ids[:, fed:]), wanted, atol=1e-4)
+    assert torch.allclose(sessions["torch"].load(tmp_path / "graphs").feed(ids[:, fed:]), wanted, atol=1e-4)
     with pytest.raises(ZooError, match="weights: the session is of"):
         zoo.Session(zoo.create(model.config, seed=1), 2).load(tmp_path / "graphs")
 
@@ -192,7 +192,7 @@ def test_none_is_bounded_by_its_length(bundles):
         exported.consolidate(torch.zeros(1, 3, dtype=torch.int64), exported.init_state())
 
 
-def test_other_weights_are_found_out(bundles):
+def test_other_weights_are_detected(bundles):
     model, folder, _ = bundles("hard")
     other = zoo.create(model.config, seed=1)
     with pytest.raises(ZooError, match="from PyTorch, allowed: 1e-03"):

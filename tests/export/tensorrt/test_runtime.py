@@ -1,4 +1,4 @@
-"""Sessions on engines. Without a GPU, a stand-in for TensorRT runs the graphs where the runtime has bound its tensors."""
+"""Sessions on engines. Without a GPU, a stand-in for TensorRT runs the graphs on the tensors that the runtime has bound."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from zoo.errors import ZooError
 from zoo.export.manifest import Bundle, EngineSpec, digest
 from zoo.export.ring import PAST, pack
 from zoo.export.runtime import ExportedModel
-from zoo.export.tensorrt import runtime as runtime
+from zoo.export.tensorrt import runtime
 from zoo.export.tensorrt.target import TensorRT
 
 BUILT_BY = "tensorrt_rtx 0.0"
-MOST = 4  # streams that the stand-in's engines take
+MAX_BATCH = 4  # of the stand-in's engines
 TYPES = {"tensor(float)": "FLOAT", "tensor(int64)": "INT64"}
 
 
 class Engine:
-    """What TensorRT makes of the ONNX file whose path is the content of the engine's file."""
+    """Stand-in for the engine of an ONNX file; the engine file contains the path of the ONNX file."""
 
     def __init__(self, file):
         self.session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -67,7 +67,7 @@ class Context:
         wanted = self.engine.inputs[name].shape
         if wanted:
             self.batch = shape[0]
-        return len(shape) == len(wanted) and list(shape[1:]) == wanted[1:] and (not wanted or 1 <= shape[0] <= MOST)
+        return len(shape) == len(wanted) and list(shape[1:]) == wanted[1:] and (not wanted or 1 <= shape[0] <= MAX_BATCH)
 
     def get_tensor_shape(self, name):
         return [size if isinstance(size, int) else self.batch for size in self.engine.values[name].shape]
@@ -96,7 +96,7 @@ class Context:
 
 
 def captured(context, enqueue):
-    """As a CUDA graph: first a run that writes rubbish, then the addresses of now for ever."""
+    """Behave like a captured CUDA graph: run once, then always use the current addresses."""
     enqueue()
     addresses = dict(context.addresses)
     return lambda: context.run(addresses)
@@ -129,7 +129,7 @@ def tensorrt(monkeypatch):
 
 def with_engines(folder, content=None):
     bundle = Bundle.read(folder)
-    spec = EngineSpec(built_by=BUILT_BY, compute_capability=["8.0", "12.0"], batch=(1, 1, MOST), layers=1, seconds=0, warnings=[])
+    spec = EngineSpec(built_by=BUILT_BY, compute_capability=["8.0", "12.0"], batch=(1, 1, MAX_BATCH), layers=1, seconds=0, warnings=[])
     engines = {}
     for graph in bundle.graphs:
         engine = (folder / graph).with_suffix(".engine")
@@ -142,7 +142,7 @@ def with_engines(folder, content=None):
 
 @pytest.fixture(params=["hard", "sliding"])
 def made(request, bundles, tensorrt, tmp_path):
-    """A model and a folder with its engines."""
+    """Return a model and a folder with its engines."""
     bundle = bundles(request.param)
     return bundle.model, with_engines(shutil.copytree(bundle.folder, tmp_path / "bundle"))
 
@@ -199,7 +199,7 @@ def test_nothing_is_copied_between_tokens(made):
 
 
 def test_states_from_elsewhere_are_not_changed(made):
-    """Those of a sleep, of a fresh stream, and clones."""
+    """States from a sleep or a fresh stream, and clones, stay as they are."""
     model, folder = made
     exported = ExportedModel(folder, "tensorrt")
     ids = stream(model, 2, model.config.window)
@@ -217,7 +217,7 @@ def test_a_state_that_was_overwritten_is_refused(made):
     ids = stream(model, 2, 3)
     one = exported(ids[:, :1], exported.init_state(2)).state
     two = exported(ids[:, 1:2], one).state
-    with pytest.raises(ZooError, match="of a state that was continued already"):
+    with pytest.raises(ZooError, match="belongs to a state that was already continued"):
         exported(ids[:, 1:2], one)
     assert exported(ids[:, 2:], two).logits.shape == (2, 1, model.config.vocab_size)  # the refusal changed nothing
 
@@ -234,7 +234,7 @@ def test_other_numbers_of_streams(made):
 
 
 def test_an_engine_of_many_tokens_changes_no_input(made):
-    """Whatever it writes in place, it writes into a copy."""
+    """In-place updates go to copies of the inputs."""
     model, folder = made
     spec = Bundle.read(folder).engines["prediction.engine"]
     engine = runtime.Engine(folder / "prediction.engine", spec)
@@ -249,30 +249,28 @@ def test_an_engine_of_many_tokens_changes_no_input(made):
 
 def test_an_engine_that_does_not_load(bundles, tensorrt, tmp_path):
     folder = with_engines(shutil.copytree(bundles("sliding").folder, tmp_path / "bundle"), content="rubbish")
-    with pytest.raises(
-        ZooError, match=r"prediction.engine: built for compute capability 8.0, 12.0, does not load on this GPU, which has 9.0"
-    ):
+    with pytest.raises(ZooError, match=r"prediction.engine: built for compute capability 8.0, 12.0; this GPU has 9.0"):
         zoo.export.load(folder, provider="tensorrt")
 
 
 def test_another_version_of_tensorrt(made, tensorrt, monkeypatch):
     tensorrt.__version__ = "0.1"
-    with pytest.raises(ZooError, match=r"was built by tensorrt_rtx 0.0, and tensorrt_rtx 0.1 is installed; export the model again"):
+    with pytest.raises(ZooError, match=r"built by tensorrt_rtx 0.0, but tensorrt_rtx 0.1 is installed; export the model again"):
         zoo.export.load(made[1], provider="tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(ZooError, match=r"was built by tensorrt_rtx 0.0, and tensorrt_rtx is not installed; pip install tensorrt_rtx"):
+    with pytest.raises(ZooError, match=r"built by tensorrt_rtx 0.0, but tensorrt_rtx is not installed; pip install tensorrt_rtx"):
         zoo.export.load(made[1], provider="tensorrt")
 
 
 def test_a_bundle_without_engines(bundles):
-    with pytest.raises(ZooError, match=r"holds no prediction.engine; zoo-export --target tensorrt writes one"):
+    with pytest.raises(ZooError, match=r"has no prediction.engine; zoo-export --target tensorrt writes one"):
         zoo.export.load(bundles("sliding").folder, provider="tensorrt")
 
 
 def test_no_gpu(made, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ZooError, match="tensorrt runs on an NVIDIA GPU, and torch finds none here"):
+    with pytest.raises(ZooError, match="tensorrt needs an NVIDIA GPU, and torch finds none"):
         zoo.export.load(made[1], provider="tensorrt")
 
 

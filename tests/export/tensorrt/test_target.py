@@ -1,4 +1,4 @@
-"""Engines from a bundle's graphs. TensorRT-RTX builds them here; running one needs a GPU."""
+"""Engines from the graphs of a bundle. TensorRT-RTX builds them without a GPU; running one needs a GPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def engines(rtx, bundles, tmp_path_factory):
 
 
 def graph(file, *nodes, inputs=("x",), outputs=("y",), dtype=onnx.TensorProto.FLOAT, **opsets):
-    """An ONNX file of tensors [batch, 3]."""
+    """Write an ONNX file whose tensors are [batch, 3]."""
     values = [[onnx.helper.make_tensor_value_info(name, dtype, ["batch", 3]) for name in names] for names in (inputs, outputs)]
     imports = [onnx.helper.make_opsetid(domain.replace("_", "."), version) for domain, version in {"": 24, **opsets}.items()]
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", *values), opset_imports=imports, ir_version=12), file)
@@ -59,7 +59,7 @@ def build(graph, target=TWO_GPUS):
 
 
 def embedding(folder):
-    """The bytes of embed.weight in weights.bin."""
+    """Return the bytes of embed.weight in weights.bin."""
     graph = onnx.load(folder / "prediction.onnx", load_external_data=False).graph
     tensor = next(tensor for tensor in graph.initializer if tensor.name == "embed.weight")
     place = {entry.key: entry.value for entry in tensor.external_data}
@@ -70,18 +70,18 @@ def test_every_graph_has_an_engine(engines):
     graphs = ["prediction", "prefill", "consolidation"]
     files = ["bundle.json", "weights.bin", *(f"{name}.{kind}" for name in graphs for kind in ("onnx", "engine"))]
     assert sorted(file.name for file in engines.folder.iterdir()) == sorted(files)
-    said = json.loads((engines.folder / "bundle.json").read_text())
-    assert said["engines"].keys() == {f"{name}.engine" for name in graphs}
-    for name, spec in said["engines"].items():
+    manifest = json.loads((engines.folder / "bundle.json").read_text())
+    assert manifest["engines"].keys() == {f"{name}.engine" for name in graphs}
+    for name, spec in manifest["engines"].items():
         assert spec["built_by"].startswith("tensorrt_rtx ")
         assert (spec["compute_capability"], spec["batch"]) == (["8.0", "12.0"], [1, 2, 4])
         assert spec["layers"] > 100
-        assert said["sha256"][name] == digest(engines.folder / name)
+        assert manifest["sha256"][name] == digest(engines.folder / name)
 
 
 @pytest.mark.parametrize("name", ["prediction", "prefill", "consolidation"])
 def test_the_weights_are_in_the_engine(engines, name):
-    """So the parser found weights.bin beside the graph. (Matrices that read the same input are joined, others stay as they are.)"""
+    """The parser found weights.bin next to the graph. TensorRT merges matrices with a common input and keeps the others."""
     engine = (engines.folder / f"{name}.engine").read_bytes()
     used = {tensor.name for tensor in onnx.load(engines.folder / f"{name}.onnx", load_external_data=False).graph.initializer}
     whole = {name for name in used if name.endswith(("embed.weight", "o_proj.weight", "down_proj.weight", "norm.weight"))}
@@ -104,36 +104,36 @@ def test_the_command(rtx, tmp_path, precision):
     assert len(stored) == 3 * 256 * (4 if precision == "float32" else 2)
     for name, spec in bundle.engines.items():
         assert spec.compute_capability == ["8.0", "12.0"]
-        assert stored in (out / name).read_bytes()  # in its own type: nothing was widened
+        assert stored in (out / name).read_bytes()  # stored without conversion
         assert f"{name}: {spec.layers} layers in " in result.output
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
-        (["--target", "tensorrt", "--dialect", "ort"], "dialect: TensorRT knows nothing of 'ort'"),
+        (["--target", "tensorrt", "--dialect", "ort"], "dialect: TensorRT does not support 'ort'"),
         (
             ["--target", "tensorrt", "--weights-only-int8"],
-            "weights: TensorRT-RTX 1.7 builds no Loop that reads int8 weights; allowed: int4",
+            "weights: TensorRT-RTX 1.7 cannot build a Loop that reads int8 weights; allowed: int4",
         ),
-        (["--target", "tensorrt", "--compute-capability", "9.0"], "compute-capability: '9.0' is not one tensorrt_rtx"),
+        (["--target", "tensorrt", "--compute-capability", "9.0"], "compute-capability: '9.0' is not supported by tensorrt_rtx"),
         (["--target", "onnx", "--workspace", "1"], "target onnx: workspace: unknown field"),
     ],
 )
-def test_the_command_refuses(rtx, tmp_path, asked, said):
+def test_the_command_refuses(rtx, tmp_path, asked, message):
     result = CliRunner().invoke(main, ["gdn4-sleep4", *asked, "--out", str(tmp_path / "bundle")])
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
 def test_warnings_by_kind():
-    said = ["Unused: past.1.key", "Unused:\n past.10.key", "[x] something else"]
-    assert grouped(said, ["past.1.key", "past.10.key"]) == ["Unused: ... (2 times)", "[x] something else"]
+    warnings = ["Unused: past.1.key", "Unused:\n past.10.key", "[x] something else"]
+    assert grouped(warnings, ["past.1.key", "past.10.key"]) == ["Unused: ... (2 times)", "[x] something else"]
 
 
-def test_warnings_are_said_once(engines):
+def test_warnings_are_not_repeated(engines):
     for spec in engines.bundle.engines.values():
         assert len(spec.warnings) == len(set(spec.warnings)) < 5
         assert not any("past_key_values" in warning for warning in spec.warnings)
@@ -172,7 +172,7 @@ def test_a_changed_engine_is_refused(engines, tmp_path, name):
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.raises(ZooError, match=f"{name}: is not the file that bundle.json speaks of"):
+    with pytest.raises(ZooError, match=f"{name}: does not match bundle.json"):
         zoo.export.load(folder)
     (folder / name).unlink()
     with pytest.raises(ZooError, match=f"{name}: is missing"):
@@ -183,22 +183,22 @@ def test_damaged_weights_become_no_engine(rtx, bundles, tmp_path):
     folder = shutil.copytree(bundles("sliding").folder, tmp_path / "bundle")
     with (folder / "weights.bin").open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(ZooError, match=r"weights.bin: is not the file"):
+    with pytest.raises(ZooError, match=r"weights.bin: does not match"):
         TWO_GPUS.build(folder, Bundle.read(folder))
     assert not list(folder.glob("*.engine"))
 
 
 @pytest.mark.parametrize(
-    ("node", "opsets", "said"),
+    ("node", "opsets", "message"),
     [
         (onnx.helper.make_node("Nonsense", ["x"], ["y"], name="block/3", domain="com.microsoft"), {"com_microsoft": 1}, "Nonsense block/3"),
         (onnx.helper.make_node("CumProd", ["x", "axis"], ["y"], name="gate"), {}, "CumProd gate"),
     ],
 )
-def test_a_node_that_is_refused_is_named(rtx, tmp_path, node, opsets, said):
+def test_a_node_that_is_refused_is_named(rtx, tmp_path, node, opsets, message):
     axis = onnx.helper.make_node("Constant", [], ["axis"], value_int=1)
     file = graph(tmp_path / "g.onnx", axis, node, **({"": 26} if node.op_type == "CumProd" else opsets))
-    with pytest.raises(ZooError, match=f"g.onnx: tensorrt_rtx .* refuses {said}: ") as caught:
+    with pytest.raises(ZooError, match=f"g.onnx: tensorrt_rtx .* refuses {message}: ") as caught:
         build(file)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
@@ -216,7 +216,7 @@ def test_a_graph_that_tensorrt_crashes_on(rtx, tmp_path):
     q = onnx.helper.make_node("Unsqueeze", ["x", "axes"], ["q"])
     attention = onnx.helper.make_node("Attention", ["q", "q", "q"], ["o"])
     file = graph(tmp_path / "g.onnx", axes, q, attention, onnx.helper.make_node("Squeeze", ["o", "axes"], ["y"]))
-    with pytest.raises(ZooError, match=r"g.onnx: tensorrt_rtx .* (crashes on it \(SIG|cannot build it)") as caught:
+    with pytest.raises(ZooError, match=r"g.onnx: tensorrt_rtx .* (crashes \(SIG|cannot build it)") as caught:
         build(file)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
@@ -242,37 +242,37 @@ def test_a_disk_that_will_be_full(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "precision", "said"),
+    ("asked", "precision", "message"),
     [
-        ({"compute_capability": ["9.0"]}, "float32", r"compute-capability: '9.0' is not one .* allowed: 7.5, 8.0, .*12.0"),
+        ({"compute_capability": ["9.0"]}, "float32", r"compute-capability: '9.0' is not supported by .* allowed: 7.5, 8.0, .*12.0"),
         ({"compute_capability": ["7.5"]}, "bfloat16", "dtype: no bfloat16 at compute capability 7.5"),
         ({}, "float64", "dtype: TensorRT has no kernels for float64; allowed: float32, float16, bfloat16"),
-        ({"batch": (1, 8, 4)}, "float32", r"batch: \(1, 8, 4\); want smallest, preferred and largest"),
+        ({"batch": (1, 8, 4)}, "float32", r"batch: \(1, 8, 4\); want minimum, optimal and maximum"),
         ({"batch": (0, 1, 4)}, "float32", r"batch: \(0, 1, 4\)"),
         ({"workspace": 0}, "float32", "workspace: 0: input should be greater than 0"),
-        ({"timing_cache": Path("times")}, "float32", "timing-cache: tensorrt_rtx times nothing"),
+        ({"timing_cache": Path("times")}, "float32", "timing-cache: tensorrt_rtx measures nothing"),
         ({"capability": ["8.0"]}, "float32", "capability: unknown field; did you mean 'compute_capability'"),
     ],
 )
-def test_settings_that_cannot_be(rtx, asked, precision, said):
-    with pytest.raises(ZooError, match=said):
+def test_settings_that_cannot_be(rtx, asked, precision, message):
+    with pytest.raises(ZooError, match=message):
         validate(TensorRT, asked, "target tensorrt").check(precision, Plan())
 
 
 @pytest.mark.parametrize(
-    ("version", "gpu", "target", "said"),
+    ("version", "gpu", "target", "message"),
     [
         (None, False, TensorRT(), r"tensorrt is not installed; pip install 'sleep-zoo\[tensorrt-rtx\]'"),
-        ("11.4.0.106", False, TensorRT(), "tensorrt needs a GPU to build, and there is none; pip install"),
-        ("11.4.0.106", True, TWO_GPUS, "tensorrt builds for the GPU of this machine alone; pip install"),
+        ("11.4.0.106", False, TensorRT(), "tensorrt needs a GPU to build, and none is available; pip install"),
+        ("11.4.0.106", True, TWO_GPUS, "tensorrt builds only for the local GPU; pip install"),
         ("10.14.1.48", True, TensorRT(), r"tensorrt 10.14.1.48: want 10.15 or newer"),
     ],
 )
-def test_no_tensorrt_that_fits(monkeypatch, version, gpu, target, said):
+def test_no_tensorrt_that_fits(monkeypatch, version, gpu, target, message):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setitem(sys.modules, "tensorrt", version and types.SimpleNamespace(__name__="tensorrt", __version__=version))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    with pytest.raises(ZooError, match=said):
+    with pytest.raises(ZooError, match=message):
         target.check("float32", Plan())
 
 
