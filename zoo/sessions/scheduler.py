@@ -80,8 +80,7 @@ class Scheduler:
         """Seconds that a batch of n tokens usually takes."""
         self._credit = self._cost = 0.0
         """Time budget left for slices, and the cost of the most expensive recent slice, in seconds."""
-        self._prompt_was_last = False
-        self._closed = False
+        self._prompt_was_last = self._closed = False
         self._failure: BaseException | None = None
         self.thread = threading.Thread(target=self._serve, name="zoo-pool", daemon=True)
         self.thread.start()
@@ -276,11 +275,9 @@ class Scheduler:
         try:
             request = pending.call.send(answer) if error is None else pending.call.throw(error)
         except StopIteration as done:
-            self._return(pending, done.value)
-            return
+            return self._return(pending, done.value)
         except BaseException as raised:
-            self._return(pending, error=raised)
-            return
+            return self._return(pending, error=raised)
         if pending.cancelled:
             pending.call.close()
             self._return(pending)
