@@ -33,8 +33,8 @@ def evaluate(
         loops: passes per sleep; default: as configured.
         advance: called after each batch with the number of sequences done.
     Returns:
-        Loss, accuracy (fraction of answers that are right), exact (fraction of sequences with every answer right), accuracy and
-        loss by level, and the chance levels of the task.
+        Loss, accuracy (fraction of answers that are right), exact (fraction of the sequences with answers that have every answer
+        right), accuracy and loss by level, and the chance levels of the task.
     Raises:
         ZooError: the model does not fit the task.
     """
@@ -55,7 +55,8 @@ def evaluate(
         right.append(marks[answered] == 2)
         losses.append(loss[answered])
         levels.append(level.flatten()[answered])
-        exact.append((marks != 1).view_as(ids).all(1))
+        by_row = marks.view_as(ids)
+        exact.append((by_row != 1).all(1)[(by_row > 0).any(1)])
         advance(start + len(ids))
     hits, loss, level = torch.cat(right), torch.cat(losses), torch.cat(levels)
     return {

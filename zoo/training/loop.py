@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoo.config import ModelConfig
 from zoo.costs import peak_flops, training_flops
 from zoo.errors import ZooError
 from zoo.factory import create
-from zoo.loss import Recompute
+from zoo.loss import Recompute, chunks, predicted
 from zoo.model import Model
 from zoo.tasks import Batch, Task, new_task
 from zoo.training.config import Report, TrainConfig
+from zoo.training.divergence import Divergence
 from zoo.training.evaluate import by_level, check_fit, evaluate
-from zoo.training.optimizers import Weights, freeze, make_optimizers, restore, state_of
+from zoo.training.optimizers import Weights, exempt_from_decay, freeze, make_optimizers, restore, state_of
 from zoo.training.parallel import Answer, Team, full, join, reshard
 from zoo.training.run_folder import NotFiniteError, RunFolder
 
@@ -50,7 +52,8 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
     with join(config.device) as team:
         if config.batch_size < team.size * config.accumulate:
             raise ZooError(f"batch_size: {config.batch_size} sequences, fewer than {team.size} processes x accumulate {config.accumulate}")
-        trainer = Trainer(config, RunFolder(Path(out), config.model_dump(mode="json"), team), team)
+        settings = config.model_dump(mode="json", exclude=None if config.no_decay else {"no_decay"})  # older runs lack this field
+        trainer = Trainer(config, RunFolder(Path(out), settings, team), team)
         with trainer.run.locked(), sigterm() as stop_requested:
             trainer.resume()
             return trainer.train(stop_requested, report)
@@ -90,6 +93,7 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None)
         weight_decay=config.weight_decay,
         optimizer=config.optimizer,
         lr_scale=config.lr_scale,
+        exempt=exempt_from_decay(model, config.no_decay),
     )
     return Prepared(task, model, answer, weights, optimizers)
 
@@ -102,14 +106,17 @@ class Trainer:
         start = config if run.newest() is None else config.model_copy(update={"weights": None})  # a checkpoint has its own weights
         self.task, self.model, self.answer, self.weights, self.optimizers = prepare(start, team.device, team)
         self.done = 0
-        self.first_loss: float | None = None
+        self.divergence = Divergence(config.diverged)
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one."""
+        """Load the newest checkpoint, if there is one. Raises ZooError if the run began under another rule of weight decay."""
+        if self.config.weight_decay:
+            self.run.record_exempt(exempt_from_decay(self.model, self.config.no_decay))
         if newest := self.run.newest():
             checkpoint, progress = newest
             restore(self.optimizers, self.weights, self.run.load(checkpoint, self.model), progress["numbers"])
-            self.done, self.first_loss = progress["step"], progress["first_loss"]
+            self.done = progress["step"]
+            self.divergence = Divergence(self.config.diverged, progress.get("first_losses", ()), progress.get("steps_above", 0))
 
     def train(self, stop_requested: Callable[[], bool], report: Report) -> dict[str, Any]:
         """Take the remaining steps, evaluate, and write the final model. Raises StoppedError."""
@@ -143,14 +150,14 @@ class Trainer:
             self.answer,
             self.weights,
             batch,
+            self.model.config,
             team=self.team,
             accumulate=config.accumulate,
             recompute=config.recompute,
             backward_chunks=config.backward_chunks,
         )
         norm = full(nn.utils.clip_grad_norm_(self.weights.wide.values(), config.clip))
-        self.first_loss = self.first_loss or score.loss
-        if not (math.isfinite(score.loss) and norm.isfinite() and score.loss <= config.diverged * self.first_loss):
+        if not (math.isfinite(score.loss) and norm.isfinite()) or self.divergence.add(score.loss):
             raise ZooError(f"{self.run.path}: loss {score.loss} with gradient norm {norm.item()} at step {step}; {self._advice()}")
         factor = learning_rate_factor(step, config)
         for optimizer in self.optimizers:
@@ -170,7 +177,13 @@ class Trainer:
     def save(self, held_out_loss: float | None) -> Path:
         """Write a checkpoint and return its folder. Raises ZooError if a weight is not finite."""
         tensors, numbers = state_of(self.optimizers, self.weights)
-        progress = {"step": self.done, "first_loss": self.first_loss, "held_out_loss": held_out_loss, "numbers": numbers}
+        progress = {
+            "step": self.done,
+            "first_losses": self.divergence.first,
+            "steps_above": self.divergence.above,
+            "held_out_loss": held_out_loss,
+            "numbers": numbers,
+        }
         try:
             return self.run.save(self.model, tensors, progress, keep=self.config.keep)
         except NotFiniteError as error:
@@ -205,6 +218,7 @@ def backward(
     answer: Answer,
     weights: Weights,
     batch: Batch,
+    config: ModelConfig,
     *,
     team: Team,
     accumulate: int = 1,
@@ -213,24 +227,40 @@ def backward(
 ) -> Score:
     """Accumulate the gradients of the mean loss over all answers of the batch.
 
-    Each process handles its share of the sequences, in `accumulate` micro-batches.
+    Each process handles its share of the sequences, in `accumulate` micro-batches. One without answers is replaced by a sequence
+    that has some, with weight zero, so that all processes take part in the same collectives.
 
     Args:
         answer: `model.answers`, or the result of `Team.parallelize`.
+        config: of the model.
         recompute, backward_chunks: as in `Model.answers`.
     """
     ids, mask, level = (torch.from_numpy(x) for x in batch)
-    loss, total, marks = 0.0, int(mask.sum()), torch.zeros(ids.numel(), dtype=torch.uint8)
+    loss, marks = 0.0, torch.zeros(ids.numel(), dtype=torch.uint8)
     place = torch.arange(ids.numel()).view_as(ids)
-    for part in team.rows(len(ids)).tensor_split(accumulate):
-        answers = answer(ids[part].to(team.device), mask[part].to(team.device), recompute=recompute, backward_chunks=backward_chunks)
+    parts = team.rows(len(ids)).tensor_split(accumulate)
+    counts = [_count(mask[part], config) for part in parts]
+    total = team.sum(sum(counts))
+    if not total:
+        raise ZooError("the task gave a batch without answers: its loss_mask marks no token that can be predicted")
+    for part, count in zip(parts, counts, strict=True):
+        rows = part if count else next(row for row in torch.arange(len(ids)).split(1) if _count(mask[row], config))
+        answers = answer(ids[rows].to(team.device), mask[rows].to(team.device), recompute=recompute, backward_chunks=backward_chunks)
         share = answers.losses().sum() / total
+        if not count:
+            share = share * 0
         (share * team.size).backward()  # the processes' gradients are averaged
         weights.take_gradients()
         loss += share.item()
-        marks[place[part].flatten()[answers.place.cpu()]] = 1 + answers.right().cpu().byte()  # 0: not predicted, 1: wrong, 2: right
+        if count:
+            marks[place[rows].flatten()[answers.place.cpu()]] = 1 + answers.right().cpu().byte()  # 0: not predicted, 1: wrong, 2: right
     marks = team.max(marks)
     return Score(team.sum(loss), marks[marks > 0] == 2, level.flatten()[marks > 0])
+
+
+def _count(loss_mask: Tensor, config: ModelConfig) -> int:
+    """Return the number of tokens that carry loss."""
+    return int(predicted(loss_mask, chunks(loss_mask, config)).sum())
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,7 +16,7 @@ from zoo.registry import Registry
 from zoo.training.parallel import shard_like
 
 MakeOptimizer = Callable[[list[dict[str, Any]], float, float], torch.optim.Optimizer]
-"""Creates an optimiser from parameter groups (`params`, `lr`), the default learning rate and the weight decay."""
+"""Creates an optimiser from parameter groups (`params`, `lr`, `weight_decay`), the default learning rate and weight decay."""
 
 optimizers: Registry[MakeOptimizer] = Registry("optimizer", "optimizers")
 optimizers.register("adamw", lambda groups, lr, decay: torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=decay))
@@ -80,6 +80,23 @@ def freeze(model: Model, patterns: Iterable[str]) -> None:
         raise ZooError("frozen: no parameter is left to train")
 
 
+def exempt_from_decay(model: Model, patterns: Iterable[str] = ()) -> list[str]:
+    """Return the names of the parameters without weight decay.
+
+    Only matrices of linear layers and embeddings decay. Norms, biases, A_log, D, dt_bias, convolutions, gates and learned
+    positions set rates, scales and places, for which zero is not a neutral value.
+
+    Args:
+        patterns: of the names of further parameters.
+    Raises:
+        ZooError: a pattern matches nothing.
+    """
+    matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+    matrices -= {"positions.weight", "exit.gate.weight"}
+    matrices.difference_update(*(_matching(model, pattern, "no_decay") for pattern in patterns))
+    return [name for name, _ in model.named_parameters() if name not in matrices]
+
+
 def make_optimizers(
     model: Model,
     weights: Weights,
@@ -89,10 +106,12 @@ def make_optimizers(
     weight_decay: float = 0.0,
     optimizer: str = "adamw",
     lr_scale: Mapping[str, float] | None = None,
+    exempt: Collection[str] = (),
 ) -> list[torch.optim.Optimizer]:
     """Create Muon for the matrices of the blocks if `muon_lr` is given, and `optimizer` for everything else.
 
     Args:
+        exempt: names of the parameters without weight decay.
         lr_scale: factors of the learning rate by name pattern; the first match counts.
     Raises:
         ZooError: an unknown optimiser, or a pattern that matches nothing.
@@ -107,9 +126,12 @@ def make_optimizers(
         ("muon", muon_lr, [n for n in weights.wide if n in linear]),
     ):
         if rate is not None and chosen:
-            factors = dict.fromkeys(scale.get(name, 1.0) for name in chosen)
-            groups = [{"params": [weights.wide[n] for n in chosen if scale.get(n, 1.0) == f], "lr": rate * f} for f in factors]
-            made.append(optimizers.get(kind)(groups, rate, weight_decay))
+            groups: dict[tuple[float, float], dict[str, Any]] = {}
+            for name in chosen:
+                factor, decay = scale.get(name, 1.0), 0.0 if name in exempt else weight_decay
+                group = groups.setdefault((factor, decay), {"params": [], "lr": rate * factor, "weight_decay": decay})
+                group["params"].append(weights.wide[name])
+            made.append(optimizers.get(kind)(list(groups.values()), rate, weight_decay))
     for one in made:
         for group in one.param_groups:
             group["initial_lr"] = group["lr"]

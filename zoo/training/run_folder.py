@@ -2,6 +2,7 @@
 
 train.yaml                      the settings; a run resumes only under the same ones
 metrics.jsonl                   a line per logged step
+no_decay.txt                    names of the parameters without weight decay, if there is weight decay
 checkpoints/00001000/           each written whole or not at all
     model.safetensors zoo.yaml  a folder for zoo.load, independent of the number of processes
     optimizer.safetensors       tensors of the optimiser states
@@ -34,6 +35,7 @@ from zoo.model import Model
 from zoo.training.parallel import Team, local, shard_like
 
 SETTINGS, METRICS, RESULTS = "train.yaml", "metrics.jsonl", "results.json"
+NO_DECAY = "no_decay.txt"
 OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
 
 
@@ -84,6 +86,20 @@ class RunFolder:
             for scratch in self.path.glob("checkpoints/.*"):  # left by a process that was killed
                 shutil.rmtree(scratch)
             yield
+
+    def record_exempt(self, names: list[str]) -> None:
+        """Record the parameters without weight decay. Raises ZooError if the run began with others."""
+        path = self.path / NO_DECAY
+        recorded = path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+        if recorded is None and not self.checkpoints():
+            if self.team.is_main:
+                with replacing(path) as file:
+                    file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        elif recorded != names:
+            raise ZooError(
+                f"{self.path}: began with weight decay on other parameters than now (see {NO_DECAY}); start again in another folder"
+            )
+        self.team.barrier()
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, oldest first."""

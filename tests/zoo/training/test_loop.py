@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import zoo
 from zoo.config import validate
-from zoo.tasks import new_task
+from zoo.tasks import Batch, new_task, tasks
 from zoo.training.config import TrainConfig, read_config
+from zoo.training.divergence import Divergence
 from zoo.training.evaluate import evaluate
 from zoo.training.loop import backward, learning_rate_factor, train
 from zoo.training.optimizers import Weights, freeze, make_optimizers
@@ -85,6 +87,23 @@ def test_evaluate_counts_like_a_loop_over_answers():
     assert evaluate(model, task, 30, loops=1) != evaluate(model, task, 30, loops=3)
 
 
+def test_exact_counts_only_sequences_with_answers():
+    class Half(tasks.get("cycle")):
+        def batch(self, *arguments):
+            batch = super().batch(*arguments)
+            batch.loss_mask[::2] = False
+            batch.loss_mask[:, :-1] = False  # one answer per sequence, so that some are right by chance
+            return batch
+
+    task = Half(nodes=6, hops=1)
+    model = zoo.create("gdn4-sleep2-hard6", layers="attn gdn", d_model=16, vocab_size=task.vocab_size, sleep_on="every")
+    ids, mask, _ = (torch.from_numpy(x[1::2]) for x in task.batch(0, 0, 200, "test"))
+    answers = model.answers(ids, mask)
+    wrong_rows = set((answers.place[~answers.right()] // ids.shape[1]).tolist())
+    assert 0 < len(wrong_rows) < 100
+    assert evaluate(model, task, 200)["exact"] == pytest.approx(1 - len(wrong_rows) / 100)
+
+
 def test_muon_takes_the_matrices_of_the_blocks():
     model = zoo.create("gdn4", d_model=16)
     adam, muon = make_optimizers(model, Weights(model), lr=1e-3, muon_lr=0.02)
@@ -126,7 +145,7 @@ def test_micro_batches_add_up_to_the_batch():
     for accumulate in (1, 3):  # 16 sequences do not divide evenly
         model = zoo.create(config.model, **config.overrides, vocab_size=7, dtype=torch.float64)
         weights = Weights(model)
-        losses.append(backward(model.answers, weights, task.batch(0, 0, 16), accumulate=accumulate, team=ALONE).loss)
+        losses.append(backward(model.answers, weights, task.batch(0, 0, 16), model.config, accumulate=accumulate, team=ALONE).loss)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-12)
     assert torch.allclose(*gradients, rtol=0, atol=1e-12)
@@ -159,6 +178,99 @@ def test_the_learning_rate_warms_up_stays_and_decays():
     assert rates[9:71] == [1.0] * 62
     assert rates[85] == pytest.approx(0.5)
     assert 0 < rates[99] < 0.04
+
+
+def test_weight_decay_shrinks_matrices_and_nothing_else(tmp_path):
+    """One step with weight decay and the same step without it; the parameters that differ are those that decay."""
+    fields = {"layers": "mamba2 attn gdn", "window": 6, "d_model": 16, "d_ff": 16, "learned_positions": True, "inject": True,
+              "blocks": {"mamba2": {"head_dim": 16, "state_dim": 16}}}  # fmt: skip
+    trained = {}
+    for name, changes in {"none": {}, "some": {"weight_decay": 0.5}, "less": {"weight_decay": 0.5, "no_decay": ["*.mlp.*"]}}.items():
+        train(plan(overrides=fields, steps=1, warmup=0.0, decay=0.0, **changes), tmp_path / name)
+        trained[name] = zoo.load(tmp_path / name).state_dict()
+    decayed = {name for name in trained["none"] if not torch.equal(trained["none"][name], trained["some"][name])}
+    expected = {n for n in trained["none"] if n.endswith("_proj.weight")} | {"embed.weight", "head.weight"}
+    assert decayed == expected
+    assert all(trained["some"][name].norm() < trained["none"][name].norm() for name in decayed)
+    less = {name for name in trained["none"] if not torch.equal(trained["none"][name], trained["less"][name])}
+    assert less == {name for name in expected if ".mlp." not in name}
+    recorded = (tmp_path / "some" / "no_decay.txt").read_text().splitlines()
+    assert sorted(recorded) == sorted(trained["none"].keys() - expected)
+    assert not (tmp_path / "none" / "no_decay.txt").exists()
+
+
+def test_a_run_that_began_under_another_rule_of_weight_decay_is_refused(tmp_path):
+    def stop(metrics):
+        raise KeyboardInterrupt
+
+    config = plan(weight_decay=0.1, steps=6, checkpoint_every=1, log_every=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", report=stop)
+    record = tmp_path / "run" / "no_decay.txt"
+    names = record.read_text()
+    record.unlink()  # as runs of older versions
+    for _ in range(2):
+        with pytest.raises(zoo.ZooError, match="began with weight decay on other parameters"):
+            train(config, tmp_path / "run")
+        record.write_text("norm.weight\n")
+    record.write_text(names)
+    assert train(config, tmp_path / "run")["answers"] > 0
+
+
+def batch_of_four(answered):
+    """Return four sequences of which only the last `answered` ask anything."""
+    ids = torch.randint(7, (4, 9), generator=torch.Generator().manual_seed(0)).numpy()
+    mask = np.zeros((4, 9), dtype=bool)
+    mask[4 - answered :, 7:] = True
+    return Batch(ids, mask, mask * 1)
+
+
+def test_a_micro_batch_without_answers_adds_nothing():
+    batch = batch_of_four(2)
+    model = zoo.create("gdn4-sleep2-hard6", layers="attn gdn", d_model=16, d_ff=16, vocab_size=7, dtype=torch.float64)
+    score = backward(model.answers, Weights(model), batch, model.config, accumulate=2, team=ALONE)
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss = model.loss(*(torch.from_numpy(x[2:]) for x in batch[:2]))
+    loss.backward()
+    assert score.loss == pytest.approx(loss.item(), abs=1e-12)
+    assert len(score.right) == 4
+    assert all(torch.allclose(found[name], p.grad, rtol=0, atol=1e-12) for name, p in model.named_parameters())
+    with pytest.raises(zoo.ZooError, match="a batch without answers"):
+        backward(model.answers, Weights(model), batch_of_four(0), model.config, accumulate=2, team=ALONE)
+
+
+def test_the_divisor_is_the_number_of_predicted_tokens():
+    """The first token after a sleep is marked, but nothing predicts it."""
+    ids, mask, level = batch_of_four(4)
+    mask[:, 6] = True
+    model = zoo.create("gdn4-sleep2-hard6", layers="attn gdn", d_model=16, d_ff=16, vocab_size=7, dtype=torch.float64)
+    state = model.consolidate(torch.from_numpy(ids[:, :6]))
+    logits = model(torch.from_numpy(ids[:, 6:]), state).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(ids[:, 7:]).flatten())
+    for accumulate in (1, 3):
+        score = backward(model.answers, Weights(model), Batch(ids, mask, level), model.config, accumulate=accumulate, team=ALONE)
+        assert score.loss == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_a_single_batch_does_not_decide_that_a_run_has_diverged():
+    easy_start = Divergence(5)
+    assert not any(easy_start.add(loss) for loss in [0.001, *[0.9] * 100, 50.0, *[0.9] * 9, *[9.0] * 9, 0.5])
+    growing = Divergence(5)
+    assert [growing.add(loss) for loss in [*[1.0] * 10, *[6.0] * 12]] == [False] * 19 + [True] * 3
+
+
+def test_the_judgement_on_divergence_survives_a_restart():
+    losses = [*[1.0] * 12, *[6.0] * 12]
+    without = Divergence(5)
+    expected = [without.add(loss) for loss in losses]
+    found, state = [], ([], 0)
+    for loss in losses:
+        divergence = Divergence(5, *state)
+        found.append(divergence.add(loss))
+        state = json.loads(json.dumps([divergence.first, divergence.above]))
+    assert found == expected
+    assert sum(expected) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
