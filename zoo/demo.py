@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import zoo.export
 from zoo.checkpoints.own import load
+from zoo.console import print_table
 from zoo.errors import ZooError
 from zoo.files import new_folder
 from zoo.model import Model
@@ -63,7 +62,7 @@ def run(out: Path) -> None:
             rows[n] = {**_answer(model, folder / f"sleep{n}-onnx", task, plan.seed), **costs[n]}
         (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         draw(rows, folder)
-    console.print(_table(rows, task))
+    _show(rows, task, console)
     console.print(f"plot: {out / 'demo.png'}   models, graphs and metrics: {out}/")
 
 
@@ -110,24 +109,24 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _table(rows: dict[int, dict[str, Any]], task: Task) -> Table:
-    title = f"{task}: {next(iter(rows.values()))['answers']} held-out questions, best guess {task.chance():.1%}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    levels = list(next(iter(rows.values()))["by_level"])
-    labels = [level_label(level, task.level_name) for level in levels]
-    for name in ("N", *labels, "PyTorch", "ONNX", "logits differ by", "s / sleep", "ms / token"):
-        table.add_column(name, justify="right")
-    for n, row in rows.items():
-        table.add_row(
+def _show(rows: dict[int, dict[str, Any]], task: Task, console: Console) -> None:
+    some = next(iter(rows.values()))
+    labels = [level_label(level, task.level_name) for level in some["by_level"]]
+    headers = ["N", *labels, "PyTorch", "ONNX", "logits differ by", "s / sleep", "ms / token"]
+    cells = [
+        [
             str(n),
-            *(f"{row['by_level'][level]:.1%}" for level in levels),
+            *(f"{share:.1%}" for share in row["by_level"].values()),
             f"{row['accuracy']:.1%}",
             f"{row['onnx_accuracy']:.1%}",
             f"{row['onnx_logit_difference']:.1e}",
             f"{row['seconds_per_sleep']:.4f}",
             f"{1000 * row['seconds_per_token']:.2f}",
-        )
-    return table
+        ]
+        for n, row in rows.items()
+    ]
+    title = f"{task}: {some['answers']:,} held-out questions, best guess {task.chance():.1%}"
+    print_table(headers, cells, title=title, console=console)
 
 
 def draw(rows: dict[int, dict[str, Any]], out: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.zoo.training.tiny import TINY, tiny
-from zoo.tasks import Task
+from zoo.tasks import Task, tasks
 from zoo.training.loop import StoppedError, train
 
 BASE = {
@@ -31,6 +31,11 @@ CASES = {
     "muon": MUON,
     "accumulate": {**MUON, "accumulate": 3, "recompute": "chunks"},
     "bfloat16": {**MUON, "dtype": "bfloat16"},
+    "a process without answers": {
+        "overrides": {**BASE["overrides"], "sleep_on": "every"},
+        "task": {"name": "half-asked", "nodes": 6, "hops": 2},
+        "lr": 1e-3,
+    },
     # the processes have different numbers of answers, and a gate gets no gradient
     "depo": {
         "overrides": {**BASE["overrides"], "window": 12, "exit": {"loop": 0}},
@@ -39,6 +44,20 @@ CASES = {
         "batch_size": 5,
     },
 }
+
+
+@tasks.register("half-asked")
+class HalfAsked(tasks.get("cycle")):
+    """A cycle whose training batches ask nothing in their second half, which is the share of the second of two processes."""
+
+    name = "half-asked"
+
+    def batch(self, seed, step, size, split="train"):
+        batch = super().batch(seed, step, size, split)
+        batch.loss_mask[size // 2 :] &= split == "test"
+        return batch
+
+
 STOP = 7  # the checkpoint is then written after step 8
 
 # Muon orthogonalises in bfloat16, where the last bit of a gradient, which depends on the order of sums, can change an update by
