@@ -19,10 +19,14 @@ MakeOptimizer = Callable[[list[dict[str, Any]], float, float], torch.optim.Optim
 """Creates an optimiser from parameter groups (`params`, `lr`, `weight_decay`), the default learning rate and weight decay."""
 
 optimizers: Registry[MakeOptimizer] = Registry("optimizer", "optimizers")
-optimizers.register("adamw", lambda groups, lr, decay: torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=decay))
-optimizers.register("muon", lambda groups, lr, decay: Muon(groups, lr=lr, weight_decay=decay))
 
 
+@optimizers.register("adamw")
+def adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+
+
+@optimizers.register("muon")
 class Muon(torch.optim.Muon):
     """torch's Muon, extended to sharded matrices (FSDP2).
 
