@@ -6,10 +6,9 @@ import subprocess
 from itertools import pairwise
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
-FORBIDDEN = re.compile(r"\b(go(es)? on|leaves? off|left off|so many|so much|is told|whatever|nobody)\b")
+# brackets keep the pattern from matching itself
+FORBIDDEN = re.compile(r"\b(go(es)? on|leaves? of[f]|left of[f]|so man[y]|so muc[h]|is tol[d]|whateve[r]|nobod[y])\b")
 FIRST = re.compile(r"(What|Whose|Whether|Of)\b")
 
 
@@ -32,7 +31,6 @@ def public_docstrings(file):
     yield from visit(ast.parse(file.read_text(encoding="utf-8")))
 
 
-@pytest.mark.xfail(strict=False, reason="some rooms are still being rewritten")
 def test_no_forbidden_phrase():
     found = []
     for file in tracked(".", ":!tests/data", ":!tests/test_english.py"):
@@ -44,7 +42,6 @@ def test_no_forbidden_phrase():
     assert not found, "\n".join(found)
 
 
-@pytest.mark.xfail(strict=False, reason="some rooms are still being rewritten")
 def test_no_public_docstring_begins_with_a_question_word():
     files = [file for file in tracked("*.py") if file.relative_to(ROOT).parts[0] != "tests"]
     assert len(files) > 100
@@ -61,7 +58,7 @@ def test_docstrings_are_found(tmp_path):
     file = tmp_path / "module.py"
     file.write_text(
         '"""What a module is."""\nx: int = 0\n"""Whether x."""\nclass A:\n    """Of A."""\n    y = 1\n    """Whose y."""\n'
-        '    def f(self):\n        """What f is."""\n    def _g(self):\n        """What nobody sees."""\n'
+        '    def f(self):\n        """What f is."""\n    def _g(self):\n        """What is private."""\n'
         'async def h():\n    """Whatever."""\n'
     )
     assert [text for _, text in public_docstrings(file) if FIRST.match(text)] == [

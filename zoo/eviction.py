@@ -23,7 +23,7 @@ class Eviction:
 
     uses_window: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
-    """Whether an eviction empties the window cache, after which positions start at 0 again."""
+    """True if an eviction empties the window cache, after which positions start at 0 again."""
 
     def __init__(self, window: int | None) -> None:
         self.window = window

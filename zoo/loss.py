@@ -25,11 +25,11 @@ class Chunk(NamedTuple):
     start: int
     stop: int
     awake: bool
-    """Whether it gets a wake pass, because it carries loss."""
+    """True if it gets a wake pass, because it carries loss."""
     asleep: bool
-    """Whether it is consolidated before the next chunk."""
+    """True if it is consolidated before the next chunk."""
     follows: bool
-    """Whether the chunk before it was awake and so predicts its first token; after a sleep nothing does."""
+    """True if the chunk before it was awake and so predicts its first token; after a sleep nothing does."""
 
 
 def chunks(loss_mask: Tensor, config: ModelConfig) -> list[Chunk]:

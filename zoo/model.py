@@ -91,7 +91,7 @@ class Model(nn.Module):
 
     @property
     def wakes_as_it_sleeps(self) -> bool:
-        """Whether the wake pass is the first pass of a sleep: the span is every block, and both read the same embeddings."""
+        """True if the wake pass is the first pass of a sleep: the span is every block, and both read the same embeddings."""
         return len(self.span) == len(self.blocks) and self.config.wake_loops == 1 and self.config.learned_positions != "asleep"
 
     def consolidate(
