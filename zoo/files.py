@@ -1,47 +1,88 @@
-"""Files are written whole or not at all, and nothing that exists is overwritten."""
+"""Files and folders are written completely or not at all, and nothing that exists is overwritten."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from zoo.errors import ZooError
 
 
 def refuse_existing(path: Path) -> None:
-    """ZooError if something is at `path` already, or its parent is not a folder one can write to."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ZooError(f"{path}: already exists; nothing is overwritten, choose another folder")
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ZooError(f"{path}: cannot write in {parent}")
+    """Raise a ZooError unless a new folder can be written at `path`: nothing is there, or an empty folder."""
+    with _one_line(path):
+        target = _target(path)
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise ZooError(f"{path}: already exists; nothing is overwritten, choose another folder")
+        place = next(folder for folder in (target, *target.parents) if folder.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise ZooError(f"{path}: cannot write in {place}")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `path` when the `with` block ends well, and is removed when it does not."""
+    """Yield a scratch folder that becomes `path` if the `with` block succeeds, and is removed if it fails.
+
+    An empty folder that is already there stays the same folder, so `path` may be a symbolic link, a mount point or ".".
+    """
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        os.replace(scratch, path)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    with _one_line(path):
+        target = _target(path)
+        exists = target.is_dir()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = (target if exists else target.parent) / f".{target.name}-{secrets.token_hex(4)}"
+        scratch.mkdir()
+        try:
+            yield scratch
+            mode = scratch.stat().st_mode & 0o666  # some libraries write files that only their owner can read
+            for file in scratch.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)
+            if exists:
+                for entry in sorted(scratch.iterdir()):
+                    os.replace(entry, target / entry.name)
+                scratch.rmdir()
+            else:
+                os.replace(scratch, target)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A scratch file that takes the place of `path` when the `with` block ends well."""
+    """Yield a scratch file that replaces `path` if the `with` block succeeds."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with _one_line(path):
+        try:
+            scratch.touch()
+            mode = scratch.stat().st_mode & 0o666
+            yield scratch
+            scratch.chmod(mode)  # some libraries write files that only their owner can read
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Turn an error of the file system, such as a full disk, into a ZooError of one line."""
     try:
-        yield scratch
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ZooError(f"{path}: cannot be written: {' '.join(reason.split())}") from error
+
+
+def _target(path: Path) -> Path:
+    """Return the absolute path without symbolic links."""
+    target = Path(os.path.realpath(path))
+    if any(part.is_symlink() for part in (target, *target.parents)):
+        raise ZooError(f"{path}: a loop of symbolic links")
+    return target
