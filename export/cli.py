@@ -23,18 +23,20 @@ if TYPE_CHECKING:
 @click.option("--dialect", type=click.Choice(["portable", "ort"]), default="portable", show_default=True, help="Operators of the graphs.")
 @click.option("--prefill", type=int, metavar="T", help="Also write prefill.onnx, which reads up to T tokens at once.")
 @click.option("--loops", type=int, metavar="N", help="Passes of a sleep.  [default: as in the model]")
-@click.option("--unroll", "sleep", flag_value="unroll", help="Unroll the passes of a sleep instead of writing a Loop.")
-@click.option("--per-pass", "sleep", flag_value="per-pass", help="Write a pass as a separate graph, for hosts that stop between passes.")
+@click.option("--unroll", is_flag=True, help="Unroll the passes of a sleep instead of writing a Loop.")
+@click.option("--per-pass", is_flag=True, help="Write a pass as a separate graph, for hosts that stop between passes.")
 @click.option("--max-length", type=int, metavar="T", help="Maximum tokens of a stream, for models that never evict.")
-@click.option("--weights-only-int8", "weights", flag_value="int8", help="Store linear layers in 8 bits, one scale per output.")
-@click.option("--weights-only-int4", "weights", flag_value="int4", help="Store linear layers in 4 bits, one scale per 32 inputs.")
+@click.option("--weights-only-int8", is_flag=True, help="Store linear layers in 8 bits, one scale per output.")
+@click.option("--weights-only-int4", is_flag=True, help="Store linear layers in 4 bits, one scale per 32 inputs.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with PyTorch.")
 @click.option("--verify-only", type=click.Path(path_type=Path), metavar="DIR", help="Only compare the bundle in DIR with the model.")
 @click.option("--compute-capability", metavar="LIST", help="tensorrt: compute capabilities of GPUs to build for, such as 8.0,12.0.")
 @click.option("--batch", type=int, nargs=3, metavar="MIN OPT MAX", help="tensorrt: streams per batch.  [default: 1 1 8]")
 @click.option("--workspace", type=float, metavar="GIB", help="tensorrt: scratch memory per layer.  [default: 4]")
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="tensorrt: file of measurements that speeds up the next build.")
-@click.option("--seed", default=0, show_default=True, help="Seed of random weights, if the model is given by name.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of random weights, if the model is given by name."
+)
 def main(
     model: str,
     overrides: tuple[str, ...],
@@ -43,6 +45,10 @@ def main(
     seed: int,
     loops: int | None,
     compute_capability: str | None,
+    unroll: bool,
+    per_pass: bool,
+    weights_only_int8: bool,
+    weights_only_int4: bool,
     **asked: Any,
 ) -> None:
     """Export a model as ONNX graphs or TensorRT engines, and verify them against PyTorch.
@@ -52,6 +58,12 @@ def main(
     """
     if (out is None) == (verify_only is None):
         raise click.UsageError("want either --out DIR or --verify-only DIR")
+    if unroll and per_pass:
+        raise click.UsageError("--unroll and --per-pass exclude each other")
+    if weights_only_int8 and weights_only_int4:
+        raise click.UsageError("--weights-only-int8 and --weights-only-int4 exclude each other")
+    asked["sleep"] = "unroll" if unroll else "per-pass" if per_pass else None
+    asked["weights"] = "int8" if weights_only_int8 else "int4" if weights_only_int4 else None
     asked["compute_capability"] = compute_capability and compute_capability.split(",")
     overrides += () if loops is None else (f"loops={loops}",)
     with one_line_errors():

@@ -25,7 +25,14 @@ SECTIONS = {
     "Inference": ("chat", "serve"),
     "This machine": ("doctor",),
 }
-TOP_P = click.FloatRange(min=0, min_open=True, max=1)
+
+
+class Number(click.FloatRange):
+    """A number within bounds; NaN is within none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is not a number.", param, ctx) if number != number else number
 
 
 @contextmanager
@@ -143,8 +150,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
     CONFIG is a YAML file or the name of a shipped config, for example `zoo train cycle steps=100 task.hops=2`.
 
     To resume an interrupted run from its latest checkpoint, repeat the command, or give the run's folder as CONFIG. SIGTERM
-    saves a checkpoint before the process exits. A folder that holds anything else is refused. Metrics are written to
-    metrics.jsonl in the run's folder and, if TensorBoard is installed, to tensorboard/.
+    saves a checkpoint before the process exits. Metrics are written to metrics.jsonl and, if TensorBoard is installed, tensorboard/.
 
     On several GPUs or machines: `torchrun --nproc-per-node 8 -m zoo train CONFIG`; see docs/training.md.
     """
@@ -201,8 +207,7 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
 
     PLAN names the arms: a YAML file, or a shipped plan, for example `zoo ablate cycle-small base.steps=100 seeds=[0] --out FOLDER`.
 
-    Every arm is trained with every seed; results are written to runs.csv, table.md and plots. To resume an interrupted
-    ablation, repeat the command.
+    Every arm is trained with every seed. Results: runs.csv, table.md and plots. To resume an ablation, repeat the command.
     """
     from zoo.console import print_markdown
     from zoo.training.ablation import ablate as run
@@ -224,8 +229,7 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
 def plot(runs: tuple[Path, ...], out: Path) -> None:
     """Plot training runs.
 
-    Each RUN is a folder. The picture shows loss and accuracy over tokens, and accuracy against N if N differs. Runs that differ
-    only in their seed share a colour.
+    Each RUN is a folder. Shows loss and accuracy over tokens, and accuracy against N. Runs that differ in the seed share a colour.
     """
     from zoo.training.plots import figure, grouped, read_run, refuse, save
 
@@ -246,8 +250,14 @@ def demo(out: Path) -> None:
 @main.command()
 @click.argument("model")
 @click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Maximum number of tokens in an answer.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 picks the likeliest token.")
-@click.option("--top-p", type=TOP_P, default=0.95, show_default=True, help="Sample from the smallest set with this total probability.")
+@click.option("--temperature", type=Number(min=0), default=0.8, show_default=True, help="0 picks the likeliest token.")
+@click.option(
+    "--top-p",
+    type=Number(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Sample from the smallest set with this total probability.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Seed, for the same answers every time.")
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep between turns.  [default: as in the model]")
 def chat(model: str, tokens: int, temperature: float, top_p: float, seed: int | None, loops: int | None) -> None:
@@ -264,26 +274,16 @@ def chat(model: str, tokens: int, temperature: float, top_p: float, seed: int | 
 
 @main.command()
 @click.argument("model")
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; the default is reachable from this machine only."
-)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address; the default is reachable from this machine only.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0 picks a free one.")
 @click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Streams per batch.")
 @click.option("--sessions", type=click.IntRange(min=1), default=64, show_default=True, help="Maximum number of open streams.")
-@click.option("--idle", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds to keep an unused session.")
+@click.option("--idle", type=Number(min=0), default=3600.0, show_default=True, help="Seconds to keep an unused session.")
 @click.option("--when", default="full", show_default=True, help="When streams sleep: full, 'interval(512)' or 'idle(0.5)'.")
-@click.option(
-    "--context",
-    type=click.IntRange(min=1),
-    default=4096,
-    show_default=True,
-    help="Maximum number of tokens per stream of a model that never sleeps.",
-)
+@click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens per stream if the model never sleeps.")
 @click.option("--max-prompt", type=click.IntRange(min=1), default=32768, show_default=True, help="Maximum number of tokens in a prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Maximum number of tokens in an answer.")
-@click.option(
-    "--max-bytes", type=click.IntRange(min=1), help="Memory limit for all stream states; settings that may exceed it are refused."
-)
+@click.option("--max-bytes", type=click.IntRange(min=1), help="Memory limit for stream states; refuses settings that may exceed it.")
 @click.option("--max-body", type=click.IntRange(min=1), default=2**20, show_default=True, help="Maximum size of a request, in bytes.")
 def serve(
     model: str,
@@ -301,14 +301,14 @@ def serve(
 ) -> None:
     """Serve a model over HTTP.
 
-    MODEL is a folder or a name. The routes are OpenAI's for completions and chat. A request with "session": "some-id" in its
-    body continues the stream of earlier requests with this id.
+    MODEL is a folder or a name. The routes are OpenAI's. Requests with the same "session": "some-id" continue one stream.
     """
-    from zoo.serving.app import Limits, make_app  # raises a ZooError that names what to install
+    from zoo.serving.app import Limits, check_address, make_app  # raises a ZooError that names what to install
 
     import uvicorn  # isort: skip
     from zoo.sessions.pool import SessionPool
 
+    check_address(host, port)
     opened, tokenizer = _open(model)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
     limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle)

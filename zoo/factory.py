@@ -14,6 +14,7 @@ from zoo.blocks.mixer import Mixer
 from zoo.blocks.norm import RMSNorm
 from zoo.checkpoints import own, upstream
 from zoo.config import ModelConfig, resolve
+from zoo.devices import usable_device
 from zoo.errors import ZooError
 from zoo.model import Model
 
@@ -43,6 +44,7 @@ def create(
     """
     config = resolve(model, overrides)
     checkpoint = _download(config) if pretrained is True else Path(pretrained) if pretrained else None
+    device = usable_device(device)
     with torch.device("meta"):
         made = Model(config).to(dtype)
     if checkpoint is not None and (checkpoint / own.CONFIG).is_file():
@@ -51,8 +53,8 @@ def create(
         return made
     if checkpoint is not None:
         upstream.fill(made, checkpoint, device, dtype)
-    if torch.device(device).type != "meta":
-        _allocate(made, torch.device(device))
+    if device.type != "meta":
+        _allocate(made, device)
         init_weights(made, torch.Generator(device).manual_seed(seed), inserted_only=checkpoint is not None)
     return made
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from zoo.checkpoints import upstream
 from zoo.checkpoints.stored import WEIGHTS, open_folder
 from zoo.config import ModelConfig, resolve
+from zoo.devices import usable_device
 from zoo.errors import ZooError
 from zoo.files import new_folder, replacing
 from zoo.model import Model
@@ -29,6 +30,8 @@ def save(model: Model, path: str | Path, *, format: Literal["zoo", "hf"] = "zoo"
     """
     if format not in ("zoo", "hf"):
         raise ZooError(f"format: {format!r}; allowed: 'zoo', 'hf'")
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ZooError(f"{model.config.name}: the model is on the meta device and has no weights to save")
     if format == "hf":
         return upstream.save(model, Path(path))
     with new_folder(Path(path)) as folder:
@@ -56,7 +59,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     Raises:
         ZooError: a missing or damaged file, or tensors that do not fit the config; names the file and the tensor.
     """
-    folder = Path(path)
+    folder, device = Path(path), usable_device(device)
     if not (folder / CONFIG).is_file() and (folder / upstream.CONFIG).is_file():
         return upstream.load(folder, device=device, dtype=dtype)
     with torch.device("meta"):

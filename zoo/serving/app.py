@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
@@ -47,6 +48,14 @@ class Limits:
     """Maximum number of tokens in an answer."""
     idle: float = 3_600.0
     """Seconds without a request after which a session may be closed."""
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise a ZooError if the server cannot listen at this address."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ZooError(f"host {host}, port {port}: {error.strerror}") from None
 
 
 def make_app(pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits | None = None) -> FastAPI:

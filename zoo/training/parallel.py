@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from zoo.devices import usable_device
 from zoo.files import replacing
 from zoo.model import Model
 from zoo.state import Answers
@@ -157,7 +158,7 @@ def join(device: str | None) -> Iterator[Team]:
     Args:
         device: default: cuda if available (the GPU of this local rank), else cpu.
     """
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Team(kind)
         return
