@@ -47,12 +47,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             if exists:
                 for entry in sorted(scratch.iterdir()):
                     os.replace(entry, target / entry.name)
-                scratch.rmdir()
             else:
                 os.replace(scratch, target)
-        except BaseException:
+        except ZooError as error:  # the user knows nothing of the scratch folder
+            if str(scratch) not in str(error):
+                raise
+            raise ZooError(str(error).replace(str(scratch), str(path))) from error
+        finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise
 
 
 @contextmanager
