@@ -44,10 +44,10 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
 }
 
 
-def run(benchmark: str, tree: Path, results: Path) -> float:
+def run(benchmark: str, tree: Path, results: Path, **environment: str) -> float:
     """Run one benchmark and return its duration in seconds. Raises CalledProcessError."""
     started = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(tree), "ZOO_BENCHMARK_RESULTS": str(results)}
+    environment |= {**os.environ, "PYTHONPATH": str(tree), "ZOO_BENCHMARK_RESULTS": str(results)}
     subprocess.run([sys.executable, "-m", f"benchmarks.{benchmark}", *BENCHMARKS[benchmark]], check=True, cwd=tree, env=environment)
     return time.perf_counter() - started
 
@@ -76,7 +76,7 @@ def against(benchmarks: Sequence[str], ref: str, rounds: int) -> None:
             for benchmark in benchmarks:
                 for _ in range(rounds):
                     for name, tree in trees.items():
-                        run(benchmark, tree, Path(scratch) / name.replace("/", "-"))
+                        run(benchmark, tree, Path(scratch) / name.replace("/", "-"), ZOO_BENCHMARK_ONCE="1")
                 now, then = (_medians(Path(scratch) / name.replace("/", "-") / f"{benchmark}.jsonl") for name in trees)
                 table = Table("case", f"speedup over {ref}", "this", ref, title=benchmark)
                 for case in sorted(now.keys() & then.keys()):

@@ -33,7 +33,8 @@ HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("ZOO_BENCHMARK_RESULTS", HERE / "results"))
 PLOTS = RESULTS if "ZOO_BENCHMARK_RESULTS" in os.environ else HERE.parent / "docs"
 OURS = "ours"
-TURN = 0.02  # minimum seconds per measurement
+ONCE = "ZOO_BENCHMARK_ONCE" in os.environ  # one long round per case, for alternation between processes
+TURN = 0.5 if ONCE else 0.02  # minimum seconds per measurement
 PATIENCE = 15  # seconds after which no further round starts
 SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
 console = Console(width=None if Console().is_terminal else 160)
@@ -59,6 +60,7 @@ def compare(
         tolerance: largest difference between the results of ours and another contender, relative to the largest entry of ours.
             A contender above it is not timed, and the row records the problem.
     """
+    rounds = 1 if ONCE else rounds
     ours = next(iter(contenders))
     problems, errors, results, first = {}, {}, {}, {}
     for name, work in contenders.items():
