@@ -12,7 +12,7 @@ LAYERS = (
     ("zoo.registry",),
     ("zoo.kernels",),
     ("zoo.blocks",),
-    ("zoo.console", "zoo.files", "zoo.layer_pattern", "zoo.eviction", "zoo.schedule"),
+    ("zoo.console", "zoo.devices", "zoo.files", "zoo.layer_pattern", "zoo.eviction", "zoo.schedule"),
     ("zoo.config", "zoo.state"),
     ("zoo.loss", "zoo.model"),
     ("zoo.checkpoints", "zoo.factory"),
