@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from zoo.blocks.rotary import Rope
+from zoo.blocks.rotary import TURN, Rope
 
 
 class Positions:
@@ -60,7 +62,7 @@ class Positions:
         return self._sequences
 
     def rotary(self, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864, eq. 15), made in float32 or wider.
+        """Return cos and sin of the rotary angles (RoFormer, arXiv 2104.09864, eq. 15), computed in float32 or wider.
 
         Shape [T, pairs], or [B, 1, T, pairs] if the streams are at different positions.
         """
@@ -68,8 +70,8 @@ class Positions:
         if key not in self._tables:
             wide = torch.promote_types(dtype, torch.float32)
             tokens = self._stream_length() if rope.type == "dynamic" else 0
-            frequency = rope.frequencies(tokens, self.index.device, wide)
-            angle = self.position.to(wide)[..., None] * frequency
+            # an int64 product wraps around as an angle does: exact at any position
+            angle = (self.position[..., None] * rope.steps(tokens, self.index.device, wide)).to(wide) * (2 * math.pi / TURN)
             angle = angle[:, None] if self.ragged and self.cu_seqlens is None else angle
             cos, sin = angle.cos(), angle.sin()
             if rope.magnitude != 1:

@@ -12,6 +12,9 @@ from torch import Tensor
 from zoo.errors import ZooError
 
 
+TURN = 2.0**64  # units of a full turn: int64 arithmetic wraps around where an angle does
+
+
 class RopeScaling(BaseModel):
     """Scaling of rotary frequencies, with the formulas and defaults of transformers."""
 
@@ -58,25 +61,31 @@ class Rope(NamedTuple):
     def pairs(self) -> int:
         return -(-self.width // 2)
 
-    def frequencies(self, tokens: int | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Angle per position of every pair: [pairs], or [..., pairs] for `tokens` [...].
+    def steps(self, tokens: int | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the angle per position of every pair, in turns / TURN: int64 [pairs], or [..., pairs] for `tokens` [...].
 
         Args:
             tokens: length of the stream up to the end of this pass, which only type dynamic depends on.
+            dtype: floating dtype used where the angles depend on a tensor `tokens`; all else is float64.
         """
         theta: float | Tensor = self.theta
         if self.type == "dynamic":
             longest = tokens[..., None].to(dtype).clamp(min=self.length) if isinstance(tokens, Tensor) else max(tokens, self.length)
             stretch = self.factor * longest / self.length - (self.factor - 1)
             theta = theta * stretch ** (self.width / (self.width - 2))
-        plain = theta ** -(torch.arange(0, self.width, 2, device=device, dtype=dtype) / self.width)
-        if self.type == "llama3":
-            ramp = ((self.length / (2 * math.pi) * plain - self.low) / (self.high - self.low)).clamp(0, 1)
-        elif self.type == "yarn":
-            ramp = 1 - ((torch.arange(self.pairs, device=device, dtype=dtype) - self.low) / (self.high - self.low)).clamp(0, 1)
+        first = math.log2(TURN / (2 * math.pi))
+        if isinstance(theta, Tensor):
+            plain = theta ** -(torch.arange(0, self.width, 2, device=device, dtype=dtype) / self.width) * 2**first
         else:
-            return plain / self.factor if self.type == "linear" else plain
-        return ramp * plain + (1 - ramp) * plain / self.factor
+            last = first - 2 * max(0, self.pairs - 1) / max(1, self.width) * math.log2(theta)
+            plain = torch.linspace(first, last, self.pairs, device=device, dtype=torch.float64).exp2()
+        if self.type == "llama3":
+            ramp = ((self.length / TURN * plain - self.low) / (self.high - self.low)).clamp(0, 1)
+        elif self.type == "yarn":
+            ramp = 1 - ((torch.arange(self.pairs, device=device, dtype=plain.dtype) - self.low) / (self.high - self.low)).clamp(0, 1)
+        else:
+            return (plain / self.factor if self.type == "linear" else plain).to(torch.int64)
+        return (ramp * plain + (1 - ramp) * plain / self.factor).to(torch.int64)
 
 
 def rope(width: int, theta: float, scaling: RopeScaling | None = None) -> Rope:
