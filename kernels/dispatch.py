@@ -87,7 +87,18 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
     if not torch.compiler.is_compiling() and (operator, chosen) not in _logged:
         _logged.add((operator, chosen))
         log.info("%s: %s (%s)", operator, chosen, reason)
-    return kernels.get(f"{operator}.{chosen}")
+    run = kernels.get(f"{operator}.{chosen}")
+    return _without_autocast(run, x.device.type) if torch.is_autocast_enabled(x.device.type) else run
+
+
+def _without_autocast(run: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Return `run` with autocast disabled: operators choose the dtype of their arithmetic."""
+
+    def call(*inputs: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return run(*inputs)
+
+    return call
 
 
 def _imports(function: Callable[..., bool]) -> Callable[..., bool]:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
+from zoo.kernels.common.recording import transformed
+
 _TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int": "SymInt", "bool": "bool"}
 
 
@@ -41,12 +44,18 @@ class Fused:
         signature = list(inspect.signature(forward).parameters.values())[1:]
         self.allocate, self.launch, self.backward, self.results = allocate, forward, backward, results
         self.slots = tuple([parameter.name for parameter in signature].index(field) for field in differentiable)
+        self.name = name
         self.function = _autograd_function(self)
         self.op = _library_op(self, name, ", ".join(f"{_TYPES[parameter.annotation]} {parameter.name}" for parameter in signature))
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        if not torch.compiler.is_compiling() and transformed():
+            raise ZooError(self.refusal("torch.func and forward-mode AD"))
         run = self.op if torch.compiler.is_compiling() else self.function.apply
         return tuple(run(*inputs)[: self.results])
+
+    def refusal(self, what: str) -> str:
+        return f"{self.name}: the Triton form does not support {what}; use the PyTorch forms: zoo.kernels.use('chunked') or 'reference'"
 
     def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
         outputs = self.allocate(*inputs)
@@ -88,8 +97,9 @@ def _autograd_function(fused: Fused) -> type[torch.autograd.Function]:
             return outputs[: fused.results]
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled():  # create_graph=True
+                raise ZooError(fused.refusal("second derivatives"))
             inputs, outputs = _saved(ctx)
             if all(grad is None for grad in grads):
                 return (None,) * len(inputs)

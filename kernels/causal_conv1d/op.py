@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,9 +58,10 @@ def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..
     """Adapt a form that takes one row per sequence and applies neither bias nor activation."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        y = form(packed.unpack(x, cu_seqlens), weight, state)
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        y = form(packed.unpack(x.to(wide), cu_seqlens), weight.to(wide), state.to(wide))
         y = y if bias is None else y + bias
-        return packed.pack(F.silu(y) if silu else y, cu_seqlens), packed.newest(x, state, cu_seqlens)
+        return packed.pack(F.silu(y) if silu else y, cu_seqlens).to(x.dtype), packed.newest(x, state, cu_seqlens)
 
     return run
 

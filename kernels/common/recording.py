@@ -1,11 +1,22 @@
-"""Tells whether autograd or a tracer records what is computed."""
+"""Tells whether operations are recorded or transformed, in which case some may not work in place."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """Return whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def pure() -> bool:
+    """Return whether operations must be free of in-place changes and of custom autograd functions."""
+    return torch.compiler.is_compiling() or transformed()
 
 
 def recorded(*tensors: Tensor) -> bool:
     """Return whether gradients or a graph depend on operations on these tensors. If not, their results may be changed in place."""
-    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return pure() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))

@@ -13,18 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.common.compiled import one_operator
 from zoo.kernels.common.decay import decays
-from zoo.kernels.common.recording import recorded
+from zoo.kernels.common.recording import pure, recorded
+from zoo.kernels.common.second_order import gradients
 
 CHUNK = 64
 BASE = 4  # rows inverted by the nilpotent series; larger blocks lose digits on correlated keys
 SEGMENT = 64  # chunk matrices (n M) per segment: more do not fit into a CPU's cache
 
 
+@one_operator("gated_delta_rule_chunked", result_like="v")
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the same as `reference.recurrent`, up to rounding; same shapes and arguments."""
-    if torch.compiler.is_compiling():
-        o, state, *_ = _forward(q, k, v, g, beta, scale, state)
+    if pure():
+        o, state, *_ = _forward(q, k, v, g, beta, scale, state, in_place=False)
         return o, state
     tokens = max(1, SEGMENT // (q.shape[0] * q.shape[2])) * CHUNK
     run: Callable[..., tuple[Tensor, ...]] = _Chunked.apply if recorded(q, k, v, g, beta, state) else partial(_forward, keep=False)
@@ -40,21 +43,26 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
-        o, final, *saved = _forward(q, k, v, g, beta, scale, state)
-        ctx.save_for_backward(*saved)
+        o, final, *kept = _forward(q, k, v, g, beta, scale, state)
+        ctx.save_for_backward(q, k, v, g, beta, state, *kept)
         ctx.scale = scale
         return o, final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(do, dstate, ctx.scale, *ctx.saved_tensors)
+        q, k, v, g, beta, state, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            form = partial(_forward, in_place=False)
+            return gradients(lambda *inputs: form(*inputs)[:2], (q, k, v, g, beta, ctx.scale, state), (do, dstate))
+        return _backward(do, dstate, q, k, ctx.scale, *kept)
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor, *, keep: bool = True
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor, *, keep: bool = True, in_place: bool = True
 ) -> tuple[Tensor, ...]:
-    """Return o, the final state and the intermediates for `_backward`; unless `keep`, intermediates are overwritten to save memory."""
+    """Return o, the final state and the intermediates for `_backward`; unless `keep`, intermediates are overwritten to save memory.
+
+    Without `in_place`, autograd, tracers and transforms can record it."""
     B, T, H = q.shape[:3]
     C = min(CHUNK, max(BASE, 1 << (T - 1).bit_length()))
     qk = torch.cat([_by_chunk(q, C), _by_chunk(k, C)], dim=-2).flatten(1, 2)  # one operand [n, M, 2C, K] of three products
@@ -62,33 +70,38 @@ def _forward(
     decay = decays(g.cumsum(-2))  # from the chunk's start to each token
     # log of the decay from token j to token i; a difference of cumulative sums would lose small steps after a large one
     below = torch.ones(C, C, dtype=g.dtype, device=g.device).tril_(-1)
-    between = decays((g.clamp(min=-1e4) * below).cumsum(-2)).tril_()
+    between = decays((g.clamp(min=-1e4) * below).cumsum(-2))
+    between = between.tril_() if in_place else between.tril()
     k = qk[..., C:, :]
     # in place, a view would fix the batch size of a traced graph
-    times, plus = (Tensor.mul, Tensor.baddbmm) if torch.compiler.is_compiling() else (Tensor.mul_, Tensor.baddbmm_)
-    over = Tensor.mul if keep else Tensor.mul_
+    times, plus = (Tensor.mul_, Tensor.baddbmm_) if in_place else (Tensor.mul, Tensor.baddbmm)
+    over = Tensor.mul if keep or not in_place else Tensor.mul_
     attention, correlation = times((qk @ k.mT).unflatten(-2, (2, C)), between.unsqueeze(-3)).unbind(-3)
     solve = unit_lower_inverse(times(correlation, beta))
     k_left = k * between[..., -1, :, None]
     qk_decayed = over(qk.unflatten(-2, (2, C)), decay.unsqueeze(-3)).flatten(-3, -2)
     q_decayed, k_decayed = qk_decayed.split(C, dim=-2)
 
-    S_0, W, U, S = _scan(state.flatten(0, 1), k_decayed, v, over(solve, beta.mT), k_left.mT, decay[..., -1:, :])
+    scan = _scan_in_place if in_place else _scan
+    S_0, W, U, S = scan(state.flatten(0, 1), k_decayed, v, over(solve, beta.mT), k_left.mT, decay[..., -1:, :])
     o = plus((q_decayed @ S_0).flatten(0, 1), attention.flatten(0, 1), U.flatten(0, 1), beta=scale, alpha=scale)
-    o = _by_token(o.view_as(U), B, T)
-    return o, S.unflatten(0, (B, H)), qk, W, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U
+    o = _by_token(o.unflatten(0, U.shape[:2]), B, T)
+    return o, S.unflatten(0, (B, H)), W, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U
 
 
 def _scan(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
     """Scan the chunks: return the state at each start, W = v - k S, U = solve W, and the final state."""
-    if torch.compiler.is_compiling():
-        starts, wanted, updates = [], [], []
-        for k_c, v_c, solve_c, left_c, decay_c in _chunks(k, v, solve, left, decay):
-            starts.append(S)
-            wanted.append(torch.baddbmm(v_c, k_c, S, alpha=-1))
-            updates.append(torch.bmm(solve_c, wanted[-1]))
-            S = torch.bmm(left_c, updates[-1]).addcmul_(decay_c, S)
-        return torch.stack(starts), torch.stack(wanted), torch.stack(updates), S
+    starts, wanted, updates = [], [], []
+    for k_c, v_c, solve_c, left_c, decay_c in _chunks(k, v, solve, left, decay):
+        starts.append(S)
+        wanted.append(torch.baddbmm(v_c, k_c, S, alpha=-1))
+        updates.append(torch.bmm(solve_c, wanted[-1]))
+        S = torch.addcmul(torch.bmm(left_c, updates[-1]), decay_c, S)
+    return torch.stack(starts), torch.stack(wanted), torch.stack(updates), S
+
+
+def _scan_in_place(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+    """Do the same as `_scan`, writing into tensors allocated for all chunks."""
     S_0 = torch.empty((len(v), *S.shape), dtype=S.dtype, device=S.device)
     S_0[0] = S
     S = torch.empty_like(S)  # a stream keeps this state: it must not be a view of a larger tensor
@@ -101,13 +114,13 @@ def _scan(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: T
     return S_0, W, U, S
 
 
-def _backward(do: Tensor, dstate: Tensor, scale: float, *saved: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, scale: float, *kept: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of q, k, v, g, beta, scale (None) and the state."""
-    qk, W, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U = saved
+    W, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U = kept
     B, T = do.shape[:2]
     C = beta.shape[-2]
-    (q, k), (q_decayed, k_decayed) = (x.split(C, dim=-2) for x in (qk, qk_decayed))
-    do = _by_chunk(do * scale, C).flatten(1, 2)
+    q_decayed, k_decayed = qk_decayed.split(C, dim=-2)
+    q, k, do = (_by_chunk(x, C).flatten(1, 2) for x in (q, k, do * scale))
 
     dS = dstate.flatten(0, 1)
     dends, dwrites = [], []  # gradients of the state at each chunk's end, and of beta (v - k S)

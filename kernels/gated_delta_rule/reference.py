@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.common.recording import pure
+
 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
     """Step recurrence (Gated Delta Networks, arXiv 2412.06464, eq. 10): decay, predict, correct, read.
@@ -17,11 +19,12 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: f
     Returns:
         o [B, T, H, V] and the final state [B, H, K, V].
     """
+    plus = Tensor.addcmul if pure() else Tensor.addcmul_
     outputs = []
     for t in range(q.shape[1]):
         q_t, k_t, v_t = (x[:, t, :, None] for x in (q, k, v))  # rows: [B, H, 1, D]
         decay = g[:, t].exp()[..., None, None]
         update = beta[:, t, :, None, None] * (v_t - decay * (k_t @ state))
-        state = (decay * state).addcmul_(k_t.mT, update)
+        state = plus(decay * state, k_t.mT, update)
         outputs.append(scale * (q_t @ state))
     return torch.cat(outputs, dim=2).transpose(1, 2), state

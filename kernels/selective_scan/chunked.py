@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.common.compiled import one_operator
 from zoo.kernels.common.recording import recorded
 
 SEGMENT = 64  # tokens whose states are held at once
 BLOCK = 2**17  # entries of the states that fit into a CPU's cache
 
 
+@one_operator("selective_scan_chunked", result_like="u")
 def chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the same as `reference.recurrent`, up to rounding; same shapes and arguments."""
     in_place = u.is_cpu and not recorded(u, dt, A, B, C, state)

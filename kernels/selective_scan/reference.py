@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.common.recording import pure
+
 
 def recurrent(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Step recurrence (Mamba, arXiv 2312.00752, eq. 2 and 4; Euler's rule for B as in the released models).
@@ -17,9 +19,10 @@ def recurrent(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
     Returns:
         y [B, T, D] and the final state [B, D, N].
     """
+    plus = Tensor.addcmul if pure() else Tensor.addcmul_
     outputs = []
     for t in range(u.shape[1]):
         decay = (dt[:, t, :, None] * A).exp()
-        state = (decay * state).addcmul_((dt[:, t] * u[:, t])[..., None], B[:, t, None])
+        state = plus(decay * state, (dt[:, t] * u[:, t])[..., None], B[:, t, None])
         outputs.append(state @ C[:, t, :, None])
     return torch.cat(outputs, dim=-1).mT, state

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.common.compiled import one_operator
 from zoo.kernels.common.decay import decays
 
 CHUNK = 64
 
 
+@one_operator("ssd_chunked", result_like="x")
 def chunked(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the same as `reference.recurrent`, up to rounding; same shapes and arguments."""
     T, G = B.shape[1:3]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.common.recording import pure
+
 
 def recurrent(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Step recurrence (Mamba-2, arXiv 2405.21060, eq. 1 with a scalar decay per head).
@@ -17,10 +19,11 @@ def recurrent(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tupl
     Returns:
         y [B, T, H, P] and the final state [B, H, N, P].
     """
+    plus = Tensor.addcmul if pure() else Tensor.addcmul_
     B, C = (y.repeat_interleave(x.shape[2] // y.shape[2], dim=2) for y in (B, C))
     outputs = []
     for t in range(x.shape[1]):
         decay = g[:, t].exp()[..., None, None]
-        state = (decay * state).addcmul_(B[:, t, :, :, None], x[:, t, :, None])
+        state = plus(decay * state, B[:, t, :, :, None], x[:, t, :, None])
         outputs.append(C[:, t, :, None] @ state)
     return torch.cat(outputs, dim=2).transpose(1, 2), state
