@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.blocks import mixer
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import norms
 from zoo.blocks.positions import Positions
 from zoo.blocks.rotary import RopeScaling, rope
+from zoo.kernels.common.recording import transformed
 
 
 class KV(NamedTuple):
@@ -42,11 +44,11 @@ class KV(NamedTuple):
         cache = KV(torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)) if past else KV(k, v)
         gqa = q.shape[1] != k.shape[1]
         if T == 1 and (reach is None or past < reach) and not positions.ragged:
-            y = F.scaled_dot_product_attention(q, *cache, enable_gqa=gqa)
+            y = attention(q, *cache, enable_gqa=gqa)
         elif past == 0 and (reach is None or reach >= T):
-            y = F.scaled_dot_product_attention(q, *cache, is_causal=True, enable_gqa=gqa)
+            y = attention(q, *cache, is_causal=True, enable_gqa=gqa)
         else:
-            y = F.scaled_dot_product_attention(q, *cache, attn_mask=positions.band(past, reach), enable_gqa=gqa)
+            y = attention(q, *cache, attn_mask=positions.band(past, reach), enable_gqa=gqa)
         return y, cache if reach is None else cache.keep(reach - 1)
 
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, KV]:
@@ -63,6 +65,14 @@ class KV(NamedTuple):
         longest = max(cache.key.shape[2] for cache in caches)
         aligned = [[F.pad(x, (0, 0, longest - x.shape[2], 0)) for x in cache] for cache in caches]
         return torch.cat(outputs, dim=2), KV(*(torch.cat(parts) for parts in zip(*aligned, strict=True)))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Run torch's attention; under torch.func in its only form that has all derivatives."""
+    if transformed():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 class AttentionOptions(mixer.Options):

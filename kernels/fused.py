@@ -49,7 +49,7 @@ class Fused:
         self.op = _library_op(self, name, ", ".join(f"{_TYPES[parameter.annotation]} {parameter.name}" for parameter in signature))
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
-        if not torch.compiler.is_compiling() and transformed():
+        if transformed():
             raise ZooError(self.refusal("torch.func and forward-mode AD"))
         run = self.op if torch.compiler.is_compiling() else self.function.apply
         return tuple(run(*inputs)[: self.results])

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 def transformed() -> bool:
     """Return whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode AD is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def pure() -> bool:
