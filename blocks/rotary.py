@@ -11,7 +11,6 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 
-
 TURN = 2.0**64  # units of a full turn: int64 arithmetic wraps around where an angle does
 
 
