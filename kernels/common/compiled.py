@@ -42,11 +42,9 @@ def one_operator(name: str, result_like: str) -> Callable[[Form], Form]:
                 found = torch.autograd.grad(run(*leaves), [x for x in leaves if isinstance(x, Tensor)], (dresult, dfinal))
             return [x.contiguous() for x in found]
 
-        @torch.library.register_fake(f"zoo::{name}")
         def shapes(*inputs: Any) -> tuple[Tensor, Tensor]:
             return inputs[like].new_empty(inputs[like].shape), inputs[state].new_empty(inputs[state].shape)
 
-        @torch.library.register_fake(f"zoo::{name}_backward")
         def gradient_shapes(dresult: Tensor, dfinal: Tensor, *inputs: Any) -> list[Tensor]:
             return [x.new_empty(x.shape) for x in inputs if isinstance(x, Tensor)]
 
@@ -60,6 +58,8 @@ def one_operator(name: str, result_like: str) -> Callable[[Form], Form]:
             found = iter(getattr(torch.ops.zoo, f"{name}_backward")(dresult, dfinal, *inputs))
             return tuple(next(found) if x is None else None for x in ctx.inputs)
 
+        torch.library.register_fake(f"zoo::{name}", shapes)
+        torch.library.register_fake(f"zoo::{name}_backward", gradient_shapes)
         torch.library.register_autograd(f"zoo::{name}", differentiate, setup_context=save)
 
         def form(*inputs: Any) -> tuple[Tensor, Tensor]:
