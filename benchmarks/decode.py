@@ -51,7 +51,7 @@ def weights_alone(model: zoo.Model, batch: int) -> None:
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 F.linear(_rows(batch, module.in_features), module.weight)
-        if model.head is None:
+        if model.config.tie_embeddings:
             F.linear(_rows(batch, model.config.d_model), model.embed.weight)
 
 

@@ -125,7 +125,7 @@ class Attention(Mixer):
 
     def window_bytes(self, tokens: int) -> int:
         kept = tokens if self.reach is None else min(tokens, self.reach - 1)
-        return 2 * self.kv_heads * self.head_dim * kept * self.k_proj.weight.element_size()
+        return 2 * self.kv_heads * self.head_dim * kept * self.dtype.itemsize
 
     def flops(self, tokens: int, past: int) -> int:
         seen = tokens + (past if self.reach is None else min(past, self.reach - 1))

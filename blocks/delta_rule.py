@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from zoo.blocks import mixer
 from zoo.blocks.mixer import Mixer
-from zoo.blocks.norm import RMSNorm
+from zoo.blocks.norm import GatedRMSNorm
 from zoo.blocks.positions import Positions
 from zoo.kernels.gated_delta_rule.op import gated_delta_rule
-from zoo.kernels.gated_rmsnorm.op import gated_rmsnorm
 from zoo.kernels.l2norm.op import l2norm
 
 
@@ -49,7 +48,7 @@ class DeltaRule(Mixer):
         self.b_proj = nn.Linear(d_model, value_heads, bias=write_bias)
         self.A_log = nn.Parameter(torch.empty(value_heads))
         self.dt_bias = nn.Parameter(torch.empty(value_heads))
-        self.o_norm = RMSNorm(self.value_dim, eps=options.norm_eps)
+        self.o_norm = GatedRMSNorm(self.value_dim, eps=options.norm_eps)
         self.o_proj = nn.Linear(self.values, d_model, bias=False)
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -78,8 +77,5 @@ class DeltaRule(Mixer):
         v = v.unflatten(-1, (self.value_heads, -1))
         o, final = gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=fast, output_final_state=True, cu_seqlens=positions.cu_seqlens)
         assert final is not None
-        if self.g_proj is None:
-            y = self.o_norm(o)
-        else:
-            y = gated_rmsnorm(o, self.g_proj(x).unflatten(-1, (self.value_heads, -1)), self.o_norm.weight, eps=self.o_norm.eps)
-        return self.o_proj(y.flatten(2)), final
+        gate = None if self.g_proj is None else self.g_proj(x).unflatten(-1, (self.value_heads, -1))
+        return self.o_proj(self.o_norm(o, gate).flatten(2)), final

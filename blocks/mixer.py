@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -52,6 +54,12 @@ class Mixer(nn.Module):
 
     def __init__(self, d_model: int, options: Any, reach: int | None) -> None:
         super().__init__()
+        self.dtype = torch.get_default_dtype()
+        """Dtype of activations and window caches. Like parameters it follows `.to(dtype)`, but not a replaced or quantised weight."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
 
     def new_fast(self, batch: int) -> Tensor | None:
         """Return the fast weights of `batch` new streams: zeros, float32 (float64 in a float64 model). None: the mixer has none."""
@@ -86,14 +94,14 @@ class Mixer(nn.Module):
 
     def zeros(self, *shape: int, fast: bool = False) -> Tensor:
         """Return zeros on the mixer's device, in its dtype or, for fast weights, in float32 or wider."""
-        weight = next(module for module in self.modules() if isinstance(module, nn.Linear)).weight
-        dtype = torch.promote_types(weight.dtype, torch.float32) if fast else weight.dtype
-        return torch.zeros(shape, dtype=dtype, device=weight.device)  # not new_zeros: weights may be sharded (FSDP2), states never are
+        dtype = torch.promote_types(self.dtype, torch.float32) if fast else self.dtype
+        device = next(chain(self.parameters(), self.buffers())).device  # not new_zeros: weights may be sharded (FSDP2), states never are
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def linear_flops(module: nn.Module) -> int:
     """Return the operations of the Linear layers of `module` on one token."""
-    return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+    return sum(2 * part.in_features * part.out_features for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def split_evenly(d_model: int, heads: int, even: bool = False) -> int:

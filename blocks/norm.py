@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from zoo.kernels.gated_rmsnorm.op import gated_rmsnorm
 from zoo.kernels.rmsnorm.op import Style, rmsnorm
 
 
@@ -21,7 +22,14 @@ class RMSNorm(nn.RMSNorm):
     """Value of the weight that has no effect."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return rmsnorm(x, self.weight, eps=self.eps, style=self.style)
+        return rmsnorm(x, self.weight, eps=self.eps, style=self.style).to(x.dtype)  # the weight may be wider
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm, times silu(gate) if there is a gate (Gated DeltaNet, arXiv 2412.06464, section 3.3). x, gate: [..., D]."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(x) if gate is None else gated_rmsnorm(x, gate, self.weight, eps=self.eps)
 
 
 class WideRMSNorm(RMSNorm):

@@ -146,7 +146,7 @@ def _model(name: str, overrides: tuple[str, ...], seed: int, dtype: str | None, 
     if not Path(name).is_dir():
         return create(name, seed=seed, dtype=precision or torch.float32, device=device, **fields)
     stored = load(name, dtype=precision)
-    model = create(stored.config, device="meta", **fields)
+    model = create(stored.config, device="meta", dtype=stored.embed.weight.dtype, **fields)
     try:
         model.load_state_dict(stored.state_dict(), assign=True)
     except RuntimeError:

@@ -64,12 +64,15 @@ class Description:
         return "\n".join(lines)
 
 
-def describe(model: str | Path | Mapping[str, Any] | ModelConfig | Model, **overrides: Any) -> Description:
+def describe(
+    model: str | Path | Mapping[str, Any] | ModelConfig | Model, *, dtype: torch.dtype | str | None = None, **overrides: Any
+) -> Description:
     """Return the costs of a model, or of the model that `zoo.create` would build from the same arguments, without allocating it.
 
     `print` the result for a table; its `.config.yaml()` is YAML from which `zoo.create` builds the same model. Raises ZooError.
     """
-    dtype = model.embed.weight.dtype if isinstance(model, Model) else torch.float32
+    if dtype is None:
+        dtype = model.embed.weight.dtype if isinstance(model, Model) else torch.float32
     config = model.config if isinstance(model, Model) else model
     blank = create(config, device="meta", dtype=dtype, **overrides)
     config = blank.config

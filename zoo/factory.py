@@ -15,6 +15,7 @@ from zoo.blocks.norm import RMSNorm
 from zoo.checkpoints import own, upstream
 from zoo.config import ModelConfig, resolve
 from zoo.devices import usable_device
+from zoo.dtypes import parse_dtype
 from zoo.errors import ZooError
 from zoo.model import Model
 
@@ -23,7 +24,7 @@ def create(
     model: str | Path | Mapping[str, Any] | ModelConfig,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     seed: int = 0,
     pretrained: bool | str | Path = False,
     **overrides: Any,
@@ -33,7 +34,7 @@ def create(
     Args:
         model: a name with suffixes ("gdn4-sleep4"), the path of a YAML file, or a config.
         device: "meta" builds the modules without allocating memory.
-        dtype: dtype of the weights and activations; fast weights are float32 or wider.
+        dtype: dtype of the weights and activations, or its name ("bfloat16"); fast weights are float32 or wider.
         seed: seed of the weights, which are the same on every run of one device type.
         pretrained: a folder to take the weights from. It may hold an upstream checkpoint (inserted blocks keep their fresh
             weights), or a model of `zoo.save` or `zoo train`, whose sleep settings may differ. True: download the weights that
@@ -42,6 +43,7 @@ def create(
     Raises:
         ZooError: an unknown name or field, a value that does not fit, or a checkpoint of another architecture.
     """
+    dtype = parse_dtype(dtype)
     config = resolve(model, overrides)
     checkpoint = _download(config) if pretrained is True else Path(pretrained) if pretrained else None
     device = usable_device(device)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +15,7 @@ from zoo.blocks.exit_gate import ExitGate
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import norms
 from zoo.blocks.positions import Positions
+from zoo.blocks.tied_head import TiedHead
 from zoo.config import ModelConfig, validate
 from zoo.errors import ZooError
 from zoo.eviction import evictions
@@ -41,7 +41,7 @@ class Model(nn.Module):
             self.positions = _embedding(config.window or 0, config.d_model)
         self.blocks = nn.ModuleList(_build_blocks(config, self.eviction.reach))
         self.norm = norms[config.norm](config.d_model, eps=config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = TiedHead(self) if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.exit = None if config.exit is None else ExitGate(config.d_model, **config.exit.model_dump())
         if config.inject:
             self.inject = nn.Parameter(torch.empty(config.d_model))
@@ -87,7 +87,8 @@ class Model(nn.Module):
         h = self.norm(h)
         if self.config.wake_loops > 1:
             h = h[..., -1, :] if self.exit is None else self.exit(h)
-        return F.linear(h, self.embed.weight if self.head is None else self.head.weight)
+        logits: Tensor = self.head(h)
+        return logits
 
     @property
     def wakes_as_it_sleeps(self) -> bool:

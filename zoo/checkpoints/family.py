@@ -124,7 +124,7 @@ def links(family: Family, model: Model) -> list[Link]:
     covered = {name for link in found for name in link.ours}
     if left := [name for name in shapes if name not in covered and not name.startswith(added)]:
         raise ZooError(f"{model.config.name}: this checkpoint format has no place for '{left[0]}' ({len(left)} such tensors)")
-    if model.head is None and family.stores_tied_head:
+    if model.config.tie_embeddings and family.stores_tied_head:
         found.append(Link("lm_head.weight", ("embed.weight",)))
     return found
 

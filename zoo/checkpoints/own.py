@@ -13,6 +13,7 @@ from zoo.checkpoints import upstream
 from zoo.checkpoints.stored import WEIGHTS, open_folder
 from zoo.config import ModelConfig, resolve
 from zoo.devices import usable_device
+from zoo.dtypes import parse_dtype
 from zoo.errors import ZooError
 from zoo.files import new_folder, replacing
 from zoo.model import Model
@@ -51,14 +52,15 @@ def write_config(model: Model, folder: Path) -> None:
         file.write_text(model.config.yaml(), encoding="utf-8")
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
+def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Model:
     """Load the model in a folder written by `save`, by `zoo train` or by an upstream project.
 
     Args:
-        dtype: dtype of the weights; default: as stored.
+        dtype: dtype of the weights, or its name ("bfloat16"); default: as stored.
     Raises:
         ZooError: a missing or damaged file, or tensors that do not fit the config; names the file and the tensor.
     """
+    dtype = None if dtype is None else parse_dtype(dtype)
     folder, device = Path(path), usable_device(device)
     if not (folder / CONFIG).is_file() and (folder / upstream.CONFIG).is_file():
         return upstream.load(folder, device=device, dtype=dtype)
@@ -91,4 +93,4 @@ def fill(model: Model, folder: Path, device: str | torch.device, dtype: torch.dt
     with open_folder(folder, device) as stored:
         stored.check(folder, wanted, model.config.name)
         tensors = {name: stored.read(name, dtype) for name in wanted}
-    model.load_state_dict(tensors, assign=True)
+    model.to(tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True)

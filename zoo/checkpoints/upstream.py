@@ -67,7 +67,7 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
             what = ", ".join(sorted({re.match(family.unused, name)[0] + "*" for name in unused}))  # type: ignore[index]
             warnings.warn(f"{folder}: {len(unused)} tensors are not part of the language model and were skipped: {what}", stacklevel=4)
         wanted = links(family, model)
-        if model.head is None and "lm_head.weight" in stored.shapes:
+        if model.config.tie_embeddings and "lm_head.weight" in stored.shapes:
             wanted = list({link.theirs: link for link in [*wanted, Link("lm_head.weight", ("embed.weight",))]}.values())
         stored.check(folder, {link.theirs: _stored_shape(link, ours) for link in wanted}, config.name)
         tensors: dict[str, Tensor] = {}
@@ -78,7 +78,7 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
                 if repeated and not torch.equal(tensors[name], part):
                     raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' differs from the embedding, the config ties them")
                 tensors.setdefault(name, part)
-    model.load_state_dict(tensors, assign=True, strict=False)
+    model.to(tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True, strict=False)
 
 
 def save(model: Model, path: Path) -> None:
@@ -94,7 +94,7 @@ def save(model: Model, path: Path) -> None:
     written = _written_config(model.config, family)
     with new_folder(path) as folder:
         tensors = {link.theirs: link.pack([ours[name] for name in link.ours]).contiguous() for link in wanted}
-        if family.stores_tied_head and model.head is None:
+        if family.stores_tied_head and model.config.tie_embeddings:
             tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()  # safetensors files cannot hold aliases
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
