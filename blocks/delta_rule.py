@@ -31,6 +31,7 @@ class DeltaRule(Mixer):
     """
 
     packs = True
+    wide = ("A_log", "dt_bias")
 
     def __init__(
         self, d_model: int, options: DeltaRuleOptions, reach: int | None, value_heads: int, gated: bool = True, write_bias: bool = False

@@ -30,6 +30,7 @@ class Mamba(Mixer):
 
     Options = MambaOptions
     packs = True
+    wide = ("A_log", "D")
 
     def __init__(self, d_model: int, options: MambaOptions, reach: int | None) -> None:
         super().__init__(d_model, options, reach)

@@ -43,6 +43,7 @@ class Mamba2(Mixer):
 
     Options = Mamba2Options
     packs = True
+    wide = ("A_log", "D", "dt_bias", "norm_weight")
 
     def __init__(self, d_model: int, options: Mamba2Options, reach: int | None) -> None:
         super().__init__(d_model, options, reach)

@@ -51,6 +51,8 @@ class Mixer(nn.Module):
     Options: ClassVar[type[Options]] = Options
     packs: ClassVar[bool] = False
     """True if the mixer keeps packed sequences (`positions.cu_seqlens`) separate."""
+    wide: ClassVar[tuple[str, ...]] = ()
+    """Parameters that checkpoints often store in float32 beside narrower weights, and that stay float32 when loaded."""
 
     def __init__(self, d_model: int, options: Any, reach: int | None) -> None:
         super().__init__()

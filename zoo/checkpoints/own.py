@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from zoo.checkpoints import upstream
-from zoo.checkpoints.stored import WEIGHTS, open_folder
+from zoo.checkpoints.plain import empty_model, plain_tensors, unwrap, wide_parameters
+from zoo.checkpoints.stored import WEIGHTS, has_weights, open_folder, refuse_adapter
 from zoo.config import ModelConfig, resolve
 from zoo.devices import usable_device
 from zoo.dtypes import parse_dtype
@@ -21,29 +22,24 @@ from zoo.model import Model
 CONFIG = "zoo.yaml"
 
 
-def save(model: Model, path: str | Path, *, format: Literal["zoo", "hf"] = "zoo") -> None:
-    """Write `model` to the new folder `path`.
+def save(model: nn.Module, path: str | Path, *, format: Literal["zoo", "hf"] = "zoo") -> None:
+    """Write a model to the new folder `path`.
 
     Args:
+        model: a `Model`, or one that is compiled or wrapped in DistributedDataParallel or DataParallel.
         format: "zoo" for this package, "hf" for the config.json and tensor names of the upstream project.
     Raises:
-        ZooError: the folder exists, or the upstream format cannot represent the model.
+        ZooError: the folder exists, the upstream format cannot represent the model, or its tensors are not those of its config.
     """
     if format not in ("zoo", "hf"):
         raise ZooError(f"format: {format!r}; allowed: 'zoo', 'hf'")
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ZooError(f"{model.config.name}: the model is on the meta device and has no weights to save")
+    model = unwrap(model)
     if format == "hf":
         return upstream.save(model, Path(path))
+    tensors = plain_tensors(model)
     with new_folder(Path(path)) as folder:
-        write(model, folder)
-
-
-def write(model: Model, folder: Path) -> None:
-    """Write the two files of a model into an existing folder, replacing each earlier one atomically."""
-    with replacing(folder / WEIGHTS) as file:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file, metadata={"format": "pt"})
-    write_config(model, folder)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+        write_config(model, folder)
 
 
 def write_config(model: Model, folder: Path) -> None:
@@ -52,45 +48,55 @@ def write_config(model: Model, folder: Path) -> None:
         file.write_text(model.config.yaml(), encoding="utf-8")
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Model:
+def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None, **overrides: Any) -> Model:
     """Load the model in a folder written by `save`, by `zoo train` or by an upstream project.
 
     Args:
-        dtype: dtype of the weights, or its name ("bfloat16"); default: as stored.
+        dtype: dtype of the weights, or its name ("bfloat16"); default: as stored. Norms and decays that a checkpoint stores in
+            float32 beside narrower weights stay float32.
+        overrides: config fields, for example `loops=4, evict="hard", window=512` for a checkpoint that is to sleep.
     Raises:
         ZooError: a missing or damaged file, or tensors that do not fit the config; names the file and the tensor.
     """
     dtype = None if dtype is None else parse_dtype(dtype)
     folder, device = Path(path), usable_device(device)
-    if not (folder / CONFIG).is_file() and (folder / upstream.CONFIG).is_file():
-        return upstream.load(folder, device=device, dtype=dtype)
-    with torch.device("meta"):
-        model = Model(read_config(folder))
-    fill(model, folder, device, dtype)
+    config = resolve(read_config(folder), overrides)
+    model = empty_model(config, str(folder / (CONFIG if (folder / CONFIG).is_file() else upstream.CONFIG)))
+    _fill(model, folder, device, dtype)
     return model
 
 
 def read_config(folder: Path) -> ModelConfig:
     """Return the config of a folder that `load` accepts, without reading its weights. Raises ZooError."""
+    refuse_adapter(folder)
     if (folder / CONFIG).is_file():
         return resolve(folder / CONFIG)
     if (folder / upstream.CONFIG).is_file():
-        return resolve(upstream.read_config(folder))
+        return upstream.read_config(folder)
     raise ZooError(f"{folder}: no {CONFIG} here, nor an upstream {upstream.CONFIG}; want a folder of zoo.save, zoo train or upstream")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of the largest tensor in a folder, without reading it; float32 if there are no weights yet."""
-    if not any(file.suffix in (".safetensors", ".pth", ".bin") for file in folder.iterdir()):
+    if not has_weights(folder):
         return torch.float32
     with open_folder(folder) as stored:
-        return stored.read(max(stored.shapes, key=lambda name: prod(stored.shapes[name]))).dtype
+        return stored.main_dtype()
+
+
+def _fill(model: Model, folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> None:
+    if (folder / CONFIG).is_file():
+        fill(model, folder, device, dtype)
+    else:
+        upstream.fill(model, folder, device, dtype)
 
 
 def fill(model: Model, folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> None:
     """Replace every parameter of `model` with the tensor of that name in a folder of ours. Raises ZooError."""
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    wide = wide_parameters(model)
     with open_folder(folder, device) as stored:
         stored.check(folder, wanted, model.config.name)
-        tensors = {name: stored.read(name, dtype) for name in wanted}
+        main = stored.main_dtype()
+        tensors = {name: stored.read(name, stored.kept_dtype(name, dtype, main, name in wide)) for name in wanted}
     model.to(tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True)

@@ -1,22 +1,34 @@
-"""Tensors in a folder, in any of the supported files; names and shapes are checked before any is read."""
+"""Tensors in a folder, in any of the supported files; names, shapes and dtypes are checked before any is read."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from zoo.checkpoints.plain import one_line
+from zoo.dtypes import DTYPES
 from zoo.errors import ZooError
+
+T = TypeVar("T")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+ADAPTER = "adapter_config.json"
+LARGEST_JSON = 64 * 2**20
+"""Bytes. An index of a million tensors takes about as much."""
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Stored:
@@ -25,22 +37,38 @@ class Stored:
     def __init__(self, device: str | torch.device) -> None:
         self._device = device
         self.shapes: dict[str, list[int]] = {}
+        self.dtypes: dict[str, torch.dtype | str] = {}
+        """A name as the file has it stands for a dtype that is not supported."""
         self.files: dict[str, Path] = {}
         self._sources: dict[str, Any] = {}
 
     def add(self, file: Path, stack: ExitStack) -> None:
         source = _open(file, stack, self._device)
-        for name, shape in _shapes(file, source).items():
+        for name, (shape, dtype) in _entries(file, source).items():
             if name in self.files:
                 raise ZooError(f"{file}: tensor '{name}' is also in {self.files[name]}")
-            self.shapes[name], self.files[name], self._sources[name] = shape, file, source
+            self.shapes[name], self.dtypes[name], self.files[name], self._sources[name] = shape, dtype, file, source
 
     def drop(self, pattern: str) -> list[str]:
         """Drop the tensors whose names match this regular expression at the start; returns their names."""
         dropped = [name for name in self.shapes if re.match(pattern, name)]
         for name in dropped:
-            del self.shapes[name], self.files[name], self._sources[name]
+            del self.shapes[name], self.dtypes[name], self.files[name], self._sources[name]
         return dropped
+
+    def main_dtype(self) -> torch.dtype:
+        """Return the dtype of the largest tensor."""
+        dtype = self.dtypes[max(self.shapes, key=lambda name: prod(self.shapes[name]))] if self.shapes else "no tensor"
+        if isinstance(dtype, str):
+            raise ZooError(f"dtype: {dtype} is not supported; allowed: {', '.join(DTYPES)}")
+        return dtype
+
+    def kept_dtype(self, name: str, dtype: torch.dtype | None, main: torch.dtype, wide: bool) -> torch.dtype | None:
+        """Return the dtype to read a tensor as: `dtype`, but a `wide` tensor that is wider than `main` stays so."""
+        stored = self.dtypes[name]
+        if wide and isinstance(stored, torch.dtype) and stored.itemsize > main.itemsize:
+            return stored if dtype is None else torch.promote_types(dtype, stored)
+        return dtype
 
     def read(self, name: str, dtype: torch.dtype | None = None, *, transient: bool = False) -> Tensor:
         """Read a tensor as `dtype` (default: as stored).
@@ -50,22 +78,23 @@ class Stored:
 
         Args:
             transient: the caller only copies from the result, or compares it.
+        Raises:
+            ZooError: the tensor cannot be read, or holds NaN or infinity.
         """
         tensor = self._mapped(self._sources[name], name)
         if tensor.is_cpu and (transient or dtype not in (None, tensor.dtype)):
             with ExitStack() as stack:
                 tensor = self._mapped(_open(self.files[name], stack, self._device), name)
+        if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+            raise ZooError(f"{self.files[name]}: tensor '{name}' holds NaN or infinity; the file is damaged")
         return tensor.to(dtype)
 
     def _mapped(self, source: Any, name: str) -> Tensor:
-        try:
-            tensor: Tensor = source[name] if isinstance(source, dict) else source.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ZooError(f"{self.files[name]}: tensor '{name}' cannot be read: {error}") from None
-        return tensor
+        read: Callable[[], Tensor] = lambda: source[name] if isinstance(source, dict) else source.get_tensor(name)  # noqa: E731
+        return _reading(f"{self.files[name]}: tensor '{name}'", read)
 
     def check(self, folder: Path, wanted: Mapping[str, list[int]], owner: str) -> None:
-        """Raise ZooError unless exactly these tensors, with these shapes, are stored."""
+        """Raise ZooError unless exactly these tensors, with these shapes and floating-point dtypes, are stored."""
         if missing := sorted(wanted.keys() - self.shapes.keys()):
             raise ZooError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all of {owner})")
         if unexpected := sorted(self.shapes.keys() - wanted.keys()):
@@ -74,39 +103,72 @@ class Stored:
         for name, shape in wanted.items():
             if self.shapes[name] != shape:
                 raise ZooError(f"{self.files[name]}: tensor '{name}' is {self.shapes[name]}, the config wants {shape}")
+            if isinstance(self.dtypes[name], str):
+                raise ZooError(f"{self.files[name]}: tensor '{name}' is {self.dtypes[name]}; allowed: {', '.join(DTYPES)}")
 
 
 @contextmanager
 def open_folder(folder: Path, device: str | torch.device = "cpu") -> Iterator[Stored]:
-    """Open the tensors of model.safetensors, of the shards its index names, or of the only *.safetensors, *.pth or *.bin file.
+    """Open the tensors of the first of these that is there: model.safetensors, the shards that its index names,
+    pytorch_model.bin, its shards, the only *.safetensors, *.pth or *.bin file.
 
     Raises:
-        ZooError: no such file, a damaged file, or an index that does not match its shards; names the file.
+        ZooError: no such file, a damaged file, an index that does not match its shards, or two sets of weights; names the file.
     """
+    refuse_adapter(folder)
     stored = Stored(device)
     with ExitStack() as stack:
-        if (folder / INDEX).is_file():
-            _add_shards(stored, folder, stack)
+        if (index := _index(folder)) is not None:
+            _add_shards(stored, index, stack)
         else:
             stored.add(_only_file(folder), stack)
         yield stored
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether there is any file in a folder that may hold weights."""
+    return any(file.suffix in (".safetensors", ".pth", ".bin") for file in folder.iterdir())
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise ZooError if a folder holds an adapter, which changes what its weights compute."""
+    if (folder / ADAPTER).is_file():
+        raise ZooError(f"{folder / ADAPTER}: adapters are not loaded; merge it into the weights, or remove it")
+
+
 def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ZooError."""
     try:
+        if file.stat().st_size > LARGEST_JSON:
+            raise ZooError(f"{file}: {file.stat().st_size} bytes; want at most {LARGEST_JSON}")
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ZooError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        raise ZooError(f"{file}: not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ZooError(f"{file}: not JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ZooError(f"{file}: want an object of fields")
     return content
 
 
+def _index(folder: Path) -> Path | None:
+    """Return the index to read, if there is one and no single file comes first. Raises ZooError if both hold weights."""
+    for whole, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
+        if (folder / index).is_file():
+            shards = {shard for shard in _places(folder / index).values() if (folder / shard).is_file()} - {whole}
+            if not (folder / whole).is_file():
+                return folder / index
+            if shards:
+                raise ZooError(f"{folder}: holds both {whole} and the shards of {index}; remove the weights that are out of date")
+        if (folder / whole).is_file():
+            return None
+    return None
+
+
 def _only_file(folder: Path) -> Path:
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
+    for name in (WEIGHTS, PICKLED):
+        if (folder / name).is_file():
+            return folder / name
     for pattern in ("*.safetensors", "*.pth", "*.bin"):
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
@@ -116,14 +178,20 @@ def _only_file(folder: Path) -> Path:
     raise ZooError(f"{folder / WEIGHTS}: cannot be read: no such file, nor {INDEX}, nor one *.pth or *.bin")
 
 
-def _add_shards(stored: Stored, folder: Path, stack: ExitStack) -> None:
-    index = folder / INDEX
+def _places(index: Path) -> dict[str, str]:
+    """Read the shard of every tensor from an index."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise ZooError(f"{index}: weight_map: want the shard of every tensor")
+    for shard in set(places.values()):
+        if Path(shard).name != shard or "\\" in shard or "\0" in shard:
+            raise ZooError(f"{index}: weight_map: {shard!r} lies outside the folder; want the name of a file beside the index")
+    return places
+
+
+def _add_shards(stored: Stored, index: Path, stack: ExitStack) -> None:
+    folder, places = index.parent, _places(index)
     for shard in sorted(set(places.values())):
-        if Path(shard).name != shard or "\\" in shard:
-            raise ZooError(f"{index}: weight_map: '{shard}' lies outside the folder; want the name of a file beside the index")
         if not (folder / shard).is_file():
             lost = min(name for name, place in places.items() if place == shard)
             raise ZooError(f"{folder / shard}: the shard is missing; {index.name} puts '{lost}' there")
@@ -133,31 +201,39 @@ def _add_shards(stored: Stored, folder: Path, stack: ExitStack) -> None:
             raise ZooError(f"{folder / shard}: tensor '{name}' is missing, though {index.name} puts it there")
 
 
+def _reading(label: str, read: Callable[[], T]) -> T:
+    """Return `read()`, or raise a ZooError that starts with `label`: a damaged file can make the readers raise anything."""
+    try:
+        return read()
+    except (KeyboardInterrupt, SystemExit, ZooError):
+        raise
+    except BaseException as error:  # panics of safetensors are no Exception
+        raise ZooError(f"{label} cannot be read: {one_line(error)}") from None
+
+
 def _open(file: Path, stack: ExitStack, device: str | torch.device) -> Any:
     """Map the file; returns the handle of `safe_open`, or tensors by name."""
     if file.suffix != ".safetensors":
-        return _read_zip(file, device)
-    try:
-        return stack.enter_context(safe_open(file, framework="pt", device=str(device)))
-    except (SafetensorError, OSError) as error:
-        raise ZooError(f"{file}: cannot be read: {error}") from None
+        return _read_pickled(file, device)
+    return _reading(f"{file}:", lambda: stack.enter_context(safe_open(file, framework="pt", device=str(device))))
 
 
-def _shapes(file: Path, source: Any) -> dict[str, list[int]]:
+def _entries(file: Path, source: Any) -> dict[str, tuple[list[int], torch.dtype | str]]:
+    """Return the shape and dtype of every tensor in a file."""
     if isinstance(source, dict):
-        return {name: list(tensor.shape) for name, tensor in source.items()}
-    try:
-        return {name: source.get_slice(name).get_shape() for name in source.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ZooError(f"{file}: cannot be read: {error}") from None
+        return {name: (list(x.shape), x.dtype if x.dtype in DTYPES.values() else str(x.dtype)) for name, x in source.items()}
+
+    def read() -> dict[str, tuple[list[int], torch.dtype | str]]:
+        slices = {name: source.get_slice(name) for name in source.keys()}  # noqa: SIM118
+        return {name: (part.get_shape(), SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype())) for name, part in slices.items()}
+
+    return _reading(f"{file}:", read)
 
 
-def _read_zip(file: Path, device: str | torch.device) -> dict[str, Tensor]:
-    try:
-        content = torch.load(file, map_location=device, weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can make torch.load raise anything
-        raise ZooError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+def _read_pickled(file: Path, device: str | torch.device) -> dict[str, Tensor]:
+    mapped = zipfile.is_zipfile(file)  # files of torch before 1.6 are not, and cannot be mapped
+    content: Any = _reading(f"{file}:", lambda: torch.load(file, map_location=device, weights_only=True, mmap=mapped))
     tensors = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and type(x) is Tensor for name, x in tensors.items()):
         raise ZooError(f"{file}: want tensors by name, at the top level or under 'model'")
     return tensors

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from zoo.blocks.mixer import mixers
 from zoo.checkpoints.family import Family, Link, expect, families, links
+from zoo.checkpoints.plain import empty_model, one_line, plain_tensors, wide_parameters
 from zoo.checkpoints.stored import WEIGHTS, open_folder, read_json
 from zoo.config import ModelConfig, resolve, validate
+from zoo.dtypes import DTYPES
 from zoo.errors import ZooError
 from zoo.files import new_folder
 from zoo.model import Model
@@ -27,6 +29,14 @@ ARCHITECTURE = ("vocab_size", "d_model", "pattern", "mlp_width", "norm", "norm_e
 """Fields in which a model and the checkpoint of its weights must agree, besides the options of the blocks."""
 WAKE_LOOPS = ("wake_loops", "exit")
 """Fields of upstream's config.json that do not concern the weights."""
+SLEEP = "sleep"
+SLEEP_FIELDS = ("loops", "evict", "window", "span", "sleep_on", "carry", "loop_norm")
+MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "total_ut_steps": 1_000}
+"""Bounds on counts, checked before anything is made of them."""
+ROTARY = r".*\.rotary_emb\.inv_freq$"
+"""Frequencies that old checkpoints store; the config determines them."""
+MAY_BE_ZERO = ("kernel_out.weight", "A_log")
+"""Matrices that are all zero in a new model."""
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -36,44 +46,46 @@ def read_config(folder: Path) -> ModelConfig:
         ZooError: no config.json, an unknown `model_type`, or a field that is missing or not supported.
     """
     file = folder / CONFIG
-    return _translate(read_json(file), str(file), folder.absolute().name)
-
-
-def load(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """Load the model in an upstream folder. Arguments and errors as in `zoo.load`."""
-    config = read_config(folder)
+    config = _translate(read_json(file), str(file), folder.absolute().name)
     try:
-        with torch.device("meta"):
-            model = Model(resolve(config))
+        return resolve(config)
     except ZooError as error:
-        raise ZooError(f"{folder / CONFIG}: {error}") from None
-    fill(model, folder, device, dtype)
-    return model
+        raise ZooError(f"{file}: {error}") from None
 
 
 def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
     """Replace every parameter of `model`, except those of inserted blocks, with the tensors in an upstream folder.
 
+    Args:
+        dtype: dtype of the parameters; default: as stored or, if that differs between tensors, the one in config.json. Norms and
+            decays stored in float32 beside narrower weights stay float32.
     Raises:
-        ZooError: missing or damaged files, tensors that are missing, unexpected or of another shape, or a config.json of another
-            architecture; names the file and the tensor. `model` is then unchanged.
+        ZooError: missing or damaged files, tensors that are missing, unexpected, of another shape, not finite or all zero, or a
+            config.json of another architecture; names the file and the tensor. `model` is then unchanged.
     """
-    config = read_config(folder)
-    check_same_architecture(config, model.config, folder / CONFIG)
-    family = _family(read_json(folder / CONFIG), str(folder / CONFIG))
-    ours = model.state_dict()
+    content = read_json(folder / CONFIG)
+    check_same_architecture(read_config(folder), model.config, folder / CONFIG)
+    family = _family(content, str(folder / CONFIG))
+    ours, wide = model.state_dict(), wide_parameters(model)
     with open_folder(folder, device) as stored:
+        stored.drop(ROTARY)
         if unused := stored.drop(family.unused):
             what = ", ".join(sorted({re.match(family.unused, name)[0] + "*" for name in unused}))  # type: ignore[index]
             warnings.warn(f"{folder}: {len(unused)} tensors are not part of the language model and were skipped: {what}", stacklevel=4)
         wanted = links(family, model)
         if model.config.tie_embeddings and "lm_head.weight" in stored.shapes:
             wanted = list({link.theirs: link for link in [*wanted, Link("lm_head.weight", ("embed.weight",))]}.values())
-        stored.check(folder, {link.theirs: _stored_shape(link, ours) for link in wanted}, config.name)
+        stored.check(folder, {link.theirs: _stored_shape(link, ours) for link in wanted}, model.config.name)
+        main = stored.main_dtype()
+        if dtype is None and len(set(stored.dtypes.values())) > 1:
+            dtype = DTYPES.get(str(content.get("dtype") or content.get("torch_dtype")).removeprefix("torch."), main)
         tensors: dict[str, Tensor] = {}
         for link in wanted:
             repeated = any(name in tensors for name in link.ours)
-            packed = stored.read(link.theirs, dtype, transient=repeated or link.groups > 1)
+            kept = stored.kept_dtype(link.theirs, dtype, main, wide.issuperset(link.ours))
+            packed = stored.read(link.theirs, kept, transient=repeated or link.groups > 1)
+            if packed.ndim > 1 and not link.ours[0].endswith(MAY_BE_ZERO) and not packed.any():
+                raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' is all zero; the file is damaged")
             for name, part in zip(link.ours, link.unpack(packed, [ours[name].shape[0] for name in link.ours]), strict=True):
                 if repeated and not torch.equal(tensors[name], part):
                     raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' differs from the embedding, the config ties them")
@@ -82,26 +94,40 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
 
 
 def save(model: Model, path: Path) -> None:
-    """Write config.json and model.safetensors in the format of the model's upstream project. Errors as in `zoo.save`."""
-    family = _family(model.config.upstream, f"{model.config.name}: upstream")
+    """Write config.json and model.safetensors in the format of the model's upstream project. Errors as in `zoo.save`.
+
+    Sleep settings are written to config.json as `sleep`, which other readers ignore.
+    """
+    config, tensors = model.config, plain_tensors(model)
+    family = _family(config.upstream, f"{config.name}: upstream")
+    model = empty_model(config, config.name)
     if inserted := [i for i, block in enumerate(model.blocks) if block.inserted]:
-        raise ZooError(f"{model.config.name}: layers {inserted} are not part of the upstream model; save it without format='hf'")
-    if model.config.inject:
-        raise ZooError(f"{model.config.name}: inject: True is not part of the upstream model; save it without format='hf'")
+        raise ZooError(f"{config.name}: layers {inserted} are not part of the upstream model; save it without format='hf'")
+    if config.inject:
+        raise ZooError(f"{config.name}: inject: True is not part of the upstream model; save it without format='hf'")
     if family.write is None:
-        raise ZooError(f"{model.config.name}: upstream: checkpoints of '{model.config.upstream['model_type']}' can be read but not written")
-    wanted, ours = links(family, model), model.state_dict()
-    written = _written_config(model.config, family)
+        raise ZooError(f"{config.name}: upstream: checkpoints of '{config.upstream['model_type']}' can be read but not written")
+    wanted, written = links(family, model), _written_config(config, family)
     with new_folder(path) as folder:
-        tensors = {link.theirs: link.pack([ours[name] for name in link.ours]).contiguous() for link in wanted}
-        if family.stores_tied_head and model.config.tie_embeddings:
-            tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()  # safetensors files cannot hold aliases
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        packed = {link.theirs: link.pack([tensors[name] for name in link.ours]).contiguous() for link in wanted}
+        if family.stores_tied_head and config.tie_embeddings:
+            packed["lm_head.weight"] = packed["lm_head.weight"].clone()  # safetensors files cannot hold aliases
+        save_file(packed, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def _translate(upstream: dict[str, Any], label: str, name: str) -> ModelConfig:
+def _translate(content: dict[str, Any], label: str, name: str) -> ModelConfig:
+    """Read config.json. Raises ZooError, starting with `label`."""
+    upstream = {key: value for key, value in content.items() if key != SLEEP}
     family = _family(upstream, label)
+    sleep = content.get(SLEEP, {})
+    if not isinstance(sleep, dict) or not sleep.keys() <= set(SLEEP_FIELDS):
+        raise ZooError(f"{label}: {SLEEP}: {sleep!r}; want an object of {', '.join(SLEEP_FIELDS)}")
+    for key, most in MOST.items():
+        for fields in (upstream, upstream.get("text_config")):
+            value = fields.get(key, 1) if isinstance(fields, dict) else 1
+            if type(value) is not int or not 0 < value <= most:
+                raise ZooError(f"{label}: {key}: {value!r}; want a number from 1 to {most}")
     try:
         expect(upstream, "quantization_config", None)
         fields = family.read(upstream)
@@ -109,9 +135,9 @@ def _translate(upstream: dict[str, Any], label: str, name: str) -> ModelConfig:
         raise ZooError(f"{label}: {error.args[0]}: is missing") from None
     except ZooError as error:
         raise ZooError(f"{label}: {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ZooError(f"{label}: a field has the wrong type: {error}") from None
-    return validate(ModelConfig, {"name": name, "upstream": upstream, **fields}, label)
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ZooError(f"{label}: a field has the wrong type or size: {one_line(error)}") from None
+    return validate(ModelConfig, {"name": name, "upstream": upstream, **fields, **sleep}, label)
 
 
 def _family(upstream: Mapping[str, Any], label: str) -> Family:
@@ -127,15 +153,23 @@ def _written_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     try:
         read = _translate(config.upstream, config.name, config.name)
         if not _differences(read, config, (*ARCHITECTURE, *WAKE_LOOPS)):
-            return config.upstream
+            return {**config.upstream, **_sleep(read, config)}
     except ZooError:
         pass  # it only names the family, or no longer describes the model
     assert family.write is not None
     written = family.write(config)
-    if differences := _differences(_translate(written, config.name, config.name), config, (*ARCHITECTURE, *WAKE_LOOPS)):
+    read = _translate(written, config.name, config.name)
+    if differences := _differences(read, config, (*ARCHITECTURE, *WAKE_LOOPS)):
         field, theirs, ours = differences[0]
         raise ZooError(f"{config.name}: {field}: {ours}: upstream has {theirs} and cannot express another value")
-    return written
+    return {**written, **_sleep(read, config)}
+
+
+def _sleep(read: ModelConfig, config: ModelConfig) -> dict[str, Any]:
+    """Return the field of config.json that holds the sleep settings, if they differ from those of the config as `read`."""
+    stated = config.model_dump(mode="json", include=set(SLEEP_FIELDS))
+    fields = {field: stated[field] for field in SLEEP_FIELDS if getattr(config, field) != getattr(read, field)}
+    return {SLEEP: fields} if fields else {}
 
 
 def check_same_architecture(stored: ModelConfig, wanted: ModelConfig, file: Path) -> None:

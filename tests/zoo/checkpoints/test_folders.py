@@ -1,9 +1,11 @@
 """Upstream folders: shards, pickled files, tied heads; damaged or unsupported ones are refused with file and tensor named."""
 
 import json
+import random
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,15 @@ def refuses(folder: Path, *words: str) -> None:
     for word in words:
         assert word in message
     assert sorted(folder.rglob("*")) == before
+
+
+def refusal(folder: Path) -> str:
+    """Return the error with which a folder is refused, or nothing."""
+    try:
+        zoo.load(folder)
+    except zoo.ZooError as error:
+        return str(error)
+    return ""
 
 
 @torch.no_grad()
@@ -446,3 +457,145 @@ def test_defaults_of_upstream_where_a_field_is_absent() -> None:
     assert [x["kv_heads"] for x in options.values()] == [32, 8, 32, 32]
     assert [x["head_dim"] for x in options.values()] == [2, 2, 2, 128]
     assert read["mistral"]["blocks"]["swa"]["window"] == read["qwen2"]["blocks"]["swa"]["window"] == 4096
+
+
+@torch.no_grad()
+def test_weights_beside_an_index(jet: Path) -> None:
+    """What is out of date cannot be told, so both are named; an index without its shards is ignored, as upstream does."""
+    whole = (jet / "model.safetensors").read_bytes()
+    shard(jet)
+    (jet / "model.safetensors").write_bytes(whole)
+    refuses(jet, "model.safetensors", INDEX, "out of date")
+    for file in jet.glob("model-0*"):
+        file.unlink()
+    assert zoo.load(jet).embed.weight.dtype == torch.float32
+    (jet / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "model.safetensors"}}))
+    zoo.load(jet)
+    (jet / "pytorch_model.bin").write_bytes(b"older, in another format")
+    (jet / "pytorch_model.bin.index.json").write_text("{}")
+    zoo.load(jet)
+
+
+def test_an_adapter_is_noticed(jet: Path, tmp_path: Path) -> None:
+    zoo.save(model := zoo.load(jet), tmp_path / "ours")
+    for folder in (jet, tmp_path / "ours"):
+        (folder / "adapter_config.json").write_text("{}")
+        refuses(folder, "adapter_config.json", "merge it")
+    (jet / "config.json").unlink()
+    refuses(jet, "adapter_config.json")
+    with pytest.raises(zoo.ZooError, match=r"adapter_config\.json"):
+        zoo.create(model.config, pretrained=tmp_path / "ours")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_norms_and_decays_stay_float32(jet: Path, dtype: torch.dtype | None) -> None:
+    tensors = load_file(jet / "model.safetensors")
+    wide = {name for name in tensors if "norm" in name or name.endswith(("A_log", "dt_bias"))}
+    save_file({name: x if name in wide else x.bfloat16() for name, x in tensors.items()}, jet / "model.safetensors")
+    edit_config(jet, torch_dtype="bfloat16")
+    model = zoo.load(jet, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "norm" in name or name.endswith(("A_log", "dt_bias")) else dtype or torch.bfloat16)
+    out = model(torch.arange(9)[None])
+    assert out.logits.dtype == (dtype or torch.bfloat16)
+    assert {x.dtype for cache in out.state.window for x in cache} == {dtype or torch.bfloat16}
+
+
+def test_linears_of_several_dtypes_take_that_of_the_config(jet: Path) -> None:
+    edit_tensors(jet, **{"model.layers.0.mlp.up_proj.weight": torch.ones(160, 64, dtype=torch.bfloat16)})
+    edit_config(jet, torch_dtype="float16")
+    assert zoo.load(jet).blocks[0].mlp.up_proj.weight.dtype == zoo.load(jet).embed.weight.dtype == torch.float16
+    edit_config(jet, torch_dtype=...)
+    assert zoo.load(jet).blocks[0].mlp.up_proj.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_weights_that_no_training_gives(jet: Path, name: str, value: float) -> None:
+    tensor = load_file(jet / "model.safetensors")[name]
+    tensor[3 if value else slice(None)] = value
+    edit_tensors(jet, **{name: tensor})
+    refuses(jet, "model.safetensors", name, "all zero" if value == 0 else "NaN or infinity", "damaged")
+
+
+def lie(file: Path, change: Callable[[dict], None]) -> None:
+    """Change the header of a safetensors file."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", "F64"),
+        ("dtype", "I32"),
+        ("dtype", "F8_E4M3"),
+        ("dtype", "X9"),
+        ("dtype", 7),
+        ("shape", [2**62, 4]),
+        ("shape", [-1]),
+        ("shape", [1e300]),
+        ("shape", "wide"),
+        ("data_offsets", [0, 2**63]),
+        ("data_offsets", [64, 0]),
+        ("data_offsets", [0, 0]),
+        ("data_offsets", None),
+    ],
+)
+def test_headers_that_lie(jet: Path, field: str, value: object) -> None:
+    lie(jet / "model.safetensors", lambda header: header["model.norm.weight"].update({field: value}))
+    refuses(jet, "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+@pytest.mark.parametrize(
+    "content", ["[]", "3", "null", '{"a": ', "\xff", "[" * 100_000, '{"a": ' * 100_000, '{"model_type": ' + "9" * 10_000]
+)
+def test_json_that_is_no_object(jet: Path, name: str, content: str) -> None:
+    shard(jet)
+    (jet / name).write_text(content, encoding="latin-1")
+    refuses(jet, name)
+
+
+def test_json_of_absurd_length(jet: Path) -> None:
+    with (jet / "config.json").open("r+b") as file:
+        file.truncate(2**40)  # a sparse file
+    refuses(jet, "config.json", "1099511627776 bytes")
+
+
+@pytest.mark.parametrize("name", ["jet-nemotron-a", "mamba2-a", "ouro-a", "samba-a", "gdn-fla-a", "gdn-qwen3_5-a"])
+@pytest.mark.parametrize("value", [0, -1, 2**31, 2**63, 10**30, 1e300, float("nan"), float("inf"), "7", [7], {}, True, 10**400])
+def test_absurd_sizes(name: str, value: object, tmp_path: Path) -> None:
+    """Every number of a config in turn: refused in one line, or of no effect."""
+    folder = Path(shutil.copytree(ORACLES / name, tmp_path / "x", ignore=shutil.ignore_patterns("io*", "README*")))
+    original = (folder / "config.json").read_text()
+    for key, old in json.loads(original).items():
+        if isinstance(old, int | float) and not isinstance(old, bool):
+            edit_config(folder, **{key: value})
+            assert "\n" not in (said := refusal(folder)), key
+            assert len(said) < 2000, key
+            (folder / "config.json").write_text(original)
+
+
+def test_damaged_pickles(tmp_path: Path) -> None:
+    """Cut, flipped and junk bytes: refused in one line, or unnoticed where only a weight changed."""
+    (tmp_path / "config.json").write_bytes((ORACLES / "mamba1-a" / "config.json").read_bytes())
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(load_file(ORACLES / "mamba1-a" / "model.safetensors"), file)
+    whole = file.read_bytes()
+    for seed in range(40):
+        chance = random.Random(seed)
+        content, at = bytearray(whole), chance.randrange(len(whole) if seed % 2 else 4000)
+        match seed % 4:
+            case 0 | 1:
+                content[at : at + 8] = chance.randbytes(8)
+            case 2:
+                del content[at:]
+            case 3:
+                content[at:at] = chance.randbytes(16)
+        file.write_bytes(content)
+        assert "\n" not in refusal(tmp_path)

@@ -16,7 +16,7 @@ from zoo.checkpoints.family import families, links
 from zoo.checkpoints.upstream import read_config
 
 ORACLES = Path(__file__).parents[2] / "data" / "oracles"
-NAMES = sorted(path.name for path in ORACLES.iterdir() if path.name != "gdn-layer-a")
+NAMES = sorted(path.name for path in ORACLES.iterdir() if (path / "io.safetensors").is_file() and path.name != "gdn-layer-a")
 PIECES = (5, 1, 2, 17, 3, 20)
 
 
