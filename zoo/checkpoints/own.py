@@ -38,7 +38,8 @@ def save(model: nn.Module, path: str | Path, *, format: Literal["zoo", "hf"] = "
         return upstream.save(model, Path(path))
     tensors = plain_tensors(model)
     with new_folder(Path(path)) as folder:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+        with replacing(folder / WEIGHTS) as file:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
         write_config(model, folder)
 
 
