@@ -13,7 +13,7 @@ __version__ = version("sleep-zoo")
 
 
 def _load_lazily(package: ModuleType) -> None:
-    """Give a package the names that its stub imports, each imported on first use (PEP 562)."""
+    """Make the names that a package's stub imports available in the package, each imported on first use (PEP 562)."""
     stub = ast.parse(Path(package.__path__[0], "__init__.pyi").read_text(encoding="utf-8"))
     imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
     public = sorted(alias.name for node in imports for alias in node.names)

@@ -28,7 +28,7 @@ SECTIONS = {
 
 
 class Number(click.FloatRange):
-    """A number within bounds; NaN is within none."""
+    """A number within bounds; NaN is always out of bounds."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
@@ -37,7 +37,7 @@ class Number(click.FloatRange):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Answer bad input with one line and exit status 2."""
+    """Report bad input in one line and exit with status 2."""
     try:
         yield
     except ZooError as error:
@@ -46,7 +46,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 class Group(click.Group):
-    """Commands in sections, with one-line errors."""
+    """Group that lists its commands in sections and prints one-line errors."""
 
     def invoke(self, ctx: click.Context) -> Any:
         with one_line_errors():
@@ -225,11 +225,11 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Picture to write: .png, .svg or .pdf.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Image file to write: .png, .svg or .pdf.")
 def plot(runs: tuple[Path, ...], out: Path) -> None:
     """Plot training runs.
 
-    Each RUN is a folder. Shows loss and accuracy over tokens, and accuracy against N. Runs that differ in the seed share a colour.
+    Each RUN is a folder. Shows loss and accuracy over tokens, and accuracy against N. Runs that differ only in the seed share a colour.
     """
     from zoo.training.plots import figure, grouped, read_run, refuse, save
 
@@ -250,15 +250,15 @@ def demo(out: Path) -> None:
 @main.command()
 @click.argument("model")
 @click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Maximum number of tokens in an answer.")
-@click.option("--temperature", type=Number(min=0), default=0.8, show_default=True, help="0 picks the likeliest token.")
+@click.option("--temperature", type=Number(min=0), default=0.8, show_default=True, help="0 always picks the most likely token.")
 @click.option(
     "--top-p",
     type=Number(0, 1, min_open=True),
     default=0.95,
     show_default=True,
-    help="Sample from the smallest set with this total probability.",
+    help="Sample from the smallest set of tokens with this total probability.",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="Seed, for the same answers every time.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed for reproducible answers.")
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep between turns.  [default: as in the model]")
 def chat(model: str, tokens: int, temperature: float, top_p: float, seed: int | None, loops: int | None) -> None:
     """Chat with a model that sleeps between turns.
@@ -274,9 +274,9 @@ def chat(model: str, tokens: int, temperature: float, top_p: float, seed: int | 
 
 @main.command()
 @click.argument("model")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address; the default is reachable from this machine only.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; the default is only reachable locally.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0 picks a free one.")
-@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Streams per batch.")
+@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Maximum number of streams in a batch.")
 @click.option("--sessions", type=click.IntRange(min=1), default=64, show_default=True, help="Maximum number of open streams.")
 @click.option("--idle", type=Number(min=0), default=3600.0, show_default=True, help="Seconds to keep an unused session.")
 @click.option("--when", default="full", show_default=True, help="When streams sleep: full, 'interval(512)' or 'idle(0.5)'.")
@@ -301,7 +301,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP.
 
-    MODEL is a folder or a name. The routes are OpenAI's. Requests with the same "session": "some-id" continue one stream.
+    MODEL is a folder or a name. The endpoints are OpenAI-compatible. Requests with the same "session": "some-id" continue one stream.
     """
     from zoo.serving.app import Limits, check_address, make_app  # raises a ZooError that names what to install
 
@@ -321,7 +321,7 @@ def serve(
 def doctor(check: bool) -> None:
     """Check the operators on this machine.
 
-    Shows which form of each operator is used, and compares every form with its definition. On a GPU the results are stored:
+    Shows which form of each operator is used, and compares every form with the reference. On a GPU the results are stored:
     only kernel configurations that passed are used.
     """
     from zoo.doctor import run

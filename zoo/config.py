@@ -1,6 +1,6 @@
 """Models as data: the config, the YAML files that hold it, and names with suffixes such as `jet2b-sleep6-hard2000`.
 
-A model file may have one key that is no field of the config: `sleep:` holds the fields that the suffix `-sleep<N>` adds.
+A model file may have one key that is not a field of the config: `sleep:` holds the fields that the suffix `-sleep<N>` adds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Exit(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """Everything that determines what a model computes. Each file of `configs/models/` holds one."""
+    """Everything that determines what a model computes. Each file in `configs/models/` holds one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,7 +50,7 @@ class ModelConfig(BaseModel):
     norm_eps: float = Field(1e-6, gt=0)
     tie_embeddings: bool = False
     learned_positions: bool | Literal["asleep"] = Field(
-        False, description="add a learned embedding of the position in a window that restarts; 'asleep': only while asleep"
+        False, description="add a learned embedding of the position in a window that restarts; 'asleep': only during a sleep"
     )
 
     loops: int = Field(1, ge=1, description="passes of the span over a window while asleep")
@@ -62,7 +62,7 @@ class ModelConfig(BaseModel):
     )
     inject: bool = Field(False, description="add the span's first input, times a learned gate, before every later pass")
     carry: bool = Field(
-        True, description="whether a pass starts from the fast weights of the pass before, rather than from those at the chunk's start"
+        True, description="whether a pass starts from the fast weights of the previous pass, rather than from those at the chunk's start"
     )
     loop_norm: bool = Field(False, description="apply the final norm between passes")
     wake_loops: int = Field(1, ge=1, description="passes of every layer while awake, each with its own window cache")
@@ -106,7 +106,7 @@ _SUFFIX_HELP = "allowed: -sleep<N>, then -hard<L>, -slide<L> or -full"
 
 
 def resolve(source: str | Path | Mapping[str, Any] | ModelConfig, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Return the config that a name, a YAML file or a mapping describes, with overrides.
+    """Return the config described by a name, a YAML file or a mapping, with overrides applied.
 
     Args:
         source: a model name with suffixes ("jet2b-sleep6"), the path of a YAML file, or a config.

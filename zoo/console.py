@@ -1,4 +1,4 @@
-"""Output in the terminal: tables that fit its width, and progress on stderr."""
+"""Terminal output: tables that fit the width of the terminal, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def print_markdown(text: str, console: Console | None = None) -> None:
 
 @contextmanager
 def spinner(what: str, after: float = 1.5) -> Iterator[None]:
-    """While the block runs, show `what` and the time it has taken on stderr, once that is more than `after` seconds."""
+    """While the block runs, show `what` and the elapsed time on stderr, starting after `after` seconds."""
     console = Console(stderr=True)
     progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
     progress.add_task(what, total=None)

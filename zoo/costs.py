@@ -1,4 +1,4 @@
-"""The costs of a model: parameters, bytes of state per stream, operations awake and asleep."""
+"""The costs of a model: parameters, bytes of state per stream, FLOPs of a wake pass and of a sleep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zoo.model import Model, Passes
 
 @dataclass(frozen=True)
 class Description:
-    """Costs of one stream. Bytes are for the model's own dtype; operations count a multiply-add as two."""
+    """Costs of one stream. Bytes are for the model's own dtype; FLOPs count a multiply-add as two."""
 
     config: ModelConfig
     parameters: int
@@ -35,9 +35,9 @@ class Description:
     window_bytes: int | None
     """Window cache when the window is full; None without a window."""
     flops_per_token: int
-    """Operations to predict the first token of a stream; `zoo.blocks.mixer.Mixer.flops` says which are counted."""
+    """FLOPs to predict the first token of a stream; `zoo.blocks.mixer.Mixer.flops` says which operations are counted."""
     flops_per_sleep: int | None
-    """Operations to consolidate the first full window of a stream; None if the model never sleeps."""
+    """FLOPs to consolidate the first full window of a stream; None if the model never sleeps."""
 
     def __str__(self) -> str:
         config = self.config
@@ -90,7 +90,7 @@ def describe(
 
 
 def training_flops(model: Model, loss_mask: Tensor) -> int:
-    """Return the operations of one training step on sequences with this mask, [B, T] bool.
+    """Return the FLOPs of one training step on sequences with this mask, [B, T] bool.
 
     Counts the forward pass of `Model.answers`, and twice as much for the backward pass. Recomputation is not counted.
     """
@@ -108,12 +108,12 @@ def training_flops(model: Model, loss_mask: Tensor) -> int:
 
 
 def _awake(model: Model) -> int:
-    """Return the operations of the first token of a stream."""
+    """Return the FLOPs of the first token of a stream."""
     return _blocks(model, model.passes(model.config.wake_loops)) + _head(model)
 
 
 def _asleep(model: Model, window: int) -> int:
-    """Return the operations of a sleep on a stream's first window."""
+    """Return the FLOPs of a sleep on a stream's first window."""
     return _blocks(model, model.passes(model.config.loops * model.config.wake_loops, asleep=True), window)
 
 

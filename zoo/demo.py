@@ -1,4 +1,4 @@
-"""`zoo demo`: the whole idea at a size that two cores train in minutes."""
+"""`zoo demo`: the whole method at a size that trains in minutes on two cores."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(out: Path) -> None:
     """Train the same model at each N on the same tokens, export each, compare, and write everything to the new folder `out`.
 
     Raises:
-        ZooError: `out` exists already, or the packages of the exporter are not installed: before any work.
+        ZooError: before any work, if `out` exists already or the exporter's packages are not installed.
     """
     import_module("zoo.export.bundle")
     plan = read_config("cycle")

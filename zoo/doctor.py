@@ -1,4 +1,4 @@
-"""`zoo doctor`: which form serves each operator on this machine, and a check of every form."""
+"""`zoo doctor`: the form that each operator uses on this machine, and a check of every form."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2, torch
 
 @dataclass(frozen=True)
 class Finding:
-    """One form or configuration of an operator, run against the step recurrence in float64."""
+    """Result of checking one form or configuration of an operator against the step recurrence in float64."""
 
     operator: str
     name: str
@@ -39,12 +39,12 @@ class Finding:
 
     @property
     def right(self) -> bool:
-        """True if it ran and its error is within the allowed one."""
+        """True if it ran and its error is within tolerance."""
         return not self.problem and self.error <= self.allowed
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Return what is installed: names to versions, or to the reason why not."""
+    """Return a mapping from each dependency, and the GPU, to its version, or to the reason why it is missing."""
     return {
         "sleep-zoo": version("sleep-zoo"),
         "python": platform.python_version(),
@@ -55,7 +55,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def serving(device: torch.device) -> list[tuple[str, str, str]]:
-    """Return for each operator its name, the form that serves it here, and why."""
+    """Return, for each operator, its name, the form that it uses here, and why."""
     x = torch.empty(1, device=device)
     lines = []
     for operator in operators.names():
@@ -120,7 +120,7 @@ def remember(findings: list[Finding], device: torch.device) -> None:
 
 
 def run(check: bool = True) -> bool:
-    """Print versions, serving forms and the check. Returns True if everything that was checked passed."""
+    """Print versions, the form of each operator and the results of the check. Returns True if everything that was checked passed."""
     from rich.console import Console
 
     from zoo.console import print_table

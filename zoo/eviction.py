@@ -58,7 +58,7 @@ class Hard(Eviction):
 
 @evictions.register("sliding")
 class Sliding(Eviction):
-    """Keep the newest L - 1 tokens, so that every token sees itself and the L - 1 before it."""
+    """Keep the newest L - 1 tokens, so that every token attends to itself and the L - 1 before it."""
 
     uses_window = True
 

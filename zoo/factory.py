@@ -1,4 +1,4 @@
-"""Create models: fresh weights, a folder's weights, or published ones."""
+"""Create models with random weights, the weights in a folder, or published weights."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def create(
     pretrained: bool | str | Path = False,
     **overrides: Any,
 ) -> Model:
-    """Build a model with fresh weights, or with those of a checkpoint.
+    """Build a model with randomly initialised weights, or with those of a checkpoint.
 
     Args:
         model: a name with suffixes ("gdn4-sleep4"), the path of a YAML file, or a config.
         device: "meta" builds the modules without allocating memory.
         dtype: dtype of the weights and activations, or its name ("bfloat16"); fast weights are float32 or wider.
         seed: seed of the weights, which are the same on every run of one device type.
-        pretrained: a folder to take the weights from. It may hold an upstream checkpoint (inserted blocks keep their fresh
-            weights), or a model of `zoo.save` or `zoo train`, whose sleep settings may differ. True: download the weights that
-            the config names.
+        pretrained: a folder to take the weights from. It may hold an upstream checkpoint (inserted blocks keep their initial
+            weights), or a model written by `zoo.save` or `zoo train`, whose sleep settings may differ. True: download the
+            weights that the config names.
         overrides: config fields, for example `layers="attn gdn", d_model=128, blocks={"gdn": {"heads": 2}}`.
     Raises:
         ZooError: an unknown name or field, a value that does not fit, or a checkpoint of another architecture.
@@ -63,10 +63,10 @@ def create(
 
 @torch.no_grad()
 def init_weights(model: Model, generator: torch.Generator, *, inserted_only: bool = False) -> None:
-    """Set every parameter, or only those of inserted blocks and of the injection.
+    """Initialise every parameter, or only those of inserted blocks and of the injection.
 
     Weights are normal with a standard deviation of fan_in^-0.5; those of block outputs are smaller by the square root of the
-    number of residual branches. What is inserted into a trained model starts by adding nothing.
+    number of residual branches. Anything inserted into a trained model has no effect at first.
     """
     config, blocks = model.config, [module for module in model.blocks if isinstance(module, Block)]
     branches = sum(1 if block.mlp is None else 2 for block in blocks)

@@ -15,7 +15,7 @@ from zoo.errors import ZooError
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise a ZooError unless a new folder can be written at `path`: nothing is there, or an empty folder."""
+    """Raise a ZooError unless a new folder can be written at `path`, where at most an empty folder may exist."""
     with _one_line(path):
         target = _target(path)
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -27,7 +27,7 @@ def refuse_existing(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a scratch folder that becomes `path` if the `with` block succeeds, and is removed if it fails.
+    """Yield a temporary folder that becomes `path` if the `with` block succeeds, and is removed if it fails.
 
     An empty folder that is already there stays the same folder, so `path` may be a symbolic link, a mount point or ".".
     """
@@ -59,7 +59,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a scratch file that replaces `path` if the `with` block succeeds."""
+    """Yield a temporary file that replaces `path` if the `with` block succeeds."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with _one_line(path):
         try:
@@ -74,7 +74,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _one_line(path: Path) -> Iterator[None]:
-    """Turn an error of the file system, such as a full disk, into a ZooError of one line."""
+    """Turn a file-system error, such as a full disk, into a one-line ZooError."""
     try:
         yield
     except (OSError, SafetensorError) as error:

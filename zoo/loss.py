@@ -1,4 +1,4 @@
-"""Training with sleep: Algorithm 1 of "Language Models Need Sleep" (arXiv 2605.26099), and the rule that says which chunks sleep."""
+"""Training with sleep: Algorithm 1 of "Language Models Need Sleep" (arXiv 2605.26099), and the rule that decides which chunks sleep."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def chunks(loss_mask: Tensor, config: ModelConfig) -> list[Chunk]:
 
 
 def predicted(loss_mask: Tensor, plan: list[Chunk]) -> Tensor:
-    """Return the tokens that carry loss, bool [B, T]: `loss_mask` without the tokens that nothing predicts."""
+    """Return the tokens that carry loss, bool [B, T]: `loss_mask` without the tokens that have no prediction."""
     carries = loss_mask.clone()
     for chunk in plan:
         if not chunk.follows:
@@ -111,7 +111,7 @@ def _checked(ids: Tensor, loss_mask: Tensor) -> Tensor:
     if not torch.equal(mask.to(loss_mask.dtype), loss_mask):
         raise ZooError(f"loss_mask: {loss_mask.min().item()} to {loss_mask.max().item()}; allowed: bool, or 0 and 1")
     if ids.numel() and int(ids.min()) < 0:
-        raise ZooError(f"ids: {int(ids.min())} is no token; mark the tokens to predict in loss_mask instead of masking labels")
+        raise ZooError(f"ids: {int(ids.min())} is not a token id; mark the tokens to predict in loss_mask instead of masking labels")
     return mask
 
 

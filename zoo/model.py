@@ -1,4 +1,4 @@
-"""The model: wake pass, sleep, and the loop over passes that both are. Shapes: B streams, T tokens, width D, vocabulary V."""
+"""The model: wake pass, sleep, and the loop over passes that runs both. Shapes: B streams, T tokens, width D, vocabulary V."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Model(nn.Module):
             self.inject = nn.Parameter(torch.empty(config.d_model))
         self._has_fast = [fast is not None for fast in self.init_state().fast]
         if config.wake_loops > 1 and any(self._has_fast):
-            raise ZooError(f"{config.name}: wake_loops: {config.wake_loops} needs blocks without fast weights, which read ahead")
+            raise ZooError(f"{config.name}: wake_loops: {config.wake_loops} needs blocks without fast weights; these would leak tokens")
         if self.eviction.restarts and not any(self._has_fast):
             raise ZooError(f"{config.name}: evict: '{config.evict}' empties the window, and no block of '{config.layers}' has fast weights")
         self.prelude = range(config.looped.start)
@@ -107,8 +107,8 @@ class Model(nn.Module):
     ) -> State:
         """Sleep on one whole chunk, then evict its window cache.
 
-        Runs the prelude once, the span `loops` times and the coda once. Each pass reads the hidden states of the pass before
-        and carries S on; each starts from the window cache as it stood at the chunk's start.
+        Runs the prelude once, the span `loops` times and the coda once. Each pass takes the previous pass's hidden states and
+        continues from its S; each starts from the window cache as it was at the start of the chunk.
 
         Args:
             ids: tokens of the chunk, [B, T] int64, T at most the window.
@@ -123,7 +123,7 @@ class Model(nn.Module):
             ValueError: `cu_seqlens` does not fit the tokens.
         """
         if awake is not None and not self.wakes_as_it_sleeps:
-            raise ZooError(f"awake: {self.config.name} does not read awake as in its first pass asleep; give no `awake`")
+            raise ZooError(f"awake: the wake pass of {self.config.name} is not the first pass of a sleep; omit `awake`")
         _, state = self.run(*self.start_sleep(ids, state, loops, cu_seqlens), awake=awake, recompute=recompute)
         return self.evict(state)
 
@@ -133,7 +133,7 @@ class Model(nn.Module):
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Run `passes` over tokens: the loop of a sleep and, with a single pass, of the wake pass.
 
-        Each pass reads the hidden states of the pass before and carries the fast weights on, but starts from the window cache
+        Each pass takes the previous pass's hidden states and continues from its fast weights, but starts from the window cache
         of `start`. `start_wake` and `start_sleep` return the first four arguments.
 
         Returns:
@@ -173,7 +173,7 @@ class Model(nn.Module):
     def passes(self, loops: int, *, asleep: bool = False) -> Passes:
         """Return the blocks that each pass runs: the first begins with the prelude, the last ends with the coda.
 
-        A sleep that empties the window ends with the last mixer that has fast weights: nothing reads what comes after it.
+        A sleep that empties the window ends with the last mixer that has fast weights: nothing reads the outputs of later blocks.
         """
         passes = [[(i, True) for i in self.span] for _ in range(loops)]
         passes[0][:0] = [(i, True) for i in self.prelude]
@@ -189,12 +189,12 @@ class Model(nn.Module):
     def start_wake(
         self, ids: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State, Positions, Passes]:
-        """Return what `run` needs for a wake pass. Raises as `forward`."""
+        """Return the arguments of `run` for a wake pass. Raises the same errors as `forward`."""
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ZooError(f"ids {list(ids.shape)}: want [B, T] with at least one token")
         streams = packed.streams(ids.shape[0], ids.shape[1], cu_seqlens)
         if cu_seqlens is not None and (loose := {kind for kind in self.config.pattern if not mixers.get(kind).packs}):
-            raise ZooError(f"{self.config.name}: cu_seqlens: block '{min(loose)}' cannot keep packed sequences apart")
+            raise ZooError(f"{self.config.name}: cu_seqlens: block '{min(loose)}' does not support packed sequences")
         state = self.init_state(streams) if state is None else state
         positions = Positions(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
         end = int(positions.end.max()) if isinstance(positions.end, Tensor) else positions.end
@@ -206,7 +206,7 @@ class Model(nn.Module):
     def start_sleep(
         self, ids: Tensor, state: State | None = None, loops: int | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State, Positions, Passes]:
-        """Return what `run` needs for a sleep. Raises as `consolidate`."""
+        """Return the arguments of `run` for a sleep. Raises the same errors as `consolidate`."""
         loops = self.config.loops if loops is None else loops
         if loops < 1:
             raise ZooError(f"loops: {loops} must be at least 1")
@@ -243,8 +243,8 @@ class Model(nn.Module):
     ) -> Answers:
         """Return the predictions of the supervised tokens, which `loss` averages. `zoo.loss.chunks` says which chunks sleep.
 
-        The first token of a chunk is predicted from the chunk before, if that was awake. After a sleep, and at the start of the
-        stream, nothing predicts it, and it carries no loss.
+        The first token of a chunk is predicted from the previous chunk if that was awake. After a sleep, and at the start of the
+        stream, there is no prediction for it, and it carries no loss.
 
         Args:
             loops: passes per sleep, default `config.loops`.

@@ -1,4 +1,4 @@
-"""The registry that every layer builds on: catalogue with entry points, duplicates refused and the nearest name offered."""
+"""The registry that every layer builds on: `catalogue` plus entry points, rejection of duplicates, and name suggestions."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 
 class Origin(NamedTuple):
-    """The place an object comes from."""
+    """Origin of a registered object."""
 
     home: str
     """Full name of a class or function; of any other object, the module that registered it."""
     source: str
-    """The object in an error."""
+    """Description of the object in error messages."""
     spec: object = None
     """Spec of the module that registered it. importlib.reload makes a new one; in a notebook it is None."""
 
     def repeats(self, before: Origin) -> bool:
-        """Return whether this is the object of `before`, after its module or a cell of a notebook has run again."""
+        """Return True if this is the same object as `before`, registered again because its module or notebook cell has been re-run."""
         return self.home == before.home and (":" in self.home or self.spec is None or self.spec is not before.spec)
 
 
 class Registry(Generic[T]):
-    """Objects of one kind by name, from this package and from any other that is installed.
+    """Objects of one kind by name, from this package and from any other installed package.
 
     An object is added by `register`, called in a module, or by an entry point of the group `zoo_<group>`; both may name the
     same object. A name that stands for two different objects is an error.
@@ -51,7 +51,7 @@ class Registry(Generic[T]):
         kind: the word used in errors ("block", "task", ...).
         group: catalogue namespace, and the end of the name of the entry point group.
         modules: modules of this package that register objects, imported before the first look-up: "zoo.blocks.*", or
-            "zoo.kernels.*.op" for one module in each folder. None if they are registered where the registry is made.
+            "zoo.kernels.*.op" for one module in each folder. None if they are registered where the registry is created.
     """
 
     def __init__(self, kind: str, group: str, modules: str | None = None) -> None:
@@ -88,7 +88,7 @@ class Registry(Generic[T]):
         return add if item is None else add(item)
 
     def names(self) -> list[str]:
-        """Every name, sorted. Imports no other package."""
+        """Return every name, sorted, without importing other packages."""
         return sorted({*self._entry_points(), *self._registered.get_all()})
 
     def __contains__(self, name: str) -> bool:

@@ -220,7 +220,7 @@ def test_a_sleep_that_starts_from_the_wake_pass(loops, overrides, evict):
 @pytest.mark.parametrize("overrides", [{"span": (1, 2)}, PLACED_ASLEEP])
 def test_a_wake_pass_that_is_no_pass_of_a_sleep(overrides):
     model = tiny("gdn4-sleep2-hard6", **overrides)
-    with pytest.raises(zoo.ZooError, match="awake: gdn4-sleep2-hard6 does not read awake as in its first pass asleep"):
+    with pytest.raises(zoo.ZooError, match="awake: the wake pass of gdn4-sleep2-hard6 is not the first pass of a sleep"):
         model.consolidate(tokens(1, 6), awake=model.wake(tokens(1, 6)))
 
 

@@ -19,7 +19,7 @@ from zoo.registry import Registry
 
 
 class Stacked(NamedTuple):
-    """Tensors of ours that upstream stores as one, concatenated along rows; with `per`, interleaved head by head."""
+    """Our tensors that upstream stores as one, concatenated along rows; with `per`, interleaved head by head."""
 
     ours: tuple[str, ...]
     per: str | None = None
@@ -62,7 +62,7 @@ class Family:
 
 
 class Link(NamedTuple):
-    """One upstream tensor and the tensors of ours that it contains."""
+    """One upstream tensor and those of our tensors that it contains."""
 
     theirs: str
     ours: tuple[str, ...]
@@ -96,7 +96,7 @@ def links(family: Family, model: Model) -> list[Link]:
     """Return the links to every parameter of `model` (on any device) except those of inserted blocks and injection.
 
     Raises:
-        ZooError: a block or a parameter that this format has no place for.
+        ZooError: a block or a parameter that this format cannot represent.
     """
     shapes = dict(model.state_dict())
 
@@ -123,7 +123,7 @@ def links(family: Family, model: Model) -> list[Link]:
     added = ("inject", *(f"blocks.{i}." for i, block in enumerate(model.blocks) if block.inserted))
     covered = {name for link in found for name in link.ours}
     if left := [name for name in shapes if name not in covered and not name.startswith(added)]:
-        raise ZooError(f"{model.config.name}: this checkpoint format has no place for '{left[0]}' ({len(left)} such tensors)")
+        raise ZooError(f"{model.config.name}: this checkpoint format cannot represent '{left[0]}' ({len(left)} such tensors)")
     if model.config.tie_embeddings and family.stores_tied_head:
         found.append(Link("lm_head.weight", ("embed.weight",)))
     return found
@@ -153,7 +153,7 @@ def options(config: ModelConfig, kind: str) -> Any:
 
 
 def truncated_ratio(ratio: float) -> float:
-    """Round a ratio up in the tenth decimal: upstream truncates its product with a width, and rounding may leave that just too small."""
+    """Round a ratio up at the tenth decimal: upstream truncates its product with a width, which rounding could make just too small."""
     return math.ceil(ratio * 1e10) / 1e10
 
 

@@ -44,7 +44,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     if "jet" in kinds:
         jet = JET_DEFAULTS | efficient["jet"]
         if unknown := jet.keys() - JET_DEFAULTS.keys():
-            raise ZooError(f"efficient_attention_config.jet: {min(unknown)} is not a field of upstream's")
+            raise ZooError(f"efficient_attention_config.jet: {min(unknown)} is not an upstream field")
         blocks["jet"] = {
             "heads": jet["num_heads"],
             "head_dim": jet["head_dim"],

@@ -29,7 +29,7 @@ DEFAULTS: Mapping[str, Mapping[str, int | None]] = {
 
 
 def size(config: Mapping[str, Any], tied: bool = False) -> dict[str, Any]:
-    """Read the fields that most families of transformers share."""
+    """Read the fields that most transformers families share."""
     expect(config, "hidden_act", "silu", "swish", default="silu")
     return {
         "vocab_size": config["vocab_size"],

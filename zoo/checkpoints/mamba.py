@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 in the formats of transformers and of their authors."""
+"""Mamba and Mamba-2 in the formats of transformers and of the Mamba authors."""
 
 from __future__ import annotations
 

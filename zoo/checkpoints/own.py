@@ -74,7 +74,7 @@ def read_config(folder: Path) -> ModelConfig:
         return resolve(folder / CONFIG)
     if (folder / upstream.CONFIG).is_file():
         return upstream.read_config(folder)
-    raise ZooError(f"{folder}: no {CONFIG} here, nor an upstream {upstream.CONFIG}; want a folder of zoo.save, zoo train or upstream")
+    raise ZooError(f"{folder}: no {CONFIG} and no upstream {upstream.CONFIG}; want a folder written by zoo.save, zoo train or upstream")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -93,7 +93,7 @@ def _fill(model: Model, folder: Path, device: str | torch.device, dtype: torch.d
 
 
 def fill(model: Model, folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> None:
-    """Replace every parameter of `model` with the tensor of that name in a folder of ours. Raises ZooError."""
+    """Replace every parameter of `model` with the tensor of that name in a folder of our format. Raises ZooError."""
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     wide = wide_parameters(model)
     with open_folder(folder, device) as stored:

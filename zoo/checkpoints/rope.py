@@ -21,7 +21,7 @@ def rope(config: Mapping[str, Any], theta: float = 10_000.0, part: float | None 
     """
     stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if nested := [key for key, value in stated.items() if isinstance(value, Mapping)]:
-        raise ZooError(f"rope_parameters: {', '.join(nested)}: angles of their own for some layers are not supported")
+        raise ZooError(f"rope_parameters: {', '.join(nested)}: separate angles for some layers are not supported")
     key = "rope_type" if "rope_type" in stated else "type"
     kind = expect(stated, key, "default", *(() if context is None else SCALINGS), default="default")
     found = {**config, **stated}

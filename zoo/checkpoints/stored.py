@@ -73,8 +73,8 @@ class Stored:
     def read(self, name: str, dtype: torch.dtype | None = None, *, transient: bool = False) -> Tensor:
         """Read a tensor as `dtype` (default: as stored).
 
-        A tensor kept as stored is a view of the file. Others are read through a mapping of their own, whose pages are freed with
-        it, so that a model takes no more memory than its parameters.
+        A tensor kept as stored is a view of the file. Others are read through a separate memory mapping, whose pages are freed
+        with it, so that a model takes no more memory than its parameters.
 
         Args:
             transient: the caller only copies from the result, or compares it.
@@ -174,7 +174,7 @@ def _only_file(folder: Path) -> Path:
         if len(found) == 1:
             return found[0]
         if found:
-            raise ZooError(f"{folder}: {len(found)} files {pattern} without {INDEX}; want {WEIGHTS}, or the index of the shards")
+            raise ZooError(f"{folder}: {len(found)} {pattern} files without {INDEX}; want {WEIGHTS}, or the index of the shards")
     raise ZooError(f"{folder / WEIGHTS}: cannot be read: no such file, nor {INDEX}, nor one *.pth or *.bin")
 
 
@@ -212,7 +212,7 @@ def _reading(label: str, read: Callable[[], T]) -> T:
 
 
 def _open(file: Path, stack: ExitStack, device: str | torch.device) -> Any:
-    """Map the file; returns the handle of `safe_open`, or tensors by name."""
+    """Memory-map the file; returns the handle of `safe_open`, or tensors by name."""
     if file.suffix != ".safetensors":
         return _read_pickled(file, device)
     return _reading(f"{file}:", lambda: stack.enter_context(safe_open(file, framework="pt", device=str(device))))

@@ -88,7 +88,7 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
                 raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' is all zero; the file is damaged")
             for name, part in zip(link.ours, link.unpack(packed, [ours[name].shape[0] for name in link.ours]), strict=True):
                 if repeated and not torch.equal(tensors[name], part):
-                    raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' differs from the embedding, the config ties them")
+                    raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' differs from the embedding; the config ties them")
                 tensors.setdefault(name, part)
     model.to(tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True, strict=False)
 

@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's routes for completions and chat. A session id keeps a stream's fast weights between requests."""
+"""The HTTP server: OpenAI-compatible completions and chat. A session id keeps a stream's fast weights between requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: the answer as it is generated, and a sleep between turns."""
+"""Chat in the terminal: answers are printed as they are generated, and the model sleeps between turns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def converse(
     Args:
         tokens: maximum number of tokens in an answer.
         loops: passes per sleep; default as in the model.
-        seed: for the first answer; each later answer uses the next one.
+        seed: seed of the first answer; each later answer uses the next integer.
         sampling: options of `Session.generate`.
     """
     console = console or Console()

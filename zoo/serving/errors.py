@@ -12,7 +12,7 @@ from zoo.serving.schemas import ApiError
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Return the response to an exception that a route or the framework raised."""
+    """Return the response to an exception raised by a route or by the framework."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):

@@ -1,4 +1,4 @@
-"""Sessions that live between requests, by their ids."""
+"""Sessions kept between requests, by id."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Messages = list[dict[str, str]]
 
 @dataclass(eq=False)
 class KeptSession:
-    """A session, and which messages it has read."""
+    """A session and the messages that it has read."""
 
     session: Session
     used: float = field(default_factory=time.monotonic)
@@ -26,7 +26,7 @@ class KeptSession:
     _digest: str = ""
 
     def unread(self, messages: Messages) -> Messages:
-        """Return the messages that follow those already read; all of them if they do not begin with those."""
+        """Return the messages after those already read, or all of them if they do not begin with those."""
         begins = self._count < len(messages) and _digest(messages[: self._count]) == self._digest
         return messages[self._count :] if begins else messages
 

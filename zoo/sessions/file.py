@@ -67,7 +67,7 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
         raise ZooError(f"{path}: format: {header.get('format')!r}; want a session file, {FORMAT!r}")
     for key, own in _identity(model).items():
         if header.get(key) != own:
-            raise ZooError(f"{path}: {key}: the session is of {header.get(key)!r}, this model is {own!r}")
+            raise ZooError(f"{path}: {key}: the session is for {header.get(key)!r}, this model is {own!r}")
     try:
         positions, counts = json.loads(header["positions"]), Counts(**json.loads(header["counts"]))
         fresh = opening(model, tensors["ids"].shape[0])
@@ -84,7 +84,7 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
             hidden = (_tensor("hidden", tensors, tensors["hidden"].new_zeros(*ids.shape, model.config.d_model)),)
         return Snapshot(state, start, ids, logits, pending, hidden, counts)
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise ZooError(f"{path}: not a whole session: {error}") from None
+        raise ZooError(f"{path}: incomplete session: {error}") from None
 
 
 def _identity(model: SleepingModel) -> dict[str, str]:

@@ -25,7 +25,7 @@ class PoolFullError(ZooError):
 
 
 class BusyError(ZooError):
-    """A stream received a call before its last one had returned."""
+    """A stream received a call before its previous call had returned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class SleepEnd:
 Request = Slice | Token | SleepEnd
 Answer = int | Tensor | None
 Call = Coroutine[Request, Answer, T]
-"""A call under way. Its host answers the requests that it awaits; tokens and ends of sleeps are requested only by the host itself."""
+"""A call in progress. Its host answers the requests that it awaits; only the host itself requests tokens and ends of sleeps."""
 
 
 @dataclass(eq=False)
@@ -61,10 +61,10 @@ class Stream:
     model: SleepingModel
     snapshot: Snapshot
     sleep: Sleep | None = None
-    """The sleep under way, or one that has ended and is not committed yet."""
+    """The sleep in progress, or one that has ended but is not committed yet."""
 
     def advance(self, snapshot: Snapshot) -> None:
-        """Replace the snapshot by one that has read more."""
+        """Replace the snapshot with one that has read more tokens."""
         self.snapshot = snapshot
         if self.sleep is not None:
             self.sleep.latest = snapshot
@@ -129,12 +129,12 @@ class Host(Protocol):
         ...
 
     async def wait(self, sleep: Sleep) -> None:
-        """Wait until a sleep that has begun has ended."""
+        """Wait for a sleep that has begun to end."""
         ...
 
 
 class Alone:
-    """Host of one session: the caller's thread. Background sleeps run in a thread of their own.
+    """Host of one session: the caller's thread. Background sleeps run in a separate thread.
 
     Where that is faster, tokens are decoded in slots: on a GPU, one CUDA graph per token.
     """

@@ -38,7 +38,7 @@ class _Pending:
 
 
 class Scheduler:
-    """Host of all streams of a pool.
+    """Host of all streams in a pool.
 
     Every turn reads one token for each stream that requests one, in one batch. Prompts and sleeps run in slices, one block over up
     to `SLICE` tokens: after a batch of tokens for `SHARE` of its usual time, or longer if streams wait for prompts and sleeps; all
@@ -75,7 +75,7 @@ class Scheduler:
         self._sleeps: list[tuple[float, Sleep]] = []
         """Sleeps that have not ended, and when they are due."""
         self._group: tuple[list[Sleep], Coroutine[Any, int | None, None]] | None = None
-        """The sleeps under way, as one batch."""
+        """The sleeps in progress, as one batch."""
         self._usual: dict[int, float] = {}
         """Seconds that a batch of n tokens usually takes."""
         self._credit = self._cost = 0.0
@@ -307,7 +307,7 @@ class Scheduler:
         return sorted(due, key=lambda sleep: id(sleep) not in awaited)
 
     def _run_sleeps(self, tokens: int) -> None:
-        """Run one slice of the sleeps under way, or start the next ones."""
+        """Run one slice of the sleeps in progress, or start the next ones."""
         if self._group is not None and all(sleep.cancelled for sleep in self._group[0]):
             self._group[1].close()
             self._group = None

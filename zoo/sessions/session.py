@@ -38,7 +38,7 @@ class Stats:
     state_bytes: int
     """Fast weights; independent of the stream's length."""
     cache_bytes: int
-    """Window cache, as far as it is filled."""
+    """Filled part of the window cache."""
     hidden_bytes: int
     """Hidden states of the window, from which a sleep continues if its first pass is the wake pass."""
 
@@ -48,12 +48,12 @@ class Session:
 
     Keeps the waking state, which predicts the next token, and the state at the window's start with the window's tokens, which is
     all a sleep needs. If the first pass of a sleep equals the wake pass (`Model.wakes_as_it_sleeps`), the hidden states are kept
-    too, and a sleep runs one pass less.
+    too, and a sleep runs one pass fewer.
 
     Args:
         model: a `zoo.Model`, or the model of a bundle, as `zoo.export.load` opens it.
         when: a schedule such as "full", "interval(512)", "idle(0.5)", "manual"; see `zoo.schedule`.
-        host: who runs the session, default the calling thread. `SessionPool.open` passes the pool.
+        host: runs the session; default: the calling thread. `SessionPool.open` passes the pool.
     Raises:
         ZooError: an unknown schedule, or one that does not fit the model. If a background sleep fails, the next call raises its
             error; the stream is as it was before that sleep.
@@ -77,7 +77,7 @@ class Session:
         return self._current().state
 
     def feed(self, ids: Tensor) -> Tensor:
-        """Read ids: [B, T] int64, T at least 1. Sleeps before any token that the schedule has wait for a sleep.
+        """Read ids: [B, T] int64, T at least 1. Sleeps before any token that must wait for a sleep under the schedule.
 
         Returns logits [B, T, V]; those at t predict token t + 1.
 
@@ -93,8 +93,8 @@ class Session:
         """Consolidate the window's tokens and evict them. Does nothing if there are none.
 
         Args:
-            loops: passes of the span, default as in the model's config.
-            wait: False: sleep in the background. The session continues from its waking state; the first call after the sleep
+            loops: passes of the span; default: as in the model's config.
+            wait: if False, sleep in the background. The session continues from its waking state; the first call after the sleep
                 has ended commits its result, as if the sleep had happened at once.
         """
         if loops is not None and loops < 1:
@@ -118,7 +118,7 @@ class Session:
         Tokens that were yielded are part of the stream. The last one is pending: the next call reads it first.
 
         Args:
-            prompt: None: continue from what has been read.
+            prompt: the tokens to read first; None: continue the stream.
             tokens: maximum number of tokens to generate.
             stop: stop tokens. Ends when every stream has generated one of them; until then, a stream that has repeats it.
             temperature: 0 for the most likely token.
@@ -150,7 +150,7 @@ class Session:
         write_file(Path(path), self._model, self._current())
 
     def load(self, path: str | Path) -> Self:
-        """Replace the streams by those that `save` wrote.
+        """Replace the streams with those that `save` wrote.
 
         Raises:
             ZooError: the file is damaged, or of another model; the session stays as it was.
@@ -254,7 +254,7 @@ class Session:
             self._stream.cancel_sleep()
 
     async def _wait_for_sleep(self) -> None:
-        """Wait for the sleep under way, if any, and commit it."""
+        """Wait for the sleep in progress, if any, and commit it."""
         if self._stream.sleep is not None:
             await self._host.wait(self._stream.sleep)
             await self._stream.collect_finished_sleep()

@@ -14,7 +14,7 @@ from zoo.state import State
 
 
 class Sleep:
-    """One sleep on a snapshot. The stream itself is not touched and may read on meanwhile.
+    """One sleep on a snapshot. The stream itself is not modified, and may keep reading in the meantime.
 
     Args:
         loops: passes of the span, default as in the model's config.
@@ -28,7 +28,7 @@ class Sleep:
         self.latest = snapshot
         """The stream now; its session keeps this up to date."""
         self.after: Snapshot | None = None
-        """The result: the stream asleep, and what it has read since."""
+        """The result: the stream after the sleep, including the tokens that it has read since."""
         self.error: BaseException | None = None
         self.ended = threading.Event()
         self.begun = time.monotonic()
@@ -52,7 +52,7 @@ class Sleep:
             self.end()
 
     def end(self) -> None:
-        """Announce that the result, or the error, is there."""
+        """Signal that the result, or the error, is available."""
         self.seconds = time.monotonic() - self.begun
         self.ended.set()
 
@@ -62,7 +62,7 @@ class Sleep:
         await self.catch_up(state)
 
     async def catch_up(self, state: State) -> None:
-        """Read again, from the state after the sleep, what the stream has read meanwhile."""
+        """Read again, from the state after the sleep, the tokens that the stream has read in the meantime."""
         after = after_sleeping(self.model, self.before, state)
         while (missed := self._missed(after)).shape[1]:
             _, after = await wake_in_slices(self.model, after, missed)
@@ -78,7 +78,7 @@ class Sleep:
         self.cancelled = True
 
     async def commit(self) -> Snapshot:
-        """The stream now, as if it had slept at once when the sleep began. Only for a sleep that has a result."""
+        """The stream now, as if the sleep had been instantaneous. Only for a sleep that has a result."""
         assert self.after is not None
         after = self.after
         if (missed := self._missed(after)).shape[1]:
@@ -94,7 +94,7 @@ class Sleep:
 
 
 class Worker:
-    """The thread that runs the background sleeps of one session, each at its time. Holds no reference to the session."""
+    """The thread that runs the background sleeps of one session, each when it is due. Holds no reference to the session."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

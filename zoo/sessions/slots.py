@@ -1,4 +1,4 @@
-"""One wake pass over a token of each of many streams, at any positions: states side by side in fixed buffers, changed in place."""
+"""One wake pass over a token of each of many streams, at any positions: states side by side in fixed buffers, updated in place."""
 
 from __future__ import annotations
 

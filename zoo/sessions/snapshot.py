@@ -20,7 +20,7 @@ class Counts(NamedTuple):
 
     tokens: int = 0
     cached: int = 0
-    """Tokens that attention can still look at."""
+    """Tokens that attention can still see."""
     sleeps: int = 0
     awake: float = 0.0
     """Seconds spent reading."""
@@ -40,7 +40,7 @@ class Snapshot(NamedTuple):
     logits: Tensor | None
     """Logits of the next token, [B, V]; None before the first."""
     pending: Tensor
-    """Generated and not read yet, [B, 0 or 1] int64."""
+    """Pending tokens, generated but not read yet, [B, 0 or 1] int64."""
     hidden: tuple[Tensor, ...] | None = None
     """Hidden states of the window after the last block, pieces of [B, n, D], if a sleep can continue from them; else None."""
     counts: Counts = Counts()

@@ -1,4 +1,4 @@
-"""Tasks on which sleep makes a difference: seeded sequences, held-out contexts, the accuracy of a guess."""
+"""Tasks on which sleep makes a difference: seeded sequences, held-out contexts, and the accuracy of guessing."""
 
 from zoo.tasks.task import Batch as Batch
 from zoo.tasks.task import Split as Split

@@ -82,7 +82,7 @@ class Depo(Task):
     def chance(self) -> float:
         """Accuracy of always predicting `;` and guessing the length and tokens of a name.
 
-        Off by less than 0.01 where nodes are few: their names, being distinct, are short a little more often.
+        Off by less than 0.01 if there are few nodes: since names are distinct, short ones are slightly more frequent.
         """
         return (1 + 0.5 / LETTERS + 0.5 / LETTERS) / 2.5
 

@@ -90,7 +90,7 @@ class Task(BaseModel):
 
 
 def _hash(contexts: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """One well-mixed number per context (splitmix64 over its entries)."""
+    """Return a hash of each context (splitmix64 over its entries)."""
     mixed = np.zeros(len(contexts), dtype=np.uint64)
     for column in contexts.reshape(len(contexts), -1).T.astype(np.uint64):
         mixed = (mixed ^ column) * np.uint64(0x9E3779B97F4A7C15)

@@ -53,7 +53,7 @@ class Text(Task):
         starts = np.random.default_rng([seed, step, split == "test"]).integers(0, len(tokens) - self.length + 1, size)
         ids = np.stack([tokens[start : start + self.length] for start in starts]).astype(np.int64)
         if ids.max() >= self.vocab:
-            raise ZooError(f"task {self}: token {ids.max()} in the {split} file; vocab says they are less than {self.vocab}")
+            raise ZooError(f"task {self}: token {ids.max()} in the {split} file; vocab says that ids are less than {self.vocab}")
         level = np.tile(np.arange(self.length) // self.width + 1, (size, 1))
         level[:, 0] = 0
         return Batch(ids, level > 0, level)

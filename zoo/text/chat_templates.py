@@ -16,7 +16,7 @@ def plain(messages: Messages) -> str:
 
 
 def render(template: str, messages: Messages, special: Mapping[str, Any]) -> str:
-    """Return the text that a Jinja template makes of `messages`, up to where the answer begins.
+    """Render `messages` with a Jinja template, up to where the answer begins.
 
     The template runs in a sandbox: it comes with the checkpoint and is not trusted.
 

@@ -19,7 +19,7 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class TrainConfig(BaseModel):
-    """One training run. `configs/train/*.yaml` holds one of these per file."""
+    """One training run. Each file in `configs/train/` holds one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,20 +35,20 @@ class TrainConfig(BaseModel):
     accumulate: int = Field(1, ge=1, description="micro-batches per step and process")
     recompute: Recompute = Field("nothing", description="activations to recompute in the backward pass; see `zoo.model.Model.answers`")
     backward_chunks: int | None = Field(None, ge=1, description="truncate gradients to groups of this many chunks, counted from the last")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of weights and activations; optimisers keep float32 copies")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of weights and activations; master weights are float32")
     device: str | None = Field(None, description="default: cuda if available, else cpu")
     parallel: Parallel = Field("ddp", description="how the processes of torchrun share the model; see `zoo.training.parallel`")
     optimizer: str = Field("adamw", description="optimiser of embeddings, head, norms, gates and convolutions")
-    lr: float = Field(3e-3, gt=0, description="its learning rate")
+    lr: float = Field(3e-3, gt=0, description="learning rate of `optimizer`")
     muon_lr: float | None = Field(
         None, gt=0, description="learning rate of Muon for the matrices of the blocks; default: `optimizer` trains them too"
     )
-    lr_scale: dict[str, float] = Field({}, description="factors of the learning rate, by patterns of parameter names")
-    frozen: tuple[str, ...] = Field((), description="patterns of the names of parameters that are not trained")
-    weight_decay: float = Field(0.0, ge=0, description="of the matrices of linear layers and embeddings")
-    no_decay: tuple[str, ...] = Field((), description="patterns of the names of further parameters without weight decay")
+    lr_scale: dict[str, float] = Field({}, description="learning-rate multipliers, by parameter-name pattern")
+    frozen: tuple[str, ...] = Field((), description="name patterns of parameters that are not trained")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of the matrices of linear layers and embeddings")
+    no_decay: tuple[str, ...] = Field((), description="name patterns of further parameters without weight decay")
     warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps over which the learning rate rises")
-    decay: float = Field(0.3, ge=0, le=1, description="fraction of the steps over which it falls to zero")
+    decay: float = Field(0.3, ge=0, le=1, description="fraction of the steps over which the learning rate falls to zero")
     clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     diverged: float = Field(5.0, gt=1, description="stop when the loss stays above this multiple of its median over the first steps")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics")
@@ -59,7 +59,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
         if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate: {self.accumulate} parts are more than the {self.batch_size} sequences of a batch_size")
+            raise ValueError(f"accumulate: {self.accumulate} micro-batches are more than the {self.batch_size} sequences of batch_size")
         if not all(factor > 0 for factor in self.lr_scale.values()):
             raise ValueError(f"lr_scale: {self.lr_scale}: want factors above 0; use frozen for parameters that are not trained")
         return self

@@ -9,9 +9,9 @@ PATIENCE = 10
 
 
 class Divergence:
-    """Judges the losses of a run: diverged once PATIENCE in a row exceed `factor` times the median of the first PATIENCE.
+    """Detector of divergence: a run has diverged once PATIENCE losses in a row exceed `factor` times the median of the first PATIENCE.
 
-    A single batch, easy or hard, decides nothing, neither at the start nor later.
+    A single easy or hard batch has no effect, neither at the start nor later.
     """
 
     def __init__(self, factor: float, first: Sequence[float] = (), above: int = 0) -> None:

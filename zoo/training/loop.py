@@ -109,7 +109,7 @@ class Trainer:
         self.divergence = Divergence(config.diverged)
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one. Raises ZooError if the run began under another rule of weight decay."""
+        """Load the newest checkpoint, if there is one. Raises ZooError if the run began under different weight-decay rules."""
         if self.config.weight_decay:
             self.run.record_exempt(exempt_from_decay(self.model, self.config.no_decay))
         if newest := self.run.newest():
@@ -227,7 +227,7 @@ def backward(
 ) -> Score:
     """Accumulate the gradients of the mean loss over all answers of the batch.
 
-    Each process handles its share of the sequences, in `accumulate` micro-batches. One without answers is replaced by a sequence
+    Each process handles its shard of the sequences, in `accumulate` micro-batches. One without answers is replaced by a sequence
     that has some, with weight zero, so that all processes take part in the same collectives.
 
     Args:
@@ -271,7 +271,7 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 class Meter:
-    """Turns steps into lines of metrics. Speed is measured from one line to the next."""
+    """Converts steps into lines of metrics. Speed is measured from one line to the next."""
 
     def __init__(self, config: TrainConfig, model: Model, team: Team) -> None:
         self.config, self.model, self.team = config, model, team
@@ -314,7 +314,7 @@ def peak_memory(device: torch.device) -> int:
 
 @contextmanager
 def sigterm() -> Iterator[Callable[[], bool]]:
-    """Defer SIGTERM inside the block; the yielded function tells if it has arrived. Has no effect outside the main thread."""
+    """Defer SIGTERM inside the block; the yielded function returns True once it has arrived. Has no effect outside the main thread."""
     arrived = False
 
     def note(number: int, frame: Any) -> None:

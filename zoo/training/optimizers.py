@@ -1,4 +1,4 @@
-"""Optimisers: registry, parameter groups, float32 copies, and the states that checkpoints hold."""
+"""Optimisers: registry, parameter groups, float32 master weights, and the states that checkpoints hold."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Muon(torch.optim.Muon):
 
 
 class Weights:
-    """The parameters that the optimisers update, by name: the model's own, or float32 copies of those in 16 bits."""
+    """The parameters that the optimisers update, by name: the model's own, or float32 master copies of 16-bit ones."""
 
     def __init__(self, model: Model) -> None:
         self.of_model = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -62,7 +62,7 @@ class Weights:
         self.copied = {name: p for name, p in self.wide.items() if p is not self.of_model[name]}
 
     def take_gradients(self) -> None:
-        """Move the gradients of 16-bit parameters to their float32 copies, adding to what is there."""
+        """Move the gradients of 16-bit parameters to their float32 copies, adding to the gradients already there."""
         for name, copy in self.copied.items():
             if (grad := self.of_model[name].grad) is not None:
                 copy.grad = grad.float() if copy.grad is None else copy.grad + grad
@@ -91,7 +91,7 @@ def exempt_from_decay(model: Model, patterns: Iterable[str] = ()) -> list[str]:
     positions set rates, scales and places, for which zero is not a neutral value.
 
     Args:
-        patterns: of the names of further parameters.
+        patterns: name patterns of further parameters.
     Raises:
         ZooError: a pattern matches nothing.
     """
@@ -116,7 +116,7 @@ def make_optimizers(
 
     Args:
         exempt: names of the parameters without weight decay.
-        lr_scale: factors of the learning rate by name pattern; the first match counts.
+        lr_scale: learning-rate multipliers by parameter-name pattern; the first match counts.
     Raises:
         ZooError: an unknown optimiser, or a pattern that matches nothing.
     """

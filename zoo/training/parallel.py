@@ -39,15 +39,15 @@ class Team:
         return self.rank == 0
 
     def rows(self, count: int) -> Tensor:
-        """Return the indices of this rank's share of `count` sequences; every rank gets at least one, repeated if there are too few."""
+        """Return the indices of this rank's shard of `count` sequences; every rank gets at least one, repeated if there are too few."""
         return torch.arange(max(count, self.size)).tensor_split(self.size)[self.rank] % count
 
     def sum(self, number: float) -> float:
-        """Sum over the processes."""
+        """All-reduce: the sum over the processes."""
         return self._all_reduce(torch.tensor(number, dtype=torch.float64), dist.ReduceOp.SUM).item()
 
     def max(self, tensor: Tensor) -> Tensor:
-        """Element-wise maximum over the processes."""
+        """All-reduce: the element-wise maximum over the processes."""
         return self._all_reduce(tensor, dist.ReduceOp.MAX)
 
     def any(self, flag: bool) -> bool:
@@ -55,7 +55,7 @@ class Team:
         return self.sum(flag) > 0
 
     def broadcast(self, text: str | None) -> str:
-        """Return the text of rank 0."""
+        """Broadcast the text of rank 0 and return it."""
         texts = [text]
         if self.size > 1:
             dist.broadcast_object_list(texts, device=self.device)
@@ -63,7 +63,7 @@ class Team:
         return texts[0]
 
     def barrier(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait at a barrier until all processes have arrived."""
         self.sum(0)
 
     def save(self, tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -153,7 +153,7 @@ def is_main_process() -> bool:
 
 @contextmanager
 def join(device: str | None) -> Iterator[Team]:
-    """Join the processes that torchrun started; without torchrun, a team of one.
+    """Join the process group that torchrun started; without torchrun, a team of one.
 
     Args:
         device: default: cuda if available (the GPU of this local rank), else cpu.

@@ -24,7 +24,7 @@ Match = Literal["tokens", "flops"]
 
 
 class Plan(BaseModel):
-    """One ablation. `configs/ablations/*.yaml` holds one of these per file, where `run` may name a run that `base` modifies."""
+    """One ablation. Each file in `configs/ablations/` holds one, where `run` may name a run that `base` modifies."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,10 +44,10 @@ class Plan(BaseModel):
                 raise ValueError(f"grid.{path}: no values")
         for path in (*self.grid, *itertools.chain(*self.arms.values())):
             if path in ("steps", "seed"):
-                raise ValueError(f"{path}: belongs into {'base; match decides the steps of each arm' if path == 'steps' else 'seeds'}")
+                raise ValueError(f"{path}: belongs in {'base; match decides the steps of each arm' if path == 'steps' else 'seeds'}")
         for field in ("seeds", "match"):
             if len(set(getattr(self, field))) < len(getattr(self, field)):
-                raise ValueError(f"{field}: {list(getattr(self, field))} names one twice")
+                raise ValueError(f"{field}: {list(getattr(self, field))} contains a duplicate")
         return self
 
 
@@ -136,14 +136,14 @@ def arms_of(plan: Plan) -> list[Arm]:
         except ZooError as error:
             raise ZooError(f"{label}: {error}") from None
     if len({_slug(name) for name in named}) < len(named):
-        raise ZooError(f"arms: {', '.join(named)}: two would share a folder; call one something else")
+        raise ZooError(f"arms: {', '.join(named)}: two would share a folder; rename one")
     if plan.reference is not None and plan.reference not in named:
         raise ZooError(f"reference: there is no arm '{plan.reference}'; {nearest(plan.reference, named)}")
     return arms
 
 
 def runs_of(plan: Plan, arms: list[Arm]) -> dict[Match, list[Run]]:
-    """Return the runs of each matching; a run that serves both is in both.
+    """Return the runs for each matching; a run that serves both is in both.
 
     Each arm gets the number of steps that matches the tokens, or the FLOPs, of the reference.
     """

@@ -136,7 +136,7 @@ def figure(groups: Groups) -> Figure:
 
 
 def add_legend(drawn: Figure) -> None:
-    """Put one legend below the panels, in as many columns as fit, and make the figure higher by its height."""
+    """Put one legend below the panels, in as many columns as fit, and make the figure taller by its height."""
     handles = {label: handle for axes in drawn.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if BEST_GUESS in handles:  # last
         handles[BEST_GUESS] = handles.pop(BEST_GUESS)
@@ -160,7 +160,7 @@ def save(drawn: Figure, out: Path) -> None:
 
 
 def refuse(out: Path) -> None:
-    """Raise ZooError if `out` cannot be a new picture."""
+    """Raise ZooError if `out` cannot be a new image file."""
     if out.suffix not in FORMATS:
         raise ZooError(f"{out}: want a file name that ends in one of {', '.join(FORMATS)}")
     refuse_existing(out)

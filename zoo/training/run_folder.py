@@ -63,7 +63,7 @@ class RunFolder:
                     f"{path}: holds a run with {field}: {was}, not {now}; resume with the same settings, or choose another folder"
                 )
         if (path / RESULTS).exists():
-            raise ZooError(f"{path}: holds this run already, finished; nothing is overwritten, choose another folder")
+            raise ZooError(f"{path}: already holds this run, finished; nothing is overwritten, choose another folder")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -88,7 +88,7 @@ class RunFolder:
             yield
 
     def record_exempt(self, names: list[str]) -> None:
-        """Record the parameters without weight decay. Raises ZooError if the run began with others."""
+        """Record the parameters without weight decay. Raises ZooError if the run began with different ones."""
         path = self.path / NO_DECAY
         recorded = path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
         if recorded is None and not self.checkpoints():
@@ -96,9 +96,7 @@ class RunFolder:
                 with replacing(path) as file:
                     file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         elif recorded != names:
-            raise ZooError(
-                f"{self.path}: began with weight decay on other parameters than now (see {NO_DECAY}); start again in another folder"
-            )
+            raise ZooError(f"{self.path}: began with weight decay on different parameters (see {NO_DECAY}); start again in another folder")
         self.team.barrier()
 
     def checkpoints(self) -> list[Path]:

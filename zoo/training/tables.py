@@ -1,4 +1,4 @@
-"""The tables of an ablation: runs.csv, and Markdown that is readable as it stands."""
+"""The tables of an ablation: runs.csv, and Markdown that is readable as plain text."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def level_label(level: int, name: str) -> str:
-    """Return "1 hop", "2 hops", or "window 2" if the name of the levels is no plural."""
+    """Return "1 hop", "2 hops", or "window 2" if the name of the levels is not a plural."""
     noun, space, rest = name.partition(" ")
     if not noun.endswith("s"):
         return f"{name} {level}"

@@ -29,7 +29,7 @@ class Job(NamedTuple):
     config: TrainConfig
     folder: Path
     after: Callable[[Path], None] | None = None
-    """Called with the folder when the run is finished, in the same process; a function that pickle can name."""
+    """Called with the folder when the run is finished, in the same process; must be picklable."""
 
 
 def train_all(jobs: Mapping[Name, Job], processes: int | None = None) -> dict[Name, str]:

@@ -312,7 +312,7 @@ def test_text(text):
 def test_text_refuses(text, tmp_path):
     with pytest.raises(zoo.ZooError, match="length: 6000"):
         new_task({**text, "length": 6000})
-    with pytest.raises(zoo.ZooError, match="token 9 in the train file; vocab says they are less than 9"):
+    with pytest.raises(zoo.ZooError, match="token 9 in the train file; vocab says that ids are less than 9"):
         new_task({**text, "vocab": 9}).batch(0, 0, 4)
     np.save(tmp_path / "signed.npy", np.zeros(100, dtype=np.int64))
     with pytest.raises(zoo.ZooError, match=r"train: .*signed.npy: int64 .*; want one dimension of unsigned integers"):

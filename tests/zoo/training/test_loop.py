@@ -210,7 +210,7 @@ def test_a_run_that_began_under_another_rule_of_weight_decay_is_refused(tmp_path
     names = record.read_text()
     record.unlink()  # as runs of older versions
     for _ in range(2):
-        with pytest.raises(zoo.ZooError, match="began with weight decay on other parameters"):
+        with pytest.raises(zoo.ZooError, match="began with weight decay on different parameters"):
             train(config, tmp_path / "run")
         record.write_text("norm.weight\n")
     record.write_text(names)
@@ -319,7 +319,7 @@ def test_wrong_config_is_refused_before_anything_is_written(tmp_path, changes, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"accumulate": 17}, "accumulate: 17 parts are more than the 16 sequences"),
+        ({"accumulate": 17}, "accumulate: 17 micro-batches are more than the 16 sequences"),
         ({"lr_scale": {"*": 0.0}}, "want factors above 0"),
         ({"dtype": "float16"}, "dtype: 'float16'"),
         ({"keep": 0}, "keep: 0"),
