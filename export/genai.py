@@ -12,7 +12,7 @@ GENAI = "genai_config.json"
 
 
 def genai_config(config: ModelConfig, slots: int) -> str:
-    """Return the JSON of genai_config.json. Tokens are read one by one (chunk_size 1); head counts are taken from the graph's inputs."""
+    """Return the JSON of genai_config.json. Tokens are read one at a time (chunk_size 1); head counts are taken from the graph's inputs."""
     decoder = {
         "filename": PREDICTION,
         "hidden_size": config.d_model,

@@ -1,4 +1,4 @@
-"""The computation of each graph: the model's own modules over named tensors. README.md has the picture.
+"""The computation of each graph: the model's own modules over named tensors. README.md has a diagram.
 
 Each kind of block is traced once per graph; the graph itself is traced with placeholder nodes for the blocks and the loop.
 """

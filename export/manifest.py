@@ -19,7 +19,7 @@ PRELUDE, PASS, CODA = "prelude.onnx", "pass.onnx", "coda.onnx"  # a sleep for ho
 
 
 class TensorSpec(BaseModel):
-    """One input or output of a graph. A free dimension is given by name."""
+    """One input or output of a graph. A dynamic dimension is given by name."""
 
     name: str
     dtype: str

@@ -44,7 +44,7 @@ class Scan(NamedTuple):
 
 
 Scans = dict[str, Scan]
-"""Scans met while a module is traced, by the name that their placeholder nodes carry."""
+"""Scans encountered while a module is traced, by the name of their placeholder nodes."""
 
 
 def over_chunks(
@@ -52,7 +52,7 @@ def over_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Compute kernel(*tokens, *fixed, state) over tokens [B, T, ...]; long inputs become a Scan, which is added to `scans`.
 
-    Returns an output of the shape of `like` and the final state. Zero padding at the end must leave the state unchanged.
+    Returns an output with the shape of `like`, and the final state. Zero padding at the end must leave the state unchanged.
     """
     T = like.shape[1]
     if T <= UNROLLED * CHUNK:

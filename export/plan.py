@@ -1,4 +1,4 @@
-"""The options of an export, and the checks that run before any work."""
+"""The options of an export, and the checks that run before any work starts."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def slots(model: Model, plan: Plan) -> int:
 
 
 def check(model: Model, plan: Plan, out: Path, verified: bool) -> None:
-    """Check that the model can be exported by this plan on this machine.
+    """Check that the model can be exported with this plan on this machine.
 
     Raises:
-        ZooError: graphs cannot express the model, the plan does not fit it, or disk space or memory is insufficient.
+        ZooError: graphs cannot represent the model, the plan does not fit it, or disk space or memory is insufficient.
     """
     config = model.config
     if config.evict not in ("none", "hard", "sliding"):

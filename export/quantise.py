@@ -17,7 +17,7 @@ GROUP = 32  # inputs per scale in 4 bits; layers with other widths are stored in
 
 
 class Quantised(NamedTuple):
-    """A weight as integers times scales, symmetric and rounded to nearest."""
+    """A weight as integers times scales, quantised symmetrically and rounded to nearest."""
 
     integers: Tensor
     """[out, in] int8; from -7 to 7 in 4 bits."""
@@ -68,7 +68,7 @@ def rounded(model: Model, how: str) -> Model:
 
 
 def dequantise_in(graph: ir.Graph, weights: dict[str, Quantised]) -> None:
-    """Replace these weights in a graph by their integers and scales, dequantised."""
+    """Replace these weights in a graph with their integers and scales, followed by dequantisation."""
     for name, weight in weights.items():
         value = graph.initializers.get(PARAMETER + name)
         if value is None:

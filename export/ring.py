@@ -103,7 +103,7 @@ def _scatter(cache: Tensor, new: Tensor, position: int | Tensor) -> Tensor:
 
 
 def with_rings(state: State, slots: int) -> State:
-    """Replace the growing caches of fresh streams by empty rings of `slots` slots."""
+    """Replace the growing caches of new streams with empty rings of `slots` slots."""
 
     def ring(cache: KV) -> RingKV:
         B, Hkv, _, D = cache.key.shape

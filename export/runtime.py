@@ -48,7 +48,7 @@ providers: Registry[Callable[[Path, Bundle, str], Runner]] = Registry("provider"
 
 
 def load(path: str | Path, *, provider: str = "cpu", batch_size: int = 1) -> Session:
-    """Open a session on the bundle that `zoo-export` wrote to the folder `path`.
+    """Open the bundle that `zoo-export` wrote to the folder `path`.
 
     Args:
         provider: runtime that executes the graphs. "cpu" and "cuda" are onnxruntime's and do not support bfloat16;

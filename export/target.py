@@ -17,7 +17,7 @@ class Target(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def check(self, precision: str, plan: Plan) -> None:
-        """Raise a ZooError, before any work, for anything that this target cannot do here."""
+        """Raise a ZooError, before any work starts, for anything that this target cannot do on this machine."""
 
     def build(self, folder: Path, bundle: Bundle) -> Bundle:
         """Write additional files to `folder`. Returns the updated bundle, with their sha256."""

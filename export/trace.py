@@ -49,7 +49,7 @@ def _errors_only(*names: str) -> Iterator[None]:
 
 @_errors_only("torch.onnx", "onnx_ir")
 def trace(module: nn.Module, example: Mapping[str, Tensor], scans: Scans) -> ir.Model:
-    """Trace a module over named tensors to ONNX, with a free dimension `batch` and with parameters by name only.
+    """Trace a module over named tensors to ONNX, with a dynamic dimension `batch` and with parameters by name only.
 
     Nodes are named by their place in the module. Placeholders of domain `zoo` remain, except those of `scans`.
     """
@@ -84,7 +84,7 @@ def trace(module: nn.Module, example: Mapping[str, Tensor], scans: Scans) -> ir.
 
 
 def _name_batch(graph: ir.Graph) -> None:
-    """Rename the free dimension, which torch calls s41 or the like, to `batch`, also in expressions such as 2*s41."""
+    """Rename the dynamic dimension, which torch calls s41 or the like, to `batch`, including in expressions such as 2*s41."""
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape(
@@ -143,7 +143,7 @@ def tidy(model: ir.Model, names: Sequence[str]) -> None:
 
 
 def inline(outer: ir.Graph, placeholder: ir.Node, part: ir.Graph, module: str) -> None:
-    """Replace a placeholder node by a copy of `part`, which was traced from a module of the model and has its inputs and outputs."""
+    """Replace a placeholder node with a copy of `part`, which was traced from a module of the model and has its inputs and outputs."""
     part = part.clone()
     given: dict[ir.Value, Any] = dict(zip(part.inputs, placeholder.inputs, strict=True))
     outputs = [given.get(value, value) for value in part.outputs]

@@ -1,4 +1,4 @@
-"""Comparison of exported graphs with the PyTorch model over a stream that sleeps."""
+"""Comparison of exported graphs with the PyTorch model on a stream that sleeps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Parity:
     agreement: float
     tokens: int
     loss: tuple[str, Difference, float] | None = None
-    """Cost of integer weights: storage type, difference of the logits to those of the original weights, rate of equal greedy tokens."""
+    """Cost of integer weights: storage type, difference of the logits from the original weights' logits, rate of equal greedy tokens."""
 
     def table(self) -> Table:
         """Return a table with one row per stage and kind of tensor: the layer with the largest difference, and the mean over layers."""
@@ -120,7 +120,7 @@ def verify(model: Model, exported: ExportedModel) -> Parity:
     for (stage, name), difference in parity.differences.items():
         if not difference.maximum <= allowed:
             raise ZooError(
-                f"{model.config.name}: {name}, {stage}: the graph is {difference.maximum:.1e} from PyTorch, allowed: {allowed:.0e}"
+                f"{model.config.name}: {name}, {stage}: the graph differs from PyTorch by {difference.maximum:.1e}, allowed: {allowed:.0e}"
             )
     return parity
 

@@ -29,10 +29,10 @@ def build(
 
     Args:
         package: tensorrt or tensorrt_rtx.
-        batch: minimum, optimal and maximum size of the free dimension.
+        batch: minimum, optimal and maximum size of the dynamic dimension.
         workspace: scratch memory per layer in bytes.
-        compute_capability: targets of tensorrt_rtx; empty: its default.
-        timing_cache: file of measurements, for tensorrt; read if it exists, then updated.
+        compute_capability: targets of tensorrt_rtx; if empty, its default.
+        timing_cache: file of timings, for tensorrt; read if it exists, then updated.
     Raises:
         RefusedError: a node or the whole graph cannot be built.
         OSError: a file cannot be read or written.

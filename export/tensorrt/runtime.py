@@ -76,7 +76,7 @@ class Engine:
         return self._context()
 
     def _bind(self, context: Any, given: Mapping[str, Tensor], outputs: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
-        """Bind inputs and outputs of a context; outputs that are not given are allocated, or share memory with their input."""
+        """Bind the inputs and outputs of a context; missing outputs are allocated, or share memory with their input."""
         for name, tensor in given.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 low, _, high = self._batch
@@ -105,15 +105,15 @@ class Engine:
             config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         context = self._engine.create_execution_context(config)
         if context is None:
-            raise ZooError(f"{self._trt.__name__}: not enough GPU memory for the working memory of the engine")
+            raise ZooError(f"{self._trt.__name__}: not enough GPU memory for the engine's workspace")
         return context
 
 
 class Step(Engine):
-    """The engine of one token, run as a CUDA graph over fixed buffers.
+    """The engine for one token, run as a CUDA graph over fixed buffers.
 
     Caches are updated in place. Other states alternate between two buffers, with one graph per direction. The state returned
-    by the previous call is continued without a copy; any other state is copied in first. Each call therefore overwrites the
+    by the previous call is used without a copy; any other state is copied in first. Each call therefore overwrites the
     state returned by the previous one.
     """
 

@@ -1,4 +1,4 @@
-"""The target `tensorrt`: strongly typed engines, in which every tensor keeps its type in the graph.
+"""The target `tensorrt`: strongly typed engines, in which every tensor keeps the type that it has in the graph.
 
 `tensorrt` builds for the local GPU. `tensorrt_rtx` builds without a GPU, for given compute capabilities.
 """
