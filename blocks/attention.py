@@ -146,7 +146,7 @@ class SlidingAttentionOptions(AttentionOptions):
 
 @mixers.register("swa")
 class SlidingAttention(Attention):
-    """Attention over the last `window` tokens, the current one included. It caches no more than that."""
+    """Attention over the last `window` tokens, the current one included. It caches at most that many."""
 
     Options = SlidingAttentionOptions
 

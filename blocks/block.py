@@ -28,7 +28,7 @@ class Block(nn.Module):
             self.mlp_post_norm = norm(d_model) if options.post_norm else nn.Identity()
 
     def flops(self, tokens: int, past: int, *, mlp: bool = True) -> int:
-        """Return the operations on `tokens` new tokens after `past` cached ones; see `Mixer.flops`."""
+        """Return the FLOPs on `tokens` new tokens after `past` cached ones; see `Mixer.flops`."""
         return self.mixer.flops(tokens, past) + (tokens * linear_flops(self.mlp) if mlp and self.mlp is not None else 0)
 
     def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions, *, mlp: bool = True) -> tuple[Tensor, Any, Any]:

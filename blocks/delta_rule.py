@@ -16,12 +16,12 @@ from zoo.kernels.l2norm.op import l2norm
 
 
 class DeltaRuleOptions(mixer.Options):
-    heads: int = Field(4, ge=1, description="heads of keys and queries")
+    heads: int = Field(4, ge=1, description="number of query and key heads")
     head_dim: int | None = Field(None, ge=1, description="head size of keys and queries; default: d_model / heads")
     expand_v: float = Field(2.0, gt=0, description="value head size / key head size")
     conv_size: int = Field(4, ge=2, description="taps of the short convolution")
     norm_eps: float = Field(1e-5, gt=0, description="eps of the output norm")
-    decay_init: float = Field(16.0, gt=0, description="exp(A_log) starts uniform in (0, decay_init): smaller remembers longer")
+    decay_init: float = Field(16.0, gt=0, description="exp(A_log) is initialised uniformly in (0, decay_init); smaller: longer memory")
 
 
 class DeltaRule(Mixer):

@@ -23,7 +23,7 @@ class JetOptions(DeltaRuleOptions):
 class Jet(DeltaRule):
     """Gated delta rule whose values pass through a short convolution with a kernel generated for each token and channel.
 
-    kernel_t = W_2 silu(W_1 x_t) + b_2, with the current token's tap last; q and k are silu(W x) without convolution.
+    kernel_t = W_2 silu(W_1 x_t) + b_2, with the current token's tap last; q and k are silu(W x), without a convolution.
     """
 
     Options = JetOptions

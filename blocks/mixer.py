@@ -45,7 +45,7 @@ class Mixer(nn.Module):
     Args:
         d_model: width D of the residual stream.
         options: this class's own `Options`.
-        reach: number of tokens that attention may look at under the eviction policy, the current one included; None: no limit.
+        reach: number of tokens that attention may see under the eviction policy, the current one included; None: no limit.
     """
 
     Options: ClassVar[type[Options]] = Options
@@ -84,15 +84,15 @@ class Mixer(nn.Module):
         return sum(tensor.nbytes for tensor in tree_leaves(self.new_window(1)) if isinstance(tensor, Tensor))
 
     def flops(self, tokens: int, past: int) -> int:
-        """Return the operations on `tokens` new tokens of one stream with `past` cached tokens. A multiply-add counts as two.
+        """Return the FLOPs on `tokens` new tokens of one stream with `past` cached tokens. A multiply-add counts as two.
 
-        Count matrix products, outer products and convolutions, in the form of the step recurrence; nothing element-wise.
+        Count matrix products, outer products and convolutions, as in the step recurrence, but no element-wise operations.
         This method counts the Linear layers; override it if the mixer has other products.
         """
         return tokens * linear_flops(self)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Initialise the parameters that are not weights of a Linear, and the Linear weights that need another initialisation."""
+        """Initialise the parameters that are not weights of a Linear, and the Linear weights that need a special initialisation."""
 
     def zeros(self, *shape: int, fast: bool = False) -> Tensor:
         """Return zeros on the mixer's device, in its dtype or, for fast weights, in float32 or wider."""
@@ -102,12 +102,12 @@ class Mixer(nn.Module):
 
 
 def linear_flops(module: nn.Module) -> int:
-    """Return the operations of the Linear layers of `module` on one token."""
+    """Return the FLOPs of the Linear layers of `module` on one token."""
     return sum(2 * part.in_features * part.out_features for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def split_evenly(d_model: int, heads: int, even: bool = False) -> int:
-    """Return d_model / heads, the default head size. Raises ZooError if it is no (even) integer."""
+    """Return d_model / heads, the default head size. Raises ZooError if it is not an (even) integer."""
     if d_model % heads or (even and d_model // heads % 2):
         raise ZooError(f"heads: {heads} does not divide d_model: {d_model}{' into even heads' if even else ''}; set head_dim")
     return d_model // heads

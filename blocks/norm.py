@@ -19,7 +19,7 @@ class RMSNorm(nn.RMSNorm):
     style: ClassVar[Style] = "plain"
     eps: float
     neutral = 1.0
-    """Value of the weight that has no effect."""
+    """Value at which the weight has no effect."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rmsnorm(x, self.weight, eps=self.eps, style=self.style).to(x.dtype)  # the weight may be wider

@@ -86,7 +86,7 @@ class Positions:
         return part
 
     def _stream_length(self) -> int | Tensor:
-        """Tokens of each token's stream once this pass has read all of its own; broadcasts with `position`."""
+        """Length of each token's stream at the end of this pass; broadcasts with `position`."""
         whole = self._whole or self
         end = whole.end if whole.valid is None else whole.start + whole.valid
         if self.cu_seqlens is not None:

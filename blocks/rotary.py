@@ -23,7 +23,7 @@ class RopeScaling(BaseModel):
         description="linear: all frequencies / factor; dynamic: theta grows with the stream; yarn: arXiv 2309.00071; llama3: Llama 3.1"
     )
     factor: float = Field(gt=0, description="longer context / original context")
-    original_length: int | None = Field(None, ge=1, description="original context in tokens; all types but linear need it")
+    original_length: int | None = Field(None, ge=1, description="original context in tokens; required by all types but linear")
     low_freq_factor: float = Field(1.0, gt=0, description="llama3: fewer turns than this in the original context: frequency / factor")
     high_freq_factor: float = Field(4.0, gt=0, description="llama3: more turns than this in the original context: frequency unchanged")
     beta_fast: float = Field(32.0, gt=0, description="yarn: more turns than this in the original context: frequency unchanged")
@@ -41,7 +41,7 @@ class RopeScaling(BaseModel):
 
 
 class Rope(NamedTuple):
-    """How rotary angles follow from positions; numbers only, so that it is a cheap key. Make one with `rope`."""
+    """Parameters of the rotary angles: plain numbers, so it is cheap to hash. Created by `rope`."""
 
     width: int
     """Rotated entries of a head; an odd width is rounded up to whole pairs."""
