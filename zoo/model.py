@@ -47,7 +47,7 @@ class Model(nn.Module):
             self.inject = nn.Parameter(torch.empty(config.d_model))
         self._has_fast = [fast is not None for fast in self.init_state().fast]
         if config.wake_loops > 1 and any(self._has_fast):
-            raise ZooError(f"{config.name}: wake_loops: {config.wake_loops} needs blocks without fast weights; these would leak tokens")
+            raise ZooError(f"{config.name}: wake_loops: {config.wake_loops} needs blocks without fast weights; these leak later tokens")
         if self.eviction.restarts and not any(self._has_fast):
             raise ZooError(f"{config.name}: evict: '{config.evict}' empties the window, and no block of '{config.layers}' has fast weights")
         self.prelude = range(config.looped.start)
