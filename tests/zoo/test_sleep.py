@@ -381,5 +381,5 @@ def test_masks_that_cannot_be_meant(mask, message):
 
 
 def test_masked_labels_in_ids_are_refused():
-    with pytest.raises(zoo.ZooError, match="ids: -100 is no token"):
+    with pytest.raises(zoo.ZooError, match="ids: -100 is not a token id"):
         tiny("gdn4-sleep2-hard6", sleep_on="every").loss(tokens(2, 12).where(torch.arange(12) > 3, -100), torch.ones(2, 12))
