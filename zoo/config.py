@@ -65,7 +65,7 @@ class ModelConfig(BaseModel):
         True, description="whether a pass starts from the fast weights of the previous pass, rather than from those at the chunk's start"
     )
     loop_norm: bool = Field(False, description="apply the final norm between passes")
-    wake_loops: int = Field(1, ge=1, description="passes of every layer while awake, each with its own window cache")
+    wake_loops: int = Field(1, ge=1, le=1000, description="passes of every layer while awake, each with its own window cache")
     exit: Exit | None = Field(None, description="exit gate of the wake loops")
 
     hub: str | None = Field(None, description="Hugging Face repository of pretrained weights")
@@ -217,8 +217,8 @@ def read_yaml(path: Traversable) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ZooError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ZooError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ZooError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict):
         raise ZooError(f"{path}: want a mapping of fields")
     return content
