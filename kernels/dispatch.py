@@ -88,7 +88,7 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
         _logged.add((operator, chosen))
         log.info("%s: %s (%s)", operator, chosen, reason)
     run = kernels.get(f"{operator}.{chosen}")
-    return _without_autocast(run, x.device.type) if torch.is_autocast_enabled(x.device.type) else run
+    return _without_autocast(run, x.device.type) if not x.is_meta and torch.is_autocast_enabled(x.device.type) else run
 
 
 def _without_autocast(run: Callable[..., Any], device: str) -> Callable[..., Any]:
