@@ -51,6 +51,8 @@ class Mixer(nn.Module):
     Options: ClassVar[type[Options]] = Options
     packs: ClassVar[bool] = False
     """True if the mixer keeps packed sequences (`positions.cu_seqlens`) separate."""
+    unrolls: ClassVar[bool] = False
+    """True if `forward` loops over tokens in Python; torch.compile then makes one graph for each length."""
     wide: ClassVar[tuple[str, ...]] = ()
     """Parameters that checkpoints often store in float32 beside narrower weights, and that stay float32 when loaded."""
 

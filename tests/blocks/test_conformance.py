@@ -7,11 +7,13 @@ ZOO_MIXERS names the kinds to test, separated by spaces, for example one that an
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -172,7 +174,85 @@ def test_gradients(mixer: Mixer) -> None:
         y, new, _ = torch.func.functional_call(mixer, weights, (x, rest[0] if start else None, window, Positions(0, 6, CPU)))
         return [y] if new is None else [y, new]
 
-    assert torch.autograd.gradcheck(outputs, (tokens(2, 6).requires_grad_(), *start, *parameters), fast_mode=True)
+    inputs = (tokens(2, 6).requires_grad_(), *start, *parameters)
+    assert torch.autograd.gradcheck(outputs, inputs, fast_mode=True)
+    with sdpa_kernel(SDPBackend.MATH):  # the form of torch's attention that has second derivatives on a CPU
+        assert torch.autograd.gradgradcheck(outputs, inputs, fast_mode=True)
+
+
+def score(mixer: Mixer, x: torch.Tensor) -> torch.Tensor:
+    y, fast, _ = run(mixer, x)
+    return y.square().sum() + (0 if fast is None else fast.square().sum())
+
+
+def test_transforms_of_torch_func(mixer: Mixer) -> None:
+    x = tokens(2, 6)
+    loss = partial(score, mixer)
+    want = [torch.autograd.grad(loss(y.requires_grad_()), y)[0] for y in (x.clone(), 2 * x)]
+    assert_same(torch.func.vmap(torch.func.grad(loss))(torch.stack([x, 2 * x])), torch.stack(want))
+    direction = tokens(2, 6, seed=1)
+    assert_same(torch.func.jvp(loss, (x,), (direction,))[1], (want[0] * direction).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(variant: str, dtype: torch.dtype) -> None:
+    """Autocast loses at most twice as much as casting the mixer; fast weights stay float32, and every gradient is finite."""
+    exact, mixer, cast = (make(variant).blocks[0].mixer.to(to) for to in (torch.float64, torch.float32, dtype))
+    x = tokens(2, 7).float()
+    with torch.no_grad():
+        want = run(exact, x.double())[0]
+        error = (run(cast, x.to(dtype))[0] - want).norm()
+        with torch.autocast("cpu", dtype):
+            pieces = run(mixer, x, [5, 1, 1])[0]
+    with torch.autocast("cpu", dtype):
+        y, fast, _ = run(mixer, x)
+    assert y.dtype == dtype
+    assert fast is None or fast.dtype == torch.float32
+    for got in (y, pieces):
+        assert (got - want).norm() <= 2 * error
+    score(exact, x.double()).backward()
+    y.float().square().sum().backward()
+    for name, parameter in mixer.named_parameters():
+        if exact.get_parameter(name).grad is not None:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+
+def test_every_submodule_is_called(variant: str) -> None:
+    """Forward hooks fire on every submodule of the block."""
+    block, called = make(variant).blocks[0], set()
+    names = [name for name, _ in block.named_modules()]
+    for name, module in block.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    block(tokens(1, 3), block.mixer.new_fast(1), block.mixer.new_window(1), Positions(0, 3, CPU))
+    assert [name for name in names if name not in called] == []
+
+
+class Adapter(nn.Module):
+    """A Linear with a low-rank update, in the manner of LoRA (arXiv 2106.09685)."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.down = nn.Linear(base.in_features, 2, bias=False, dtype=torch.float64)
+        self.up = nn.Linear(2, base.out_features, bias=False, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_an_adapter_on_every_linear_gets_a_gradient(variant: str) -> None:
+    block = make(variant).blocks[0]
+    torch.manual_seed(0)
+    for name, module in list(block.named_modules()):
+        if isinstance(module, nn.Linear):
+            block.set_submodule(name, Adapter(module))
+    y, *_ = block(tokens(1, 5), block.mixer.new_fast(1), block.mixer.new_window(1), Positions(0, 5, CPU))
+    y.square().sum().backward()
+    adapters = [module for module in block.modules() if isinstance(module, Adapter)]
+    assert adapters
+    assert all(layer.weight.grad.count_nonzero() > 0 for adapter in adapters for layer in (adapter.down, adapter.up))
 
 
 @torch.no_grad()
@@ -322,3 +402,22 @@ def test_compile(mixer: Mixer) -> None:
     torch.compiler.reset()
     piece, inputs = Piece(mixer, 20), traced_inputs(mixer)
     assert_same(torch.compile(piece, fullgraph=True, backend="aot_eager")(*inputs), piece(*inputs))
+
+
+BACKENDS = ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.extended)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_gradients_of_three_lengths(kind: str, backend: str) -> None:
+    """Three lengths, of one chunk and of several, take at most two graphs."""
+    mixer = make(kind).blocks[0].mixer
+    counter = CompileCounterWithBackend(backend)
+    torch.compiler.reset()
+    compiled = torch.compile(partial(score, mixer), fullgraph=True, backend=counter)
+    for length in (2, 3, 5) if mixer.unrolls else (9, 66, 130):
+        x = tokens(1, length).requires_grad_()
+        torch._dynamo.maybe_mark_dynamic(x, 1)  # what torch.compile does itself after the first graph
+        got, want = (torch.autograd.grad(loss(x), [x, *mixer.parameters()]) for loss in (compiled, partial(score, mixer)))
+        assert_same(got, want)
+    assert counter.frame_count <= (3 if mixer.unrolls else 2)
