@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("ZOO_BENCHMARK_RESULTS", HERE / "results"))
 PLOTS = RESULTS if "ZOO_BENCHMARK_RESULTS" in os.environ else HERE.parent / "docs"
 OURS = "ours"
-ONCE = "ZOO_BENCHMARK_ONCE" in os.environ  # one long round per case, for alternation between processes
+ONCE = "ZOO_BENCHMARK_ONCE" in os.environ  # one long measurement of ours per case, for alternation between processes
 TURN = 0.5 if ONCE else 0.02  # minimum seconds per measurement
 PATIENCE = 15  # seconds after which no further round starts
 SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
@@ -60,8 +60,9 @@ def compare(
         tolerance: largest difference between the results of ours and another contender, relative to the largest entry of ours.
             A contender above it is not timed, and the row records the problem.
     """
-    rounds = 1 if ONCE else rounds
     ours = next(iter(contenders))
+    if ONCE:
+        rounds, contenders = 1, {ours: contenders[ours]}
     problems, errors, results, first = {}, {}, {}, {}
     for name, work in contenders.items():
         started = time.perf_counter()
@@ -128,6 +129,8 @@ def record(question: str, rows: list[dict[str, Any]]) -> None:
     with (RESULTS / f"{question}.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({"question": question, **row, **stamp}) + "\n" for row in rows)
     console.print(table(question, rows, stamp))
+    if ONCE:
+        raise SystemExit  # pictures need the other contenders
 
 
 def table(question: str, rows: list[dict[str, Any]], stamp: dict[str, Any]) -> Table:
