@@ -81,7 +81,7 @@ def list_(wildcard: str) -> None:
 @main.command()
 @click.argument("model")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
-@click.option("--yaml", "as_yaml", is_flag=True, help="Print the whole config as YAML, which every command accepts as MODEL.")
+@click.option("--yaml", "as_yaml", is_flag=True, help="Print the config as YAML, which every command accepts as MODEL.")
 def describe(model: str, overrides: tuple[str, ...], as_yaml: bool) -> None:
     """Show the size and costs of a model.
 

@@ -153,6 +153,8 @@ def _from_name(name: str) -> dict[str, Any]:
     known = models.names()
     base = max((k for k in known if name == k or name.startswith(f"{k}-")), key=len, default=None)
     if base is None:
+        if "/" in name or name in ("", ".", ".."):
+            raise ZooError(f"model: '{name}' is neither a folder nor a YAML file; want one of these, or the name of a model")
         raise ZooError(f"unknown model '{name}'; {nearest(_SUFFIX.split(name)[0], known)}")
     fields = _fields(models.get(base), base)
     rest = name[len(base) :]
@@ -218,7 +220,8 @@ def read_yaml(path: Traversable) -> dict[str, Any]:
     except OSError as error:
         raise ZooError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ZooError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
+        why = " ".join(str(error).replace('"<unicode string>", ', "").split()).removesuffix(" ^")
+        raise ZooError(f"{path}: not YAML: {why[:200]}") from None
     if not isinstance(content, dict):
         raise ZooError(f"{path}: want a mapping of fields")
     return content
@@ -228,7 +231,7 @@ def read_shipped(folder: str, what: str, source: str | Path) -> dict[str, Any]:
     """Read a YAML file, or the one of this name in `configs/<folder>`; errors call it a `what`."""
     known = shipped(folder)
     if str(source) not in known and Path(source).suffix not in (".yaml", ".yml"):
-        raise ZooError(f"unknown {what} '{source}'; a YAML file, or {nearest(str(source), known)}")
+        raise ZooError(f"unknown {what} '{source}'; {nearest(str(source), known)}, or a YAML file")
     return read_yaml(known.get(str(source), Path(source)))
 
 

@@ -55,8 +55,14 @@ class Description:
         if self.flops_per_sleep is None:
             rows.append(("asleep", f"never (evict: {config.evict})"))
         else:
+            loops = f"{config.loops} {'pass' if config.loops == 1 else 'passes'}"
             span = f"layers {config.looped.start}-{config.looped.stop - 1}"
-            rows.append(("asleep", f"{count(self.flops_per_sleep)} FLOPs per window of {config.window} ({config.loops} passes of {span})"))
+            rows.append(
+                (
+                    "asleep",
+                    f"{count(self.flops_per_sleep)} FLOPs per window of {config.window} ({loops} of {span})",
+                )
+            )
             rows.append(("evict", config.evict))
         lines = [config.name, *wrap(config.about, 80)]
         for name, value in rows:

@@ -58,4 +58,4 @@ def _status(session: Session) -> Text:
     stats, window = session.stats(), session.model.config.window
     filled = f"{stats.window}/{window} tokens in the window" if window is not None else f"{stats.tokens} tokens"
     memory = f"state {decimal(stats.state_bytes)}, cache {decimal(stats.cache_bytes)}"
-    return Text(f"{filled}, {stats.sleeps} sleeps, {memory}", style="dim")
+    return Text(f"{filled}, {stats.sleeps} {'sleep' if stats.sleeps == 1 else 'sleeps'}, {memory}", style="dim")

@@ -57,6 +57,8 @@ def read_plan(source: str | Path, overrides: dict[str, Any] | None = None) -> Pl
     Raises:
         ZooError: there is no such ablation, or a field is invalid.
     """
+    if unknown := set(overrides or {}) & set(TrainConfig.model_fields) - set(Plan.model_fields):
+        raise ZooError(f"{source}: {min(unknown)}: a field of the run that every arm trains; write base.{min(unknown)}")
     fields = merge(read_shipped("ablations", "ablation", source), overrides or {})
     run = fields.pop("run", None)
     if run is not None:
