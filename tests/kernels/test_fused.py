@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
 from zoo.kernels.fused import Fused
 
 calls: list[str] = []
@@ -75,3 +76,14 @@ def test_it_is_one_node_of_an_exported_graph() -> None:
     assert sum("toy_product" in str(node.target) for node in program.graph.nodes) == 1
     x, y = torch.randn(5, 4), torch.randn(5, 4)
     torch.testing.assert_close(program.module()(x, y), (2 * x * y).sum(-1))
+
+
+def test_derivatives_that_it_lacks_are_refused() -> None:
+    x, y, scale = inputs(True)
+    z, _ = toy(x, y, scale)
+    with pytest.raises(ZooError, match=r"^toy_product: the Triton form does not support second derivatives; use the PyTorch forms"):
+        torch.autograd.grad(z.sum(), x, create_graph=True)
+    with pytest.raises(ZooError, match=r"^toy_product: the Triton form does not support torch.func and forward-mode AD; use"):
+        torch.func.grad(lambda x: toy(x, None, scale)[0].sum())(x.detach())
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ZooError, match="forward-mode AD"):
+        toy(x, y, scale)
