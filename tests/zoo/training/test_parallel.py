@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import catalogue
 import pytest
 import torch
 from safetensors import safe_open
 
 import zoo
-from tests.zoo.training.many import BASE, CASES, STOP, in_float32, plan, stopped
+from tests.zoo.training.many import BASE, CASES, STOP, half_asked, in_float32, plan, stopped
 from zoo.training.loop import train
 from zoo.training.parallel import Team
 
@@ -33,6 +34,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*in_float32)
+        patch.setattr(catalogue, "REGISTRY", catalogue.REGISTRY.copy())  # other tests do not see the task
+        half_asked()
         for case in CASES:
             train(plan(case, "ddp"), folder / "alone" / case)
         for how in LAYOUTS:
@@ -90,7 +93,7 @@ def test_a_checkpoint_has_the_same_files_and_no_pickle(runs, how):
     files = ["model.safetensors", "optimizer.safetensors", "progress.json", "zoo.yaml"]
     assert json.loads((runs / how / "left.json").read_text()) == files
     endings = {path.suffix for path in (runs / how).rglob("*") if path.is_file() and not path.name.startswith(("stopped", "left"))}
-    assert endings == {".yaml", ".json", ".jsonl", ".safetensors"}
+    assert endings == {".yaml", ".json", ".jsonl", ".safetensors", ".txt"}
     for file in ("model.safetensors", "optimizer.safetensors"):
         checkpoints = [run / "checkpoints" / "00000016" / file for run in (runs / how / "muon", runs / "alone" / "muon")]
         with safe_open(checkpoints[0], "pt") as found, safe_open(checkpoints[1], "pt") as expected:
