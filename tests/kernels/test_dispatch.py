@@ -99,6 +99,7 @@ def test_an_operator_of_another_package(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
+    assert "double" not in operators.names()  # registers ours
     monkeypatch.setattr(operators, "_points", None)
     monkeypatch.setattr(catalogue, "REGISTRY", catalogue.REGISTRY.copy())  # other tests do not see the operator
     assert {"double", "ssd"} <= set(operators.names())
