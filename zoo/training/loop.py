@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from zoo.errors import ZooError
 from zoo.factory import create
 from zoo.loss import Recompute, chunks, predicted
 from zoo.model import Model
+from zoo.system import peak_resident
 from zoo.tasks import Batch, Task, new_task
 from zoo.training.config import Report, TrainConfig
 from zoo.training.divergence import Divergence
@@ -297,19 +297,20 @@ class Meter:
             "grad_norm": round(norm, 4),
             "lr": lr,
             "tokens_per_second": round(speed),
-            "memory": peak_memory(self.team.device),
         }
+        if (memory := peak_memory(self.team.device)) is not None:
+            metrics["memory"] = memory
         if self.peak is not None:
             flops = training_flops(self.model, torch.from_numpy(batch.loss_mask))
             metrics["mfu"] = round(metrics["tokens_per_second"] * flops / batch.ids.size / (self.peak * self.team.size), 4)
         return metrics
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the peak number of bytes in use: allocated to tensors on a GPU, else resident in this process."""
+def peak_memory(device: torch.device) -> int | None:
+    """Return the peak number of bytes in use: allocated to tensors on a GPU, else resident in this process (None: unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_resident()
 
 
 @contextmanager

@@ -119,14 +119,14 @@ def new_progress() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
         TextColumn("loss {task.fields[loss]:.3f}  right {task.fields[accuracy]:.1%}{task.fields[levels]}"),
-        TextColumn("{task.fields[speed]:,} tokens/s{task.fields[mfu]}  {task.fields[memory]:.1f} GiB"),
+        TextColumn("{task.fields[speed]:,} tokens/s{task.fields[mfu]} {task.fields[memory]}"),
         console=Console(stderr=True),
     )
 
 
 def add_run(progress: Progress, name: str, steps: int) -> TaskID:
     """Add the bar of a run."""
-    return progress.add_task(name, total=steps, loss=float("nan"), accuracy=0.0, levels="", speed=0, mfu="", memory=0.0)
+    return progress.add_task(name, total=steps, loss=float("nan"), accuracy=0.0, levels="", speed=0, mfu="", memory="")
 
 
 def advance(progress: Progress, bar: TaskID, metrics: dict[str, Any]) -> None:
@@ -139,14 +139,14 @@ def advance(progress: Progress, bar: TaskID, metrics: dict[str, Any]) -> None:
         levels=_by_level(metrics),
         speed=metrics["tokens_per_second"],
         mfu=_mfu(metrics),
-        memory=metrics["memory"] / 2**30,
+        memory=_memory(metrics),
     )
 
 
 def _line(name: str, steps: int, metrics: dict[str, Any]) -> str:
     return (
         f"{name} step {metrics['step']}/{steps} loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.3f}{_by_level(metrics)} "
-        f"{metrics['tokens_per_second']:,} tokens/s{_mfu(metrics)} {metrics['memory'] / 2**30:.1f} GiB, {_time_left(metrics, steps)} left"
+        f"{metrics['tokens_per_second']:,} tokens/s{_mfu(metrics)}{_memory(metrics)}, {_time_left(metrics, steps)} left"
     )
 
 
@@ -158,6 +158,10 @@ def _by_level(metrics: dict[str, Any]) -> str:
 
 def _mfu(metrics: dict[str, Any]) -> str:
     return f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else ""
+
+
+def _memory(metrics: dict[str, Any]) -> str:
+    return f" {metrics['memory'] / 2**30:.1f} GiB" if "memory" in metrics else ""
 
 
 def _time_left(metrics: dict[str, Any], steps: int) -> timedelta:

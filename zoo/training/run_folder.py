@@ -12,7 +12,6 @@ model.safetensors zoo.yaml results.json    after the last step
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ from zoo.config import read_yaml
 from zoo.errors import ZooError
 from zoo.files import new_folder, refuse_existing, replacing
 from zoo.model import Model
+from zoo.system import lock
 from zoo.training.parallel import Team, local, shard_like
 
 SETTINGS, METRICS, RESULTS = "train.yaml", "metrics.jsonl", "results.json"
@@ -79,10 +79,8 @@ class RunFolder:
             with new_folder(self.path) as folder:
                 (folder / SETTINGS).write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="utf-8")
         with (self.path / SETTINGS).open(encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ZooError(f"{self.path}: another process is training here") from None
+            if not lock(file):
+                raise ZooError(f"{self.path}: another process is training here")
             for scratch in self.path.glob("checkpoints/.*"):  # left by a process that was killed
                 shutil.rmtree(scratch)
             yield

@@ -16,6 +16,7 @@ import torch
 from rich.progress import Progress
 
 from zoo.errors import ZooError
+from zoo.system import cores
 from zoo.training.config import TrainConfig
 from zoo.training.loop import StoppedError, sigterm, train
 from zoo.training.reporting import add_run, advance, new_progress
@@ -44,7 +45,7 @@ def train_all(jobs: Mapping[Name, Job], processes: int | None = None) -> dict[Na
         StoppedError: after SIGTERM or Ctrl-C; runs under way have written a checkpoint.
     """
     pending = list(jobs)
-    slots = min(processes or torch.cuda.device_count() or len(os.sched_getaffinity(0)), len(pending))
+    slots = min(processes or torch.cuda.device_count() or cores(), len(pending))
     workers: dict[int, _Worker[Name]] = {}
     failed: dict[Name, str] = {}
     with new_progress() as progress, sigterm() as stop_requested:

@@ -1,0 +1,47 @@
+"""The parts of the standard library that differ between operating systems."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import IO, Any
+
+
+def _optional(name: str) -> Any:
+    """Return a module of the standard library; None on a system without it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+fcntl, resource = _optional("fcntl"), _optional("resource")  # Unix
+msvcrt = _optional("msvcrt")  # Windows
+BEYOND = 2**30  # place of the locked byte on Windows, where a locked byte cannot be read
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use, as far as the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_resident() -> int | None:
+    """Return the peak resident memory of this process in bytes; None if the system does not tell."""
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed. Returns False if another process holds the lock."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt is not None:
+            os.lseek(file.fileno(), BEYOND, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        return False
+    return True
