@@ -8,7 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zoo.config import validate
+from zoo.devices import usable_device
 from zoo.errors import ZooError
 from zoo.eviction import evictions
 from zoo.export import graphs, trace
@@ -36,6 +39,7 @@ def export(
     plan: Plan = Plan(),  # noqa: B008  (frozen)
     target: str = "onnx",
     verified: bool = True,
+    device: str | torch.device = "cpu",
     report: Report = lambda stage, result, seconds: None,
     **options: Any,
 ) -> Parity | None:
@@ -43,6 +47,7 @@ def export(
 
     Args:
         model: a model on the CPU in float32, float16 or bfloat16.
+        device: where PyTorch runs in the comparison.
         options: options of the target.
     Returns:
         The differences between the graphs and PyTorch; None without `verified`, or in bfloat16, which onnxruntime cannot run
@@ -52,9 +57,10 @@ def export(
             `zoo.export.verify.TOLERANCE`. No files remain in that case.
     """
     goal = validate(targets.get(target), options, f"target {target}")
+    device = usable_device(device, meta=False)
     check(model, plan, Path(out), verified)
-    if (device := model.embed.weight.device).type != "cpu":
-        raise ZooError(f"{model.config.name}: the weights are on {device}; allowed: cpu")
+    if not model.embed.weight.is_cpu:
+        raise ZooError(f"{model.config.name}: the weights are on {model.embed.weight.device}; allowed: cpu")
     goal.check(PRECISIONS[model.embed.weight.dtype], plan)
     with new_folder(Path(out)) as folder:
         bundle = write_onnx(model, folder, plan, report)
@@ -64,7 +70,7 @@ def export(
             report("compare with PyTorch", "skipped, onnxruntime has no bfloat16 kernels on a CPU", 0.0)
         elif verified:
             started = time.perf_counter()
-            parity = verify(model, ExportedModel(folder))
+            parity = verify(model, ExportedModel(folder), device)
             report("compare with PyTorch", f"{parity.tokens} tokens", time.perf_counter() - started)
         started = time.perf_counter()
         built = goal.build(folder, bundle)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--max-length", type=int, metavar="T", help="Maximum tokens of a stream, for models that never evict.")
 @click.option("--weights-only-int8", is_flag=True, help="Store linear layers in 8 bits, one scale per output.")
 @click.option("--weights-only-int4", is_flag=True, help="Store linear layers in 4 bits, one scale per 32 inputs.")
+@click.option("--device", default="cpu", show_default=True, help="Device of PyTorch in the comparison, such as cuda.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with PyTorch.")
 @click.option("--verify-only", type=click.Path(path_type=Path), metavar="DIR", help="Only compare the bundle in DIR with the model.")
 @click.option("--compute-capability", metavar="LIST", help="tensorrt: compute capabilities of GPUs to build for, such as 8.0,12.0.")
@@ -43,6 +44,7 @@ def main(
     out: Path | None,
     verify_only: Path | None,
     seed: int,
+    device: str,
     loops: int | None,
     compute_capability: str | None,
     unroll: bool,
@@ -68,15 +70,16 @@ def main(
     overrides += () if loops is None else (f"loops={loops}",)
     with one_line_errors():
         if out is not None:
-            _write(model, overrides, seed, out, **{name: value for name, value in asked.items() if value is not None})
+            _write(model, overrides, seed, device, out, **{name: value for name, value in asked.items() if value is not None})
         elif verify_only is not None:
-            _compare(model, overrides, seed, verify_only)
+            _compare(model, overrides, seed, device, verify_only)
 
 
 def _write(
     name: str,
     overrides: tuple[str, ...],
     seed: int,
+    device: str,
     out: Path,
     *,
     target: str,
@@ -88,6 +91,7 @@ def _write(
     from rich.table import Table
 
     from zoo.config import validate
+    from zoo.devices import usable_device
     from zoo.export.bundle import export
     from zoo.export.manifest import Bundle
     from zoo.export.plan import Plan, check, state_bytes
@@ -98,6 +102,7 @@ def _write(
     options = {field: value for field, value in asked.items() if field not in Plan.model_fields}
     validate(targets.get(target), options, f"target {target}").check(dtype or "float32", plan)
     refuse_existing(out)
+    usable_device(device, meta=False)
     console = Console()
     started = time.perf_counter()
 
@@ -111,7 +116,7 @@ def _write(
     report(
         made.config.name, f"{weights:,} bytes of weights, {state_bytes(made, plan):,} of states per stream", time.perf_counter() - started
     )
-    parity = export(made, out, plan=plan, target=target, verified=not no_verify, report=report, **options)
+    parity = export(made, out, plan=plan, target=target, verified=not no_verify, device=device, report=report, **options)
     if parity is not None:
         console.print(parity.table())
     table = Table("file", "bytes")
@@ -123,14 +128,14 @@ def _write(
         console.print(f"{engine}: {spec}", highlight=False, soft_wrap=True)
 
 
-def _compare(name: str, overrides: tuple[str, ...], seed: int, folder: Path) -> None:
+def _compare(name: str, overrides: tuple[str, ...], seed: int, device: str, folder: Path) -> None:
     from rich.console import Console
 
     from zoo.export.runtime import ExportedModel
     from zoo.export.verify import verify
 
     exported = ExportedModel(folder)
-    Console().print(verify(_model(name, overrides, seed, exported.bundle.precision), exported).table())
+    Console().print(verify(_model(name, overrides, seed, exported.bundle.precision), exported, device).table())
 
 
 def _model(name: str, overrides: tuple[str, ...], seed: int, dtype: str | None, device: str = "cpu") -> Model:

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from zoo.devices import usable_device
 from zoo.errors import ZooError
 from zoo.export.quantise import rounded
 from zoo.export.ring import PAST, pack
@@ -75,7 +76,7 @@ class _Findings:
 
     def logits(self, stage: str, logits: Tensor, wanted: Tensor) -> None:
         self._add(stage, "logits", logits, wanted, wanted.std())
-        self.agreed.append((logits.argmax(-1) == wanted.argmax(-1)).flatten())
+        self.agreed.append((logits.argmax(-1).to(wanted.device) == wanted.argmax(-1)).flatten())
 
     def states(self, stage: str, state: State, wanted: State) -> None:
         for (name, tensor), reference in zip(pack(state, PAST).items(), pack(wanted, PAST).values(), strict=True):
@@ -83,7 +84,7 @@ class _Findings:
                 self._add(stage, name, tensor, reference, reference.abs().max())
 
     def _add(self, stage: str, name: str, tensor: Tensor, wanted: Tensor, size: Tensor) -> None:
-        apart = (tensor.to(wanted.dtype) - wanted).abs() / size.clamp(min=1)
+        apart = (tensor.to(wanted) - wanted).abs() / size.clamp(min=1)
         self.found.setdefault((stage, name), []).append((apart.max().item(), apart.mean().item()))
 
     def parity(self) -> Parity:
@@ -93,29 +94,33 @@ class _Findings:
 
 
 @torch.no_grad()
-def verify(model: Model, exported: ExportedModel) -> Parity:
+def verify(model: Model, exported: ExportedModel, device: str | torch.device = "cpu") -> Parity:
     """Run both over the same stream of windows, with a sleep after each; one window repeats a token, the last one is short.
 
     Each side keeps its own states from sleep to sleep. Both read every window as whole chunks and token by token; in the
     middle of long windows, the graphs start from PyTorch's state.
 
+    Args:
+        device: where PyTorch runs.
     Raises:
-        ZooError: they differ by more than `TOLERANCE`.
+        ZooError: they differ by more than `TOLERANCE`, or there is no such device.
     """
+    device = usable_device(device, meta=False)
     stored = exported.bundle.plan.weights
     reference = model if stored is None else rounded(model, stored)
-    reference = copy.deepcopy(reference).float() if model.embed.weight.dtype != torch.float32 else reference
-    ids, length = stream(model, exported.bundle.window), exported.bundle.window
+    if model.embed.weight.dtype != torch.float32 or model.embed.weight.device != device:
+        reference = copy.deepcopy(reference).to(device, torch.float32)
+    ids, length = stream(model, exported.bundle.window).to(device), exported.bundle.window
     found = _Findings()
     wanted, state = reference.init_state(BATCH), exported.init_state(BATCH)
     for number, chunk in enumerate(ids.split(length, dim=1)):
         _awake(found, reference, exported, chunk, wanted, state)
         if model.config.window is not None:
-            wanted, state = reference.consolidate(chunk, wanted), exported.consolidate(chunk, state)
+            wanted, state = reference.consolidate(chunk, wanted), exported.consolidate(chunk.to(exported.device), state)
             found.states(STRESS if number == REPEATED else SLEEP, exported.plain(state), wanted)
     parity = found.parity()
     if stored is not None:
-        parity = replace(parity, loss=(stored, *_loss(copy.deepcopy(model).float(), reference, ids[:, :length])))
+        parity = replace(parity, loss=(stored, *_loss(copy.deepcopy(model).to(device, torch.float32), reference, ids[:, :length])))
     allowed = TOLERANCE[exported.bundle.precision]
     for (stage, name), difference in parity.differences.items():
         if not difference.maximum <= allowed:
@@ -144,7 +149,7 @@ def _awake(found: _Findings, reference: Model, exported: ExportedModel, chunk: T
     T = chunk.shape[1]
     whole, after = reference(chunk, wanted)
     if T <= STEPPED or exported.bundle.plan.prefill:
-        logits, read = exported(chunk, state)
+        logits, read = exported(chunk.to(exported.device), state)
         found.logits(CHUNK, logits, whole)
         found.states(CHUNK, exported.plain(read), after)
     few = STEPPED // 4
@@ -153,15 +158,16 @@ def _awake(found: _Findings, reference: Model, exported: ExportedModel, chunk: T
         mine = state if start == 0 else exported.ringed(_like(there, state))
         for token in chunk[:, start:end].split(1, dim=1):
             want, there = reference(token, there)
-            logits, mine = exported(token, mine)
+            logits, mine = exported(token.to(exported.device), mine)
             found.logits(TOKEN, logits, want)
         found.states(TOKEN, exported.plain(mine), there)
 
 
 def _like(state: State, graph: State) -> State:
-    """Cast a float32 state to the precision of the graph's."""
+    """Move a float32 state to the device and the precision of the graph's."""
+    fast = tuple(None if s is None or like is None else s.to(like) for s, like in zip(state.fast, graph.fast, strict=True))
     window = tuple(
-        cache if cache is None else cache._make(x.to(own.dtype) for x, own in zip(cache, like, strict=True))
+        cache if cache is None else cache._make(x.to(own) for x, own in zip(cache, like, strict=True))
         for cache, like in zip(state.window, graph.window, strict=True)
     )
-    return state._replace(window=window)
+    return State(fast, window, state.position)

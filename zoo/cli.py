@@ -12,6 +12,7 @@ import click
 
 from zoo.config import list_models, parse_overrides
 from zoo.errors import ZooError
+from zoo.options import DEVICE, DTYPE, Number
 
 if TYPE_CHECKING:
     from zoo.costs import Description
@@ -25,14 +26,6 @@ SECTIONS = {
     "Inference": ("chat", "serve"),
     "This machine": ("doctor",),
 }
-
-
-class Number(click.FloatRange):
-    """A number within bounds; NaN is always out of bounds."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
-        return self.fail(f"{value!r} is not a number.", param, ctx) if number != number else number
 
 
 @contextmanager
@@ -260,7 +253,11 @@ def demo(out: Path) -> None:
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Seed for reproducible answers.")
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep between turns.  [default: as in the model]")
-def chat(model: str, tokens: int, temperature: float, top_p: float, seed: int | None, loops: int | None) -> None:
+@DEVICE
+@DTYPE
+def chat(
+    model: str, tokens: int, temperature: float, top_p: float, seed: int | None, loops: int | None, device: str, dtype: str | None
+) -> None:
     """Chat with a model that sleeps between turns.
 
     MODEL is a folder or a name. Ctrl-C ends an answer, Ctrl-D the conversation.
@@ -268,7 +265,7 @@ def chat(model: str, tokens: int, temperature: float, top_p: float, seed: int | 
     from zoo.serving.chat import converse
     from zoo.sessions.session import Session
 
-    opened, tokenizer = _open(model)
+    opened, tokenizer = _open(model, device, dtype)
     converse(Session(opened), tokenizer, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
 
 
@@ -285,6 +282,8 @@ def chat(model: str, tokens: int, temperature: float, top_p: float, seed: int | 
 @click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Maximum number of tokens in an answer.")
 @click.option("--max-bytes", type=click.IntRange(min=1), help="Memory limit for stream states; refuses settings that may exceed it.")
 @click.option("--max-body", type=click.IntRange(min=1), default=2**20, show_default=True, help="Maximum size of a request, in bytes.")
+@DEVICE
+@DTYPE
 def serve(
     model: str,
     host: str,
@@ -298,6 +297,8 @@ def serve(
     max_tokens: int,
     max_bytes: int | None,
     max_body: int,
+    device: str,
+    dtype: str | None,
 ) -> None:
     """Serve a model over HTTP.
 
@@ -309,7 +310,7 @@ def serve(
     from zoo.sessions.pool import SessionPool
 
     check_address(host, port)
-    opened, tokenizer = _open(model)
+    opened, tokenizer = _open(model, device, dtype)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
     limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle)
     app = make_app(pool, tokenizer, opened.config.name, limits)
@@ -330,7 +331,7 @@ def doctor(check: bool) -> None:
         sys.exit(1)
 
 
-def _open(model: str) -> tuple[Model, ByteTokenizer]:
+def _open(model: str, device: str, dtype: str | None) -> tuple[Model, ByteTokenizer]:
     """Return a model and its tokenizer: the contents of a folder, or fresh weights for a name or a YAML file."""
     from zoo.checkpoints.own import load
     from zoo.console import spinner
@@ -339,7 +340,7 @@ def _open(model: str) -> tuple[Model, ByteTokenizer]:
 
     folder = Path(model) if Path(model).is_dir() else None
     with spinner(f"loading {model}" if folder else f"creating {model}"):
-        opened = create(model) if folder is None else load(folder)
+        opened = create(model, device=device, dtype=dtype or "float32") if folder is None else load(folder, device=device, dtype=dtype)
     tokenizer = load_tokenizer(folder, opened.config.vocab_size)
     if folder is None:
         click.echo(f"{model}: random weights; give a folder for trained ones", err=True)

@@ -7,13 +7,15 @@ import torch
 from zoo.errors import ZooError
 
 
-def usable_device(name: str | torch.device) -> torch.device:
-    """Return a device of this machine, or "meta". Raises a ZooError if there is no such device."""
+def usable_device(name: str | torch.device, *, meta: bool = True) -> torch.device:
+    """Return a device of this machine, or with `meta` also "meta". Raises a ZooError if there is no such device."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta" and not meta:
+            raise RuntimeError
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError):  # each backend raises its own
-        raise ZooError(f"device: '{name}' is not available on this machine; allowed: {', '.join(_available())}, meta") from None
+        raise ZooError(f"device: '{name}' is not available on this machine; allowed: {', '.join(_available() + ['meta'] * meta)}") from None
     return device
 
 

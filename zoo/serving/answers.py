@@ -37,7 +37,7 @@ class Answer:
         self._stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         started = time.perf_counter()
         self._generated = session.generate(
-            torch.tensor([ids], dtype=torch.int64) if ids else None,
+            torch.tensor([ids], dtype=torch.int64, device=session.device) if ids else None,
             max_tokens,
             stop=tokenizer.stop,
             temperature=request.temperature,

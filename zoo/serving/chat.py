@@ -45,7 +45,9 @@ def converse(
         decode = tokenizer.decoder()
         try:
             turn_seed = None if seed is None else turn
-            for token in session.generate(torch.tensor([ids]), tokens, stop=tokenizer.stop, seed=turn_seed, **sampling):
+            for token in session.generate(
+                torch.tensor([ids], device=session.device), tokens, stop=tokenizer.stop, seed=turn_seed, **sampling
+            ):
                 console.print(Text(decode(int(token))), end="", soft_wrap=True)
         except KeyboardInterrupt:
             console.print(" ...", end="")

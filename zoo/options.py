@@ -1,0 +1,21 @@
+"""Types and options of the command line that several commands share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+class Number(click.FloatRange):
+    """A number within bounds; NaN is always out of bounds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is not a number.", param, ctx) if number != number else number
+
+
+DEVICE = click.option("--device", default="cpu", show_default=True, help="Device to run on, such as cuda or cuda:1.")
+DTYPE = click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Weights and activations.  [default: as stored]"
+)
