@@ -17,6 +17,7 @@ from zoo.eviction import evictions
 from zoo.export.manifest import CODA, CONSOLIDATION, PASS, PREDICTION, PREFILL, PRELUDE, Bundle
 from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_rings
 from zoo.factory import create
+from zoo.inputs import StateForm, check_count, check_ids, check_range
 from zoo.registry import Registry
 from zoo.sessions.session import Session
 from zoo.sessions.sliced import Slice, finish
@@ -75,6 +76,7 @@ class ExportedModel:
         self._slots = self.bundle.window
         self._eviction = evictions.get(self.config.evict)
         self._shapes = create(self.config, device="meta", dtype=getattr(torch, self.bundle.precision))
+        self._form = StateForm.of(with_rings(self._shapes.init_state(), self._slots))
         opened = providers.get(provider)
         self._graphs = {name: opened(folder, self.bundle, name) for name in self.bundle.graphs}
         self.device = self._graphs[PREDICTION].device
@@ -91,7 +93,7 @@ class ExportedModel:
         Long inputs go through the prefill graph if the bundle has one; otherwise tokens run one at a time.
 
         Raises:
-            ZooError: the tokens do not fit into the current window.
+            ZooError: ids or a state that do not fit the bundle or each other, or more tokens than the window has room for.
         """
         self._check(ids, state)
         if not self._slides and state.position + ids.shape[1] > self._slots:
@@ -124,8 +126,8 @@ class ExportedModel:
             state: state at the start of the chunk.
             loops: number of passes of the span; differs from `config.loops` only in bundles exported with --per-pass.
         Raises:
-            ZooError: more tokens than the window holds, a state taken inside a window that restarts, a model that never
-                sleeps, or a number of passes that the graph does not offer.
+            ZooError: as a wake pass; also more tokens than the window holds, a state taken inside a window that restarts, a model
+                that never sleeps, or a number of passes that the graph does not offer.
         """
         return finish(self.consolidate_in_slices(ids, state, loops=loops))
 
@@ -150,7 +152,8 @@ class ExportedModel:
         if self._eviction.restarts and state.position:
             raise ZooError(f"state: at position {state.position}; a sleep starts from the state at the start of its window")
         loops = self.config.loops if loops is None else loops
-        if loops < 1 or (loops != self.config.loops and CONSOLIDATION in self._graphs):
+        check_count("loops", loops)
+        if loops != self.config.loops and CONSOLIDATION in self._graphs:
             raise ZooError(f"loops: {loops}; this bundle was exported with {self.config.loops}; --per-pass allows any number")
         given = self._padded(ids, self._slots) | {"position": torch.tensor(state.position, device=self.device)} | pack(state, PAST)
         out = self._graphs[CONSOLIDATION](given) if CONSOLIDATION in self._graphs else (await self._pass_by_pass(given, loops))
@@ -202,9 +205,12 @@ class ExportedModel:
         return self._eviction.uses_window and not self._eviction.restarts
 
     def _check(self, ids: Tensor, state: State) -> None:
-        batch = next(iter(pack(state, PAST).values())).shape[0]
-        if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] == 0:
-            raise ZooError(f"ids {list(ids.shape)}: want [B, T] with B = {batch} and at least one token")
+        check_ids(ids)
+        if not ids.is_cpu and ids.device != self.device:  # a runner moves ids from the CPU to its GPU
+            raise ZooError(f"ids: on {ids.device}; the bundle runs on {self.device}")
+        if ids.is_cpu:
+            check_range(ids, self.config.vocab_size)
+        self._form.check(state, ids.shape[0])
 
 
 class OnnxRuntime:

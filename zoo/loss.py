@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
+from zoo.inputs import check_count, check_ids, check_range
 from zoo.state import Answers, State
 
 if TYPE_CHECKING:
@@ -74,7 +75,12 @@ def answers(
     backward_chunks: int | None = None,
 ) -> Answers:
     """Return the predictions that the loss scores; see `Model.answers`. Gradients cross chunks only through the state."""
-    mask = _checked(ids, loss_mask)
+    mask = _checked(ids, loss_mask, model.config.vocab_size)
+    for name, value in {"loops": loops, "backward_chunks": backward_chunks}.items():
+        if value is not None:
+            check_count(name, value)
+    if recompute not in get_args(Recompute):
+        raise ZooError(f"recompute: {recompute!r}; allowed: {', '.join(get_args(Recompute))}")
     plan = chunks(mask, model.config)
     if (loops or model.config.loops) > 1 and len(plan) > 1 and not any(chunk.asleep for chunk in plan):
         raise ZooError(
@@ -103,15 +109,21 @@ def answers(
     return Answers(model.logits(torch.cat(hidden)), order, ids.flatten()[order])
 
 
-def _checked(ids: Tensor, loss_mask: Tensor) -> Tensor:
+def _checked(ids: Tensor, loss_mask: Any, vocab_size: int) -> Tensor:
     """Return the mask as bool."""
-    if ids.shape != loss_mask.shape or ids.ndim != 2:
+    check_ids(ids)
+    if not isinstance(loss_mask, Tensor) or loss_mask.device != ids.device:
+        found = loss_mask.device if isinstance(loss_mask, Tensor) else type(loss_mask).__name__
+        raise ZooError(f"loss_mask: {found}; want a tensor on {ids.device}, where ids are")
+    if ids.shape != loss_mask.shape:
         raise ZooError(f"loss_mask {list(loss_mask.shape)} and ids {list(ids.shape)}: want the same [B, T]")
     mask = loss_mask.bool()
     if not torch.equal(mask.to(loss_mask.dtype), loss_mask):
         raise ZooError(f"loss_mask: {loss_mask.min().item()} to {loss_mask.max().item()}; allowed: bool, or 0 and 1")
-    if ids.numel() and int(ids.min()) < 0:
-        raise ZooError(f"ids: {int(ids.min())} is not a token id; mark the tokens to predict in loss_mask instead of masking labels")
+    if ((ids < 0) | (ids >= vocab_size)).any():
+        if int(ids.min()) < 0:
+            raise ZooError(f"ids: {int(ids.min())} is not a token id; mark the tokens to predict in loss_mask instead of masking labels")
+        check_range(ids, vocab_size)
     return mask
 
 

@@ -19,7 +19,7 @@ from zoo.blocks.tied_head import TiedHead
 from zoo.config import ModelConfig, validate
 from zoo.errors import ZooError
 from zoo.eviction import evictions
-from zoo.kernels.common import packed
+from zoo.inputs import StateForms, check_awake, check_count, check_flag, checked_state, count_streams, look_up
 from zoo.loss import Recompute, answers
 from zoo.state import Answers, Output, State
 
@@ -45,6 +45,7 @@ class Model(nn.Module):
         self.exit = None if config.exit is None else ExitGate(config.d_model, **config.exit.model_dump())
         if config.inject:
             self.inject = nn.Parameter(torch.empty(config.d_model))
+        self.state_forms: StateForms = {}
         self._has_fast = [fast is not None for fast in self.init_state().fast]
         if config.wake_loops > 1 and any(self._has_fast):
             raise ZooError(f"{config.name}: wake_loops: {config.wake_loops} needs blocks without fast weights; these leak later tokens")
@@ -56,6 +57,7 @@ class Model(nn.Module):
 
     def init_state(self, batch_size: int = 1) -> State:
         """Return the state of `batch_size` streams before their first token."""
+        check_count("batch_size", batch_size)
         layers: list[Mixer] = [block.mixer for block in self.blocks]  # type: ignore[misc]
         window = tuple(m.new_window(batch_size) for _ in range(self.config.wake_loops) for m in layers)
         return State(tuple(m.new_fast(batch_size) for m in layers), window, 0)
@@ -66,8 +68,7 @@ class Model(nn.Module):
         Args:
             cu_seqlens: [S + 1] int32 or int64, offsets of S sequences packed into ids: [1, total], each continuing its own stream.
         Raises:
-            ZooError: the tokens do not fit into the current window.
-            ValueError: `cu_seqlens` does not fit the tokens.
+            ZooError: ids, a state or `cu_seqlens` that do not fit the model or each other, or more tokens than the window has room for.
         """
         h, state = self.wake(ids, state, cu_seqlens=cu_seqlens)
         return Output(self.logits(h), state)
@@ -118,12 +119,10 @@ class Model(nn.Module):
             awake: result of `wake` for these tokens and this state, used as the first pass where `wakes_as_it_sleeps`.
             recompute: as in `wake`.
         Raises:
-            ZooError: more tokens than the window holds, loops < 1, or `awake` for a model whose wake pass is not the first pass
-                of a sleep.
-            ValueError: `cu_seqlens` does not fit the tokens.
+            ZooError: as `forward`; also more tokens than the window holds, loops < 1, or `awake` of other tokens, or for a model
+                whose wake pass is not the first pass of a sleep.
         """
-        if awake is not None and not self.wakes_as_it_sleeps:
-            raise ZooError(f"awake: the wake pass of {self.config.name} is not the first pass of a sleep; omit `awake`")
+        check_awake(self, ids, awake)
         _, state = self.run(*self.start_sleep(ids, state, loops, cu_seqlens), awake=awake, recompute=recompute)
         return self.evict(state)
 
@@ -139,6 +138,7 @@ class Model(nn.Module):
         Returns:
             Hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state after the tokens, before eviction.
         """
+        check_flag("recompute", recompute)
         first, outputs = h, []
         fast, window = list(start.fast), list(start.window)
         if awake is not None:  # the wake pass was the first one
@@ -190,12 +190,10 @@ class Model(nn.Module):
         self, ids: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State, Positions, Passes]:
         """Return the arguments of `run` for a wake pass. Raises the same errors as `forward`."""
-        if ids.ndim != 2 or ids.shape[1] == 0:
-            raise ZooError(f"ids {list(ids.shape)}: want [B, T] with at least one token")
-        streams = packed.streams(ids.shape[0], ids.shape[1], cu_seqlens)
+        streams = count_streams(ids, cu_seqlens)
         if cu_seqlens is not None and (loose := {kind for kind in self.config.pattern if not mixers.get(kind).packs}):
             raise ZooError(f"{self.config.name}: cu_seqlens: block '{min(loose)}' does not support packed sequences")
-        state = self.init_state(streams) if state is None else state
+        state = self.init_state(streams) if state is None else checked_state(self, state, ids, streams)
         positions = Positions(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
         end = int(positions.end.max()) if isinstance(positions.end, Tensor) else positions.end
         if self.eviction.restarts and end > (window := self.config.window or 0):
@@ -208,8 +206,8 @@ class Model(nn.Module):
     ) -> tuple[Tensor, State, Positions, Passes]:
         """Return the arguments of `run` for a sleep. Raises the same errors as `consolidate`."""
         loops = self.config.loops if loops is None else loops
-        if loops < 1:
-            raise ZooError(f"loops: {loops} must be at least 1")
+        check_count("loops", loops)
+        count_streams(ids, cu_seqlens)  # refuses what has no length
         if self.config.window is not None and (longest := _longest(ids, cu_seqlens)) > self.config.window:
             raise ZooError(f"ids: {longest} tokens are more than one window of {self.config.window}")
         h, state, positions, _ = self.start_wake(ids, state, cu_seqlens)
@@ -259,7 +257,7 @@ class Model(nn.Module):
 
     def embedded(self, ids: Tensor, positions: Positions, *, asleep: bool = False) -> Tensor:
         """Embed tokens and, where the model has them, their learned positions: ids [B, T] -> [B, T, D]."""
-        h = self.embed(ids)
+        h = look_up(self.embed, ids)
         if not self.config.learned_positions or (self.config.learned_positions == "asleep" and not asleep):
             return h
         # the padding of an exported graph may reach past the window

@@ -71,8 +71,12 @@ class Manual(Schedule):
         return None
 
 
-def new_schedule(text: str) -> Schedule:
-    """Return the schedule written as `text`, such as "interval(512)". Raises ZooError."""
+def new_schedule(text: str | Schedule) -> Schedule:
+    """Return a schedule, or the one written as `text`, such as "interval(512)". Raises ZooError."""
+    if isinstance(text, Schedule):
+        return text
+    if not isinstance(text, str):
+        raise ZooError(f"schedule: {text!r}; want a Schedule, or text such as 'full' or 'interval(512)'")
     match = re.fullmatch(r"([\w-]+)(?:\(([^()]*)\))?", text.strip())
     if match is None:
         raise ZooError(f"schedule: '{text}'; want a name such as full, or a name with numbers such as interval(512)")

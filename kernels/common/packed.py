@@ -9,20 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
+
 
 def streams(batch: int, total: int, cu_seqlens: Tensor | None) -> int:
-    """Return the number of sequences, each with a state of its own. Raises ValueError if `cu_seqlens` does not fit."""
+    """Return the number of sequences, each with a state of its own. Raises ZooError if `cu_seqlens` does not fit."""
     if cu_seqlens is None:
         return batch
+    if not isinstance(cu_seqlens, Tensor):
+        raise ZooError(f"cu_seqlens: {type(cu_seqlens).__name__}; want a tensor, [S + 1] int32 or int64")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} {cu_seqlens.dtype}: want [S + 1] int32 or int64, S at least 1")
+        raise ZooError(f"cu_seqlens {list(cu_seqlens.shape)} {cu_seqlens.dtype}: want [S + 1] int32 or int64, S at least 1")
     if batch != 1:
-        raise ValueError(f"cu_seqlens: packed sequences must be in one row, the batch has {batch}")
+        raise ZooError(f"cu_seqlens: packed sequences must be in one row, the batch has {batch}")
     # reading a tensor on a GPU would synchronise
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != total or sorted(set(ends)) != ends:
-            raise ValueError(f"cu_seqlens {ends}: want strictly increasing from 0 to {total}, the number of tokens")
+            raise ZooError(f"cu_seqlens {ends}: want strictly increasing from 0 to {total}, the number of tokens")
     return len(cu_seqlens) - 1
 
 

@@ -2,15 +2,19 @@
 
 import socket
 from contextlib import closing
+from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from torch.utils._pytree import tree_map, tree_map_only
 
 import zoo
 from zoo.cli import main as zoo_main
 from zoo.export.cli import main as export_main
+from zoo.export.runtime import ExportedModel
+from zoo.state import State
 
 DEVICE = "cuda:99" if torch.cuda.is_available() else "cuda"
 MODEL = {"layers": "attn gdn", "d_model": 16, "d_ff": 16, "vocab_size": 256}
@@ -147,6 +151,8 @@ COMMANDS = [
     ("chat", "{place}/model", "--temperature", "nan"),
     ("chat", "{place}/model", "--top-p", "0"),
     ("chat", "{place}/model", "--seed", "-1"),
+    *((command, "{place}/model", "--device", device) for command in ("chat", "serve") for device in (DEVICE, "gpu", "meta")),
+    *((command, "{place}/model", "--dtype", "int8") for command in ("chat", "serve")),
     ("serve", "{place}/model", "--when", "sometimes"),
     ("serve", "{place}/model", "--when", "interval(0)"),
     ("serve", "{place}/model", "--max-bytes", "10"),
@@ -177,6 +183,7 @@ EXPORTS = [
     ("{place}/model", "--verify-only", "nowhere"),
     ("{place}/model", "--out", "{new}", "--target", "metal"),
     ("{place}/model", "--out", "{new}", "--dtype", "int8"),
+    *(("{place}/model", "--out", "{new}", "--device", device) for device in (DEVICE, "gpu", "meta")),
     ("{place}/model", "--out", "{new}", "--dialect", "dutch"),
     ("{place}/model", "--out", "{new}", "--loops", "0"),
     ("{place}/model", "--out", "{new}", "--prefill", "0"),
@@ -264,3 +271,189 @@ def test_api(place, tmp_path, name):
     with pytest.raises(zoo.ZooError, match=r"^[^\n]+$"):
         CALLS[name](place, tmp_path / "new", model)
     assert not list(tmp_path.iterdir())
+
+
+IDS = torch.arange(4)[None]
+MASK = torch.ones(1, 4)
+
+WRONG_IDS = {
+    "a list": [[1, 2, 3, 4]],
+    "int32": IDS.int(),
+    "float": IDS.float(),
+    "bool": IDS.bool(),
+    "one dimension": IDS[0],
+    "three dimensions": IDS[None],
+    "no rows": IDS[:0],
+    "no tokens": IDS[:, :0],
+    "above the vocabulary": IDS + 253,
+    "negative": IDS - 1,
+    "another device": IDS.to("meta"),
+}
+READERS = {
+    "forward": lambda place, ids: place.model(ids),
+    "wake": lambda place, ids: place.model.wake(ids),
+    "consolidate": lambda place, ids: place.model.consolidate(ids),
+    "loss": lambda place, ids: place.model.loss(ids, MASK),
+    "answers": lambda place, ids: place.model.answers(ids, MASK),
+    "feed": lambda place, ids: zoo.Session(place.model).feed(ids),
+    "generate": lambda place, ids: zoo.Session(place.model).generate(ids, 2),
+    "pool": lambda place, ids: place.pool.open().feed(ids),
+    "bundle": lambda place, ids: place.bundle(ids, place.bundle.init_state()),
+    "bundle.consolidate": lambda place, ids: place.bundle.consolidate(ids, place.bundle.init_state()),
+}
+
+
+def cast(dtype, part):
+    return tree_map_only(torch.Tensor, lambda x: x.to(dtype), part)
+
+
+# from the right state, and its owner
+WRONG_STATES = {
+    "an Output": lambda state, owner: owner(IDS, state),
+    "a tuple": lambda state, owner: tuple(state),
+    "of layers in another order": lambda state, owner: State(state.fast[::-1], state.window[::-1], 0),
+    "of more layers": lambda state, owner: State(state.fast * 2, state.window * 2, 0),
+    "of another width": lambda state, owner: state._replace(fast=tuple(s if s is None else s[..., 1:] for s in state.fast)),
+    "of other attention heads": lambda state, owner: state._replace(
+        window=(tree_map(lambda x: x[:, 1:], state.window[0]), state.window[1])
+    ),
+    "of two streams": lambda state, owner: owner.init_state(2),
+    "of no stream": lambda state, owner: tree_map_only(torch.Tensor, lambda x: x[:0], state),
+    "with fast weights in bfloat16": lambda state, owner: state._replace(fast=cast(torch.bfloat16, state.fast)),
+    "with fast weights in float64": lambda state, owner: state._replace(fast=cast(torch.float64, state.fast)),
+    "with a cache in bfloat16": lambda state, owner: state._replace(window=cast(torch.bfloat16, state.window)),
+    "without fast weights": lambda state, owner: state._replace(fast=(None, None)),
+    "without a cache": lambda state, owner: state._replace(window=(None, None)),
+}
+AFTER = {
+    "forward": lambda place, state: place.model(IDS, state),
+    "wake": lambda place, state: place.model.wake(IDS, state),
+    "consolidate": lambda place, state: place.model.consolidate(IDS, state),
+    "bundle": lambda place, state: place.bundle(IDS, state),
+    "bundle.consolidate": lambda place, state: place.bundle.consolidate(IDS, state),
+}
+
+COUNTERS = {
+    "init_state batch_size": lambda place, n: place.model.init_state(n),
+    "consolidate loops": lambda place, n: place.model.consolidate(IDS, loops=n),
+    "answers loops": lambda place, n: place.model.answers(IDS, MASK, loops=n),
+    "answers backward_chunks": lambda place, n: place.model.answers(IDS, MASK, backward_chunks=n),
+    "Session batch_size": lambda place, n: zoo.Session(place.model, n),
+    "sleep loops": lambda place, n: zoo.Session(place.model).sleep(n),
+    "generate tokens": lambda place, n: zoo.Session(place.model).generate(IDS, n),
+    "generate top_k": lambda place, n: zoo.Session(place.model).generate(IDS, 1, top_k=n),
+    "SessionPool slots": lambda place, n: zoo.SessionPool(place.model, n),
+    "SessionPool streams": lambda place, n: zoo.SessionPool(place.model, streams=n),
+    "SessionPool context": lambda place, n: zoo.SessionPool(place.model, context=n),
+    "SessionPool max_bytes": lambda place, n: zoo.SessionPool(place.model, max_bytes=n),
+    "bundle loops": lambda place, n: place.bundle.consolidate(IDS, place.bundle.init_state(), loops=n),
+    "bundle batch_size": lambda place, n: place.bundle.init_state(n),
+}
+
+ARGUMENTS = [
+    ("recompute", lambda model: model.answers(IDS, MASK, recompute="all")),
+    ("recompute", lambda model: model.answers(IDS, MASK, recompute=True)),
+    ("recompute", lambda model: model.wake(IDS, recompute="passes")),
+    ("recompute", lambda model: model.consolidate(IDS, recompute="passes")),
+    ("loss_mask", lambda model: model.loss(IDS, MASK.tolist())),
+    ("loss_mask", lambda model: model.loss(IDS, MASK.to("meta"))),
+    ("loss_mask", lambda model: model.loss(IDS, MASK[:, 1:])),
+    ("loss_mask", lambda model: model.loss(IDS, MASK[0])),
+    ("loss_mask", lambda model: model.loss(IDS, MASK * 2)),
+    ("loss_mask", lambda model: model.loss(IDS, MASK * float("nan"))),
+    ("loss_mask", lambda model: model.loss(IDS, MASK * 0)),
+    ("awake", lambda model: model.consolidate(IDS, awake=model.wake(IDS[:, :2]))),
+    ("cu_seqlens", lambda model: model(IDS, cu_seqlens=[0, 4])),
+    ("cu_seqlens", lambda model: model(IDS, cu_seqlens=torch.tensor([0.0, 4.0]))),
+    ("cu_seqlens", lambda model: model(IDS, cu_seqlens=torch.tensor([0]))),
+    ("cu_seqlens", lambda model: model(IDS, cu_seqlens=torch.tensor([0, 5]))),
+    ("cu_seqlens", lambda model: model(IDS, cu_seqlens=torch.tensor([1, 4]))),
+    ("cu_seqlens", lambda model: model(IDS, cu_seqlens=torch.tensor([0, 2, 1, 4]))),
+    ("cu_seqlens", lambda model: model.consolidate(IDS, cu_seqlens=torch.tensor([0, 5]))),
+    ("cu_seqlens", lambda model: model.consolidate(IDS, cu_seqlens=[0, 4])),
+    ("cu_seqlens", lambda model: model(IDS.expand(2, 4), cu_seqlens=torch.tensor([0, 4]))),
+    ("state", lambda model: model(IDS, model(IDS).state, cu_seqlens=torch.tensor([0, 2, 4]))),
+    ("model", lambda model: zoo.Session("gdn4")),
+    ("model", lambda model: zoo.Session(torch.nn.Linear(2, 2))),
+    ("model", lambda model: zoo.Session(small(device="meta"))),
+    ("model", lambda model: zoo.SessionPool(None)),
+    ("schedule", lambda model: zoo.Session(model, when=3)),
+    ("schedule", lambda model: zoo.SessionPool(model, when=None)),
+    ("wait", lambda model: zoo.Session(model).sleep(wait="no")),
+    ("generate: stop", lambda model: zoo.Session(model).generate(IDS, 1, stop=3)),
+    ("generate: stop", lambda model: zoo.Session(model).generate(IDS, 1, stop="a")),
+    ("generate: temperature", lambda model: zoo.Session(model).generate(IDS, 1, temperature=float("nan"))),
+    ("generate: top_p", lambda model: zoo.Session(model).generate(IDS, 1, top_p=0)),
+    ("generate: seed", lambda model: zoo.Session(model).generate(IDS, 1, seed=-1)),
+    ("generate: repetition_penalty", lambda model: zoo.Session(model).generate(IDS, 1, repetition_penalty=0)),
+    ("dtype", lambda model: zoo.create("gdn4", dtype="int8")),
+    ("dtype", lambda model: zoo.create("gdn4", dtype=torch.int64)),
+]
+
+
+def small(**fields):
+    return zoo.create("gdn4-sleep2-hard16", **MODEL | fields)
+
+
+class Entrances(NamedTuple):
+    """The objects that the tables call."""
+
+    model: zoo.Model
+    pool: zoo.SessionPool
+    bundle: ExportedModel
+
+
+@pytest.fixture(scope="module")
+def entrances(tmp_path_factory):
+    model, folder = small(), tmp_path_factory.mktemp("bundle") / "bundle"
+    zoo.export.export(model, folder, verified=False)
+    with zoo.SessionPool(model, 1, streams=20) as pool:
+        yield Entrances(model, pool, ExportedModel(folder))
+
+
+def names(field, call):
+    """Check that `call` raises a ZooError of one line that begins with `field`."""
+    with pytest.raises(zoo.ZooError, match=rf"^{field}\b[^\n]+$"):
+        call()
+
+
+@pytest.mark.parametrize("kind", WRONG_IDS)
+@pytest.mark.parametrize("entrance", READERS)
+def test_ids(entrances, entrance, kind):
+    names("(ids|loss_mask: cpu)", lambda: READERS[entrance](entrances, WRONG_IDS[kind]))
+
+
+@pytest.mark.parametrize("kind", WRONG_STATES)
+@pytest.mark.parametrize("entrance", AFTER)
+def test_states(entrances, entrance, kind):
+    owner = entrances.bundle if "bundle" in entrance else entrances.model
+    state = WRONG_STATES[kind](owner.init_state(), owner)
+    names("state", lambda: AFTER[entrance](entrances, state))
+
+
+def test_a_model_and_its_bundle_refuse_the_states_of_each_other(entrances):
+    names("state", lambda: entrances.model(IDS, entrances.bundle.init_state()))
+    names("state", lambda: entrances.bundle(IDS, entrances.model.init_state()))
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "two"])
+@pytest.mark.parametrize("counter", COUNTERS)
+def test_counts(entrances, counter, value):
+    entrance, field = counter.split()
+    names(f"{entrance}: {field}" if entrance == "generate" else field, lambda: COUNTERS[counter](entrances, value))
+
+
+@pytest.mark.parametrize(("field", "call"), ARGUMENTS, ids=[f"{field}-{i}" for i, (field, _) in enumerate(ARGUMENTS)])
+def test_arguments(entrances, field, call):
+    names(field, lambda: call(entrances.model))
+
+
+def test_the_tables_begin_from_calls_that_are_right(entrances):
+    for call in READERS.values():
+        call(entrances, IDS)
+    for name, call in AFTER.items():
+        call(entrances, (entrances.bundle if "bundle" in name else entrances.model).init_state())
+    for counter, call in COUNTERS.items():
+        made = call(entrances, 10**9 if "max_bytes" in counter else 2)
+        if isinstance(made, zoo.SessionPool):
+            made.close()

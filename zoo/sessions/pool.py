@@ -6,12 +6,14 @@ from typing import Self
 
 from zoo.costs import window_bytes
 from zoo.errors import ZooError
+from zoo.inputs import check_count
 from zoo.model import Model
 from zoo.schedule import Schedule, new_schedule
 from zoo.sessions.host import BusyError as BusyError
 from zoo.sessions.host import PoolFullError as PoolFullError
 from zoo.sessions.scheduler import Scheduler
 from zoo.sessions.session import Session
+from zoo.sessions.sleeping_model import check_model
 from zoo.sessions.slots import context_of
 from zoo.sessions.snapshot import kept, size
 
@@ -45,10 +47,12 @@ class SessionPool:
         max_bytes: int | None = None,
     ) -> None:
         streams = slots if streams is None else streams
-        if slots < 1 or streams < 1:
-            raise ZooError(f"slots: {slots}, streams: {streams}; both must be at least 1")
+        check_model(model)
+        for name, value in {"slots": slots, "streams": streams, "context": context, "max_bytes": max_bytes}.items():
+            if value is not None:
+                check_count(name, value)
         self.model, self.streams = model, streams
-        self.schedule = new_schedule(when) if isinstance(when, str) else when
+        self.schedule = new_schedule(when)
         self.schedule.due(model.config.window)
         self.context = context_of(model, context)
         self.bytes = _bytes(model, slots, streams, self.context)

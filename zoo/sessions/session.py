@@ -13,13 +13,14 @@ from torch import Tensor
 
 from zoo.config import validate
 from zoo.errors import ZooError
+from zoo.inputs import check_count, check_flag, check_range
 from zoo.model import Model
 from zoo.schedule import Schedule, new_schedule
 from zoo.sessions.file import read_file, write_file
 from zoo.sessions.host import Alone, Call, Host, Stream
 from zoo.sessions.sampling import Sampler, Sampling
 from zoo.sessions.sleeping import Sleep
-from zoo.sessions.sleeping_model import SleepingModel, sleeping_model
+from zoo.sessions.sleeping_model import SleepingModel, check_model, sleeping_model
 from zoo.sessions.snapshot import Snapshot, opening, size
 from zoo.state import State
 
@@ -62,14 +63,19 @@ class Session:
     def __init__(
         self, model: Model | SleepingModel, batch_size: int = 1, *, when: str | Schedule = "full", host: Host | None = None
     ) -> None:
-        if batch_size < 1:
-            raise ZooError(f"batch_size: {batch_size} must be at least 1")
+        check_model(model)
+        check_count("batch_size", batch_size)
         self.model = model
-        self.schedule = new_schedule(when) if isinstance(when, str) else when
+        self.schedule = new_schedule(when)
         self._limit = self.schedule.due(model.config.window)
         self._model = sleeping_model(model)
         self._stream = Stream(self._model, opening(self._model, batch_size))
         self._host = Alone() if host is None else host.open(self._stream)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of ids and logits."""
+        return self._snapshot.ids.device
 
     @property
     def state(self) -> State:
@@ -97,8 +103,9 @@ class Session:
             wait: if False, sleep in the background. The session continues from its waking state; the first call after the sleep
                 has ended commits its result, as if the sleep had happened at once.
         """
-        if loops is not None and loops < 1:
-            raise ZooError(f"loops: {loops} must be at least 1")
+        if loops is not None:
+            check_count("loops", loops)
+        check_flag("wait", wait)
         self._host.run(self._stream, self._consolidate(loops, wait))
 
     def generate(
@@ -128,7 +135,7 @@ class Session:
         Raises:
             ZooError: a bad argument, at once and before anything is read.
         """
-        how = {"stop": tuple(stop), "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        how = {"stop": stop, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         sampling = validate(Sampling, {"tokens": tokens, "repetition_penalty": repetition_penalty, **how}, "generate")
         started = self._snapshot.logits is not None
         if prompt is None:
@@ -289,7 +296,11 @@ class Session:
     def _check(self, ids: Tensor, least: int = 0) -> None:
         """Refuse ids that are not [B, T] int64 with T at least `least`, or outside the vocabulary. Raises ZooError."""
         batch, vocabulary = self._snapshot.ids.shape[0], self.model.config.vocab_size
+        if not isinstance(ids, Tensor):
+            raise ZooError(f"ids: {type(ids).__name__}; want a tensor, [{batch}, T] torch.int64")
         if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < least or ids.dtype != torch.int64:
             raise ZooError(f"ids: {list(ids.shape)} {ids.dtype}; want [{batch}, T] torch.int64{' with T at least 1' if least else ''}")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise ZooError(f"ids: from {int(ids.min())} to {int(ids.max())}; the vocabulary is 0 to {vocabulary - 1}")
+        if ids.device != self.device:
+            raise ZooError(f"ids: on {ids.device}; the session is on {self.device}")
+        if ids.numel():
+            check_range(ids, vocabulary)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Coroutine
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zoo.config import ModelConfig
+from zoo.errors import ZooError
 from zoo.model import Model
 from zoo.sessions import sliced
 from zoo.sessions.sliced import Slice
@@ -72,6 +73,15 @@ class SleepingModel(Protocol):
     def ringed(self, state: State) -> State:
         """Convert a state back from the caches of `zoo.Model`."""
         ...
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is neither a model nor a module that wraps one. Raises ZooError."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, ModelConfig):
+        raise ZooError(f"model: {type(model).__name__}; want a zoo.Model, or the model of a bundle")
+    if isinstance(model, nn.Module) and all(parameter.is_meta for parameter in model.parameters()):
+        raise ZooError(f"model: {config.name} is on the meta device and has no weights")
 
 
 def sleeping_model(model: Model | SleepingModel) -> SleepingModel:

@@ -141,6 +141,15 @@ def test_stop_strings(client, model):
         ({"prompt": ""}, openai.BadRequestError, "nothing has been read yet"),
         ({"prompt": [256]}, openai.BadRequestError, "vocabulary is 0 to 255"),
         ({"prompt": ["a", "b"]}, openai.BadRequestError, "prompt"),
+        ({"prompt": [-1]}, openai.BadRequestError, "prompt"),
+        ({"prompt": [True]}, openai.BadRequestError, "prompt"),
+        ({"prompt": []}, openai.BadRequestError, "nothing has been read yet"),
+        ({"stop": ""}, openai.BadRequestError, "stop"),
+        ({"top_p": 0}, openai.BadRequestError, "top_p"),
+        ({"seed": -1}, openai.BadRequestError, "seed"),
+        ({"extra_body": {"top_k": 0}}, openai.BadRequestError, "top_k"),
+        ({"extra_body": {"repetition_penalty": 0}}, openai.BadRequestError, "repetition_penalty"),
+        ({"extra_body": {"stream": "yes"}}, openai.BadRequestError, "stream"),
         ({"temperature": 9}, openai.BadRequestError, "temperature"),
         ({"n": 2}, openai.BadRequestError, "n: "),
         ({"extra_body": {"session": "a b"}}, openai.BadRequestError, "session"),
@@ -150,6 +159,19 @@ def test_refused_requests(client, change, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         client.completions.create(**{"prompt": "x", **GREEDY, **change})
     assert set(caught.value.response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    ["hi", [], ["hi"], [{"role": "user"}], [{"content": "hi"}], [{"role": "robot", "content": "hi"}], [{"role": "user", "content": 1}]],
+    ids=str,
+)
+def test_refused_conversations(url, messages):
+    status, answer = raw(url, "/v1/chat/completions", json.dumps({"model": NAME, "messages": messages}).encode())
+    error = json.loads(answer)["error"]
+    assert status == 400
+    assert error["param"].startswith("messages")
+    assert error["message"].startswith(error["param"])
 
 
 def raw(url, path, body, **headers):

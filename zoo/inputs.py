@@ -1,0 +1,157 @@
+"""Checks of what callers pass to a model: a ZooError of one line that names the argument, its value and what is allowed.
+
+Only types, shapes, dtypes and devices are read: values on a GPU would cost a synchronisation. While a model is compiled or
+exported, nothing is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+from zoo.kernels.common import packed
+from zoo.state import State
+
+if TYPE_CHECKING:
+    from zoo.blocks.mixer import Mixer
+    from zoo.model import Model
+
+Shape = tuple[int, ...]
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse a value that is no integer of at least 1."""
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ZooError(f"{name}: {value!r}; want an integer, at least 1")
+    if value < 1:
+        raise ZooError(f"{name}: {value} must be at least 1")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse a value that is neither True nor False."""
+    if not torch.compiler.is_compiling() and not isinstance(value, bool):
+        raise ZooError(f"{name}: {value!r}; allowed: True, False")
+
+
+def check_ids(ids: Any) -> None:
+    """Refuse ids that are not [B, T] int64 with B and T at least 1."""
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(ids, Tensor):
+        raise ZooError(f"ids: {type(ids).__name__}; want a tensor, [B, T] torch.int64")
+    if ids.ndim != 2 or ids.dtype != torch.int64 or 0 in ids.shape:
+        raise ZooError(f"ids: {list(ids.shape)} {ids.dtype}; want [B, T] torch.int64 with at least one row and at least one token")
+
+
+def count_streams(ids: Any, cu_seqlens: Any) -> int:
+    """Return the number of streams that ids [B, T] continue: B, or the number of packed sequences."""
+    check_ids(ids)
+    return packed.streams(ids.shape[0], ids.shape[1], cu_seqlens)
+
+
+def check_range(ids: Tensor, vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary. Reads them, which synchronises with a GPU."""
+    least, most = (int(x) for x in ids.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ZooError(f"ids: from {least} to {most}; the vocabulary is 0 to {vocab_size - 1}")
+
+
+def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """Return the embeddings [B, T, D] of ids [B, T]. Raises a ZooError where torch finds ids that it cannot read."""
+    try:
+        h: Tensor = embedding(ids)
+    except (IndexError, RuntimeError):
+        weight = getattr(embedding, "weight", ids)
+        if ids.device != weight.device:
+            raise ZooError(f"ids: on {ids.device}; the model is on {weight.device}") from None
+        if ids.is_cpu:
+            check_range(ids, len(weight))
+        raise
+    if ids.is_meta and not h.is_meta:  # torch returns memory that nothing has written
+        raise ZooError(f"ids: on {ids.device}; the model is on {h.device}")
+    return h
+
+
+def check_awake(model: Model, ids: Tensor, awake: tuple[Tensor, State] | None) -> None:
+    """Refuse the result of a wake pass over `ids` from which no sleep of `model` can continue."""
+    if awake is None:
+        return
+    if not model.wakes_as_it_sleeps:
+        raise ZooError(f"awake: the wake pass of {model.config.name} is not the first pass of a sleep; omit `awake`")
+    if awake[0].shape[:2] != ids.shape:
+        raise ZooError(f"awake: hidden states {list(awake[0].shape)} for ids {list(ids.shape)}; want the result of `wake` for these ids")
+
+
+def checked_state(model: Model, state: State, ids: Tensor, streams: int) -> State:
+    """Return `state`, which must be a state of `streams` streams of `model`, to be continued with ids [B, T]."""
+    if torch.compiler.is_compiling():
+        return state
+    mixers: list[Mixer] = [block.mixer for block in model.blocks]  # type: ignore[misc]
+    dtypes = tuple(mixer.dtype for mixer in mixers)
+    if dtypes not in model.state_forms:
+        model.state_forms[dtypes] = StateForm.of(model.init_state())
+    # window caches are in the dtype that the model computes in, which mixed precision may change
+    model.state_forms[dtypes].check(state, streams, lambda: look_up(model.embed, ids).dtype)
+    return state
+
+
+class StateForm(NamedTuple):
+    """Shape and dtype of each tensor of a state, without the dimension of streams. A size of 0 stands for any size."""
+
+    fast: tuple[tuple[Shape, torch.dtype] | None, ...]
+    window: tuple[tuple[type, list[tuple[Shape, torch.dtype]]] | None, ...]
+
+    @staticmethod
+    def of(state: State) -> StateForm:
+        """Return the form of the states that grow from `state`, the state of new streams."""
+        return StateForm(
+            tuple(None if s is None else (tuple(s.shape[1:]), s.dtype) for s in state.fast),
+            tuple(None if cache is None else (type(cache), [(tuple(x.shape[1:]), x.dtype) for x in cache]) for cache in state.window),
+        )
+
+    def check(self, state: Any, streams: int, computes_in: Callable[[], torch.dtype] | None = None) -> None:
+        """Refuse a state of another model, of another number of streams or of other dtypes.
+
+        Args:
+            computes_in: returns another dtype that window caches may have.
+        """
+        if not isinstance(state, State):
+            raise ZooError(f"state: {type(state).__name__}; want a State, such as the `state` of an Output")
+        if len(state.fast) != len(self.fast) or len(state.window) != len(self.window):
+            raise ZooError(f"state: of {len(state.fast)} layers; the model has {len(self.fast)}")
+        for i, (fast, want) in enumerate(zip(state.fast, self.fast, strict=True)):
+            if fast is None and want is None:
+                continue
+            if fast is None or want is None:
+                raise ZooError(f"state: of another model: layer {i} has {'no ' if fast is None else ''}fast weights")
+            _check_tensor(f"state: fast weights of layer {i}", fast, *want, streams)
+        for i, (cache, form) in enumerate(zip(state.window, self.window, strict=True)):
+            found: type = type(cache)
+            if found is not (NoneType if form is None else form[0]):
+                raise ZooError(f"state: of another model: the window cache of layer {i} is a {found.__name__}")
+            if cache is None or form is None:
+                continue
+            for x, (shape, dtype) in zip(cache, form[1], strict=True):
+                if x.dtype != dtype and computes_in is not None and not x.is_meta:
+                    dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else computes_in()
+                _check_tensor(f"state: window cache of layer {i}", x, shape, dtype, streams)
+
+
+StateForms = dict[tuple[torch.dtype, ...], StateForm]
+"""The form of a model's states for the dtypes of its mixers."""
+
+
+def _check_tensor(name: str, x: Tensor, shape: Shape, dtype: torch.dtype, streams: int) -> None:
+    given = x.shape
+    if len(given) != len(shape) + 1 or given[0] != streams or any(a != b and b for a, b in zip(given[1:], shape, strict=True)):
+        raise ZooError(f"{name}: {list(given)}; want [{', '.join(str(size or 'any') for size in (streams, *shape))}] for these ids")
+    if x.dtype != dtype:
+        raise ZooError(f"{name}: {x.dtype}; want {dtype}")
