@@ -21,6 +21,7 @@ LAYERS = (
         "zoo.options",
         "zoo.eviction",
         "zoo.schedule",
+        "zoo.signals",
         "zoo.system",
     ),
     ("zoo.config", "zoo.state"),

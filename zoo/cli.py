@@ -13,6 +13,7 @@ import click
 from zoo.config import list_models, parse_overrides
 from zoo.errors import ZooError
 from zoo.options import DEVICE, DTYPE, Number
+from zoo.signals import StoppedError, exiting
 
 if TYPE_CHECKING:
     from zoo.costs import Description
@@ -36,6 +37,20 @@ def one_line_errors() -> Iterator[None]:
     except ZooError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """End the process with status 128 + the number of a signal: at once, or when a run has been saved."""
+    with exiting():
+        try:
+            yield
+        except StoppedError as stopped:
+            from zoo.training.parallel import is_main_process
+
+            if is_main_process():
+                click.echo(str(stopped), err=True)
+            sys.exit(stopped.status)
 
 
 class Group(click.Group):
@@ -137,19 +152,20 @@ def convert(source: Path, destination: Path, form: Literal["zoo", "hf"]) -> None
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the run.  [default: runs/<name of CONFIG>]")
 @click.option("--wandb", metavar="PROJECT", help="Also send metrics to this project of Weights & Biases.")
+@stoppable()
 def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str | None) -> None:
     """Train a model, or resume a run.
 
     CONFIG is a YAML file or the name of a shipped config, for example `zoo train cycle steps=100 task.hops=2`.
 
-    To resume an interrupted run from its latest checkpoint, repeat the command, or give the run's folder as CONFIG. SIGTERM
-    saves a checkpoint before the process exits. Metrics are written to metrics.jsonl and, if TensorBoard is installed, tensorboard/.
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 save a checkpoint before the process exits. To resume, repeat the command, or give the
+    folder of the run as CONFIG; `zoo train RUN steps=2000` extends a finished run. Metrics are written to metrics.jsonl and, if
+    TensorBoard is installed, tensorboard/.
 
     On several GPUs or machines: `torchrun --nproc-per-node 8 -m zoo train CONFIG`; see docs/training.md.
     """
     from zoo.console import print_results
     from zoo.training.config import read_config
-    from zoo.training.loop import StoppedError
     from zoo.training.loop import train as run
     from zoo.training.parallel import is_main_process
     from zoo.training.reporting import all_sinks
@@ -157,13 +173,8 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
     plan = read_config(config, parse_overrides(overrides))
     if out is None:
         out = Path(config) if Path(config, "train.yaml").is_file() else Path("runs") / Path(config).stem
-    try:
-        with all_sinks(plan, out, wandb) as report:
-            results = run(plan, out, report=report)
-    except StoppedError as stopped:
-        if is_main_process():
-            click.echo(str(stopped), err=True)
-        return
+    with all_sinks(plan, out, wandb) as report:
+        results = run(plan, out, report=report)
     if is_main_process():
         print_results(results)
         click.echo(f"written to {out}")
@@ -195,23 +206,20 @@ def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the ablation.")
 @click.option("--processes", type=click.IntRange(min=1), help="Number of concurrent runs.  [default: one per GPU, else one per core]")
+@stoppable()
 def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | None) -> None:
     """Train and compare variants of a model.
 
     PLAN names the arms: a YAML file, or a shipped plan, for example `zoo ablate cycle-small base.steps=100 seeds=[0] --out FOLDER`.
 
-    Every arm is trained with every seed. Results: runs.csv, table.md and plots. To resume an ablation, repeat the command.
+    Every arm is trained with every seed. Results: runs.csv, table.md and plots. Ctrl-C and the other signals of
+    `zoo train` stop it; to resume, repeat the command.
     """
     from zoo.console import print_markdown
     from zoo.training.ablation import ablate as run
-    from zoo.training.loop import StoppedError
     from zoo.training.plan import read_plan
 
-    try:
-        table = run(read_plan(plan, parse_overrides(overrides)), out, processes=processes)
-    except StoppedError as stopped:
-        click.echo(str(stopped), err=True)
-        return
+    table = run(read_plan(plan, parse_overrides(overrides)), out, processes=processes)
     print_markdown(table)
     click.echo(f"written to {out}")
 
@@ -232,9 +240,13 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="New folder for the results.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder for the results.")
+@stoppable()
 def demo(out: Path) -> None:
-    """Train and compare a small model at N = 1, 2, 4. Exports each model too; takes about eight minutes on two cores."""
+    """Train and compare a small model at N = 1, 2, 4. Exports each model too; takes about eight minutes on two cores.
+
+    Ctrl-C stops it; to continue, repeat the command.
+    """
     from zoo.demo import run
 
     run(out)

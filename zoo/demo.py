@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -19,55 +20,64 @@ import zoo.export
 from zoo.checkpoints.own import load
 from zoo.console import print_table
 from zoo.errors import ZooError
-from zoo.files import new_folder
+from zoo.files import new_folder, remove_scratch, replacing
 from zoo.model import Model
 from zoo.sessions.session import Session
+from zoo.signals import deferred
 from zoo.tasks import Task, new_task
 from zoo.training.config import read_config
-from zoo.training.loop import StoppedError
 from zoo.training.plots import accuracy_curves, add_legend, against_level, read_run, save
 from zoo.training.tables import level_label
 from zoo.training.workers import Job, train_all
 
+SETTINGS, RESULTS = "demo.yaml", "results.json"
 LOOPS = (1, 2, 4)
 SEQUENCES = 1024
 console = Console()
 
 
 def run(out: Path) -> None:
-    """Train the same model at each N on the same tokens, export each, compare, and write everything to the new folder `out`.
+    """Train the same model at each N on the same tokens, export each, compare, and write everything to the folder `out`.
+
+    An interrupted demo continues.
 
     Raises:
-        ZooError: before any work, if `out` exists already or the exporter's packages are not installed.
+        ZooError: before any work, if `out` holds something else or the exporter packages are not installed.
+        StoppedError: after one of the signals of `zoo.signals`; the runs have been saved.
     """
     import_module("zoo.export.bundle")
     plan = read_config("cycle")
     task = new_task(plan.task)
-    with new_folder(out) as folder:
-        console.print(f"[bold]{task}[/]: the same tokens and seed at N = {', '.join(map(str, LOOPS))} passes of sleep")
-        started = time.perf_counter()
-        plans = {n: plan.model_copy(update={"model": f"gdn4-sleep{n}-hard{task.window}"}) for n in LOOPS}
-        jobs = {f"N = {n}": Job(plans[n], folder / f"sleep{n}", after=_export) for n in sorted(LOOPS, reverse=True)}  # longest first
-        try:
-            failed = train_all(jobs, processes=2)
-        except StoppedError:
-            raise KeyboardInterrupt from None
-        if failed:
-            raise ZooError("; ".join(f"{name}: {why}" for name, why in failed.items()))
-        console.print(f"trained and exported in {time.perf_counter() - started:.0f} s; comparing PyTorch with onnxruntime")
-        models = {n: load(folder / f"sleep{n}") for n in LOOPS}
-        costs = _costs(models, task)
-        rows = {}
-        for n, model in models.items():
-            rows[n] = {**_answer(model, folder / f"sleep{n}-onnx", task, plan.seed), **costs[n]}
-        (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        draw(rows, folder)
+    if not (out / SETTINGS).is_file() or (out / RESULTS).exists():
+        with deferred(), new_folder(out) as folder:
+            (folder / SETTINGS).write_text(yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    remove_scratch(out)
+    console.print(f"[bold]{task}[/]: the same tokens and seed at N = {', '.join(map(str, LOOPS))} passes of sleep")
+    started = time.perf_counter()
+    plans = {n: plan.model_copy(update={"model": f"gdn4-sleep{n}-hard{task.window}"}) for n in LOOPS}
+    pending = [n for n in sorted(LOOPS, reverse=True) if not _bundle(out / f"sleep{n}").exists()]  # longest first
+    failed = train_all({f"N = {n}": Job(plans[n], out / f"sleep{n}", after=_export) for n in pending}, processes=2)
+    if failed:
+        raise ZooError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+    console.print(f"trained and exported in {time.perf_counter() - started:.0f} s; comparing PyTorch with onnxruntime")
+    models = {n: load(out / f"sleep{n}") for n in LOOPS}
+    costs = _costs(models, task)
+    rows = {n: {**_answer(model, _bundle(out / f"sleep{n}"), task, plan.seed), **costs[n]} for n, model in models.items()}
+    with deferred():
+        draw(rows, out)
+        with replacing(out / RESULTS) as file:
+            file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     _show(rows, task, console)
     console.print(f"plot: {out / 'demo.png'}   models, graphs and metrics: {out}/")
 
 
+def _bundle(run: Path) -> Path:
+    """Return the folder for the exported graphs of a run."""
+    return run.with_name(f"{run.name}-onnx")
+
+
 def _export(run: Path) -> None:
-    zoo.export.export(load(run), run.with_name(f"{run.name}-onnx"))
+    zoo.export.export(load(run), _bundle(run))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,10 +16,13 @@ from zoo.errors import ZooError
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise a ZooError unless a new folder can be written at `path`, where at most an empty folder may exist."""
+    """Raise a ZooError unless a new folder can be written at `path`, where at most an empty folder may exist.
+
+    What a killed process left in an empty folder does not count.
+    """
     with _one_line(path):
         target = _target(path)
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if target.exists() and not (target.is_dir() and all(map(_is_scratch, target.iterdir()))):
             raise ZooError(f"{path}: already exists; nothing is overwritten, choose another folder")
         place = next(folder for folder in (target, *target.parents) if folder.exists())
         if not (place.is_dir() and os.access(place, os.W_OK)):
@@ -70,6 +74,20 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
+
+
+def remove_scratch(path: Path) -> None:
+    """Remove what a killed process left when it wrote the folder `path`, or wrote into it. The caller is its only writer."""
+    target = _target(path)
+    beside = re.compile(re.escape(f".{target.name}-") + "[0-9a-f]{8}")
+    left = [*filter(_is_scratch, target.iterdir()), *(entry for entry in target.parent.iterdir() if beside.fullmatch(entry.name))]
+    for entry in left:
+        shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def _is_scratch(path: Path) -> bool:
+    """True for a name that `new_folder` or `replacing` gives."""
+    return re.fullmatch(r"\..+(-[0-9a-f]{8}|\.\d+)", path.name) is not None
 
 
 @contextmanager

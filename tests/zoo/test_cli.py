@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -70,8 +71,8 @@ def test_describe_a_folder(tmp_path, dtype):
 
 
 def test_describe_a_run_before_and_after_its_end(tmp_path, config, monkeypatch):
-    monkeypatch.setattr("zoo.training.loop.sigterm", lambda: nullcontext(lambda: True))
-    run("train", config, "log_every=1", "--out", tmp_path / "run")
+    monkeypatch.setattr("zoo.training.loop.deferred", lambda: nullcontext(lambda: signal.SIGTERM))
+    run("train", config, "log_every=1", "--out", tmp_path / "run", status=143)
     before = run("describe", tmp_path / "run").output
     monkeypatch.undo()
     run("train", tmp_path / "run")
@@ -87,6 +88,7 @@ def test_help_shows_every_command_in_a_section():
 def test_train_then_eval(tmp_path, config):
     run("train", config, "steps=4", "log_every=2", "--out", tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoints",
         "metrics.jsonl",
         "model.safetensors",
         "results.json",
@@ -101,8 +103,8 @@ def test_train_then_eval(tmp_path, config):
 
 
 def test_an_interrupted_run_resumes(tmp_path, config, monkeypatch):
-    monkeypatch.setattr("zoo.training.loop.sigterm", lambda: nullcontext(lambda: True))
-    assert "stopped after step 1 of 3" in run("train", config, "log_every=1", "--out", tmp_path / "run").stderr
+    monkeypatch.setattr("zoo.training.loop.deferred", lambda: nullcontext(lambda: signal.SIGTERM))
+    assert "stopped after step 1 of 3" in run("train", config, "log_every=1", "--out", tmp_path / "run", status=143).stderr
     monkeypatch.undo()
     assert "holds a run with lr: 0.003, not 0.1" in run("train", config, "log_every=1", "lr=.1", "--out", tmp_path / "run", status=2).stderr
     run("train", tmp_path / "run")

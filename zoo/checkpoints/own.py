@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from zoo.checkpoints import upstream
+from zoo.checkpoints.checksum import metadata
 from zoo.checkpoints.plain import empty_model, plain_tensors, unwrap, wide_parameters
 from zoo.checkpoints.stored import WEIGHTS, has_weights, open_folder, refuse_adapter
 from zoo.config import ModelConfig, resolve
@@ -39,7 +40,8 @@ def save(model: nn.Module, path: str | Path, *, format: Literal["zoo", "hf"] = "
     tensors = plain_tensors(model)
     with new_folder(Path(path)) as folder:
         with replacing(folder / WEIGHTS) as file:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, file, metadata=metadata(contiguous))
         write_config(model, folder)
 
 

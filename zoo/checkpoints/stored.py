@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from zoo.checkpoints.checksum import verify
 from zoo.checkpoints.plain import one_line
 from zoo.dtypes import DTYPES
 from zoo.errors import ZooError
@@ -94,7 +95,7 @@ class Stored:
         return _reading(f"{self.files[name]}: tensor '{name}'", read)
 
     def check(self, folder: Path, wanted: Mapping[str, list[int]], owner: str) -> None:
-        """Raise ZooError unless exactly these tensors, with these shapes and floating-point dtypes, are stored."""
+        """Raise ZooError unless exactly these tensors are stored, with these shapes, floating-point dtypes, and their checksum."""
         if missing := sorted(wanted.keys() - self.shapes.keys()):
             raise ZooError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all of {owner})")
         if unexpected := sorted(self.shapes.keys() - wanted.keys()):
@@ -105,6 +106,9 @@ class Stored:
                 raise ZooError(f"{self.files[name]}: tensor '{name}' is {self.shapes[name]}, the config wants {shape}")
             if isinstance(self.dtypes[name], str):
                 raise ZooError(f"{self.files[name]}: tensor '{name}' is {self.dtypes[name]}; allowed: {', '.join(DTYPES)}")
+        for file in sorted(set(self.files.values())):
+            if file.suffix == ".safetensors":
+                verify(file)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zoo.blocks.mixer import mixers
+from zoo.checkpoints.checksum import metadata
 from zoo.checkpoints.family import Family, Link, expect, families, links
 from zoo.checkpoints.plain import empty_model, one_line, plain_tensors, wide_parameters
 from zoo.checkpoints.stored import WEIGHTS, open_folder, read_json
@@ -112,7 +113,7 @@ def save(model: Model, path: Path) -> None:
         packed = {link.theirs: link.pack([tensors[name] for name in link.ours]).contiguous() for link in wanted}
         if family.stores_tied_head and config.tie_embeddings:
             packed["lm_head.weight"] = packed["lm_head.weight"].clone()  # safetensors files cannot hold aliases
-        save_file(packed, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(packed, folder / WEIGHTS, metadata=metadata(packed))
         (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 

@@ -19,7 +19,8 @@ import yaml
 
 from zoo.config import read_yaml
 from zoo.errors import ZooError
-from zoo.files import new_folder, refuse_existing, replacing
+from zoo.files import new_folder, refuse_existing, remove_scratch, replacing
+from zoo.signals import deferred
 from zoo.training.plan import Arm, Match, Plan, Run, arms_of, runs_of
 from zoo.training.plots import figure, read_run, save
 from zoo.training.run_folder import RESULTS
@@ -38,7 +39,7 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None) -> str:
         The tables as Markdown.
     Raises:
         ZooError: an invalid plan, or `out` holds something else: before any work. At the end, if runs failed.
-        StoppedError: after SIGTERM or Ctrl-C; runs under way have written a checkpoint.
+        StoppedError: after one of the signals of `zoo.signals`; runs under way have written a checkpoint.
     """
     arms = arms_of(plan)
     settings = plan.model_dump(mode="json")
@@ -49,10 +50,12 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None) -> str:
         raise ZooError(f"{out}: holds another ablation; resume with the same plan ({out / PLAN}), or choose another folder")
     matched = runs_of(plan, arms)
     if new:
-        with new_folder(out) as folder:
+        with deferred(), new_folder(out) as folder:
             (folder / PLAN).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     failed = _train(dict.fromkeys(itertools.chain(*matched.values())), out / "runs", processes)
-    tables = _write_results(plan, arms, matched, failed, out)
+    with deferred():
+        remove_scratch(out)
+        tables = _write_results(plan, arms, matched, failed, out)
     if failed:
         raise ZooError(f"{out}: {len(failed)} runs failed: " + "; ".join(f"{run}: {why}" for run, why in failed.items()))
     return tables

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from zoo.errors import ZooError
 from zoo.factory import create
 from zoo.loss import Recompute, chunks, predicted
 from zoo.model import Model
+from zoo.signals import StoppedError, deferred
 from zoo.system import peak_resident
 from zoo.tasks import Batch, Task, new_task
 from zoo.training.config import Report, TrainConfig
@@ -30,12 +29,10 @@ from zoo.training.parallel import Answer, Team, full, join, reshard
 from zoo.training.run_folder import NotFiniteError, RunFolder
 
 
-class StoppedError(Exception):
-    """A run was asked to stop and has written a checkpoint."""
-
-
 def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metrics: None) -> dict[str, Any]:
     """Run `config` in the folder `out`, from its newest checkpoint if there is one; see `zoo.training.run_folder` for its files.
+
+    A finished run continues if `config` has more steps than it was trained for, and is the same otherwise.
 
     Weights and losses of an interrupted run are bit-identical to those of an uninterrupted one (on the same kind of CPU with
     the same number of threads).
@@ -47,14 +44,14 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
     Raises:
         ZooError: an invalid config, or `out` holds something else: before any work. Also if the loss is not finite or has
             diverged; the message names the newest checkpoint.
-        StoppedError: after SIGTERM; a checkpoint has been written.
+        StoppedError: after one of the signals of `zoo.signals`; a checkpoint has been written.
     """
     with join(config.device) as team:
         if config.batch_size < team.size * config.accumulate:
             raise ZooError(f"batch_size: {config.batch_size} sequences, fewer than {team.size} processes x accumulate {config.accumulate}")
         settings = config.model_dump(mode="json", exclude=None if config.no_decay else {"no_decay"})  # older runs lack this field
         trainer = Trainer(config, RunFolder(Path(out), settings, team), team)
-        with trainer.run.locked(), sigterm() as stop_requested:
+        with deferred() as stop_requested, trainer.run.locked():
             trainer.resume()
             return trainer.train(stop_requested, report)
 
@@ -112,14 +109,18 @@ class Trainer:
         """Load the newest checkpoint, if there is one. Raises ZooError if the run began under different weight-decay rules."""
         if self.config.weight_decay:
             self.run.record_exempt(exempt_from_decay(self.model, self.config.no_decay))
-        if newest := self.run.newest():
-            checkpoint, progress = newest
+        if checkpoint := self.run.newest_whole():
+            progress = self.run.progress(checkpoint)
             restore(self.optimizers, self.weights, self.run.load(checkpoint, self.model), progress["numbers"])
             self.done = progress["step"]
             self.divergence = Divergence(self.config.diverged, progress.get("first_losses", ()), progress.get("steps_above", 0))
 
-    def train(self, stop_requested: Callable[[], bool], report: Report) -> dict[str, Any]:
-        """Take the remaining steps, evaluate, and write the final model. Raises StoppedError."""
+    def train(self, stop_requested: Callable[[], int], report: Report) -> dict[str, Any]:
+        """Take the remaining steps, evaluate, and write the final model. Raises StoppedError.
+
+        Args:
+            stop_requested: returns the number of the signal that has arrived, or 0.
+        """
         config, main = self.config, self.team.is_main
         self.model.train()
         with self.run.metrics(after=self.done) if main else nullcontext(report) as write_line:
@@ -131,15 +132,25 @@ class Trainer:
                     metrics = meter.read(self.done)
                     write_line(metrics)
                     report(metrics)
-                stop = self.team.any(stop_requested())
-                due = self.done % config.checkpoint_every == 0
-                if (due or stop) and not last:
-                    checkpoint = self.save(self.evaluate()["loss"] if due else None)
-                    if stop:
-                        raise StoppedError(f"stopped after step {self.done} of {config.steps}: {checkpoint}; the same command resumes")
+                stopping = self._requested(stop_requested)
+                due = self.done % config.checkpoint_every == 0 and not last
+                if due or last or stopping:
+                    self.save(self.evaluate()["loss"] if due else None)
+                self._stop(stopping)
         results = self.evaluate()
+        self._stop(self._requested(stop_requested))
         self.run.finish(self.model, results)
         return results
+
+    def _requested(self, stop_requested: Callable[[], int]) -> int:
+        """Return the number of a signal that has arrived in any process, or 0."""
+        return int(self.team.max(torch.tensor(stop_requested())))
+
+    def _stop(self, number: int) -> None:
+        """Raise StoppedError if a signal has arrived. All steps that were taken are in a checkpoint."""
+        if number:
+            where = f"after step {self.done} of {self.config.steps}: {self.run.checkpoint(self.done)}"
+            raise StoppedError(f"stopped {where}; the same command resumes", number)
 
     def step(self) -> Step:
         """Take one step: gradients of a batch, then new weights. Raises ZooError if the loss is not finite or has diverged."""
@@ -191,7 +202,7 @@ class Trainer:
 
     def _advice(self) -> str:
         newest = self.run.newest()
-        return f"try a lower lr; the last good checkpoint is {newest[0]}" if newest else "try a lower lr; there is no checkpoint yet"
+        return f"try a lower lr; the last good checkpoint is {newest}" if newest else "try a lower lr; there is no checkpoint yet"
 
 
 class Score(NamedTuple):
@@ -311,22 +322,3 @@ def peak_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident()
-
-
-@contextmanager
-def sigterm() -> Iterator[Callable[[], bool]]:
-    """Defer SIGTERM inside the block; the yielded function returns True once it has arrived. Has no effect outside the main thread."""
-    arrived = False
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal arrived
-        arrived = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield lambda: arrived
-    finally:
-        signal.signal(signal.SIGTERM, before)

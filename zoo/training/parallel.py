@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from zoo.checkpoints.checksum import add_checksum, metadata
 from zoo.devices import usable_device
 from zoo.files import replacing
 from zoo.model import Model
@@ -74,18 +75,20 @@ class Team:
         """
         if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
             if self.is_main:
+                contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
                 with replacing(file) as scratch:
-                    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata={"format": "pt"})
+                    save_file(contiguous, scratch, metadata=metadata(contiguous))
             return
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        parts = file.with_name(f".{file.stem}")
+        parts = file.with_name(f".{file.stem}-00000000")  # the same name on all ranks
         writer = HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
         save(dict(tensors), storage_writer=writer)
         if self.is_main:
             _fill_scalars(tensors, joined := parts / "model-00001-of-00001.safetensors")
-            os.replace(joined, file)
+            with replacing(file) as scratch:
+                add_checksum(joined, scratch)
             shutil.rmtree(parts)
 
     def _all_reduce(self, tensor: Tensor, operation: Any) -> Tensor:

@@ -72,9 +72,11 @@ def tensorboard(config: TrainConfig, folder: Path) -> Iterator[Report]:
         for name, value in _flat(metrics).items():
             writer.add_scalar(name, value, metrics["step"])
 
-    yield write if find_spec("tensorboard") else lambda metrics: None
-    if writer is not None:
-        writer.close()
+    try:
+        yield write if find_spec("tensorboard") else lambda metrics: None
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 @contextmanager
@@ -99,9 +101,11 @@ def weights_and_biases(config: TrainConfig, folder: Path, project: str) -> Itera
             )
         run.log(_flat(metrics), step=metrics["step"])
 
-    yield write
-    if run is not None:
-        run.finish()
+    try:
+        yield write
+    finally:
+        if run is not None:
+            run.finish()
 
 
 def _flat(metrics: dict[str, Any]) -> dict[str, float]:

@@ -1,22 +1,25 @@
 """The folder of a training run: settings, metrics, and the checkpoints it resumes from.
 
-train.yaml                      the settings; a run resumes only under the same ones
+train.yaml                      the settings; a run resumes only under the same ones, or with more steps once it has taken all
 metrics.jsonl                   a line per logged step
 no_decay.txt                    names of the parameters without weight decay, if there is weight decay
-checkpoints/00001000/           each written whole or not at all
+checkpoints/00001000/           each written whole or not at all; the last one is of the last step
     model.safetensors zoo.yaml  a folder for zoo.load, independent of the number of processes
     optimizer.safetensors       tensors of the optimiser states
-    progress.json               steps done, held-out loss, numbers of the optimiser states
+    progress.json               steps done, held-out loss, numbers of the optimiser states, checksums of zoo.yaml and of this file
+checkpoints/damaged-00001000/   a checkpoint that did not match its checksums
 model.safetensors zoo.yaml results.json    after the last step
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,12 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from zoo.checkpoints.own import write_config
+from zoo.checkpoints.checksum import verify
+from zoo.checkpoints.own import CONFIG, write_config
 from zoo.checkpoints.stored import WEIGHTS
 from zoo.config import read_yaml
 from zoo.errors import ZooError
-from zoo.files import new_folder, refuse_existing, replacing
+from zoo.files import new_folder, refuse_existing, remove_scratch, replacing
 from zoo.model import Model
 from zoo.system import lock
 from zoo.training.parallel import Team, local, shard_like
@@ -37,6 +41,7 @@ from zoo.training.parallel import Team, local, shard_like
 SETTINGS, METRICS, RESULTS = "train.yaml", "metrics.jsonl", "results.json"
 NO_DECAY = "no_decay.txt"
 OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
+CHECKSUMS = "sha256"
 
 
 class NotFiniteError(Exception):
@@ -47,8 +52,12 @@ class RunFolder:
     """The folder `path` of a run with `settings`, on a disk that all processes share. Nothing is written before `locked`.
 
     Raises:
-        ZooError: `path` holds something else: no run, a run with other settings, or a finished one.
+        ZooError: `path` holds something else: no run, a run with other settings, or a finished one. A run that has taken all its
+            steps may be given more.
     """
+
+    extended = False
+    """True if the run has taken all the steps that it was begun with, and `settings` has more."""
 
     def __init__(self, path: Path, settings: dict[str, Any], team: Team | None = None) -> None:
         self.path, self.settings, self.team = path, settings, team or Team(torch.device("cpu"))
@@ -56,14 +65,23 @@ class RunFolder:
             refuse_existing(path)
             return
         there = read_yaml(path / SETTINGS)
+        was, now = there.get("steps"), settings.get("steps")
+        if isinstance(was, int) and isinstance(now, int) and now > was and self._has_taken(was):
+            self.extended, there["steps"] = True, now
         for field in {**settings, **there}:
             if there.get(field) != settings.get(field):
-                was, now = there.get(field), settings.get(field)
                 raise ZooError(
-                    f"{path}: holds a run with {field}: {was}, not {now}; resume with the same settings, or choose another folder"
+                    f"{path}: holds a run with {field}: {there.get(field)}, not {settings.get(field)}; "
+                    "resume with the same settings, or choose another folder"
                 )
-        if (path / RESULTS).exists():
-            raise ZooError(f"{path}: already holds this run, finished; nothing is overwritten, choose another folder")
+        if (path / RESULTS).exists() and not self.extended:
+            raise ZooError(
+                f"{path}: already holds this run, finished; nothing is overwritten, choose another folder, or more steps than {now}"
+            )
+
+    def _has_taken(self, steps: int) -> bool:
+        """True if the run has taken all its steps, and has a checkpoint from which more can be taken."""
+        return self.checkpoint(steps).exists() or bool(self.checkpoints() and (self.path / RESULTS).exists())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -75,14 +93,28 @@ class RunFolder:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
+        settings = yaml.safe_dump(self.settings, sort_keys=False)
         if not (self.path / SETTINGS).is_file():
             with new_folder(self.path) as folder:
-                (folder / SETTINGS).write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="utf-8")
+                (folder / SETTINGS).write_text(settings, encoding="utf-8")
+        with self._lock_settings():
+            remove_scratch(self.path)
+            for doomed in self.path.glob("checkpoints/.*"):  # left by a process that was killed
+                shutil.rmtree(doomed)
+            if not self.extended:
+                yield
+                return
+            (self.path / RESULTS).unlink(missing_ok=True)
+            with replacing(self.path / SETTINGS) as file:
+                file.write_text(settings, encoding="utf-8")
+            with self._lock_settings():  # of the new file
+                yield
+
+    @contextmanager
+    def _lock_settings(self) -> Iterator[None]:
         with (self.path / SETTINGS).open(encoding="utf-8") as file:
             if not lock(file):
                 raise ZooError(f"{self.path}: another process is training here")
-            for scratch in self.path.glob("checkpoints/.*"):  # left by a process that was killed
-                shutil.rmtree(scratch)
             yield
 
     def record_exempt(self, names: list[str]) -> None:
@@ -97,19 +129,71 @@ class RunFolder:
             raise ZooError(f"{self.path}: began with weight decay on different parameters (see {NO_DECAY}); start again in another folder")
         self.team.barrier()
 
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder for the checkpoint after `step` steps."""
+        return self.path / "checkpoints" / f"{step:08d}"
+
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, oldest first."""
         return sorted(self.path.glob("checkpoints/[0-9]*"))
 
-    def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Return the checkpoint to resume from and its progress."""
-        folders = self.checkpoints()
-        return (folders[-1], self.progress(folders[-1])) if folders else None
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint, or None."""
+        return max(self.checkpoints(), default=None)
+
+    def newest_whole(self) -> Path | None:
+        """Return the checkpoint to resume from, or None. Newer ones that are damaged are named on stderr and set aside.
+
+        Raises:
+            ZooError: all checkpoints are damaged.
+        """
+        chosen, said = "", ""
+        if self.team.is_main:
+            damaged: dict[Path, str] = {}
+            for checkpoint in reversed(self.checkpoints()):
+                try:
+                    self.verify(checkpoint)
+                except ZooError as error:
+                    damaged[checkpoint] = str(error)
+                else:
+                    chosen = str(checkpoint)
+                    break
+            if damaged and not chosen:
+                said = f"{next(iter(damaged.values()))}; there is no whole checkpoint to resume from, start again in another folder"
+            elif damaged:
+                for checkpoint, why in damaged.items():
+                    print(f"{why}; resuming from {chosen}", file=sys.stderr, flush=True)
+                    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(checkpoint, aside)
+        if said := self.team.broadcast(said):
+            raise ZooError(said)
+        chosen = self.team.broadcast(chosen)
+        return Path(chosen) if chosen else None
+
+    @classmethod
+    def verify(cls, checkpoint: Path) -> None:
+        """Raise ZooError if a file of a checkpoint is missing or damaged. One without checksums is only read."""
+        cls.progress(checkpoint)
+        verify(checkpoint / WEIGHTS)
+        verify(checkpoint / OPTIMIZER)
 
     @staticmethod
     def progress(checkpoint: Path) -> dict[str, Any]:
-        """Read the progress that was saved with a checkpoint."""
-        return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        """Read the progress that was saved with a checkpoint. Raises ZooError if it, or zoo.yaml, is damaged."""
+        file = checkpoint / PROGRESS
+        try:
+            text = file.read_text(encoding="utf-8")
+            progress = json.loads(text)
+            sums = progress.pop(CHECKSUMS, {})
+            whole = {"step", "held_out_loss", "numbers"} <= progress.keys() and f"{progress['step']:08d}" == checkpoint.name
+            if sums:
+                whole &= sums == _checksums(progress, checkpoint) and text == _dump({**progress, CHECKSUMS: sums})
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ZooError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+        if not whole:
+            raise ZooError(f"{file}: damaged: it, or {CONFIG}, does not match its checksums")
+        return progress
 
     def save(self, model: Model, tensors: dict[str, Tensor], progress: dict[str, Any], *, keep: int) -> Path:
         """Write a checkpoint; then remove all but the newest `keep` and the one with the lowest held-out loss.
@@ -124,16 +208,18 @@ class RunFolder:
         broken = [name for name, tensor in {**weights, **tensors}.items() if not local(tensor).isfinite().all()]
         if self.team.any(bool(broken)):
             raise NotFiniteError(f"{broken[0] if broken else 'a parameter'} is not finite after step {progress['step']}")
-        path = self.path / "checkpoints" / f"{progress['step']:08d}"
+        path = self.checkpoint(progress["step"])
         with new_folder(path) if self.team.is_main else nullcontext() as scratch:
             folder = Path(self.team.broadcast(str(scratch)))
             self.team.save(weights, folder / WEIGHTS)
             self.team.save(tensors, folder / OPTIMIZER)
             if self.team.is_main:
                 write_config(model, folder)
-                (folder / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+                sums = _checksums(progress, folder)
+                (folder / PROGRESS).write_text(_dump({**progress, CHECKSUMS: sums}), encoding="utf-8")
         if self.team.is_main:
             self._remove_all_but(keep)
+        self.team.barrier()  # a process that stops before the checkpoint is written would make torchrun end the others
         return path
 
     def _remove_all_but(self, keep: int) -> None:
@@ -146,8 +232,12 @@ class RunFolder:
 
     def best(self) -> Path | None:
         """Return the checkpoint with the lowest held-out loss."""
-        losses = {path: self.progress(path)["held_out_loss"] for path in self.checkpoints()}
-        return min((path for path, loss in losses.items() if loss is not None), key=losses.__getitem__, default=None)
+        losses: dict[Path, float] = {}
+        for path in self.checkpoints():
+            with suppress(ZooError):  # damaged
+                if (loss := self.progress(path)["held_out_loss"]) is not None:
+                    losses[path] = loss
+        return min(losses, key=losses.__getitem__, default=None)
 
     @staticmethod
     @torch.no_grad()
@@ -161,26 +251,38 @@ class RunFolder:
 
     @contextmanager
     def metrics(self, after: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Append lines of metrics, after dropping those beyond step `after`. Yields the function that writes one."""
-        self.trim_metrics(after)
+        """Append lines of metrics. Yields the function that writes one.
+
+        Lines of a killed process beyond step `after` are kept: the same steps are taken again, so they are not written again.
+        An extended run drops them, since its learning rates differ.
+        """
+        last = self.trim_metrics(after if self.extended else None)
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
 
             def write_line(metrics: dict[str, Any]) -> None:
-                file.write(json.dumps(metrics) + "\n")
-                file.flush()
+                if metrics["step"] > last:
+                    file.write(json.dumps(metrics) + "\n")
+                    file.flush()
 
             yield write_line
 
-    def trim_metrics(self, step: int) -> None:
-        """Drop the lines after `step`, which will be written again, and an incomplete last line."""
+    def trim_metrics(self, step: int | None = None) -> int:
+        """Drop the lines after `step`, and from the first line that is incomplete or damaged. Returns the step of the last line."""
         path = self.path / METRICS
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        last, kept = 0, []
+        for line in lines:
+            logged = _logged_step(line)
+            if logged is None or logged <= last or (step is not None and logged > step):
                 break
+            last = logged
             kept.append(line)
-        with replacing(path) as file:
-            file.write_text("".join(kept), encoding="utf-8")
+        if len(kept) < len(lines):
+            if lines[len(kept)].endswith(b"\n") and _logged_step(lines[len(kept)]) is None:
+                print(f"{path}: line {len(kept) + 1} is damaged; it and those after it are dropped", file=sys.stderr, flush=True)
+            with replacing(path) as file:
+                file.write_bytes(b"".join(kept))
+        return last
 
     def finish(self, model: Model, results: dict[str, Any]) -> None:
         """Write the final model and the results."""
@@ -189,3 +291,24 @@ class RunFolder:
             write_config(model, self.path)
             with replacing(self.path / RESULTS) as file:
                 file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _dump(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def _checksums(progress: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of `progress` and of the config beside it. The tensors have theirs in their own files."""
+    return {
+        PROGRESS: hashlib.sha256(_dump(progress).encode()).hexdigest(),
+        CONFIG: hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest(),
+    }
+
+
+def _logged_step(line: bytes) -> int | None:
+    """Return the step of a whole line of metrics."""
+    try:
+        step = json.loads(line.decode())["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None

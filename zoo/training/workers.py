@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
@@ -16,16 +17,18 @@ import torch
 from rich.progress import Progress
 
 from zoo.errors import ZooError
+from zoo.signals import STOPPING, StoppedError, deferred
 from zoo.system import cores
 from zoo.training.config import TrainConfig
-from zoo.training.loop import StoppedError, sigterm, train
+from zoo.training.loop import train
 from zoo.training.reporting import add_run, advance, new_progress
+from zoo.training.run_folder import RESULTS
 
 Name = TypeVar("Name", bound=Hashable)
 
 
 class Job(NamedTuple):
-    """One run to train."""
+    """One run to train. Of a finished one, only `after` is called."""
 
     config: TrainConfig
     folder: Path
@@ -42,23 +45,21 @@ def train_all(jobs: Mapping[Name, Job], processes: int | None = None) -> dict[Na
     Returns:
         The jobs that failed, and why.
     Raises:
-        StoppedError: after SIGTERM or Ctrl-C; runs under way have written a checkpoint.
+        StoppedError: after one of the signals of `zoo.signals`; runs under way have written a checkpoint.
     """
     pending = list(jobs)
     slots = min(processes or torch.cuda.device_count() or cores(), len(pending))
     workers: dict[int, _Worker[Name]] = {}
     failed: dict[Name, str] = {}
-    with new_progress() as progress, sigterm() as stop_requested:
+    with deferred() as stop_requested, new_progress() as progress:
         try:
-            while pending or any(worker.name is not None for worker in workers.values()):
-                if stop_requested():
-                    raise KeyboardInterrupt
+            while not stop_requested() and (pending or any(worker.name is not None for worker in workers.values())):
                 for slot in range(slots if pending else 0):
                     worker = workers.get(slot) or workers.setdefault(slot, _Worker(slot, progress))
                     if pending and worker.name is None:
                         name = pending.pop(0)
                         worker.start(name, jobs[name])
-                ready = wait([worker.connection for worker in workers.values()], timeout=1)
+                ready = wait([worker.connection for worker in workers.values()], timeout=0.2)
                 for slot, worker in list(workers.items()):
                     if worker.connection in ready:
                         finished, error = worker.receive()
@@ -66,13 +67,13 @@ def train_all(jobs: Mapping[Name, Job], processes: int | None = None) -> dict[Na
                             failed[finished] = error
                         if not worker.process.is_alive():
                             del workers[slot]
-        except KeyboardInterrupt:
-            raise StoppedError("stopped; the same command resumes") from None
         finally:
             for worker in workers.values():
                 worker.process.terminate()
             for worker in workers.values():
                 worker.process.join()
+        if number := stop_requested():
+            raise StoppedError("stopped; the same command resumes", number)
     return failed
 
 
@@ -87,7 +88,10 @@ class _Worker(Generic[Name]):
         self.progress = progress
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, slot), daemon=True)
+        # only SIGTERM, from the parent, stops a worker; Ctrl-C reaches the whole process group
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGTERM})
         self.process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def start(self, name: Name, job: Job) -> None:
@@ -115,7 +119,7 @@ class _Worker(Generic[Name]):
 
 def _work(connection: Connection, slot: int) -> None:
     """Train the jobs that arrive. Sends metrics (a dict) as they come, and at the end of a job None or the error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent then sends SIGTERM
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # between runs
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     if gpus := torch.cuda.device_count():
@@ -128,7 +132,8 @@ def _work(connection: Connection, slot: int) -> None:
     while True:
         job: Job = connection.recv()
         try:
-            train(job.config, job.folder, report=send)
+            if not (job.folder / RESULTS).exists():
+                train(job.config, job.folder, report=send)
             if job.after is not None:
                 job.after(job.folder)
         except ZooError as error:

@@ -1,0 +1,74 @@
+"""Signals wait while a block of work is under way, and are not lost afterwards."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from zoo.signals import STOPPING, deferred
+
+
+@pytest.fixture
+def received():
+    """Numbers of the signals that reach the handlers from outside."""
+    numbers = []
+    before = {number: signal.signal(number, lambda number, frame: numbers.append(number)) for number in STOPPING}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_that_was_asked_for_is_handled(received, number):
+    with deferred() as requested:
+        assert requested() == 0
+        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGTERM)
+        assert requested() == number
+    assert received == []
+    signal.raise_signal(number)
+    assert received == [number]
+
+
+def test_a_signal_that_was_not_asked_for_is_raised_after_the_block(received):
+    with deferred() as requested:
+        assert requested() == 0
+        signal.raise_signal(signal.SIGUSR1)
+        assert received == []
+    assert received == [signal.SIGUSR1]
+
+
+def test_another_thread_defers_nothing(received):
+    found = []
+
+    def work():
+        with deferred() as requested:
+            signal.raise_signal(signal.SIGUSR2)
+            found.append(requested())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [0]
+    assert received == [signal.SIGUSR2]
+
+
+SCRIPT = """
+import signal, time
+from zoo.signals import deferred, exiting
+with exiting(), deferred() as requested:
+    for pause in {pauses}:
+        time.sleep(pause)
+        signal.raise_signal(signal.SIGINT)
+        requested()
+print("saved")
+"""
+
+
+@pytest.mark.parametrize(("pauses", "saved"), [((0, 0), True), ((0, 2.1), False)])
+def test_a_second_ctrl_c_ends_the_process_at_once(pauses, saved):
+    """Not one that follows directly: torchrun repeats the Ctrl-C that its processes got from the terminal."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT.format(pauses=pauses)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == ((0, "saved\n") if saved else (130, ""))

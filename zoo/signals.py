@@ -1,0 +1,78 @@
+"""Signals that stop a command: SIGINT (Ctrl-C), SIGTERM, and SIGUSR1 and SIGUSR2, which batch systems send before a time limit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+IMPATIENCE = 2.0
+"""Seconds after which another Ctrl-C is a second one: torchrun repeats to its processes the one that they got from the terminal."""
+
+
+class StoppedError(Exception):
+    """A run was stopped by a signal and has been saved; the same command resumes it."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + number
+        """Exit status of a command that was stopped."""
+
+
+@contextmanager
+def exiting() -> Iterator[None]:
+    """Inside the block, a signal ends the process at once, with status 128 + its number."""
+    # a process of torchrun may be waiting for another one in C++, where no Python handler runs
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    with _handling(_exit if alone else signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], int]]:
+    """Defer signals inside the block. The yielded function returns the number of the first that has arrived, or 0.
+
+    After the block, a signal that was not asked for is raised again. A second Ctrl-C ends the process at once. Outside the main
+    thread, which receives the signals, nothing is deferred.
+    """
+    arrived, since, seen = 0, 0.0, False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal arrived, since
+        if not arrived:
+            arrived, since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - since > IMPATIENCE:
+            _exit(number, frame)
+
+    def requested() -> int:
+        nonlocal seen
+        seen = bool(arrived)
+        return arrived
+
+    with _handling(note):
+        yield requested
+    if arrived and not seen:
+        signal.raise_signal(arrived)
+
+
+def _exit(number: int, frame: Any) -> None:
+    os._exit(128 + number)
+
+
+@contextmanager
+def _handling(handler: Any) -> Iterator[None]:
+    """Handle the signals with `handler` inside the block, if this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
