@@ -1,6 +1,7 @@
 """The commands, run in this process: their output and their errors."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -67,7 +68,7 @@ def test_describe_a_folder(tmp_path, dtype):
     bare.mkdir()
     shutil.copy(oracle / "config.json", bare)
     assert "397 K (1.52 MiB)" in run("describe", bare).output
-    assert "no zoo.yaml here" in run("describe", tmp_path, status=2).stderr
+    assert "no zoo.yaml and no upstream config.json" in run("describe", tmp_path, status=2).stderr
 
 
 def test_describe_a_run_before_and_after_its_end(tmp_path, config, monkeypatch):
@@ -120,7 +121,7 @@ def test_convert_round_trip(tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "already exists" in run("convert", oracle, tmp_path / "ours", status=2).stderr
-    assert "no zoo.yaml here" in run("convert", tmp_path, tmp_path / "new", status=2).stderr
+    assert "no zoo.yaml and no upstream config.json" in run("convert", tmp_path, tmp_path / "new", status=2).stderr
 
 
 def test_chat_sleeps_between_turns(tmp_path):
@@ -130,7 +131,7 @@ def test_chat_sleeps_between_turns(tmp_path):
     result = CliRunner().invoke(main, arguments, input="hi\n\nand then?\n")  # an empty line is not a turn
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert f"0/64 tokens in the window, 0 sleeps, state {decimal(zoo.describe(model).state_bytes)}" in result.output
-    assert result.output.count(" sleeps, state ") == 3
+    assert len(re.findall(r" sleeps?, state ", result.output)) == 3
 
 
 @pytest.mark.parametrize(
