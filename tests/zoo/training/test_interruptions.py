@@ -23,7 +23,8 @@ FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "zoo.yam
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
-@pytest.mark.parametrize("wanted", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("wanted", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many")])
 def test_interrupted_commands_end_as_uninterrupted_ones(tmp_path, wanted):
     """Also: no status 0, no traceback, no line of metrics overwritten, no process and no scratch file left."""
     module, counts = "tests.zoo.training.interruptions", [f"{kind}={count}" for kind, count in wanted.items()]
