@@ -91,6 +91,7 @@ def _write(
     from rich.table import Table
 
     from zoo.config import validate
+    from zoo.console import spinner
     from zoo.devices import usable_device
     from zoo.export.bundle import export
     from zoo.export.manifest import Bundle
@@ -116,7 +117,8 @@ def _write(
     report(
         made.config.name, f"{weights:,} bytes of weights, {state_bytes(made, plan):,} of states per stream", time.perf_counter() - started
     )
-    parity = export(made, out, plan=plan, target=target, verified=not no_verify, device=device, report=report, **options)
+    with spinner(f"exporting {made.config.name}"):
+        parity = export(made, out, plan=plan, target=target, verified=not no_verify, device=device, report=report, **options)
     if parity is not None:
         console.print(parity.table())
     table = Table("file", "bytes")
@@ -131,11 +133,14 @@ def _write(
 def _compare(name: str, overrides: tuple[str, ...], seed: int, device: str, folder: Path) -> None:
     from rich.console import Console
 
+    from zoo.console import spinner
     from zoo.export.runtime import ExportedModel
     from zoo.export.verify import verify
 
     exported = ExportedModel(folder)
-    Console().print(verify(_model(name, overrides, seed, exported.bundle.precision), exported, device).table())
+    with spinner(f"comparing {folder} with PyTorch"):
+        parity = verify(_model(name, overrides, seed, exported.bundle.precision), exported, device)
+    Console().print(parity.table())
 
 
 def _model(name: str, overrides: tuple[str, ...], seed: int, dtype: str | None, device: str = "cpu") -> Model:

@@ -132,7 +132,8 @@ class StateForm(NamedTuple):
                 continue
             if fast is None or want is None:
                 raise ZooError(f"state: of another model: layer {i} has {'no ' if fast is None else ''}fast weights")
-            _check_tensor(f"state: fast weights of layer {i}", fast, *want, streams)
+            if not _fits(fast, *want, streams):
+                raise _misfit(f"state: fast weights of layer {i}", fast, *want, streams)
         for i, (cache, form) in enumerate(zip(state.window, self.window, strict=True)):
             found: type = type(cache)
             if found is not (NoneType if form is None else form[0]):
@@ -142,16 +143,22 @@ class StateForm(NamedTuple):
             for x, (shape, dtype) in zip(cache, form[1], strict=True):
                 if x.dtype != dtype and computes_in is not None and not x.is_meta:
                     dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else computes_in()
-                _check_tensor(f"state: window cache of layer {i}", x, shape, dtype, streams)
+                if not _fits(x, shape, dtype, streams):
+                    raise _misfit(f"state: window cache of layer {i}", x, shape, dtype, streams)
 
 
 StateForms = dict[tuple[torch.dtype, ...], StateForm]
 """The form of a model's states for the dtypes of its mixers."""
 
 
-def _check_tensor(name: str, x: Tensor, shape: Shape, dtype: torch.dtype, streams: int) -> None:
+def _fits(x: Tensor, shape: Shape, dtype: torch.dtype, streams: int) -> bool:
     given = x.shape
-    if len(given) != len(shape) + 1 or given[0] != streams or any(a != b and b for a, b in zip(given[1:], shape, strict=True)):
-        raise ZooError(f"{name}: {list(given)}; want [{', '.join(str(size or 'any') for size in (streams, *shape))}] for these ids")
-    if x.dtype != dtype:
-        raise ZooError(f"{name}: {x.dtype}; want {dtype}")
+    if x.dtype != dtype or len(given) != len(shape) + 1 or given[0] != streams:
+        return False
+    return given[1:] == shape or all(b in (0, a) for a, b in zip(given[1:], shape, strict=True))
+
+
+def _misfit(name: str, x: Tensor, shape: Shape, dtype: torch.dtype, streams: int) -> ZooError:
+    if _fits(x, shape, x.dtype, streams):
+        return ZooError(f"{name}: {x.dtype}; want {dtype}")
+    return ZooError(f"{name}: {list(x.shape)}; want [{', '.join(str(size or 'any') for size in (streams, *shape))}] for these ids")

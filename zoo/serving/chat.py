@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 
 import torch
@@ -33,10 +34,11 @@ def converse(
         sampling: options of `Session.generate`.
     """
     console = console or Console()
+    prompt = "[bold]you: [/]" if sys.stdin.isatty() else ""
     for turn in itertools.count(seed or 0):
         console.print(_status(session), justify="right")
         try:
-            while not (line := console.input("[bold]you: [/]").strip()):
+            while not (line := console.input(prompt).strip()):
                 pass
         except (EOFError, KeyboardInterrupt):
             console.print()
