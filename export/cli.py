@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli import CONTEXT, one_line_errors
+from zoo.cli import CONTEXT, exit_status
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -68,7 +68,7 @@ def main(
     asked["weights"] = "int8" if weights_only_int8 else "int4" if weights_only_int4 else None
     asked["compute_capability"] = compute_capability and compute_capability.split(",")
     overrides += () if loops is None else (f"loops={loops}",)
-    with one_line_errors():
+    with exit_status():
         if out is not None:
             _write(model, overrides, seed, device, out, **{name: value for name, value in asked.items() if value is not None})
         elif verify_only is not None:

@@ -1,18 +1,22 @@
-"""The command `zoo`, `python -m zoo`, and `torchrun -m zoo`."""
+"""The commands `zoo` and `zoo-export`, `python -m zoo`, and `torchrun -m zoo`."""
 
-import signal
+import importlib
 
-from zoo.signals import exiting
+from zoo.signals import exit_on_signals, restore_defaults
 
 
-def run() -> None:
-    """Run the command line. Ctrl-C while packages are imported, or while the interpreter shuts down, leaves no traceback."""
-    with exiting():
-        from zoo.cli import main
+def run(module: str = "zoo.cli", name: str = "zoo") -> None:
+    """Run a command. A signal ends it without a traceback, also while packages are imported or the interpreter shuts down."""
+    exit_on_signals()
     try:
-        main(prog_name="zoo")
+        importlib.import_module(module).main(prog_name=name)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        restore_defaults()
+
+
+def run_export() -> None:
+    """Run the command `zoo-export`."""
+    run("zoo.export.cli", "zoo-export")
 
 
 if __name__ == "__main__":

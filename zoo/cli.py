@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import click
 from zoo.config import list_models, parse_overrides
 from zoo.errors import ZooError
 from zoo.options import DEVICE, DTYPE, Number
-from zoo.signals import StoppedError, exiting
+from zoo.signals import StoppedError, interruptible
 
 if TYPE_CHECKING:
     from zoo.costs import Description
@@ -30,34 +31,28 @@ SECTIONS = {
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Report bad input in one line and exit with status 2."""
+def exit_status() -> Iterator[None]:
+    """Report bad input in one line and exit with status 2. A command that a signal stopped exits with 128 + its number."""
     try:
         yield
     except ZooError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except StoppedError as stopped:
+        from zoo.training.parallel import is_main_process
 
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """End the process with status 128 + the number of a signal: at once, or when a run has been saved."""
-    with exiting():
-        try:
-            yield
-        except StoppedError as stopped:
-            from zoo.training.parallel import is_main_process
-
-            if is_main_process():
-                click.echo(str(stopped), err=True)
-            sys.exit(stopped.status)
+        if is_main_process():
+            click.echo(str(stopped), err=True)
+        sys.exit(stopped.status)
 
 
 class Group(click.Group):
     """Group that lists its commands in sections and prints one-line errors."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with one_line_errors():
+        with exit_status():
             return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -152,7 +147,6 @@ def convert(source: Path, destination: Path, form: Literal["zoo", "hf"]) -> None
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the run.  [default: runs/<name of CONFIG>]")
 @click.option("--wandb", metavar="PROJECT", help="Also send metrics to this project of Weights & Biases.")
-@stoppable()
 def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str | None) -> None:
     """Train a model, or resume a run.
 
@@ -206,7 +200,6 @@ def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the ablation.")
 @click.option("--processes", type=click.IntRange(min=1), help="Number of concurrent runs.  [default: one per GPU, else one per core]")
-@stoppable()
 def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | None) -> None:
     """Train and compare variants of a model.
 
@@ -241,7 +234,6 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
 
 @main.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder for the results.")
-@stoppable()
 def demo(out: Path) -> None:
     """Train and compare a small model at N = 1, 2, 4. Exports each model too; takes about eight minutes on two cores.
 
@@ -278,7 +270,8 @@ def chat(
     from zoo.sessions.session import Session
 
     opened, tokenizer = _open(model, device, dtype)
-    converse(Session(opened), tokenizer, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
+    with interruptible():
+        converse(Session(opened), tokenizer, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
 
 
 @main.command()

@@ -24,13 +24,28 @@ class StoppedError(Exception):
         """Exit status of a command that was stopped."""
 
 
-@contextmanager
-def exiting() -> Iterator[None]:
-    """Inside the block, a signal ends the process at once, with status 128 + its number."""
+def exit_on_signals() -> None:
+    """From now on, a signal ends the process at once, with status 128 + its number."""
     # a process of torchrun may be waiting for another one in C++, where no Python handler runs
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    with _handling(_exit if alone else signal.SIG_DFL):
+    for number in STOPPING:
+        signal.signal(number, _exit if alone else signal.SIG_DFL)
+
+
+def restore_defaults() -> None:
+    """Let the system end the process on a signal: no Python handler runs while the interpreter shuts down."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside the block, Ctrl-C raises KeyboardInterrupt, as Python does by default."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
         yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -54,25 +69,16 @@ def deferred() -> Iterator[Callable[[], int]]:
         seen = bool(arrived)
         return arrived
 
-    with _handling(note):
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in STOPPING} if main else {}
+    try:
         yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if arrived and not seen:
         signal.raise_signal(arrived)
 
 
 def _exit(number: int, frame: Any) -> None:
     os._exit(128 + number)
-
-
-@contextmanager
-def _handling(handler: Any) -> Iterator[None]:
-    """Handle the signals with `handler` inside the block, if this is the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in STOPPING}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)

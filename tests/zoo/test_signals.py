@@ -1,5 +1,6 @@
 """Signals wait while a block of work is under way, and are not lost afterwards."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -57,8 +58,9 @@ def test_another_thread_defers_nothing(received):
 
 SCRIPT = """
 import signal, time
-from zoo.signals import deferred, exiting
-with exiting(), deferred() as requested:
+from zoo.signals import deferred, exit_on_signals
+exit_on_signals()
+with deferred() as requested:
     for pause in {pauses}:
         time.sleep(pause)
         signal.raise_signal(signal.SIGINT)
@@ -72,3 +74,22 @@ def test_a_second_ctrl_c_ends_the_process_at_once(pauses, saved):
     """Not one that follows directly: torchrun repeats the Ctrl-C that its processes got from the terminal."""
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(pauses=pauses)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == ((0, "saved\n") if saved else (130, ""))
+
+
+MODULE = """
+import atexit, signal
+stop = lambda: signal.raise_signal({number})
+atexit.register(lambda: stop() if {moment!r} == "exit" else None)
+stop() if {moment!r} == "import" else None
+def main(prog_name): stop() if {moment!r} == "main" else None
+"""
+
+
+@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("moment", ["import", "main", "exit"])
+def test_a_signal_ends_a_command_without_a_traceback(tmp_path, moment, number):
+    (tmp_path / "stopped.py").write_text(MODULE.format(moment=moment, number=int(number)))
+    script = "from zoo.__main__ import run; run('stopped', 'zoo')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == (-number if moment == "exit" else 128 + number)
+    assert done.stderr == ""

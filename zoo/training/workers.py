@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -89,6 +90,7 @@ class _Worker(Generic[Name]):
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, slot), daemon=True)
         # only SIGTERM, from the parent, stops a worker; Ctrl-C reaches the whole process group
+        resource_tracker.ensure_running()  # if `start` had to start it, it would unblock SIGINT
         before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGTERM})
         self.process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -130,7 +132,12 @@ def _work(connection: Connection, slot: int) -> None:
             connection.send(message)
 
     while True:
-        job: Job = connection.recv()
+        try:
+            while not connection.poll(0.2):  # handlers of signals that another thread receives run in between
+                pass
+            job: Job = connection.recv()
+        except (EOFError, ConnectionResetError):  # the parent has ended
+            return
         try:
             if not (job.folder / RESULTS).exists():
                 train(job.config, job.folder, report=send)
