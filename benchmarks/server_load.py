@@ -46,9 +46,8 @@ def talk(url: str, name: str, seconds: float, client: int) -> tuple[list[str], l
 def expected(model: zoo.Model, client: int, count: int) -> list[str]:
     session, text, answers = zoo.Session(model), ByteTokenizer(256), []
     for n in range(count):
-        decode = text.decoder()
         prompt = torch.tensor([text.encode(f"{client} says {n}")])
-        answers.append("".join(decode(int(token)) for token in session.generate(prompt, TOKENS)))
+        answers.append(text.decode(map(int, session.generate(prompt, TOKENS))))
     return answers
 
 

@@ -34,6 +34,7 @@ class Answer:
         """The whole text, once it is complete."""
         self._prompt_tokens, self._tokens = len(ids), 0
         self._tokenizer, self._metrics = tokenizer, metrics
+        self._decoder = tokenizer.decoder(ids)
         self._stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         started = time.perf_counter()
         self._generated = session.generate(
@@ -74,20 +75,21 @@ class Answer:
 
     def _decoded(self) -> Iterator[str]:
         """Yield the text of each token; stop at the tokenizer's end tokens."""
-        decode, token = self._tokenizer.decoder(), self._first
+        token = self._first
         while True:
             self._tokens += 1
             self._metrics.tokens.labels("completion").inc()
             if token in self._tokenizer.stop:
                 self.finish_reason = "stop"
-                return
-            yield decode(token)
+                break
+            yield self._decoder(token)
             following = next(self._generated, None)
             if following is None:
-                return
+                break
             token, now = int(following), time.perf_counter()
             self._metrics.next_token.observe(now - self._time)
             self._time = now
+        yield self._decoder.flush()
 
     def usage(self) -> dict[str, int]:
         total = self._prompt_tokens + self._tokens

@@ -44,13 +44,15 @@ def converse(
             console.print()
             return
         ids = tokenizer.chat([{"role": "user", "content": line}])
-        decode = tokenizer.decoder()
+        decode = tokenizer.decoder(ids)
         try:
             turn_seed = None if seed is None else turn
             for token in session.generate(
                 torch.tensor([ids], device=session.device), tokens, stop=tokenizer.stop, seed=turn_seed, **sampling
             ):
-                console.print(Text(decode(int(token))), end="", soft_wrap=True)
+                if int(token) not in tokenizer.stop:
+                    console.print(Text(decode(int(token))), end="", soft_wrap=True)
+            console.print(Text(decode.flush()), end="", soft_wrap=True)
         except KeyboardInterrupt:
             console.print(" ...", end="")
         console.print()

@@ -1,108 +1,201 @@
-"""Text to token ids and back: the tokenizer of a checkpoint folder, or bytes."""
+"""Text to token ids and back: the tokenizer of a checkpoint's folder, or bytes."""
 
 from __future__ import annotations
 
-import codecs
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from zoo.checkpoints.own import CONFIG
+from zoo.checkpoints.plain import one_line
+from zoo.checkpoints.stored import read_json
+from zoo.config import read_yaml
 from zoo.errors import ZooError
-from zoo.text.chat_templates import Messages, plain, render
+from zoo.text.chat_templates import Messages, choose, plain, read_templates, render
+from zoo.text.decoding import ByteDecoder, Decoder, TokenDecoder
+
+TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "spiece.model")
+"""Files of tokenizers that only transformers reads."""
 
 
 class ByteTokenizer:
-    """One token per UTF-8 byte; ids above 255 decode to nothing.
+    """One token per UTF-8 byte, in a vocabulary of 256.
 
+    Args:
+        stop: ids that end an answer.
     Raises:
-        ZooError: `vocab_size` is below 256.
+        ZooError: another `vocab_size`.
     """
 
-    stop: tuple[int, ...] = ()
-    """Ids that end an answer."""
+    def __init__(self, vocab_size: int = 256, stop: Iterable[int] = (), templates: Mapping[str, str] | None = None) -> None:
+        if vocab_size != 256:
+            raise ZooError(f"vocab_size: {vocab_size}; text in bytes needs 256, and the model has no tokenizer, such as a {TOKENIZER}")
+        self.stop: tuple[int, ...] = tuple(stop)
+        """Ids that end an answer."""
+        self.templates: Mapping[str, str] = templates or {}
+        """Chat templates by name."""
+        self.special: Mapping[str, str] = {}
+        """Special tokens, by names such as "eos_token"."""
 
-    def __init__(self, vocab_size: int) -> None:
-        if vocab_size < 256:
-            raise ZooError(f"vocab_size: {vocab_size}; text in bytes needs 256, and the model has no tokenizer.json")
-
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the ids of a text, with the special tokens that the tokenizer adds at its ends unless `special` is False."""
         return list(text.encode("utf-8", errors="replace"))
 
-    def decoder(self) -> Callable[[int], str]:
-        """Return a function that maps each token in turn to the text it completes: "" in the middle of a character."""
-        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        return lambda token: decode(bytes([token])) if token < 256 else ""
+    def decoder(self, context: Sequence[int] = ()) -> Decoder:
+        """Return a decoder of the tokens that follow those of `context`."""
+        return ByteDecoder()
 
-    def chat(self, messages: Messages) -> list[int]:
-        """Return the ids of a conversation, up to where the answer begins."""
-        return self.encode(plain(messages))
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of tokens."""
+        decode = self.decoder()
+        return "".join(map(decode, ids)) + decode.flush()
+
+    def render(self, messages: Messages, *, template: str | None = None, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """Return a conversation as text, up to where the answer begins.
+
+        Args:
+            template: name of a chat template; default: "tool_use" if there are tools and it exists, else "default". Without any
+                template, one line per message.
+            variables: values for the template, such as `tools` and `documents`; see `zoo.text.chat_templates.render`.
+        Raises:
+            ZooError: there is no such template, or it fails.
+        """
+        chosen = choose(self.templates, template, variables.get("tools"))
+        if chosen is None:
+            return plain(messages, add_generation_prompt=add_generation_prompt)
+        return render(chosen, messages, **{**self.special, **variables, "add_generation_prompt": add_generation_prompt})
+
+    def chat(self, messages: Messages, **variables: Any) -> list[int]:
+        """Return the ids of a conversation, up to where the answer begins. Takes the arguments of `render`, and raises its errors."""
+        return self.encode(self.render(messages, **variables), special=False)
 
 
 class FolderTokenizer(ByteTokenizer):
-    """The `tokenizer.json` of a checkpoint folder, with its end tokens and its chat template if it has one.
+    """The tokenizer of a checkpoint's folder: through transformers where that is installed, otherwise from tokenizer.json.
 
     Raises:
         ZooError: a file cannot be read, or the tokenizer has more than `vocab_size` tokens.
     """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
-        path = folder / "tokenizer.json"
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ZooError(f"{path}: needs pip install 'sleep-zoo[serve]'") from None
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ZooError(f"{path}: cannot be read: {error}") from None
-        if self._tokenizer.get_vocab_size() > vocab_size:
-            raise ZooError(f"{path}: {self._tokenizer.get_vocab_size()} tokens; the model has {vocab_size}")
-        ends = {**_read(folder / "config.json"), **_read(folder / "generation_config.json")}.get("eos_token_id")
-        self.stop = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
-        config = _read(folder / "tokenizer_config.json")
-        self._template = config.get("chat_template")
-        self._special = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+        backend = _from_transformers(folder)
+        if backend is None or (backend.size > vocab_size and (folder / TOKENIZER).is_file()):  # transformers may have added tokens
+            backend = _from_tokenizers(folder)
+        if backend.size > vocab_size:
+            raise ZooError(f"{folder / TOKENIZER}: {backend.size} tokens; the model has {vocab_size}")
+        self._backend = backend
+        self.special = self._backend.special
+        self.templates = read_templates(folder)
+        end = self._backend.id_of(self.special.get("eos_token", ""))
+        self.stop = end_tokens(folder, vocab_size, () if end is None else (end,))
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(_without_surrogates(text)).ids)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return self._backend.encode(text.encode("utf-8", errors="replace").decode(), special)  # lone surrogates are refused
 
-    def decoder(self) -> Callable[[int], str]:
-        from tokenizers.decoders import DecodeStream
-
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self._tokenizer, token) or ""
-
-    def chat(self, messages: Messages) -> list[int]:
-        if not isinstance(self._template, str):
-            return super().chat(messages)
-        text = render(self._template, messages, self._special)
-        return list(self._tokenizer.encode(_without_surrogates(text), add_special_tokens=False).ids)
+    def decoder(self, context: Sequence[int] = ()) -> Decoder:
+        return TokenDecoder(self._backend.decode, context)
 
 
 def load_tokenizer(folder: Path | None, vocab_size: int) -> ByteTokenizer:
     """Return the tokenizer in a checkpoint's folder, or bytes if it has none. Raises ZooError."""
-    if folder is not None and (folder / "tokenizer.json").is_file():
+    if folder is not None and has_tokenizer(folder):
         return FolderTokenizer(folder, vocab_size)
-    return ByteTokenizer(vocab_size)
+    if folder is None or vocab_size != 256:
+        return ByteTokenizer(vocab_size)
+    return ByteTokenizer(vocab_size, end_tokens(folder, vocab_size), read_templates(folder))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer in any format."""
+    return any(file.is_file() for pattern in (TOKENIZER, *OTHER_FORMATS) for file in folder.glob(pattern))
+
+
+def end_tokens(folder: Path, vocab_size: int, more: Iterable[int] = ()) -> tuple[int, ...]:
+    """Return the ids that end an answer: those of generation_config.json or else of the config, and `more`.
+
+    In a config they may stand under `text_config`, and in a list. Raises ZooError if a file is damaged.
+    """
+    configs = [_read(folder / "generation_config.json"), _read(folder / "config.json")]
+    if (folder / CONFIG).is_file():
+        configs.append(read_yaml(folder / CONFIG).get("upstream") or {})
+    for config in configs:
+        for fields in (config, config.get("text_config")):
+            ends = fields.get("eos_token_id") if isinstance(fields, Mapping) else None
+            listed = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int and 0 <= end < vocab_size]
+            if listed:
+                return tuple(dict.fromkeys([*listed, *more]))
+    return tuple(more)
+
+
+class Backend(NamedTuple):
+    """The functions of a tokenizer, whichever library provides them."""
+
+    encode: Callable[[str, bool], list[int]]
+    """Takes a text, and whether to add special tokens at its ends."""
+    decode: Callable[[Sequence[int]], str]
+    """Returns the text of tokens, without special ones."""
+    id_of: Callable[[str], int | None]
+    size: int
+    special: Mapping[str, str]
+
+
+def _from_transformers(folder: Path) -> Backend | None:
+    """Return None if transformers is not installed, or if tokenizer.json is all there is to read."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        return None
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # never runs code of the folder
+    except Exception as error:  # an architecture that it does not know, or files that it cannot read
+        if (folder / TOKENIZER).is_file():
+            return None
+        raise ZooError(f"{folder}: transformers cannot read the tokenizer: {one_line(error)}") from None
+
+    def encode(text: str, special: bool) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=special, truncation=False, padding=False, verbose=False))
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    vocabulary = tokenizer.get_vocab()
+    return Backend(encode, decode, vocabulary.get, max(vocabulary.values(), default=-1) + 1, tokenizer.special_tokens_map)
+
+
+def _from_tokenizers(folder: Path) -> Backend:
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise ZooError(f"{folder}: there is no {TOKENIZER}; pip install transformers, which reads other formats")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ZooError(f"{path}: needs pip install 'sleep-zoo[serve]'") from None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ZooError(f"{path}: cannot be read: {one_line(error)}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    settings = _read(folder / SETTINGS)
+    if "added_tokens_decoder" not in settings:
+        settings |= _read(folder / "special_tokens_map.json")
+
+    def encode(text: str, special: bool) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=special).ids)
+
+    vocabulary = tokenizer.get_vocab()
+    return Backend(encode, tokenizer.decode, tokenizer.token_to_id, max(vocabulary.values(), default=-1) + 1, _special_tokens(settings))
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens of tokenizer_config.json, which holds each as text or as an object with its `content`."""
+    more = settings.get("extra_special_tokens")
+    named = {name: value for name, value in settings.items() if name.endswith("_token")} | (more if isinstance(more, dict) else {})
+    content = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: value for name, value in content.items() if isinstance(value, str)}
 
 
 def _read(file: Path) -> dict[str, Any]:
     """Return the fields of a JSON file; none if there is no such file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ZooError(f"{file}: cannot be read: {error}") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _without_surrogates(text: str) -> str:
-    """Replace lone surrogates, which the tokenizer refuses."""
-    return text.encode("utf-8", errors="replace").decode()
-
-
-def _content(token: Any) -> Any:
-    """Return a special token as text: the file holds text, or a mapping with its `content`."""
-    return token.get("content") if isinstance(token, dict) else token
+    return read_json(file) if file.is_file() else {}

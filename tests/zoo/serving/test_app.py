@@ -67,8 +67,7 @@ def alone(model, *prompts, tokens=20):
     session, tokenizer = zoo.Session(model), ByteTokenizer(256)
     answers = []
     for prompt in prompts:
-        decode = tokenizer.decoder()
-        answers.append("".join(decode(int(t)) for t in session.generate(torch.tensor([tokenizer.encode(prompt)]), tokens)))
+        answers.append(tokenizer.decode(map(int, session.generate(torch.tensor([tokenizer.encode(prompt)]), tokens))))
     return answers
 
 

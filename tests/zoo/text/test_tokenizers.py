@@ -1,9 +1,10 @@
 """Text to token ids and back, token by token."""
 
 import json
+import sys
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import zoo
 from zoo.text.tokenizers import ByteTokenizer, load_tokenizer
@@ -41,23 +42,25 @@ def test_round_trip(folder):
 
 
 def test_bytes_that_are_not_text():
-    tokenizer = ByteTokenizer(300)
+    tokenizer = ByteTokenizer()
     assert "".join(decoded(tokenizer, [72, 255, 105, 299])) == "H\ufffdi"
     assert tokenizer.encode("\ud800") == [63]
     assert bytes(tokenizer.chat([{"role": "user", "content": "hi"}])).decode() == "user: hi\nassistant: "
-    with pytest.raises(zoo.ZooError, match="vocab_size: 3; text in bytes needs 256"):
-        load_tokenizer(None, 3)
+    for size in (3, 257, 1000):
+        with pytest.raises(zoo.ZooError, match=f"vocab_size: {size}; text in bytes needs 256, and the model has no tokenizer"):
+            load_tokenizer(None, size)
 
 
 def test_end_tokens_and_chat_template_come_from_the_checkpoint(folder):
     tokenizer = load_tokenizer(folder, 1000)
     assert tokenizer.stop == (0, 7)
+    assert tokenizer.decode(tokenizer.encode(WORDS)) == WORDS
     ids = tokenizer.chat([{"role": "user", "content": "fox"}])
     assert "".join(decoded(tokenizer, ids)) == "[user] fox[assistant]"
     assert 0 in ids
     assert tokenizer.encode("\ud800") == tokenizer.encode("?")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ 1 / 0 }}"}))
-    with pytest.raises(zoo.ZooError, match="chat_template: division by zero"):
+    with pytest.raises(zoo.ZooError, match="chat template: division by zero"):
         load_tokenizer(folder, 1000).chat([])
 
 
@@ -65,8 +68,53 @@ def test_damaged_or_mismatched_files(folder):
     with pytest.raises(zoo.ZooError, match=r"tokenizer.json: \d+ tokens; the model has 20"):
         load_tokenizer(folder, 20)
     (folder / "generation_config.json").write_text("{")
-    with pytest.raises(zoo.ZooError, match=r"generation_config\.json: cannot be read"):
+    with pytest.raises(zoo.ZooError, match=r"generation_config\.json: not JSON"):
         load_tokenizer(folder, 1000)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(zoo.ZooError, match=r"tokenizer\.json: cannot be read"):
         load_tokenizer(folder, 1000)
+
+
+def test_end_tokens_are_found_in_every_usual_place(folder):
+    places = {"generation_config.json": {"eos_token_id": [1, 2]}, "config.json": {"text_config": {"eos_token_id": 3}}}
+    for file, content in places.items():
+        (folder / file).write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (folder / "zoo.yaml").write_text("name: a\nupstream: {text_config: {eos_token_id: [4]}}\n")
+    assert load_tokenizer(folder, 1000).stop == (1, 2, 0)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": None, "do_sample": True}))
+    assert load_tokenizer(folder, 1000).stop == (3, 0)
+    (folder / "config.json").unlink()
+    assert load_tokenizer(folder, 1000).stop == (4, 0)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "zoo.yaml").unlink()
+    assert load_tokenizer(folder, 1000).stop == ()
+
+
+@pytest.mark.parametrize("transformers", [True, False])
+def test_tokens_equal_those_of_transformers(folder, monkeypatch, transformers):
+    from transformers import AutoTokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.post_processor = processors.TemplateProcessing("<end> $A <end>", special_tokens=[("<end>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = {"__type": "AddedToken", "content": "<end>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    special = {"add_bos_token": False, "bos_token": "<end>", "eos_token": end, "pad_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
+    right = AutoTokenizer.from_pretrained(folder)(WORDS, truncation=False, padding=False).input_ids
+    if not transformers:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    ours = load_tokenizer(folder, 1000)
+    assert ours.encode(WORDS) == right
+    assert right[0] == right[-1] == 0
+    assert ours.encode(WORDS, special=False) == right[1:-1]
+    assert ours.special.items() >= {"bos_token": "<end>", "eos_token": "<end>"}.items()
+
+
+def test_a_tokenizer_in_another_format_needs_transformers(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(zoo.ZooError, match="pip install transformers, which reads other formats"):
+        load_tokenizer(tmp_path, 256)
