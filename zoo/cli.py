@@ -287,6 +287,12 @@ def chat(
 @click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Maximum number of tokens in an answer.")
 @click.option("--max-bytes", type=click.IntRange(min=1), help="Memory limit for stream states; refuses settings that may exceed it.")
 @click.option("--max-body", type=click.IntRange(min=1), default=2**20, show_default=True, help="Maximum size of a request, in bytes.")
+@click.option(
+    "--prefix-bytes", type=click.IntRange(min=0), default=2**28, show_default=True, help="Memory for states that prompts may continue from."
+)
+@click.option("--api-key", "api_keys", multiple=True, envvar="ZOO_API_KEY", help="Key that requests must bear; may be repeated.")
+@click.option("--name", help="Name of the model in requests.  [default: its own]")
+@click.option("--grace", type=Number(min=0), default=30.0, show_default=True, help="Seconds that answers may take after SIGTERM.")
 @DEVICE
 @DTYPE
 def serve(
@@ -302,24 +308,27 @@ def serve(
     max_tokens: int,
     max_bytes: int | None,
     max_body: int,
+    prefix_bytes: int,
+    api_keys: tuple[str, ...],
+    name: str | None,
+    grace: float,
     device: str,
     dtype: str | None,
 ) -> None:
     """Serve a model over HTTP.
 
     MODEL is a folder or a name. The endpoints are OpenAI-compatible. Requests with the same "session": "some-id" continue one stream.
+    On SIGTERM or Ctrl-C, requests under way are answered and others refused.
     """
     from zoo.serving.app import Limits, check_address, make_app  # raises a ZooError that names what to install
-
-    import uvicorn  # isort: skip
+    from zoo.serving.draining import run
     from zoo.sessions.pool import SessionPool
 
     check_address(host, port)
     opened, tokenizer = _open(model, device, dtype)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
-    limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle)
-    app = make_app(pool, tokenizer, opened.config.name, limits)
-    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=5)
+    limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle, prefixes=prefix_bytes)
+    run(make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys), host, port, grace)
 
 
 @main.command()

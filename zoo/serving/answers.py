@@ -1,159 +1,176 @@
-"""From a request to its answer: generated tokens as text, stop strings, JSON bodies and server-sent events."""
+"""From a prompt to an answer: generated tokens as text, with stop strings and log-probabilities."""
 
 from __future__ import annotations
 
-import json
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import anyio
-import anyio.to_thread
 import torch
-from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from torch import Tensor
 
+from zoo.serving.kept import Ends, KeptSession
 from zoo.serving.metrics import Metrics
-from zoo.serving.schemas import ApiError, GenerationRequest
-from zoo.sessions.session import Session
+from zoo.serving.schemas import ChatRequest, CompletionRequest
 from zoo.text.tokenizers import ByteTokenizer
 
 
+class Prompt(NamedTuple):
+    """Tokens to answer."""
+
+    ids: list[int]
+    """Everything that the stream is to hold."""
+    new: int
+    """Number of the last of them that come from the request."""
+    ends: Ends = tuple
+    """Positions after which the state is worth keeping."""
+
+
+class Logprob(NamedTuple):
+    """Log-probability of a token and of the most likely ones in its place; None for the first token of a stream."""
+
+    token: str
+    logprob: float | None
+    top: list[tuple[str, float]]
+    offset: int
+    """Where its text begins in the answer."""
+
+
+class Piece(NamedTuple):
+    """Part of an answer."""
+
+    text: str
+    logprobs: list[Logprob]
+
+
 class Answer:
-    """The text generated for one request, in pieces, cut where a stop string begins.
+    """The answer to one prompt, in pieces, cut where a stop string begins.
 
     Creating it reads the prompt and samples the first token. Raises ZooError.
+
+    Args:
+        number: index among the answers to the same prompt, which is added to the seed.
     """
 
     def __init__(
-        self, session: Session, ids: list[int], request: GenerationRequest, max_tokens: int, tokenizer: ByteTokenizer, metrics: Metrics
+        self,
+        kept: KeptSession,
+        prompt: Prompt,
+        number: int,
+        request: CompletionRequest | ChatRequest,
+        max_tokens: int,
+        tokenizer: ByteTokenizer,
+        metrics: Metrics,
     ) -> None:
         self.finish_reason = "length"
-        self.text: str | None = None
-        """The whole text, once it is complete."""
-        self._prompt_tokens, self._tokens = len(ids), 0
-        self._tokenizer, self._metrics = tokenizer, metrics
-        self._decoder = tokenizer.decoder(ids)
+        self.text = ""
+        """The text that was sent."""
+        self.cached, self.tokens = 0, list[int]()
+        """Number of prompt tokens that were not read again, and the generated tokens."""
+        self._kept, self._tokenizer, self._metrics = kept, tokenizer, metrics
         self._stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+        self._top = request.top
+        self._logits: deque[Tensor] = deque()
+        self._generated: Any = (token for token in ())
         started = time.perf_counter()
-        self._generated = session.generate(
-            torch.tensor([ids], dtype=torch.int64, device=session.device) if ids else None,
-            max_tokens,
-            stop=tokenizer.stop,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            repetition_penalty=request.repetition_penalty,
-            seed=request.seed,
-        )
-        self._first = int(next(self._generated))
+        new = prompt.ids[len(prompt.ids) - prompt.new :]
+        if request.echo and self._top is not None:
+            self._echo = self._scored(new)
+        else:
+            self.cached = max(0, kept.read(prompt.ids, prompt.ends) - len(prompt.ids) + prompt.new)
+            self._echo = Piece(tokenizer.decode(new), []) if request.echo else None
+        metrics.tokens.labels("prompt").inc(prompt.new - self.cached)
+        if max_tokens:
+            self._generated = kept.session.generate(
+                None,
+                max_tokens,
+                stop=tokenizer.stop,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+                min_p=request.min_p,
+                repetition_penalty=request.repetition_penalty,
+                presence_penalty=request.presence_penalty,
+                frequency_penalty=request.frequency_penalty,
+                logit_bias={int(token): bias for token, bias in request.logit_bias.items()},
+                logits_processor=None if self._top is None else self._record,
+                seed=None if request.seed is None else (request.seed + number) % 2**63,
+                seen=None if request.repetition_penalty == 1 else torch.tensor([prompt.ids], device=kept.session.device),
+            )
+            self.tokens.append(int(next(self._generated)))
+        self._decode = tokenizer.decoder(prompt.ids)
         self._time = time.perf_counter()
         metrics.first_token.observe(self._time - started)
-        metrics.tokens.labels("prompt").inc(len(ids))
 
     def close(self) -> None:
-        """End the generation."""
-        self._generated.close()  # type: ignore[attr-defined]
+        """End the generation: the stream holds the tokens that have been taken."""
+        self._generated.close()
+        self._kept.tokens = [*self._kept.tokens, *self.tokens]
 
-    def __iter__(self) -> Iterator[str]:
-        text, sent = "", 0
+    def __iter__(self) -> Iterator[Piece]:
+        if self._echo is not None:
+            yield self._echo
+        base = len(self._echo.text) if self._echo is not None else 0
+        text, sent, logprobs = "", 0, list[Logprob]()
         for piece in self._decoded():
+            if self._top is not None:
+                logprobs += self._logprobs(base + len(text), piece)
             text += piece
             ends = [at for stop in self._stops if (at := text.find(stop, max(0, sent - len(stop)))) >= 0]
             if ends:
                 self.finish_reason, text = "stop", text[: min(ends)]
+                logprobs = [entry for entry in logprobs if entry.offset < base + len(text)]
                 break
             # the last characters may turn out to begin a stop string
             certain = len(text) - max((len(stop) - 1 for stop in self._stops), default=0)
             if certain > sent:
-                yield text[sent:certain]
-                sent = certain
-        if text[sent:]:
-            yield text[sent:]
+                self.text = text[:certain]
+                yield Piece(text[sent:certain], logprobs)
+                sent, logprobs = certain, []
         self.text = text
+        if text[sent:] or logprobs:
+            yield Piece(text[sent:], logprobs)
 
     def _decoded(self) -> Iterator[str]:
         """Yield the text of each token; stop at the tokenizer's end tokens."""
-        token = self._first
-        while True:
-            self._tokens += 1
+        while self.tokens:
             self._metrics.tokens.labels("completion").inc()
-            if token in self._tokenizer.stop:
+            if self.tokens[-1] in self._tokenizer.stop:
                 self.finish_reason = "stop"
                 break
-            yield self._decoder(token)
+            yield self._decode(self.tokens[-1])
             following = next(self._generated, None)
             if following is None:
                 break
-            token, now = int(following), time.perf_counter()
+            self.tokens.append(int(following))
+            now = time.perf_counter()
             self._metrics.next_token.observe(now - self._time)
             self._time = now
-        yield self._decoder.flush()
+        if rest := self._decode.flush():
+            yield rest
 
-    def usage(self) -> dict[str, int]:
-        total = self._prompt_tokens + self._tokens
-        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": self._tokens, "total_tokens": total}
+    def _record(self, logits: Tensor) -> Tensor:
+        self._logits.append(logits[0])
+        return logits
 
+    def _logprobs(self, offset: int, text: str) -> list[Logprob]:
+        """Return the entry of the last token, whose text is at `offset`."""
+        return [self._logprob(self.tokens[-1], self._logits.popleft(), offset)] if self._logits else []
 
-class CompletionBody:
-    """The response to a completion request: one JSON body, or server-sent events."""
+    def _logprob(self, token: int, logits: Tensor | None, offset: int) -> Logprob:
+        name = self._tokenizer.decode([token])
+        if logits is None or self._top is None:
+            return Logprob(name, None, [], offset)
+        logprobs = logits.float().log_softmax(-1)
+        best = logprobs.topk(min(self._top, len(logprobs)))
+        top = [(self._tokenizer.decode([other]), value) for value, other in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        return Logprob(name, float(logprobs[token]), top, offset)
 
-    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, model: str) -> None:
-        self._model, self._id, self._created = model, f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
-
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def chunk_choice(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        """Generate to the end and return the JSON body."""
-        choice = self.choice("".join(answer))
-        return {**self._body(self.object, choice, answer.finish_reason), "usage": answer.usage()}
-
-    def events(self, answer: Answer, end: Callable[[], None]) -> Iterator[str]:
-        """Yield a server-sent event for each piece of text; call `end` before the last one, after which the next request may come."""
-        try:
-            for piece in answer:
-                yield f"data: {json.dumps(self._body(self.chunk_object, self.chunk_choice(piece), None))}\n\n"
-            end()
-            last = self._body(self.chunk_object, self.chunk_choice(""), answer.finish_reason)
-            yield f"data: {json.dumps({**last, 'usage': answer.usage()})}\n\n"
-        except Exception as error:  # the status has been sent
-            yield f"data: {json.dumps(ApiError(500, str(error)).body)}\n\n"
-        yield "data: [DONE]\n\n"
-
-    def _body(self, kind: str, choice: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        choices = [{"index": 0, "finish_reason": finish_reason, "logprobs": None, **choice}]
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
-
-
-class ChatBody(CompletionBody):
-    """The response to a chat request."""
-
-    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
-
-    def chunk_choice(self, text: str) -> dict[str, Any]:
-        return {"delta": {"role": "assistant", "content": text}}
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events. `end` is called once they are sent or the client has disconnected."""
-
-    def __init__(self, events: Iterator[str], end: Callable[[], None]) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self._end = end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self._end)
+    def _scored(self, ids: list[int]) -> Piece:
+        """Read `ids`. Returns their text, with the log-probability of each."""
+        text, entries, decode = "", list[Logprob](), self._tokenizer.decoder()
+        for token, logits in self._kept.score(ids):
+            entries.append(self._logprob(token, logits, len(text)))
+            text += decode(token)
+        return Piece(text + decode.flush(), entries)

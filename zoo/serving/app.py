@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.sessions.pool import BusyError, SessionPool
+from zoo.sessions.pool import BusyError, PoolClosedError, SessionPool
 from zoo.text.tokenizers import ByteTokenizer
 
 try:
@@ -23,17 +25,21 @@ try:
 except ImportError:
     raise ZooError("serve: needs pip install 'sleep-zoo[serve]'") from None
 
-from zoo.serving.answers import Answer, ChatBody, CompletionBody, EventStream
-from zoo.serving.errors import BodyLimit, as_api_error
+from zoo.serving.answers import Answer, Prompt
+from zoo.serving.bodies import ChatBody, Choice, CompletionBody, EventStream
+from zoo.serving.conversations import chat_ids, message_ends, takes_tools
+from zoo.serving.errors import ApiKeys, BodyLimit, as_api_error
 from zoo.serving.kept import KeptSession, KeptSessions, Messages
 from zoo.serving.metrics import Metrics
-from zoo.serving.schemas import ApiError, ChatRequest, CompletionRequest, ErrorResponse, GenerationRequest
+from zoo.serving.prefixes import Prefixes, common_length
+from zoo.serving.schemas import NAME, ApiError, ChatRequest, CompletionRequest, ErrorResponse
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}},
     **ERRORS,
 }
+SESSION_HEADERS = ("x-session-id", "x-openwebui-chat-id")
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,13 @@ class Limits:
     body: int = 2**20
     """Maximum size of a request's body, in bytes."""
     prompt: int = 32_768
-    """Maximum number of tokens in a prompt."""
+    """Maximum number of tokens that a request may add to its session."""
     tokens: int = 4_096
     """Maximum number of tokens in an answer."""
     idle: float = 3_600.0
     """Seconds without a request after which a session may be closed."""
+    prefixes: int = 2**28
+    """Maximum size of the states that later prompts may continue from, in bytes."""
 
 
 def check_address(host: str, port: int) -> None:
@@ -58,8 +66,12 @@ def check_address(host: str, port: int) -> None:
         raise ZooError(f"host {host}, port {port}: {error.strerror}") from None
 
 
-def make_app(pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits | None = None) -> FastAPI:
-    """Return the server of one model as an ASGI app. Closes the pool on shutdown."""
+def make_app(pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits | None = None, *, keys: Sequence[str] = ()) -> FastAPI:
+    """Return the server of one model as an ASGI app, with the `Server` as `app.state.server`. Closes the pool on shutdown.
+
+    Args:
+        keys: API keys. If there are any, every request but those for /health and /ready needs one.
+    """
     server = Server(pool, tokenizer, name, limits or Limits())
 
     @asynccontextmanager
@@ -68,11 +80,18 @@ def make_app(pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Lim
         yield
         pool.close()
 
-    app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.server = server
     app.add_middleware(BodyLimit, limit=server.limits.body)
+    app.state.keyed = bool(keys)
+    if keys:
+        app.add_middleware(ApiKeys, keys=keys)
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, server.error)
+    app.get("/health", responses=ERRORS)(server.health)
+    app.get("/ready", responses=ERRORS)(server.ready)
     app.get("/v1/models", responses=ERRORS)(server.models)
+    app.get("/v1/models/{model}", responses=ERRORS)(server.one_model)
     app.post("/v1/completions", response_model=None, responses=ANSWERS)(server.completions)
     app.post("/v1/chat/completions", response_model=None, responses=ANSWERS)(server.chat)
     app.delete("/v1/sessions/{session}", responses=ERRORS)(server.delete_session)
@@ -85,26 +104,57 @@ class Server:
 
     def __init__(self, pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits) -> None:
         self.tokenizer, self.name, self.limits = tokenizer, name, limits
-        self.sessions = KeptSessions(pool, limits.idle)
+        self.pool = pool
+        self.sessions = KeptSessions(pool, limits.idle, Prefixes(limits.prefixes))
         self.metrics = Metrics(self.sessions, pool)
         self.created = int(time.time())
+        self.draining = False
+        """True once the server is to end: requests under way are answered, others are refused."""
+
+    def health(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    def ready(self) -> dict[str, str]:
+        if self.draining:
+            raise ApiError(503, "the server is shutting down")
+        return {"status": "ok"}
 
     def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": self.name, "object": "model", "created": self.created, "owned_by": "sleep-zoo"}]}
+        return {"object": "list", "data": [self.one_model(self.name)]}
+
+    def one_model(self, model: str) -> dict[str, Any]:
+        self._check_model(model)
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "sleep-zoo"}
 
     def completions(self, body: CompletionRequest, request: Request) -> Response:
-        ids = self.tokenizer.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
-        return self._answer(body, request, body.max_tokens, lambda kept: ids, CompletionBody(self.name))
+        prompts = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+        response = CompletionBody(self.name, body.top, _wants_usage(body))
+
+        def all_prompts(kept: KeptSession) -> list[Prompt]:
+            return [Prompt([*kept.tokens, *ids], len(ids)) for ids in prompts]
+
+        return self._answer(body, request, response, body.max_tokens, all_prompts)
 
     def chat(self, body: ChatRequest, request: Request) -> Response:
-        messages = [message.model_dump() for message in body.messages]
-        max_tokens = body.max_completion_tokens or body.max_tokens or self.limits.tokens
-        return self._answer(
-            body, request, max_tokens, lambda kept: self.tokenizer.chat(kept.unread(messages)), ChatBody(self.name), messages
-        )
+        tools = body.tools if body.tool_choice != "none" else None
+        if tools and not takes_tools(self.tokenizer):
+            raise ApiError(400, f"tools: the chat template of {self.name} does not take them", "tools", "unsupported_parameter")
+        messages = [message.fields() for message in body.messages]
 
-    def delete_session(self, session: str) -> dict[str, Any]:
-        if not self.sessions.delete(session):
+        def conversation(kept: KeptSession) -> list[Prompt]:
+            if body.append:
+                if kept.name is None:
+                    raise ApiError(400, "append: only with a session", "append")
+                messages[:0] = kept.messages
+            ids = chat_ids(self.tokenizer, messages, tools)
+            return [Prompt(ids, len(ids), lambda: message_ends(self.tokenizer, messages, tools, ids))]
+
+        max_tokens = body.max_completion_tokens or body.max_tokens or self.limits.tokens
+        response = ChatBody(self.name, body.top, _wants_usage(body))
+        return self._answer(body, request, response, max_tokens, conversation, messages)
+
+    def delete_session(self, session: str, request: Request) -> dict[str, Any]:
+        if not self.sessions.delete(_owner(request), session):
             raise ApiError(404, f"session: '{session}' does not exist, or is busy", "session", "session_not_found")
         return {"id": session, "object": "session", "deleted": True}
 
@@ -118,43 +168,96 @@ class Server:
 
     def _answer(
         self,
-        body: GenerationRequest,
+        body: CompletionRequest | ChatRequest,
         request: Request,
-        max_tokens: int,
-        prompt: Callable[[KeptSession], list[int]],
         response: CompletionBody,
+        max_tokens: int,
+        prompts: Callable[[KeptSession], list[Prompt]],
         messages: Messages | None = None,
     ) -> Response:
-        """Generate the answer to a request, with `prompt` as the tokens to read first. With `messages`, the session remembers them."""
-        if body.model != self.name:
-            raise ApiError(404, f"model: '{body.model}' does not exist; there is '{self.name}'", "model", "model_not_found")
+        """Answer the prompts of a request. With `messages`, the session remembers them and the answer."""
+        self._check_model(body.model)
+        if self.draining:
+            raise ApiError(503, "the server is shutting down")
         if max_tokens > self.limits.tokens:
-            raise ApiError(400, f"max_tokens: {max_tokens} is more than {self.limits.tokens}", "max_tokens", "max_tokens_exceeded")
+            field = "max_tokens" if body.max_tokens == max_tokens else "max_completion_tokens"
+            raise ApiError(400, f"{field}: {max_tokens} is more than {self.limits.tokens}", field, "max_tokens_exceeded")
         with ExitStack() as cleanup:
-            kept = self.sessions.acquire(body.session)
-            cleanup.callback(self.sessions.release, body.session, kept)
+            kept = self.sessions.acquire(_owner(request), _session_of(body, request))
+            cleanup.callback(self.sessions.release, kept)
             try:
-                ids = prompt(kept)
-                if len(ids) > self.limits.prompt:
-                    raise ApiError(
-                        400, f"prompt: {len(ids)} tokens are more than {self.limits.prompt}", "prompt", "context_length_exceeded"
-                    )
-                answer = Answer(kept.session, ids, body, max_tokens, self.tokenizer, self.metrics)
+                choices = self._choices(kept, prompts(kept), body, max_tokens, messages)
+                cleanup.callback(choices.close)
+                first = next(choices)
+            except PoolClosedError:
+                raise
             except ZooError as error:
                 raise ApiError(409 if isinstance(error, BusyError) else 400, str(error)) from None
-            if messages is not None:
-                cleanup.callback(_remember, kept, messages, answer)
-            cleanup.callback(answer.close)
             self.metrics.requests.labels(_route(request), 200).inc()
             if body.stream:
                 end = cleanup.pop_all().close
-                return EventStream(response.events(answer, end), end)
-            return JSONResponse(response.whole(answer))
+                return EventStream(response.events(chain([first], choices), end), end)
+            return JSONResponse(response.whole(chain([first], choices)))
+
+    def _choices(
+        self, kept: KeptSession, prompts: list[Prompt], body: CompletionRequest | ChatRequest, max_tokens: int, messages: Messages | None
+    ) -> Iterator[Choice]:
+        """Yield `n` answers to each prompt, and end each before the next one. Raises ApiError before the first."""
+        field = "prompt" if messages is None else "messages"
+        room = [self._room(kept, prompt, max_tokens, field) for prompt in prompts]
+        for at, (prompt, most) in enumerate(zip(prompts, room, strict=True)):
+            for number in range(body.n):
+                with ExitStack() as cleanup:
+                    cleanup.callback(_settle, kept)
+                    answer = Answer(kept, prompt, number, body, most, self.tokenizer, self.metrics)
+                    cleanup.callback(answer.close)
+                    if messages is not None:
+                        cleanup.callback(_remember, kept, messages, answer)
+                    yield Choice(at * body.n + number, answer, 0 if number else prompt.new)
+
+    def _room(self, kept: KeptSession, prompt: Prompt, max_tokens: int, field: str) -> int:
+        """Return the maximum number of tokens in the answer to a prompt. Raises ApiError if the prompt itself is too long."""
+        vocabulary, context = self.pool.model.config.vocab_size, None if self.pool.model.config.window else self.pool.context
+        if max(prompt.ids, default=0) >= vocabulary:
+            raise ApiError(400, f"{field}: token {max(prompt.ids)}; the vocabulary is 0 to {vocabulary - 1}", field)
+        new = len(prompt.ids) - common_length(kept.tokens, prompt.ids)
+        limit = self.limits.prompt if context is None else min(self.limits.prompt, context - len(prompt.ids) + new - 1)
+        if new > limit:
+            raise ApiError(400, f"{field}: {new} tokens are more than {limit}", field, "context_length_exceeded")
+        return max_tokens if context is None else min(max_tokens, context - len(prompt.ids))
+
+    def _check_model(self, name: str) -> None:
+        if name != self.name:
+            raise ApiError(404, f"model: '{name}' does not exist; there is '{self.name}'", "model", "model_not_found")
 
 
 def _remember(kept: KeptSession, messages: Messages, answer: Answer) -> None:
-    if answer.text is not None:
-        kept.remember([*messages, {"role": "assistant", "content": answer.text}])
+    kept.messages = [*messages, {"role": "assistant", "content": answer.text}]
+
+
+def _settle(kept: KeptSession) -> None:
+    with suppress(ZooError):  # the pool is closed
+        kept.settle()
+
+
+def _session_of(body: CompletionRequest | ChatRequest, request: Request) -> str | None:
+    """Return the session id in the body or in a header. Raises ApiError if two differ."""
+    names = {name for name in (body.session, *(request.headers.get(header) for header in SESSION_HEADERS)) if name}
+    if len(names) > 1:
+        raise ApiError(400, f"session: {', '.join(sorted(names))}; the body and the headers must agree", "session")
+    name = next(iter(names), None)
+    if name is not None and not re.fullmatch(NAME, name):
+        raise ApiError(400, f"session: '{name}'; want up to 64 letters, digits, _ and -", "session")
+    return name
+
+
+def _owner(request: Request) -> str:
+    """Return what identifies the owner of sessions: the API key, which was checked if the server has any."""
+    return request.headers.get("authorization", "") if request.app.state.keyed else ""
+
+
+def _wants_usage(body: CompletionRequest | ChatRequest) -> bool:
+    return body.stream_options is not None and body.stream_options.include_usage
 
 
 def _route(request: Request) -> str:

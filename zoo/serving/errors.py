@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hmac
+import re
+from collections.abc import Sequence
+
 from fastapi import HTTPException as FastAPIHTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -9,12 +13,15 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zoo.serving.schemas import ApiError
+from zoo.sessions.pool import PoolClosedError
 
 
 def as_api_error(error: Exception) -> ApiError:
     """Return the response to an exception raised by a route or by the framework."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, PoolClosedError):
+        return ApiError(503, "the server is shutting down")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
     if not isinstance(error, RequestValidationError):
@@ -22,8 +29,30 @@ def as_api_error(error: Exception) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"body: not JSON: {first['ctx']['error']}, character {first['loc'][-1]}", None, "json_invalid")
-    where = ".".join(str(part) for part in first["loc"][1:])
-    return ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], where or None, first["type"])
+    # pydantic adds the alternatives of a union, such as `str` and `list[int]`
+    where = ".".join(str(part) for part in first["loc"][1:] if not re.search(r"^(str|float|int|dict)$|[\[\](]", str(part)))
+    message = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        named = message.partition(":")[0]
+        where, message = f"{where}.{named}" if where else named, message.partition(": ")[2]
+    return ApiError(400, f"{where}: {message}" if where else message, where or None, first["type"])
+
+
+class ApiKeys:
+    """Middleware that refuses a request without one of the API keys. /health and /ready need none."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app = app
+        self._expected = [f"Bearer {key}".encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in ("/health", "/ready"):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not sum(hmac.compare_digest(given, expected) for expected in self._expected):  # compares all of them
+                error = ApiError(401, "authorization: no valid API key", None, "invalid_api_key")
+                await JSONResponse(error.body, error.status, {"www-authenticate": "Bearer"})(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class BodyLimit:

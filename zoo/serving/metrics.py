@@ -20,6 +20,8 @@ class Metrics:
         self._gauge("zoo_sessions", "Sessions kept").set_function(lambda: len(sessions))
         self._gauge("zoo_streams", "Open streams").set_function(lambda: len(pool))
         self._gauge("zoo_streams_bytes", "Upper bound on the memory of all stream states").set(pool.bytes)
+        self._gauge("zoo_prefixes", "States that later prompts may continue from").set_function(lambda: len(sessions.prefixes))
+        self._gauge("zoo_prefixes_bytes", "Size of these states").set_function(lambda: sessions.prefixes.bytes)
         self._gauge("zoo_sleeps", "Completed sleeps").set_function(lambda: pool.sleeps)
 
     def text(self) -> bytes:

@@ -40,6 +40,7 @@ def write_file(path: Path, model: SleepingModel, snapshot: Snapshot) -> None:
         "positions": json.dumps([snapshot.state.position, snapshot.start.position]),
         "counts": json.dumps(snapshot.counts._asdict()),
         "hidden": json.dumps(bool(snapshot.hidden)),
+        "sleeps": json.dumps(snapshot.sleeps),
     }
     content = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, header)
     try:
@@ -82,7 +83,8 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
         hidden = None if ids.shape[1] else fresh.hidden
         if json.loads(header["hidden"]) and fresh.hidden is not None:
             hidden = (_tensor("hidden", tensors, tensors["hidden"].new_zeros(*ids.shape, model.config.d_model)),)
-        return Snapshot(state, start, ids, logits, pending, hidden, counts)
+        sleeps = tuple((int(at), int(loops)) for at, loops in json.loads(header.get("sleeps", "[]")))
+        return Snapshot(state, start, ids, logits, pending, hidden, counts, sleeps)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise ZooError(f"{path}: incomplete session: {error}") from None
 

@@ -28,6 +28,10 @@ class BusyError(ZooError):
     """A stream received a call before its previous call had returned."""
 
 
+class PoolClosedError(ZooError):
+    """The pool has been closed."""
+
+
 @dataclass(frozen=True, eq=False)
 class Token:
     """Request to read a token, ids [1, 1], in the next batch. The answer is its logits, [1, 1, V]."""
@@ -48,7 +52,15 @@ class SleepEnd:
         yield self
 
 
-Request = Slice | Token | SleepEnd
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """Request to wait until the caller has taken the last result, or has left. The answer is None."""
+
+    def __await__(self) -> Generator[Taken, None, None]:
+        yield self
+
+
+Request = Slice | Token | SleepEnd | Taken
 Answer = int | Tensor | None
 Call = Coroutine[Request, Answer, T]
 """A call in progress. Its host answers the requests that it awaits; only the host itself requests tokens and ends of sleeps."""
@@ -78,6 +90,10 @@ class Stream:
                 raise sleep.error
             if sleep.after is not None:
                 self.snapshot = await sleep.commit()
+
+    def retract(self) -> None:
+        """Remove the pending token."""
+        self.advance(self.snapshot._replace(pending=self.snapshot.pending[:, :0]))
 
     def cancel_sleep(self) -> None:
         """Cancel the sleep, if there is one."""
@@ -113,7 +129,7 @@ class Host(Protocol):
         ...
 
     def run_each(self, stream: Stream, calls: Iterator[Call[T]]) -> Iterator[T]:
-        """Run calls one after the other, each before the next is made. Yields their results."""
+        """Run calls one after the other, each after the result of the previous one was taken. Yields their results."""
         ...
 
     async def wake(self, stream: Stream, ids: Tensor) -> tuple[Tensor, Snapshot]:

@@ -10,6 +10,7 @@ from zoo.inputs import check_count
 from zoo.model import Model
 from zoo.schedule import Schedule, new_schedule
 from zoo.sessions.host import BusyError as BusyError
+from zoo.sessions.host import PoolClosedError as PoolClosedError
 from zoo.sessions.host import PoolFullError as PoolFullError
 from zoo.sessions.scheduler import Scheduler
 from zoo.sessions.session import Session
@@ -80,7 +81,7 @@ class SessionPool:
         return self._scheduler.sleeps
 
     def close(self) -> None:
-        """Cancel all work and end the thread. Pending calls raise ZooError."""
+        """Cancel all work and end the thread. Pending calls raise PoolClosedError."""
         self._scheduler.stop()
 
     def __enter__(self) -> Self:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+
+from zoo.errors import ZooError
+
+LogitsProcessor = Callable[[Tensor], Tensor]
+LEAST_TEMPERATURE = 1e-30  # its inverse is finite in float32; below, the most likely token has all the probability anyway
 
 
 class Sampling(BaseModel):
@@ -17,7 +25,12 @@ class Sampling(BaseModel):
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: always the most likely token")
     top_k: int | None = Field(None, ge=1, description="sample only from the k most likely tokens")
     top_p: float | None = Field(None, gt=0, le=1, description="sample only from the smallest set of tokens with total probability p")
+    min_p: float | None = Field(None, ge=0, le=1, description="sample only from tokens at least p times as likely as the most likely one")
     repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="above 1: tokens that were seen become less likely")
+    presence_penalty: float = Field(0.0, allow_inf_nan=False, description="subtracted from the logits of tokens that were generated")
+    frequency_penalty: float = Field(0.0, allow_inf_nan=False, description="subtracted for each time that a token was generated")
+    logit_bias: Mapping[int, float] = Field({}, description="added to the logits of these tokens")
+    logits_processor: LogitsProcessor | None = Field(None, description="returns the logits [B, V] to use in place of those it is given")
     seed: int | None = Field(None, ge=0, lt=2**63, description="makes the tokens reproducible; None: a random seed")
 
 
@@ -26,11 +39,16 @@ class Sampler:
 
     Args:
         seen: tokens to which the repetition penalty applies from the start, [B, T] int64.
+    Raises:
+        ZooError: the logit bias names a token outside the vocabulary.
     """
 
     def __init__(self, sampling: Sampling, seen: Tensor, vocab_size: int) -> None:
         self.sampling = sampling
         self.seen = torch.zeros(seen.shape[0], vocab_size, dtype=torch.bool, device=seen.device).scatter_(1, seen, True)
+        penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        self._counts = torch.zeros(self.seen.shape, device=seen.device) if penalised else None
+        self._bias = self._logit_bias(vocab_size, seen.device) if sampling.logit_bias else None
         self.generator = torch.Generator(seen.device)
         if sampling.seed is None:
             self.generator.seed()
@@ -39,6 +57,14 @@ class Sampler:
         self._stop = torch.tensor(sampling.stop, dtype=torch.int64, device=seen.device)
         self._over = torch.zeros(seen.shape[0], dtype=torch.bool, device=seen.device)
         self._last = self._over.long()
+
+    def _logit_bias(self, vocab_size: int, device: torch.device) -> Tensor:
+        bias = torch.zeros(vocab_size, device=device)
+        for token, value in self.sampling.logit_bias.items():
+            if not 0 <= token < vocab_size:
+                raise ZooError(f"logit_bias: token {token}; the vocabulary is 0 to {vocab_size - 1}")
+            bias[token] = value
+        return bias
 
     @property
     def over(self) -> bool:
@@ -55,19 +81,29 @@ class Sampler:
         self._last = torch.where(self._over, self._last, token)
         self._over = self._over | torch.isin(self._last, self._stop)
         self.seen.scatter_(1, self._last[:, None], True)
+        if self._counts is not None:
+            self._counts.scatter_add_(1, self._last[:, None], torch.ones_like(self._counts[:, :1]))
         return self._last
 
     def scores(self, logits: Tensor) -> Tensor:
         """Unnormalised log-probabilities [B, V], float32; -inf for tokens that are excluded."""
         how = self.sampling
         scores = logits.float()
+        if how.logits_processor is not None:
+            scores = how.logits_processor(scores)
         if how.repetition_penalty != 1:  # CTRL, arXiv 1909.05858, section 4.1
             lower = torch.where(scores > 0, scores / how.repetition_penalty, scores * how.repetition_penalty)
             scores = torch.where(self.seen, lower, scores)
+        if self._counts is not None:
+            scores = scores - how.frequency_penalty * self._counts - how.presence_penalty * (self._counts > 0)
+        if self._bias is not None:
+            scores = scores + self._bias
         if how.temperature > 0:
-            scores = scores / how.temperature
+            scores = (scores - scores.amax(-1, keepdim=True)) / max(how.temperature, LEAST_TEMPERATURE)
         if how.top_k is not None and how.top_k < scores.shape[-1]:
             scores = scores.masked_fill(scores < scores.topk(how.top_k).values[:, -1:], float("-inf"))
+        if how.min_p:
+            scores = scores.masked_fill(scores < scores.amax(-1, keepdim=True) + math.log(how.min_p), float("-inf"))
         if how.top_p is not None and how.top_p < 1:  # arXiv 1904.09751, section 3.1
             ordered, index = scores.sort(descending=True)
             share = ordered.softmax(-1)

@@ -7,8 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterator
-from concurrent.futures import Future
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -16,25 +14,17 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.model import Model
-from zoo.sessions import sliced
-from zoo.sessions.host import Answer, BusyError, Call, Host, PoolFullError, SleepEnd, Stream, Token
-from zoo.sessions.sleeping import Sleep
+from zoo.sessions.host import Answer, BusyError, Call, Host, PoolClosedError, PoolFullError, SleepEnd, Stream, Taken, Token
+from zoo.sessions.pending import Pending, PendingEach
+from zoo.sessions.sleeping import Sleep, batch_key, consolidate_together
+from zoo.sessions.sliced import finish
 from zoo.sessions.slots import Slots
-from zoo.sessions.snapshot import Snapshot, after_reading, one_of, together, wake_in_slices
+from zoo.sessions.snapshot import Snapshot, after_reading, wake_in_slices
 
 T = TypeVar("T")
 SLICE = 32  # tokens per slice while a stream is waiting for a token
 LONG_SLICE = 256  # tokens per slice otherwise, and tokens of a prompt that are read in one pass
 SHARE = 0.25  # of the usual time of a token: the time for background sleeps after it
-
-
-class _Pending:
-    """A call that has not returned."""
-
-    def __init__(self, stream: Stream, call: Call[Any]) -> None:
-        self.stream, self.call = stream, call
-        self.result: Future[Any] = Future()
-        self.cancelled = False
 
 
 class Scheduler:
@@ -62,15 +52,19 @@ class Scheduler:
         self._slots: Slots[Stream] = Slots(model, slots, context)
         self._open: set[Stream] = set()
         self._changed = threading.Condition()
-        self._calls: dict[Stream, _Pending] = {}
+        self._calls: dict[Stream, Pending] = {}
         """The call of each busy stream."""
-        self._arrived: list[_Pending] = []
-        """Calls that have not started."""
-        self._in_slices: deque[_Pending] = deque()
+        self._arrived: list[Pending] = []
+        """Calls that have not started, and those whose last result was taken."""
+        self._for_callers: set[PendingEach] = set()
+        """Calls that wait until their last result is taken."""
+        self._expected: set[PendingEach] = set()
+        """Those of them for which the next batch of tokens waits a moment."""
+        self._in_slices: deque[Pending] = deque()
         """Calls that request a slice."""
-        self._for_tokens: deque[tuple[_Pending, Tensor]] = deque()
+        self._for_tokens: deque[tuple[Pending, Tensor]] = deque()
         """Calls that request a token to be read."""
-        self._for_sleeps: list[tuple[_Pending, Sleep]] = []
+        self._for_sleeps: list[tuple[Pending, Sleep]] = []
         """Calls that wait for a sleep."""
         self._sleeps: list[tuple[float, Sleep]] = []
         """Sleeps that have not ended, and when they are due."""
@@ -80,6 +74,8 @@ class Scheduler:
         """Seconds that a batch of n tokens usually takes."""
         self._credit = self._cost = 0.0
         """Time budget left for slices, and the cost of the most expensive recent slice, in seconds."""
+        self._patience = 0.0
+        """Seconds that the next batch waits for streams whose last token has not been taken."""
         self._prompt_was_last = self._closed = False
         self._failure: BaseException | None = None
         self.thread = threading.Thread(target=self._serve, name="zoo-pool", daemon=True)
@@ -110,47 +106,52 @@ class Scheduler:
             self._open.discard(stream)
 
     def run(self, stream: Stream, call: Call[T]) -> T:
-        return self._submit(stream, call).result.result()
+        self._submit(pending := Pending(stream, call))
+        return pending.result.result()
 
     def run_each(self, stream: Stream, calls: Iterator[Call[T]]) -> Iterator[T]:
-        results: SimpleQueue[tuple[T] | None] = SimpleQueue()
-
-        async def run_all() -> None:
-            for call in calls:
-                results.put((await call,))
-
-        pending = self._submit(stream, run_all())
-        pending.result.add_done_callback(lambda _: results.put(None))
+        self._submit(pending := PendingEach(stream, calls))
         try:
-            while (result := results.get()) is not None:
+            while (result := pending.results.get()) is not None:
+                self._resume(pending, taken=1)
                 yield result[0]
         finally:
-            pending.cancelled = True  # the caller may have dropped the iterator
+            pending.left = True
+            self._resume(pending)
             if threading.current_thread() is not self.thread:  # the garbage collector may run in any thread
                 pending.result.result()
 
-    def _submit(self, stream: Stream, call: Call[Any]) -> _Pending:
-        pending = _Pending(stream, call)
+    def _submit(self, pending: Pending) -> None:
         try:
             with self._changed:
                 if self._failure is not None:
                     raise ZooError(f"pool: it has failed: {self._failure}") from self._failure
                 if self._closed:
-                    raise ZooError("pool: it is closed")
-                if stream not in self._open:
+                    raise PoolClosedError("pool: it is closed")
+                if pending.stream not in self._open:
                     raise ZooError("stream: it is closed")
-                if stream in self._calls:
+                if pending.stream in self._calls:
                     raise BusyError("stream: it is busy with another call")
-                self._calls[stream] = pending
+                self._calls[pending.stream] = pending
                 self._arrived.append(pending)
                 self._changed.notify()
         except ZooError:
-            call.close()
+            pending.call.close()
             raise
-        return pending
+
+    def _resume(self, pending: PendingEach, taken: int = 0) -> None:
+        """Continue a call that waits for its caller."""
+        with self._changed:
+            pending.untaken -= taken
+            if pending in self._for_callers:
+                self._for_callers.remove(pending)
+                self._expected.discard(pending)
+                self._arrived.append(pending)
+                if not self._expected:
+                    self._changed.notify()
 
     def stop(self) -> None:
-        """Cancel everything and end the thread. Pending calls raise ZooError."""
+        """Cancel everything and end the thread. Pending calls raise PoolClosedError."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -186,7 +187,7 @@ class Scheduler:
             with torch.no_grad():
                 while self._wait_for_work():
                     self._turn()
-            error: BaseException = ZooError("pool: it is closed")
+            error: BaseException = PoolClosedError("pool: it is closed")
         except BaseException as failure:
             self._failure = error = failure
         with self._changed:
@@ -203,7 +204,7 @@ class Scheduler:
         with self._changed:
             while not self._closed:
                 self._sleeps = [(due, sleep) for due, sleep in self._sleeps if not sleep.cancelled]
-                if self._arrived or self._in_slices or self._for_tokens or self._group:
+                if self._arrived or self._expected or self._in_slices or self._for_tokens or self._group:
                     return True
                 wait = min((due for due, _ in self._sleeps), default=float("inf")) - time.monotonic()
                 if wait <= 0:
@@ -214,6 +215,8 @@ class Scheduler:
     def _turn(self) -> None:
         """Read one token for each stream that requests one, then run the slices that fit into the gap."""
         with self._changed:
+            self._changed.wait_for(lambda: not self._expected, self._patience)
+            self._expected.clear()
             arrived, self._arrived = self._arrived, []
         for pending in arrived:
             self._advance(pending)
@@ -225,6 +228,7 @@ class Scheduler:
         self._read_tokens(batch)
         seconds = time.perf_counter() - started
         usual = self._usual[len(batch)] = 0.9 * self._usual.get(len(batch), seconds) + 0.1 * seconds
+        self._patience = SHARE * usual
         waiting = len(self._in_slices) + len(self._for_sleeps)
         gap = max(SHARE, waiting / len(batch)) * usual  # equal time for every stream that waits, for a token or for slices
         # less after a token that took longer, so that no turn is much longer than others
@@ -236,7 +240,7 @@ class Scheduler:
             self._credit -= seconds
             self._cost = max(seconds, 0.95 * self._cost)
 
-    def _read_tokens(self, batch: list[tuple[_Pending, Tensor]]) -> None:
+    def _read_tokens(self, batch: list[tuple[Pending, Tensor]]) -> None:
         """Read one token for each call in the batch."""
         streams = [pending.stream for pending, _ in batch]
         try:
@@ -253,7 +257,7 @@ class Scheduler:
     def _put_in_slot(self, stream: Stream, batch: list[Stream]) -> None:
         """Put the stream's state in a slot, if necessary in place of a stream outside the batch."""
         if stream.sleep is not None and stream.sleep.up_to_date:  # it has ended since the token was requested
-            sliced.finish(stream.collect_finished_sleep())
+            finish(stream.collect_finished_sleep())
         state = stream.snapshot.waking
         if state is None:
             return
@@ -270,7 +274,7 @@ class Scheduler:
         else:
             self._run_sleeps(tokens)
 
-    def _advance(self, pending: _Pending, answer: Answer = None, error: Exception | None = None) -> None:
+    def _advance(self, pending: Pending, answer: Answer = None, error: Exception | None = None) -> None:
         """Answer the request of a call, and queue its next one."""
         try:
             request = pending.call.send(answer) if error is None else pending.call.throw(error)
@@ -278,7 +282,16 @@ class Scheduler:
             return self._return(pending, done.value)
         except BaseException as raised:
             return self._return(pending, error=raised)
-        if pending.cancelled:
+        if isinstance(request, Taken):
+            assert isinstance(pending, PendingEach)
+            with self._changed:
+                pending.untaken += 1
+                if pending.untaken > 0 and not pending.left:
+                    self._for_callers.add(pending)
+                    self._expected.add(pending)
+                else:
+                    self._arrived.append(pending)
+        elif isinstance(pending, PendingEach) and pending.left:
             pending.call.close()
             self._return(pending)
         elif isinstance(request, Token):
@@ -288,7 +301,7 @@ class Scheduler:
         else:
             self._in_slices.append(pending)
 
-    def _return(self, pending: _Pending, value: Any = None, error: BaseException | None = None) -> None:
+    def _return(self, pending: Pending, value: Any = None, error: BaseException | None = None) -> None:
         """Pass the result of a call, or its error, to the caller. From now on the stream is idle."""
         sleep = pending.stream.sleep
         if sleep is not None and sleep.pause is not None and all(sleep is not other for _, other in self._sleeps):
@@ -315,8 +328,8 @@ class Scheduler:
             due = self._due_sleeps()
             if not due:
                 return
-            sleeps = [due[0]] if self._for_tokens else [sleep for sleep in due if _batch_key(sleep) == _batch_key(due[0])]
-            self._group, most = (sleeps, self._consolidate(sleeps)), None
+            sleeps = [due[0]] if self._for_tokens else [sleep for sleep in due if batch_key(sleep) == batch_key(due[0])]
+            self._group, most = (sleeps, consolidate_together(sleeps)), None
         else:
             most = max(1, tokens // len(self._group[0]))
         sleeps, work = self._group
@@ -335,16 +348,3 @@ class Scheduler:
         self._sleeps = [(due, sleep) for due, sleep in self._sleeps if sleep not in sleeps]
         self._in_slices.extendleft(pending for pending, sleep in self._for_sleeps if sleep in sleeps)
         self._for_sleeps = [(pending, sleep) for pending, sleep in self._for_sleeps if sleep not in sleeps]
-
-    async def _consolidate(self, sleeps: list[Sleep]) -> None:
-        """Run sleeps with the same key as one batch."""
-        start = together([sleep.before.start for sleep in sleeps])
-        state = await sliced.consolidate(self.model, torch.cat([sleep.before.ids for sleep in sleeps]), start, loops=sleeps[0].loops)
-        for n, sleep in enumerate(sleeps):
-            if not sleep.cancelled:
-                await sleep.catch_up(one_of(state, n))
-
-
-def _batch_key(sleep: Sleep) -> tuple[int, int, int | None]:
-    """Position, tokens and loops: sleeps that agree in them can run as one batch."""
-    return int(sleep.before.start.position), sleep.before.ids.shape[1], sleep.loops

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -18,7 +18,7 @@ from zoo.model import Model
 from zoo.schedule import Schedule, new_schedule
 from zoo.sessions.file import read_file, write_file
 from zoo.sessions.host import Alone, Call, Host, Stream
-from zoo.sessions.sampling import Sampler, Sampling
+from zoo.sessions.sampling import LogitsProcessor, Sampler, Sampling
 from zoo.sessions.sleeping import Sleep
 from zoo.sessions.sleeping_model import SleepingModel, check_model, sleeping_model
 from zoo.sessions.snapshot import Snapshot, opening, size
@@ -95,6 +95,11 @@ class Session:
         self._host.run(self._stream, self._read(ids, logits))
         return torch.cat(logits, dim=1)[:, pending:]
 
+    def read(self, ids: Tensor) -> None:
+        """Read ids: [B, T] as `feed` does, without returning logits. T may be 0: only the pending token is read."""
+        self._check(ids)
+        self._host.run(self._stream, self._read(ids))
+
     def sleep(self, loops: int | None = None, *, wait: bool = True) -> None:
         """Consolidate the window's tokens and evict them. Does nothing if there are none.
 
@@ -117,8 +122,14 @@ class Session:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processor: LogitsProcessor | None = None,
         seed: int | None = None,
+        seen: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Read prompt: [B, T] and continue it: yields each token, [B] int64, as soon as it is known.
 
@@ -130,20 +141,28 @@ class Session:
             stop: stop tokens. Ends when every stream has generated one of them; until then, a stream that has repeats it.
             temperature: 0 for the most likely token.
             top_k, top_p: sample from the k most likely tokens; from the smallest set with total probability p.
+            min_p: sample from the tokens that are at least p times as likely as the most likely one.
             repetition_penalty: above 1, tokens of the prompt and of the answer become less likely (arXiv 1909.05858).
+            presence_penalty, frequency_penalty: subtracted from the logits of tokens in the answer, once and for each occurrence.
+            logit_bias: added to the logits of these tokens.
+            logits_processor: called with the logits [B, V] for each token, float32; returns those to use instead.
             seed: makes the tokens reproducible.
+            seen: earlier tokens to which the repetition penalty applies too, [B, T].
         Raises:
             ZooError: a bad argument, at once and before anything is read.
         """
-        how = {"stop": stop, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        sampling = validate(Sampling, {"tokens": tokens, "repetition_penalty": repetition_penalty, **how}, "generate")
+        how = {"stop": stop, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+        how |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
+        how |= {"logit_bias": logit_bias or {}, "logits_processor": logits_processor}
+        sampling = validate(Sampling, {"tokens": tokens, **how}, "generate")
         started = self._snapshot.logits is not None
         if prompt is None:
             if not started:
                 raise ZooError("prompt: None; nothing has been read yet, so there is nothing to continue")
             prompt = self._snapshot.ids[:, :0]
         self._check(prompt, least=0 if started else 1)
-        return self._host.run_each(self._stream, self._next_tokens(prompt, sampling))
+        sampler = Sampler(sampling, prompt if seen is None else torch.cat([seen, prompt], dim=1), self.model.config.vocab_size)
+        return self._host.run_each(self._stream, self._next_tokens(prompt, sampler))
 
     def fork(self) -> Session:
         """A second session in the same state, with the same model and host; independent from now on."""
@@ -162,7 +181,14 @@ class Session:
         Raises:
             ZooError: the file is damaged, or of another model; the session stays as it was.
         """
-        snapshot = read_file(Path(path), self._model)
+        return self.restore(read_file(Path(path), self._model))
+
+    def snapshot(self) -> Snapshot:
+        """Return the streams as they are now. Copies nothing, unless tokens are decoded in slots."""
+        return self._current()
+
+    def restore(self, snapshot: Snapshot) -> Self:
+        """Replace the streams with those of a snapshot of the same model and batch size."""
         self._host.run(self._stream, self._replace(snapshot if self._host.keeps_hidden else snapshot._replace(hidden=None)))
         return self
 
@@ -209,9 +235,8 @@ class Session:
         self._stream.cancel_sleep()
         self._stream.snapshot = snapshot
 
-    def _next_tokens(self, prompt: Tensor, sampling: Sampling) -> Iterator[Call[Tensor]]:
-        sampler = Sampler(sampling, prompt, self.model.config.vocab_size)
-        for _ in range(sampling.tokens):
+    def _next_tokens(self, prompt: Tensor, sampler: Sampler) -> Iterator[Call[Tensor]]:
+        for _ in range(sampler.sampling.tokens):
             yield self._next_token(prompt, sampler)
             if sampler.over:
                 return
@@ -240,15 +265,19 @@ class Session:
             if logits is not None:
                 logits.append(out)
         if self.schedule.pause is not None and self._stream.sleep is None and self._window_length:
-            self._begin(Sleep(self._model, self._snapshot, pause=self.schedule.pause))
+            self._begin(self._new_sleep(pause=self.schedule.pause))
 
     async def _consolidate(self, loops: int | None, wait: bool) -> None:
         await self._cancel_idle_sleep()
         await self._wait_for_sleep()
         if self._window_length:
-            self._begin(Sleep(self._model, self._snapshot, loops), wait=wait)
+            self._begin(self._new_sleep(loops), wait=wait)
             if wait:
                 await self._wait_for_sleep()
+
+    def _new_sleep(self, loops: int | None = None, pause: float | None = None) -> Sleep:
+        usual = self._window_length == self._limit and loops in (None, self.model.config.loops)
+        return Sleep(self._model, self._snapshot, loops, pause=pause, usual=usual)
 
     def _begin(self, sleep: Sleep, *, wait: bool = False) -> None:
         self._stream.sleep = sleep

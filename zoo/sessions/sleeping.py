@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.sessions.sleeping_model import SleepingModel
-from zoo.sessions.snapshot import Snapshot, after_sleeping, wake_in_slices
+from zoo.sessions.snapshot import Snapshot, after_sleeping, one_of, together, wake_in_slices
 from zoo.state import State
 
 
@@ -19,10 +19,15 @@ class Sleep:
     Args:
         loops: passes of the span, default as in the model's config.
         pause: seconds without a token before an idle sleep starts; a token cancels it. None: starts at once and runs to its end.
+        usual: True for a sleep that follows from the tokens alone: at a full window, with the model's loops.
     """
 
-    def __init__(self, model: SleepingModel, snapshot: Snapshot, loops: int | None = None, *, pause: float | None = None) -> None:
+    def __init__(
+        self, model: SleepingModel, snapshot: Snapshot, loops: int | None = None, *, pause: float | None = None, usual: bool = False
+    ) -> None:
         self.model, self.loops, self.pause = model, loops, pause
+        self.event = () if usual else ((snapshot.counts.tokens, loops or model.config.loops),)
+        """Entry for `Snapshot.sleeps`, if any."""
         self.before = snapshot if snapshot.hidden else snapshot._replace(waking=None)
         """The stream when the sleep began; with its waking state only if the sleep continues from that."""
         self.latest = snapshot
@@ -63,7 +68,7 @@ class Sleep:
 
     async def catch_up(self, state: State) -> None:
         """Read again, from the state after the sleep, the tokens that the stream has read in the meantime."""
-        after = after_sleeping(self.model, self.before, state)
+        after = after_sleeping(self.model, self.before, state)._replace(sleeps=self.before.sleeps + self.event)
         while (missed := self._missed(after)).shape[1]:
             _, after = await wake_in_slices(self.model, after, missed)
         self.after = after
@@ -91,6 +96,21 @@ class Sleep:
 
     def _missed(self, after: Snapshot) -> Tensor:
         return self.latest.ids[:, self.before.ids.shape[1] + after.ids.shape[1] :]
+
+
+def batch_key(sleep: Sleep) -> tuple[int, int, int | None]:
+    """Position, tokens and loops: sleeps that agree in them can run as one batch."""
+    return int(sleep.before.start.position), sleep.before.ids.shape[1], sleep.loops
+
+
+async def consolidate_together(sleeps: list[Sleep]) -> None:
+    """Run sleeps with the same key as one batch."""
+    start = together([sleep.before.start for sleep in sleeps])
+    ids = torch.cat([sleep.before.ids for sleep in sleeps])
+    state = await sleeps[0].model.consolidate_in_slices(ids, start, loops=sleeps[0].loops)
+    for n, sleep in enumerate(sleeps):
+        if not sleep.cancelled:
+            await sleep.catch_up(one_of(state, n))
 
 
 class Worker:

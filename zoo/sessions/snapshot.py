@@ -44,6 +44,8 @@ class Snapshot(NamedTuple):
     hidden: tuple[Tensor, ...] | None = None
     """Hidden states of the window after the last block, pieces of [B, n, D], if a sleep can continue from them; else None."""
     counts: Counts = Counts()
+    sleeps: tuple[tuple[int, int], ...] = ()
+    """Tokens read before, and loops of, each sleep that did not start at a full window: with the tokens, they determine every state."""
 
     @property
     def state(self) -> State:

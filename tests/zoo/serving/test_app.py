@@ -101,13 +101,14 @@ def test_chat(client, model):
     first = alone(model, "user: hi\nassistant: ")[0]
     answer = client.chat.completions.create(messages=[{"role": "user", "content": "hi"}], **GREEDY)
     assert answer.choices[0].message.content == first
-    # a session continues, whether the client sends the whole conversation or only the new messages
-    want = alone(model, "user: hi\nassistant: ", "user: and?\nassistant: ")[1]
+    # a session continues, whether the client sends the whole conversation or, with `append`, only the new messages
+    want = alone(model, f"user: hi\nassistant: {first}\nuser: and?\nassistant: ")[0]
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": first}, {"role": "user", "content": "and?"}]
-    for session, messages in (("whole", turns), ("new", turns[2:])):
+    for session, messages, append in (("whole", turns, False), ("new", turns[2:], True)):
         client.chat.completions.create(messages=turns[:1], extra_body={"session": session}, **GREEDY)
-        answer = client.chat.completions.create(messages=messages, extra_body={"session": session}, **GREEDY)
+        answer = client.chat.completions.create(messages=messages, extra_body={"session": session, "append": append}, **GREEDY)
         assert answer.choices[0].message.content == want
+        assert answer.usage.prompt_tokens_details.cached_tokens >= len("user: hi\nassistant: ")
         client.delete(f"/sessions/{session}", cast_to=object)
 
 
@@ -116,7 +117,7 @@ def test_streaming(client, model):
     assert "".join(p.choices[0].text for p in pieces) == alone(model, "abc")[0]
     assert pieces[-1].choices[0].finish_reason == "length"
     pieces = list(client.chat.completions.create(messages=[{"role": "user", "content": "hi"}], stream=True, **GREEDY))
-    assert "".join(p.choices[0].delta.content for p in pieces) == alone(model, "user: hi\nassistant: ")[0]
+    assert "".join(p.choices[0].delta.content or "" for p in pieces) == alone(model, "user: hi\nassistant: ")[0]
 
 
 def test_stop_strings(client, model):
@@ -139,7 +140,9 @@ def test_stop_strings(client, model):
         ({"prompt": "x" * 20001}, openai.APIStatusError, "are more than 20000"),
         ({"prompt": ""}, openai.BadRequestError, "nothing has been read yet"),
         ({"prompt": [256]}, openai.BadRequestError, "vocabulary is 0 to 255"),
-        ({"prompt": ["a", "b"]}, openai.BadRequestError, "prompt"),
+        ({"prompt": [["a"]]}, openai.BadRequestError, "prompt"),
+        ({"prompt": "\ud800"}, openai.BadRequestError, "body: lone surrogates"),
+        ({"extra_body": {"nonsense": 1}}, openai.BadRequestError, "nonsense: there is no such field"),
         ({"prompt": [-1]}, openai.BadRequestError, "prompt"),
         ({"prompt": [True]}, openai.BadRequestError, "prompt"),
         ({"prompt": []}, openai.BadRequestError, "nothing has been read yet"),
@@ -150,7 +153,7 @@ def test_stop_strings(client, model):
         ({"extra_body": {"repetition_penalty": 0}}, openai.BadRequestError, "repetition_penalty"),
         ({"extra_body": {"stream": "yes"}}, openai.BadRequestError, "stream"),
         ({"temperature": 9}, openai.BadRequestError, "temperature"),
-        ({"n": 2}, openai.BadRequestError, "n: "),
+        ({"n": 0}, openai.BadRequestError, "n: "),
         ({"extra_body": {"session": "a b"}}, openai.BadRequestError, "session"),
     ],
 )

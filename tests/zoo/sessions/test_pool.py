@@ -265,10 +265,10 @@ def test_an_error_is_that_of_one_stream(monkeypatch):
     sleeping = model()
     consolidate = sliced.consolidate
 
-    def fails(self, ids, state=None, *, loops=None):
+    def fails(self, ids, state=None, **how):
         if (ids == 7).all():
             raise MemoryError("no memory")
-        return consolidate(self, ids, state, loops=loops)
+        return consolidate(self, ids, state, **how)
 
     monkeypatch.setattr(sliced, "consolidate", fails)
     with zoo.SessionPool(sleeping) as pool:

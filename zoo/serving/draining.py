@@ -1,0 +1,37 @@
+"""Running the server, and ending it: answers under way are finished, or cut short when their time is up."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+MARGIN = 5  # seconds for responses to end after their streams have been closed
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, whose app refuses new requests from the first signal on, and closes its pool `grace` seconds later."""
+
+    def __init__(self, app: FastAPI, config: uvicorn.Config, grace: float) -> None:
+        super().__init__(config)
+        self.app, self.grace = app, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        server = self.app.state.server
+        server.draining = True
+        timer = threading.Timer(self.grace, server.pool.close)
+        timer.daemon = True
+        timer.start()
+        super().handle_exit(sig, frame)
+
+
+def run(app: FastAPI, host: str, port: int, grace: float) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain. Exits with status 130 after Ctrl-C."""
+    config = uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=int(grace) + MARGIN)
+    try:
+        DrainingServer(app, config, grace).run()
+    except KeyboardInterrupt:  # uvicorn raises the signal again once it has ended
+        sys.exit(130)
