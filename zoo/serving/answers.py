@@ -72,7 +72,8 @@ class Answer:
         self._stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         self._top = request.top
         self._logits: deque[Tensor] = deque()
-        self._generated: Any = (token for token in ())
+        self._echo: Piece | None = None
+        self._generated: Any = (token for token in list[Tensor]())
         started = time.perf_counter()
         new = prompt.ids[len(prompt.ids) - prompt.new :]
         if request.echo and self._top is not None:

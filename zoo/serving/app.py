@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -201,7 +201,7 @@ class Server:
 
     def _choices(
         self, kept: KeptSession, prompts: list[Prompt], body: CompletionRequest | ChatRequest, max_tokens: int, messages: Messages | None
-    ) -> Iterator[Choice]:
+    ) -> Generator[Choice, None, None]:
         """Yield `n` answers to each prompt, and end each before the next one. Raises ApiError before the first."""
         field = "prompt" if messages is None else "messages"
         room = [self._room(kept, prompt, max_tokens, field) for prompt in prompts]

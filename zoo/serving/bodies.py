@@ -20,7 +20,7 @@ from zoo.serving.errors import as_api_error
 class Choice(NamedTuple):
     """An answer and its place in the response."""
 
-    index: int
+    number: int
     answer: Answer
     prompt_tokens: int
     """0 for a further answer to the same prompt."""
@@ -67,7 +67,7 @@ class CompletionBody:
             pieces = list(choice.answer)
             fields = self.text("".join(piece.text for piece in pieces))
             entries = [entry for piece in pieces for entry in piece.logprobs]
-            bodies.append(self._choice(choice.index, fields, entries, choice.answer.finish_reason))
+            bodies.append(self._choice(choice.number, fields, entries, choice.answer.finish_reason))
             usage.add(choice)
         return {**self._fields, "object": self.object, "choices": bodies, "usage": usage.body()}
 
@@ -79,10 +79,10 @@ class CompletionBody:
                 if last is not None:
                     yield last
                 if (opening := self.opening()) is not None:
-                    yield self._event([self._choice(choice.index, self.delta(opening, first=True), [], None)])
+                    yield self._event([self._choice(choice.number, self.delta(opening, first=True), [], None)])
                 for piece in choice.answer:
-                    yield self._event([self._choice(choice.index, self.delta(piece.text), piece.logprobs, None)])
-                last = self._event([self._choice(choice.index, self.delta(None), [], choice.answer.finish_reason)])
+                    yield self._event([self._choice(choice.number, self.delta(piece.text), piece.logprobs, None)])
+                last = self._event([self._choice(choice.number, self.delta(None), [], choice.answer.finish_reason)])
                 usage.add(choice)
             end()
             assert last is not None
