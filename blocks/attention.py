@@ -33,25 +33,32 @@ class KV(NamedTuple):
             return self
         return KV(self.key[:, :, dropped:].clone(), self.value[:, :, dropped:].clone())  # a view would keep the dropped tokens in memory
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, KV]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None, scale: float | None = None
+    ) -> tuple[Tensor, KV]:
         """Attend from new tokens q [B, H, T, D] to the cached and the new k, v [B, Hkv, T, D].
 
-        Returns [B, H, T, D] and the cache of the tokens that later tokens can still see.
+        Args:
+            scale: factor of the products of queries and keys; default D^-0.5.
+        Returns:
+            [B, H, T, D] and the cache of the tokens that later tokens can still see.
         """
         if positions.cu_seqlens is not None:
-            return self._attend_packed(q, k, v, positions, reach)
+            return self._attend_packed(q, k, v, positions, reach, scale)
         past, T = self.key.shape[2], q.shape[2]
         cache = KV(torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)) if past else KV(k, v)
         gqa = q.shape[1] != k.shape[1]
         if T == 1 and (reach is None or past < reach) and not positions.ragged:
-            y = attention(q, *cache, enable_gqa=gqa)
+            y = attention(q, *cache, enable_gqa=gqa, scale=scale)
         elif past == 0 and (reach is None or reach >= T):
-            y = attention(q, *cache, is_causal=True, enable_gqa=gqa)
+            y = attention(q, *cache, is_causal=True, enable_gqa=gqa, scale=scale)
         else:
-            y = attention(q, *cache, attn_mask=positions.band(past, reach), enable_gqa=gqa)
+            y = attention(q, *cache, attn_mask=positions.band(past, reach), enable_gqa=gqa, scale=scale)
         return y, cache if reach is None else cache.keep(reach - 1)
 
-    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, KV]:
+    def _attend_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None, scale: float | None
+    ) -> tuple[Tensor, KV]:
         """Run `attend` on each packed sequence. The caches are aligned at the end, with zeros before shorter ones."""
         lengths, past = [own.length for own in positions.sequences], self.key.shape[2]
         outputs, caches = [], []
@@ -59,7 +66,7 @@ class KV(NamedTuple):
         for s, own in enumerate(positions.sequences):
             empty = max(0, past - int(own.start))
             cached = KV(self.key[s : s + 1, :, empty:], self.value[s : s + 1, :, empty:])
-            y, cache = cached.attend(qs[s], ks[s], vs[s], own, reach)
+            y, cache = cached.attend(qs[s], ks[s], vs[s], own, reach, scale)
             outputs.append(y)
             caches.append(cache)
         longest = max(cache.key.shape[2] for cache in caches)
@@ -84,7 +91,9 @@ class AttentionOptions(mixer.Options):
     rotary: float = Field(1.0, ge=0, le=1, description="fraction of the head that is rotated, rounded up to pairs; 0: no positions")
     bias: bool = Field(False, description="bias of the q, k, v and gate projections")
     o_bias: bool = Field(False, description="bias of the output projection")
+    scale: float | None = Field(None, gt=0, description="factor of the products of queries and keys; default: head_dim^-0.5")
     qk_norm: Literal["plain", "wide", "centred"] | None = Field(None, description="RMSNorm of each query and key before rotation")
+    qk_norm_whole: bool = Field(False, description="apply qk_norm to all heads of a token at once")
     norm_eps: float = Field(1e-6, gt=0, description="eps of qk_norm")
     gate: bool = Field(False, description="multiply the output by sigmoid(W_g x)")
 
@@ -114,8 +123,10 @@ class Attention(Mixer):
         self.q_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=options.bias)
         self.k_proj = nn.Linear(d_model, self.kv_heads * self.head_dim, bias=options.bias)
         self.v_proj = nn.Linear(d_model, self.kv_heads * self.head_dim, bias=options.bias)
-        self.q_norm = norms[options.qk_norm](self.head_dim, eps=options.norm_eps) if options.qk_norm else nn.Identity()
-        self.k_norm = norms[options.qk_norm](self.head_dim, eps=options.norm_eps) if options.qk_norm else nn.Identity()
+        self.scale, self.qk_norm_whole = options.scale, options.qk_norm_whole
+        q_width, k_width = (self.head_dim * (heads if options.qk_norm_whole else 1) for heads in (self.heads, self.kv_heads))
+        self.q_norm = norms[options.qk_norm](q_width, eps=options.norm_eps) if options.qk_norm else nn.Identity()
+        self.k_norm = norms[options.qk_norm](k_width, eps=options.norm_eps) if options.qk_norm else nn.Identity()
         self.g_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=options.bias) if options.gate else None
         self.o_proj = nn.Linear(self.heads * self.head_dim, d_model, bias=options.o_bias)
 
@@ -132,10 +143,12 @@ class Attention(Mixer):
         return super().flops(tokens, past) + tokens * seen * 4 * self.heads * self.head_dim  # scores and values
 
     def forward(self, x: Tensor, fast: None, window: KV, positions: Positions) -> tuple[Tensor, None, KV]:
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k = (self.q_norm(q), self.k_norm(k)) if self.qk_norm_whole else (q, k)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
+        q, k = (q, k) if self.qk_norm_whole else (self.q_norm(q), self.k_norm(k))
         cos, sin = positions.rotary(self.rope, x.dtype)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        y, window = window.attend(q, k, v, positions, self.reach)
+        y, window = window.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, positions, self.reach, self.scale)
         y = y.transpose(1, 2).flatten(2)
         return self.o_proj(y if self.g_proj is None else y * self.g_proj(x).sigmoid()), None, window
 

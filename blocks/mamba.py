@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.mixer import Mixer, mixers
+from zoo.blocks.norm import RMSNorm, UnitRMSNorm
 from zoo.blocks.positions import Positions
 from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.selective_scan.op import selective_scan
@@ -22,6 +27,10 @@ class MambaOptions(mixer.Options):
     conv_size: int = Field(4, ge=2, description="taps of the short convolution")
     conv_bias: bool = True
     bias: bool = Field(False, description="bias of the input and output projections")
+    inner_norm: Literal["plain", "unit"] | None = Field(
+        None, description="RMSNorm of B, C and the input of dt_proj; 'unit': without weights"
+    )
+    norm_eps: float = Field(1e-6, gt=0, description="eps of inner_norm")
 
 
 @mixers.register("mamba")
@@ -42,6 +51,9 @@ class Mamba(Mixer):
         self.conv_bias = nn.Parameter(torch.empty(self.inner)) if options.conv_bias else None
         self.x_proj = nn.Linear(self.inner, self.dt_rank + 2 * self.state_dim, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.inner)
+        kinds: dict[str | None, Callable[..., nn.Module]] = {None: nn.Identity, "unit": UnitRMSNorm, "plain": RMSNorm}
+        norm = partial(kinds[options.inner_norm], eps=options.norm_eps)
+        self.dt_norm, self.B_norm, self.C_norm = norm(self.dt_rank), norm(self.state_dim), norm(self.state_dim)
         self.A_log = nn.Parameter(torch.empty(self.inner, self.state_dim))
         self.D = nn.Parameter(torch.empty(self.inner))
         self.o_proj = nn.Linear(self.inner, d_model, bias=options.bias)
@@ -76,6 +88,7 @@ class Mamba(Mixer):
             cu_seqlens=positions.cu_seqlens,
         )
         low, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
+        low, B, C = self.dt_norm(low), self.B_norm(B), self.C_norm(C)
         # padding has a step size of zero: it neither decays nor writes
         dt = positions.without_padding(F.softplus(self.dt_proj(low).to(fast.dtype)))
         A = -self.A_log.to(fast.dtype).exp()

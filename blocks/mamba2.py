@@ -21,6 +21,7 @@ from zoo.kernels.ssd.op import ssd
 
 class Mamba2Options(mixer.Options):
     expand: int = Field(2, ge=1, description="inner channels / d_model")
+    heads: int | None = Field(None, ge=1, description="H, heads of head_dim inner channels each; default: expand * d_model / head_dim")
     head_dim: int = Field(64, ge=1, description="P, inner channels per head")
     state_dim: int = Field(128, ge=1, description="N, fast weights per channel")
     groups: int = Field(1, ge=1, description="groups of heads that share B and C; also the groups of the output norm")
@@ -47,7 +48,7 @@ class Mamba2(Mixer):
 
     def __init__(self, d_model: int, options: Mamba2Options, reach: int | None) -> None:
         super().__init__(d_model, options, reach)
-        self.inner = options.expand * d_model
+        self.inner = options.expand * d_model if options.heads is None else options.heads * options.head_dim
         self.heads, rest = divmod(self.inner, options.head_dim)
         self.groups, self.state_dim, self.taps, self.dt_limit = options.groups, options.state_dim, options.conv_size, options.dt_limit
         if rest or not self.heads:

@@ -23,7 +23,9 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mlp: bool = Field(True, description="whether the block has an MLP after its mixer")
-    post_norm: bool = Field(False, description="also normalise the outputs of the mixer and the MLP (sandwich norms)")
+    pre_norm: bool = Field(True, description="normalise the inputs of the mixer and the MLP")
+    post_norm: bool = Field(False, description="normalise the outputs of the mixer and the MLP; with pre_norm: sandwich norms")
+    residual_scale: float = Field(1.0, description="factor of what the mixer and the MLP add to the residual stream")
     inserted: bool = Field(False, description="not in the upstream model: starts with a zero output projection, so it has no effect")
 
 

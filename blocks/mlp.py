@@ -1,23 +1,101 @@
-"""The feed-forward part of a block."""
+"""The feed-forward part of a block, and the registry of its kinds. To add a kind, add a file beside this one."""
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from zoo.blocks.mixer import linear_flops
 from zoo.kernels.common.recording import recorded
+from zoo.registry import Registry
 
 
-class SwiGLU(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202). x: [B, T, D]."""
+class Options(BaseModel):
+    """Options of one kind of MLP, set in a config under `mlps: {kind: {...}}`. Unknown fields are refused."""
 
-    def __init__(self, d_model: int, hidden: int) -> None:
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    width: int | None = Field(None, ge=1, description="hidden width; default: d_ff of the model")
+    bias: bool = Field(False, description="bias of every projection")
+
+
+class MLP(nn.Module):
+    """The part of a block that reads each token by itself.
+
+    Args:
+        d_model: width D of the residual stream.
+        d_ff: hidden width, unless the options say another.
+        options: this class's own `Options`.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, d_model: int, d_ff: int, options: Any) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, hidden, bias=False)
-        self.up_proj = nn.Linear(d_model, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, d_model, bias=False)
+        self.width: int = options.width or d_ff
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.silu(self.gate_proj(x)), self.up_proj(x)
+        """Return y [B, T, D] for x: [B, T, D]."""
+        raise NotImplementedError
+
+    def flops(self, tokens: int) -> int:
+        """Return the FLOPs on `tokens` tokens; see `zoo.blocks.mixer.Mixer.flops`."""
+        return tokens * linear_flops(self)
+
+    def idle_parameters(self) -> int:
+        """Return the number of parameters that one token does not use."""
+        return 0
+
+
+mlps: Registry[type[MLP]] = Registry("MLP", "mlps", "zoo.blocks.*")
+
+
+class GatedMLP(MLP):
+    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, d_ff: int, options: Options) -> None:
+        super().__init__(d_model, d_ff, options)
+        self.gate_proj = nn.Linear(d_model, self.width, bias=options.bias)
+        self.up_proj = nn.Linear(d_model, self.width, bias=options.bias)
+        self.down_proj = nn.Linear(self.width, d_model, bias=options.bias)
+
+    def activation(self, gate: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.activation(self.gate_proj(x)), self.up_proj(x)
         y: Tensor = self.down_proj(gate * up if recorded(gate, up) else gate.mul_(up))
+        return y
+
+
+@mlps.register("swiglu")
+class SwiGLU(GatedMLP):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def activation(self, gate: Tensor) -> Tensor:
+        return F.silu(gate)
+
+
+@mlps.register("gelu")
+class GeGLU(GatedMLP):
+    """down(gelu(gate(x)) * up(x)) with the tanh approximation of GELU (arXiv 2002.05202, 1606.08415)."""
+
+    def activation(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh")
+
+
+@mlps.register("relu2")
+class ReLU2(MLP):
+    """down(relu(up(x))^2) (arXiv 2109.08668)."""
+
+    def __init__(self, d_model: int, d_ff: int, options: Options) -> None:
+        super().__init__(d_model, d_ff, options)
+        self.up_proj = nn.Linear(d_model, self.width, bias=options.bias)
+        self.down_proj = nn.Linear(self.width, d_model, bias=options.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(F.relu(self.up_proj(x)).square())
         return y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from zoo.kernels.gated_rmsnorm.op import gated_rmsnorm
@@ -30,6 +31,18 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return super().forward(x) if gate is None else gated_rmsnorm(x, gate, self.weight, eps=self.eps)
+
+
+class UnitRMSNorm(nn.Module):
+    """RMSNorm without a weight: x / sqrt(mean(x^2) + eps) over the last dimension, in float32 or wider, cast back."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
 
 
 class WideRMSNorm(RMSNorm):

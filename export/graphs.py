@@ -52,7 +52,7 @@ class BlockPart(nn.Module):
 
     def example(self) -> dict[str, Tensor]:
         weight = next(self.model.parameters())
-        h = torch.zeros(2, self.tokens.length, self.model.mixer_norm.normalized_shape[0], dtype=weight.dtype)
+        h = torch.zeros(2, self.tokens.length, self.model.d_model, dtype=weight.dtype)
         state = pack(self._fresh(2), PAST, window=not self.tokens.fresh)
         return {"h": h, **self.tokens.inputs(), **{name: torch.zeros_like(tensor, device="cpu") for name, tensor in state.items()}}
 
@@ -278,9 +278,11 @@ def build(graph: Wake | Pass | Sleep | Prelude | Coda, dialect: str) -> ir.Model
 
 def _block(graph: Graph, layer: int, dialect: str, scans: Scans) -> ir.Graph:
     """Return the traced graph of a block; blocks of the same kind share one."""
-    config, kind = graph.model.config, graph.model.config.pattern[layer]
+    config = graph.model.config
+    kind, mlp = config.pattern[layer], config.mlp_pattern[layer]
     made_of = (config.d_model, config.mlp_width, config.norm, config.norm_eps, graph.model.eviction.reach, graph.model.embed.weight.dtype)
-    key = (kind, json.dumps(config.blocks.get(kind)), *made_of, graph.tokens, graph.slots, dialect)
+    options = json.dumps([config.blocks.get(kind), config.mlps.get(mlp)])
+    key = (kind, mlp, options, *made_of, graph.tokens, graph.slots, dialect)
     if key not in _blocks:
         block: Any = graph.model.blocks[layer]
         part = BlockPart(block, graph.tokens, graph.slots)

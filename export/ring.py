@@ -31,20 +31,24 @@ class RingKV(NamedTuple):
     def keep(self, tokens: int) -> RingKV:
         return self
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, RingKV]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None, scale: float | None = None
+    ) -> tuple[Tensor, RingKV]:
         """Attend from q [B, H, T, D] to the cached and the new k, v [B, Hkv, T, D]; T is at most L."""
         if positions.valid is None:
-            return self._attend_token(q, k, v, positions, reach)
-        return self._attend_piece(q, k, v, positions, positions.valid, reach)
+            return self._attend_token(q, k, v, positions, reach, scale)
+        return self._attend_piece(q, k, v, positions, positions.valid, reach, scale)
 
-    def _attend_token(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None) -> tuple[Tensor, RingKV]:
+    def _attend_token(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None, scale: float | None
+    ) -> tuple[Tensor, RingKV]:
         slots = self.key.shape[2]
         ring = RingKV(_scatter(self.key, k, positions.start), _scatter(self.value, v, positions.start))
         age = (positions.start - torch.arange(slots)) % slots
-        return attention(q, *ring, _visible(age, positions.start, reach)), ring
+        return attention(q, *ring, _visible(age, positions.start, reach), scale), ring
 
     def _attend_piece(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, valid: Tensor, reach: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, valid: Tensor, reach: int | None, scale: float | None
     ) -> tuple[Tensor, RingKV]:
         slots = self.key.shape[2]
         behind = positions.index[:, None] - positions.index  # padding is at the end, so no valid token sees it
@@ -58,7 +62,7 @@ class RingKV(NamedTuple):
         lands = (token < valid)[:, None]
         token = token.clamp(max=positions.length - 1)
         ring = RingKV(*(torch.where(lands, new.index_select(2, token), old) for new, old in ((k, self.key), (v, self.value))))
-        return attention(q, keys, values, visible), ring
+        return attention(q, keys, values, visible, scale), ring
 
     @staticmethod
     def of(cache: KV, position: int, slots: int) -> RingKV:
@@ -77,13 +81,13 @@ class RingKV(NamedTuple):
         return KV(self.key[:, :, slot], self.value[:, :, slot])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:
     """Softmax attention of q [B, H, T, D] to k, v [B, Hkv, S, D] where visible [T, S].
 
     Written as matrix products because TensorRT-RTX 1.7 cannot build ONNX Attention inside a Loop, nor in float32 for T > 1.
     """
     groups = q.unflatten(1, (k.shape[1], -1))
-    scores = groups * q.shape[-1] ** -0.5 @ k[:, :, None].mT
+    scores = groups * (scale or q.shape[-1] ** -0.5) @ k[:, :, None].mT
     hidden = torch.zeros(visible.shape, dtype=scores.dtype).masked_fill(~visible, float("-inf"))  # adding is cheaper than selecting
     weights = (scores + hidden).softmax(-1, dtype=torch.float32).to(v.dtype)
     mixed: Tensor = weights @ v[:, :, None]

@@ -45,10 +45,14 @@ class ModelConfig(BaseModel):
     d_model: int = Field(ge=1)
     layers: str = Field(description="layer pattern, for example 'jet*14 attn (jet*4 swa)*2'")
     blocks: dict[str, dict[str, Any]] = Field({}, description="options of each kind of block in the pattern")
+    mlp: str = Field("swiglu", description="layer pattern of MLPs, such as 'swiglu moe*3'; one word: every layer; 'none': no MLP")
+    mlps: dict[str, dict[str, Any]] = Field({}, description="options of each kind of MLP in the pattern")
     d_ff: int | None = Field(None, ge=1, description="MLP width; default 8/3 d_model, rounded up to a multiple of 16")
     norm: Literal["plain", "wide", "centred"] = Field("plain", description="kind of RMSNorm; see `zoo.blocks.norm`")
     norm_eps: float = Field(1e-6, gt=0)
     tie_embeddings: bool = False
+    embed_scale: float = Field(1.0, description="factor of the token embeddings where they enter the first block")
+    logits_scale: float = Field(1.0, description="factor of the logits")
     learned_positions: bool | Literal["asleep"] = Field(
         False, description="add a learned embedding of the position in a window that restarts; 'asleep': only during a sleep"
     )
@@ -75,6 +79,12 @@ class ModelConfig(BaseModel):
     def pattern(self) -> tuple[str, ...]:
         """Kind of each layer."""
         return expand(self.layers)
+
+    @property
+    def mlp_pattern(self) -> tuple[str, ...]:
+        """Kind of MLP of each layer, or "none"; blocks whose options say `mlp: false` have none either."""
+        kinds = expand(self.mlp)
+        return kinds * len(self.pattern) if len(kinds) == 1 else kinds
 
     @property
     def looped(self) -> range:
@@ -133,6 +143,8 @@ def resolve(source: str | Path | Mapping[str, Any] | ModelConfig, overrides: Map
 
 def _check(config: ModelConfig, label: str) -> None:
     layers = len(config.pattern)
+    if len(config.mlp_pattern) != layers:
+        raise ZooError(f"{label}: mlp: {len(config.mlp_pattern)} MLPs for {layers} layers; want one for each, or a single word for all")
     if config.span is not None and not 0 <= config.span[0] <= config.span[1] < layers:
         raise ZooError(f"{label}: span: {list(config.span)} lies outside the layers 0 to {layers - 1} (first and last, both included)")
     eviction = evictions.get(config.evict)

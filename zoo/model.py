@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.blocks.block import Block
 from zoo.blocks.exit_gate import ExitGate
 from zoo.blocks.mixer import Mixer, mixers
+from zoo.blocks.mlp import mlps
 from zoo.blocks.norm import norms
 from zoo.blocks.positions import Positions
 from zoo.blocks.tied_head import TiedHead
@@ -89,7 +90,7 @@ class Model(nn.Module):
         if self.config.wake_loops > 1:
             h = h[..., -1, :] if self.exit is None else self.exit(h)
         logits: Tensor = self.head(h)
-        return logits
+        return logits if self.config.logits_scale == 1 else logits * self.config.logits_scale
 
     @property
     def wakes_as_it_sleeps(self) -> bool:
@@ -258,6 +259,7 @@ class Model(nn.Module):
     def embedded(self, ids: Tensor, positions: Positions, *, asleep: bool = False) -> Tensor:
         """Embed tokens and, where the model has them, their learned positions: ids [B, T] -> [B, T, D]."""
         h = look_up(self.embed, ids)
+        h = h if self.config.embed_scale == 1 else h * self.config.embed_scale
         if not self.config.learned_positions or (self.config.learned_positions == "asleep" and not asleep):
             return h
         # the padding of an exported graph may reach past the window
@@ -286,7 +288,12 @@ def _build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:
     options = {}
     for kind, fields in {**{kind: {} for kind in config.pattern}, **config.blocks}.items():
         options[kind] = validate(mixers.get(kind).Options, fields, f"{config.name}: blocks.{kind}")
+    mlp_options = {}
+    for kind, fields in {**{kind: {} for kind in config.mlp_pattern if kind != "none"}, **config.mlps}.items():
+        mlp_options[kind] = validate(mlps.get(kind).Options, fields, f"{config.name}: mlps.{kind}")
     norm = partial(norms[config.norm], eps=config.norm_eps)
-    for kind in config.pattern:
-        mixer = mixers.get(kind)(config.d_model, options[kind], reach)
-        yield Block(mixer, options[kind], config.d_model, config.mlp_width, norm)
+    for kind, mlp_kind in zip(config.pattern, config.mlp_pattern, strict=True):
+        mixer, mlp = mixers.get(kind)(config.d_model, options[kind], reach), None
+        if options[kind].mlp and mlp_kind != "none":
+            mlp = mlps.get(mlp_kind)(config.d_model, config.mlp_width, mlp_options[mlp_kind])
+        yield Block(mixer, options[kind], mlp, config.d_model, norm)

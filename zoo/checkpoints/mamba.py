@@ -75,10 +75,13 @@ def read2(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if config["num_heads"] * config["head_dim"] != fields["expand"] * config["hidden_size"]:
         expect(config, "num_heads", fields["expand"] * config["hidden_size"] // config["head_dim"])
-    limit = [_number(bound) for bound in config.get("time_step_limit", [0.0, math.inf])]
-    if limit != [0.0, math.inf]:
-        fields["dt_limit"] = limit
-    return {**size(config, "mamba2", tied=False), "blocks": {"mamba2": fields}}
+    return {**size(config, "mamba2", tied=False), "blocks": {"mamba2": {**fields, **step_limit(config)}}}
+
+
+def step_limit(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the bounds of the step size, if there are any."""
+    limit = [_number(bound) for bound in config.get("time_step_limit") or [0.0, math.inf]]
+    return {} if limit == [0.0, math.inf] else {"dt_limit": limit}
 
 
 SSM_DEFAULTS: dict[str, Any] = {

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zoo.blocks.mixer import mixers
+from zoo.blocks.mlp import mlps
 from zoo.checkpoints.checksum import metadata
 from zoo.checkpoints.family import Family, Link, expect, families, links
 from zoo.checkpoints.plain import empty_model, one_line, plain_tensors, wide_parameters
@@ -26,7 +27,7 @@ from zoo.model import Model
 from zoo.registry import nearest
 
 CONFIG = "config.json"
-ARCHITECTURE = ("vocab_size", "d_model", "pattern", "mlp_width", "norm", "norm_eps", "tie_embeddings")
+ARCHITECTURE = ("vocab_size", "d_model", "pattern", "mlp", "mlp_width", "norm", "norm_eps", "tie_embeddings", "embed_scale", "logits_scale")
 """Fields in which a model and the checkpoint of its weights must agree, besides the options of the blocks."""
 WAKE_LOOPS = ("wake_loops", "exit")
 """Fields of upstream's config.json that do not concern the weights."""
@@ -188,14 +189,17 @@ def _differences(a: ModelConfig, b: ModelConfig, fields: tuple[str, ...]) -> lis
 
 def _comparable(config: ModelConfig, fields: tuple[str, ...]) -> dict[str, Any]:
     options = {kind: mixers.get(kind).Options(**config.blocks.get(kind, {})) for kind in set(config.pattern)}
-    kept = [kind for kind in config.pattern if not options[kind].inserted]
-    values = {field: getattr(config, field) for field in fields} | {"pattern": kept}
-    for kind in sorted(set(kept)):
+    layers = [(kind, mlp) for kind, mlp in zip(config.pattern, config.mlp_pattern, strict=True) if not options[kind].inserted]
+    kinds = [mlp if options[kind].mlp else "none" for kind, mlp in layers]
+    values = {field: getattr(config, field) for field in fields} | {"pattern": [kind for kind, _ in layers], "mlp": kinds}
+    for kind in sorted({kind for kind, _ in layers}):
         for name, value in options[kind].model_dump(exclude={"inserted", "decay_init", "conv_init"}).items():
-            value = _default(config, options[kind], name) if value is None else value
-            # upstream rounds ratios such as 8/3
-            values[f"blocks.{kind}.{name}"] = float(f"{value:.6g}") if isinstance(value, float) else value
-    return values
+            values[f"blocks.{kind}.{name}"] = _default(config, options[kind], name) if value is None else value
+    for kind in sorted(set(kinds) - {"none"}):
+        for name, value in mlps.get(kind).Options(**config.mlps.get(kind, {})).model_dump().items():
+            values[f"mlps.{kind}.{name}"] = config.mlp_width if name == "width" and value is None else value
+    # upstream rounds ratios such as 8/3
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
 
 
 def _default(config: ModelConfig, options: Any, name: str) -> Any:

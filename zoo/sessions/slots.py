@@ -46,7 +46,9 @@ class SlotKV(NamedTuple):
     key: Tensor
     value: Tensor
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: SlotPositions, reach: int | None) -> tuple[Tensor, SlotKV]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: SlotPositions, reach: int | None, scale: float | None = None
+    ) -> tuple[Tensor, SlotKV]:
         """Attention of q [n, H, 1, D] to the cache and to k, v [n, Hkv, 1, D]."""
         ring = self.key.shape[2]
         at = positions.position[:, 0] % ring
@@ -55,7 +57,7 @@ class SlotKV(NamedTuple):
         used = min(ring, positions.longest)
         visible = positions.visible(ring)[..., :used]
         y = F.scaled_dot_product_attention(
-            q, self.key[:, :, :used], self.value[:, :, :used], attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1]
+            q, self.key[:, :, :used], self.value[:, :, :used], attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1], scale=scale
         )
         return y, self
 
