@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zoo.blocks.block import Block
 from zoo.blocks.mixer import linear_flops
+from zoo.blocks.mlp import MLP
 from zoo.config import ModelConfig
 from zoo.factory import create
 from zoo.loss import chunks, predicted
@@ -28,6 +29,8 @@ class Description:
     parameters: int
     weight_bytes: int
     """Parameters, at the model's dtype."""
+    active_parameters: int
+    """Parameters that one token uses: without the experts that it did not choose."""
     state_bytes: int
     """Fast weights; independent of the stream's length."""
     kv_bytes_per_token: int
@@ -43,7 +46,11 @@ class Description:
         config = self.config
         rows = [
             ("layers", f"{len(config.pattern)}: {config.layers}"),
-            ("parameters", f"{count(self.parameters)} ({_bytes(self.weight_bytes)})"),
+            (
+                "parameters",
+                f"{count(self.parameters)} ({_bytes(self.weight_bytes)})"
+                + (f", {count(self.active_parameters)} active" if self.active_parameters < self.parameters else ""),
+            ),
             ("fast weights", f"{_bytes(self.state_bytes)} per stream"),
             (
                 "window cache",
@@ -87,6 +94,7 @@ def describe(
         config=config,
         parameters=sum(p.numel() for p in blank.parameters()),
         weight_bytes=sum(p.nbytes for p in blank.parameters()),
+        active_parameters=sum(p.numel() for p in blank.parameters()) - sum(mlp.idle_parameters() for mlp in _mlps(blank)),
         state_bytes=sum(fast.nbytes for fast in blank.init_state().fast if fast is not None),
         kv_bytes_per_token=one - window_bytes(blank, 0),
         window_bytes=None if config.window is None else window_bytes(blank, config.window),
@@ -127,6 +135,10 @@ def _blocks(model: Model, passes: Passes, tokens: int = 1, past: int = 0) -> int
     """Return the operations of `passes` on tokens of one stream that has `past` cached."""
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
     return sum(blocks[i].flops(tokens, past, mlp=mlp) for each in passes for i, mlp in each)
+
+
+def _mlps(model: Model) -> list[MLP]:
+    return [block.mlp for block in model.blocks if block.mlp is not None]  # type: ignore[misc]
 
 
 def _head(model: Model) -> int:

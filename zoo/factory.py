@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from zoo.blocks.block import Block
+from zoo.blocks.experts import Experts
 from zoo.blocks.mixer import Mixer
+from zoo.blocks.moe import Router
 from zoo.blocks.norm import RMSNorm
 from zoo.checkpoints import own, upstream
 from zoo.config import ModelConfig, resolve
@@ -78,8 +80,12 @@ def init_weights(model: Model, generator: torch.Generator, *, inserted_only: boo
                 nn.init.zeros_(module.mixer.get_parameter("o_proj.weight"))
         elif isinstance(module, Mixer):
             module.init_weights(generator)
+        elif isinstance(module, Experts):
+            module.init_weights(generator, branches**-0.5)
+        elif isinstance(module, Router) and module.correction is not None:
+            nn.init.zeros_(module.correction)
         elif isinstance(module, nn.Linear):
-            scale = branches**-0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
+            scale = branches**-0.5 if name.endswith(("o_proj", "down_proj", "latent_out")) else 1.0
             nn.init.normal_(module.weight, std=scale * module.in_features**-0.5, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -98,7 +104,7 @@ def _allocate(model: Model, device: torch.device) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad))
 
 
 def _download(config: ModelConfig) -> Path:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from zoo.blocks.mixer import Mixer
+from zoo.blocks.moe import Router
 from zoo.blocks.norm import RMSNorm
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
@@ -44,7 +45,7 @@ def wide_parameters(model: Model) -> set[str]:
     """Return the names of parameters that may be wider than the rest of the model: weights of norms, and `Mixer.wide`."""
     names = set()
     for prefix, module in model.named_modules():
-        own = ("weight",) if isinstance(module, RMSNorm) else module.wide if isinstance(module, Mixer) else ()
+        own = ("weight",) if isinstance(module, RMSNorm) else module.wide if isinstance(module, Mixer | Router) else ()
         names |= {f"{prefix}.{name}" for name in own}
     return names
 

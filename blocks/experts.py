@@ -1,0 +1,73 @@
+"""Experts: many small MLPs with stacked weights. Each token is read by a few of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.kernels.common.recording import pure
+
+
+class Experts(nn.Module):
+    """E MLPs of hidden width F, SwiGLU or relu squared, without biases.
+
+    `up` is [E, 2F, D] with the rows of the gate first, or [E, F, D] without a gate; `down` is [E, D, F].
+    """
+
+    def __init__(self, experts: int, d_model: int, width: int, gated: bool) -> None:
+        super().__init__()
+        self.gated = gated
+        self.up = nn.Parameter(torch.empty(experts, 2 * width if gated else width, d_model))
+        self.down = nn.Parameter(torch.empty(experts, d_model, width))
+
+    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Return sum_k weight_k expert_{index_k}(x) for each token.
+
+        Args:
+            x: [B, T, D].
+            index: chosen experts, int64 [B, T, K], all different.
+            weight: their weights, [B, T, K].
+        """
+        if not (pure() or x.is_meta):
+            y = self._sorted(x.flatten(0, 1), index.flatten(0, 1), weight.flatten(0, 1))
+            return y.unflatten(0, x.shape[:2])
+        return self._gathered(x, index, weight) if x.shape[1] == 1 else self._masked(x, index, weight)
+
+    def _sorted(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Run each expert once, on the tokens that chose it. x: [n, D]; index, weight: [n, K]."""
+        if len(x) == 1 and not torch.is_grad_enabled():
+            y = torch.cat([F.linear(self._activated(F.linear(x, self.up[e])), self.down[e]) for e in index[0].tolist()])
+            return (weight @ y.to(weight.dtype)).to(y.dtype)
+        chosen = index.flatten()
+        order = chosen.argsort(stable=True)
+        rows, counts = order // index.shape[1], chosen.bincount(minlength=len(self.up)).tolist()
+        ups, downs = self.up.unbind(0), self.down.unbind(0)  # one gradient of the whole, where indexing would make one for each expert
+        parts = [(part, ups[e], downs[e]) for e, part in enumerate(x[rows].split(counts)) if len(part)]
+        y = torch.cat([F.linear(self._activated(F.linear(part, up)), down) for part, up, down in parts])
+        wide = y * weight.flatten()[order, None]
+        return wide.new_zeros(x.shape).index_add(0, rows, wide).to(y.dtype)
+
+    def _gathered(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Gather the weights of the experts that each token chose: for graphs over one token. x: [B, 1, D]."""
+        h = self._activated((self.up[index] @ x[..., None, :, None]).squeeze(-1))
+        y = (self.down[index] @ h[..., None]).squeeze(-1)
+        return (y * weight[..., None]).sum(-2).to(y.dtype)
+
+    def _masked(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Run every expert on every token, and mask: for graphs over several tokens. x: [B, T, D]."""
+        experts = torch.arange(len(self.up), device=x.device)
+        gates = ((index[..., None] == experts) * weight[..., None]).sum(-2)  # [B, T, E]
+        y = self._activated(x[:, None] @ self.up.mT) @ self.down.mT  # [B, E, T, D]
+        return (y * gates.mT[..., None]).sum(1).to(y.dtype)
+
+    def _activated(self, h: Tensor) -> Tensor:
+        if not self.gated:
+            return F.relu(h).square()
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def init_weights(self, generator: torch.Generator, scale: float) -> None:
+        """Initialise as Linear layers, `down` times `scale`."""
+        nn.init.normal_(self.up, std=self.up.shape[2] ** -0.5, generator=generator)
+        nn.init.normal_(self.down, std=scale * self.down.shape[2] ** -0.5, generator=generator)
