@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -38,8 +38,28 @@ class Taps(NamedTuple):
     ours: tuple[str, ...]
 
 
-Names = Mapping[str, str | Stacked | Taps | Ones]
-"""Upstream name to our name. Entries whose tensor a model does not have are skipped."""
+class FirstOf(NamedTuple):
+    """The first of our tensors that the block has."""
+
+    ours: tuple[str, ...]
+
+
+Names = Mapping[str | tuple[str, ...], str | Stacked | Taps | Ones | FirstOf]
+"""Upstream name to our name. Entries whose tensor a model does not have are skipped.
+
+Several upstream names are tensors of one shape; concatenated along rows, they are ours. `{}` in them stands for the number of an
+expert: those of the first expert, then those of the second, and so on.
+"""
+
+
+def renamed(names: Names, rename: Callable[[str], str]) -> Names:
+    """Return names with `rename` applied to upstream's."""
+    return {rename(name) if isinstance(name, str) else tuple(map(rename, name)): ours for name, ours in names.items()}
+
+
+def under(prefix: str, names: Names) -> Names:
+    """Return names with a prefix before upstream's."""
+    return renamed(names, lambda name: prefix + name)
 
 
 @dataclass(frozen=True)
@@ -56,22 +76,51 @@ class Family:
     block: Names
     mixers: Mapping[str, Names]
     """Names within a layer, for each kind of mixer; ours are relative to the mixer."""
+    mlps: Mapping[str, Names] = field(default_factory=dict)
+    """Names within a layer, for each kind of MLP; ours are relative to the block."""
+    mlp_apart: bool = False
+    """Whether the MLP of a block is a layer of its own, after that of the mixer."""
+    forms: Mapping[str, Family] = field(default_factory=dict)
+    """Other ways in which the tensors are stored, by name. A folder is written in the form it was read in."""
     stores_tied_head: bool = False
     unused: str = r"(?!)"
     """Regular expression that matches the names of stored tensors a language model does not need."""
 
 
 class Link(NamedTuple):
-    """One upstream tensor and those of our tensors that it contains."""
+    """An upstream tensor and those of our tensors that it contains, or several upstream tensors and those that they contain together."""
 
     theirs: str
     ours: tuple[str, ...]
     groups: int = 1
     depthwise: bool = False
     ones: int = 0
+    others: tuple[str, ...] = ()
+    """Further upstream tensors of the same shape, concatenated after the first."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all upstream tensors."""
+        return (self.theirs, *self.others)
+
+    def shapes(self, ours: Mapping[str, Tensor]) -> list[list[int]]:
+        """Return the shape of each upstream tensor."""
+        if self.ones:
+            return [[self.ones]]
+        rows, *rest = (sum(ours[name].shape[0] for name in self.ours), *ours[self.ours[0]].shape[1:])
+        if self.others and not self.depthwise:  # our rows are experts
+            rows, rest = rows * rest[0], rest[1:]
+        return [[rows // len(self.names), *([1] if self.depthwise else []), *rest]] * len(self.names)
+
+    def parts(self, ours: list[Tensor]) -> list[Tensor]:
+        """Return upstream's tensors."""
+        whole = self.pack(ours)
+        if not self.others:
+            return [whole]
+        return list((whole if self.depthwise else whole.flatten(0, 1)).unflatten(0, (len(self.names), -1)).unbind(0))
 
     def pack(self, ours: list[Tensor]) -> Tensor:
-        """Combine our tensors into upstream's."""
+        """Combine our tensors into upstream's, or into the concatenation of several."""
         if self.ones:
             return torch.ones(self.ones)
         if self.depthwise:
@@ -81,9 +130,11 @@ class Link(NamedTuple):
         return torch.cat([x.unflatten(0, (self.groups, -1)) for x in ours], dim=1).flatten(0, 1)
 
     def unpack(self, theirs: Tensor, rows: list[int]) -> list[Tensor]:
-        """Split upstream's tensor into ours, given the number of rows of each."""
+        """Split upstream's tensor, or the concatenation of several, into ours, given the number of rows of each."""
         if self.ones:
             return []
+        if self.others and not self.depthwise:
+            return [theirs.unflatten(0, (rows[0], -1))]
         if self.depthwise:
             theirs = theirs.squeeze(1)
         if len(rows) == 1:
@@ -101,25 +152,38 @@ def links(family: Family, model: Model) -> list[Link]:
     shapes = dict(model.state_dict())
 
     def of(names: Names, theirs: str, ours: str, counts: object = None) -> Iterator[Link]:
-        for their_name, our_names in names.items():
+        for their_names, our_names in names.items():
+            first, *others = (theirs + name for name in ((their_names,) if isinstance(their_names, str) else their_names))
             if isinstance(our_names, Ones):
-                yield Link(theirs + their_name, (), ones=getattr(counts, our_names.attribute))
+                yield Link(first, (), ones=getattr(counts, our_names.attribute))
                 continue
+            if isinstance(our_names, FirstOf):
+                our_names = next((name for name in our_names.ours if ours + name in shapes), our_names.ours[0])
             if isinstance(our_names, str):
                 our_names = Stacked((our_names,))
             whole = tuple(ours + name for name in our_names.ours)
             if all(name in shapes for name in whole):
                 groups = getattr(counts, our_names.per) if isinstance(our_names, Stacked) and our_names.per else 1
-                yield Link(theirs + their_name, whole, groups, isinstance(our_names, Taps))
+                if "{}" in first:
+                    experts = range(len(shapes[whole[0]]))
+                    first, *others = (name.format(expert) for expert in experts for name in (first, *others))
+                yield Link(first, whole, groups, isinstance(our_names, Taps), others=tuple(others))
 
     found = list(of(family.top, "", ""))
-    kept = [i for i, block in enumerate(model.blocks) if not block.inserted]
-    for number, i in enumerate(kept):
-        prefix, kind = family.layer.format(number), model.config.pattern[i]
+    number = 0
+    for i, block in enumerate(model.blocks):
+        if block.inserted:
+            continue
+        prefix, kind, mlp = family.layer.format(number), model.config.pattern[i], model.config.mlp_pattern[i]
         if kind not in family.mixers:
             raise ZooError(f"{model.config.name}: layer {i}: this checkpoint format has no '{kind}'; it has {', '.join(family.mixers)}")
         found += of(family.block, prefix, f"blocks.{i}.")
-        found += of(family.mixers[kind], prefix, f"blocks.{i}.mixer.", model.blocks[i].mixer)
+        found += of(family.mixers[kind], prefix, f"blocks.{i}.mixer.", block.mixer)
+        number += 1
+        if family.mlp_apart and block.mlp is not None:
+            prefix, number = family.layer.format(number), number + 1
+        if block.mlp is not None:
+            found += of(family.mlps.get(mlp, {}), prefix, f"blocks.{i}.")
     added = ("inject", *(f"blocks.{i}." for i, block in enumerate(model.blocks) if block.inserted))
     covered = {name for link in found for name in link.ours}
     if left := [name for name in shapes if name not in covered and not name.startswith(added)]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.checkpoints import mamba
-from zoo.checkpoints.family import Family, Names, Taps, compact, expect, families, options, truncated_ratio
+from zoo.checkpoints.family import Family, Names, Taps, compact, expect, families, options, truncated_ratio, under
 from zoo.checkpoints.llama import MLP
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
@@ -153,7 +153,7 @@ families.register(
         top={"model.embeddings.weight": "embed.weight", "model.norm.weight": "norm.weight", "lm_head.weight": "head.weight"},
         layer="model.layers.{}.",
         block={"attn_norm.weight": "mixer_norm.weight", "mlp_norm.weight": "mlp_norm.weight", **MLP},
-        mixers={kind: mamba.under("attn.", names) for kind, names in (("gdn", GDN), ("attn", ATTENTION), ("swa", ATTENTION))},
+        mixers={kind: under("attn.", names) for kind, names in (("gdn", GDN), ("attn", ATTENTION), ("swa", ATTENTION))},
     ),
 )
 families.register(
@@ -164,6 +164,6 @@ families.register(
         top=mamba.TOP,
         layer=mamba.LAYER,
         block={"mixer_norm.weight": "mixer_norm.weight", "mlp_norm.weight": "mlp_norm.weight", **MLP},
-        mixers={kind: mamba.under("mixer.", names) for kind, names in (("mamba", mamba.MAMBA), ("swa", ATTENTION), ("attn", ATTENTION))},
+        mixers={kind: under("mixer.", names) for kind, names in (("mamba", mamba.MAMBA), ("swa", ATTENTION), ("attn", ATTENTION))},
     ),
 )

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.checkpoints import fla
-from zoo.checkpoints.family import Family, Names, Ones, Stacked, compact, expect, families, options
-from zoo.checkpoints.mamba import MAMBA, under
+from zoo.checkpoints.family import Family, Names, Ones, Stacked, compact, expect, families, options, under
+from zoo.checkpoints.mamba import MAMBA
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 
@@ -25,7 +25,7 @@ ATTENTION: Names = {
     "attn.proj.weight": "o_proj.weight",
 }
 GDN: Names = {
-    **{name: ours for name, ours in fla.GDN.items() if not name.startswith(("a_", "o_norm"))},
+    **{name: ours for name, ours in fla.GDN.items() if not str(name).startswith(("a_", "o_norm"))},
     "gk_proj.weight": "a_proj.weight",
     "b_proj.bias": "b_proj.bias",
     "g_norm_swish_gate.weight": "o_norm.weight",

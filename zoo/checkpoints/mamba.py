@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from zoo.checkpoints.family import Family, Names, Taps, expect, families, options
+from zoo.checkpoints.family import Family, Names, Taps, expect, families, options, renamed, under
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 
@@ -30,10 +30,6 @@ MAMBA: Names = {
     "dt_proj.bias": "dt_proj.bias",
 }
 MAMBA2: Names = {**MIXER, "dt_bias": "dt_bias", "norm.weight": "norm_weight"}
-
-
-def under(prefix: str, names: Names) -> Names:
-    return {prefix + name: ours for name, ours in names.items()}
 
 
 def size(config: Mapping[str, Any], kind: str, tied: bool) -> dict[str, Any]:
@@ -200,7 +196,7 @@ families.register(
         MAMBA_FAMILY,
         read=read_ssm,
         write=None,
-        top={name.replace("embeddings", "embedding"): ours for name, ours in TOP.items()},
+        top=renamed(TOP, lambda name: name.replace("embeddings", "embedding")),
         mixers={**MAMBA_FAMILY.mixers, **MAMBA2_FAMILY.mixers},
     ),
 )

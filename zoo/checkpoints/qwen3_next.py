@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from zoo.checkpoints.family import Family, Names, Stacked, Taps, compact, expect, families, layer_kinds, options
+from zoo.checkpoints.family import Family, Names, Stacked, Taps, compact, expect, families, layer_kinds, options, renamed
 from zoo.checkpoints.llama import ATTENTION, BLOCK, LAYER, TOP, heads, read_bias, size, write_heads, write_size
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
@@ -118,7 +118,7 @@ families.register(
         TEXT,
         read=read_multimodal,
         write=None,
-        top={name.replace("model.", "model.language_model."): ours for name, ours in TOP.items()},
+        top=renamed(TOP, lambda name: name.replace("model.", "model.language_model.")),
         layer=LAYER.replace("model.", "model.language_model."),
     ),
 )

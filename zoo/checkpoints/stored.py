@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -89,6 +89,26 @@ class Stored:
         if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
             raise ZooError(f"{self.files[name]}: tensor '{name}' holds NaN or infinity; the file is damaged")
         return tensor.to(dtype)
+
+    def join(self, names: Sequence[str], dtype: torch.dtype | None = None) -> Tensor:
+        """Read tensors of one shape as `dtype` (default: as the first is stored), concatenated along their first dimension.
+
+        Raises:
+            ZooError: as `read`.
+        """
+        rows, *rest = self.shapes[names[0]]
+        first = self.dtypes[names[0]]
+        assert isinstance(first, torch.dtype)
+        joined = torch.empty(rows * len(names), *rest, dtype=dtype or first, device=self._device)
+        with ExitStack() as stack:  # pages of the files are freed when they are closed
+            mapped = {self.files[name]: self._sources[name] for name in names}
+            opened = {file: source if isinstance(source, dict) else _open(file, stack, self._device) for file, source in mapped.items()}
+            for name, part in zip(names, joined.split(rows), strict=True):
+                part.copy_(self._mapped(opened[self.files[name]], name))
+        if not all(bound.isfinite() for bound in torch.aminmax(joined)):
+            bad = next(name for name, part in zip(names, joined.split(rows), strict=True) if not part.isfinite().all())
+            raise ZooError(f"{self.files[bad]}: tensor '{bad}' holds NaN or infinity; the file is damaged")
+        return joined
 
     def _mapped(self, source: Any, name: str) -> Tensor:
         read: Callable[[], Tensor] = lambda: source[name] if isinstance(source, dict) else source.get_tensor(name)  # noqa: E731

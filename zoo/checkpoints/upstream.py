@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ ARCHITECTURE = ("vocab_size", "d_model", "pattern", "mlp", "mlp_width", "norm", 
 """Fields in which a model and the checkpoint of its weights must agree, besides the options of the blocks."""
 WAKE_LOOPS = ("wake_loops", "exit")
 """Fields of upstream's config.json that do not concern the weights."""
+FORM = "zoo_form"
+"""Field of `ModelConfig.upstream` that names the entry of `Family.forms` that was read. It is not part of config.json."""
 SLEEP = "sleep"
 SLEEP_FIELDS = ("loops", "evict", "window", "span", "sleep_on", "carry", "loop_norm")
 MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "total_ut_steps": 1_000}
@@ -67,7 +69,7 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
     """
     content = read_json(folder / CONFIG)
     check_same_architecture(read_config(folder), model.config, folder / CONFIG)
-    family = _family(content, str(folder / CONFIG))
+    family, form = _family(content, str(folder / CONFIG)), None
     ours, wide = model.state_dict(), wide_parameters(model)
     with open_folder(folder, device) as stored:
         stored.drop(ROTARY)
@@ -75,9 +77,12 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
             what = ", ".join(sorted({re.match(family.unused, name)[0] + "*" for name in unused}))  # type: ignore[index]
             warnings.warn(f"{folder}: {len(unused)} tensors are not part of the language model and were skipped: {what}", stacklevel=4)
         wanted = links(family, model)
+        for name, other in family.forms.items():
+            if not stored.shapes.keys() >= {name for link in wanted for name in link.names}:
+                wanted, form = links(other, model), name
         if model.config.tie_embeddings and "lm_head.weight" in stored.shapes:
             wanted = list({link.theirs: link for link in [*wanted, Link("lm_head.weight", ("embed.weight",))]}.values())
-        stored.check(folder, {link.theirs: _stored_shape(link, ours) for link in wanted}, model.config.name)
+        stored.check(folder, {name: shape for link in wanted for name, shape in _shapes(link, ours)}, model.config.name)
         main = stored.main_dtype()
         if dtype is None and len(set(stored.dtypes.values())) > 1:
             dtype = DTYPES.get(str(content.get("dtype") or content.get("torch_dtype")).removeprefix("torch."), main)
@@ -85,7 +90,8 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
         for link in wanted:
             repeated = any(name in tensors for name in link.ours)
             kept = stored.kept_dtype(link.theirs, dtype, main, wide.issuperset(link.ours))
-            packed = stored.read(link.theirs, kept, transient=repeated or link.groups > 1)
+            transient = repeated or link.groups > 1
+            packed = stored.join(link.names, kept) if link.others else stored.read(link.theirs, kept, transient=transient)
             if packed.ndim > 1 and not link.ours[0].endswith(MAY_BE_ZERO) and not packed.any():
                 raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' is all zero; the file is damaged")
             for name, part in zip(link.ours, link.unpack(packed, [ours[name].shape[0] for name in link.ours]), strict=True):
@@ -93,6 +99,8 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
                     raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' differs from the embedding; the config ties them")
                 tensors.setdefault(name, part)
     model.to(tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True, strict=False)
+    if form is not None:
+        model.config = model.config.model_copy(update={"upstream": {**model.config.upstream, FORM: form}})
 
 
 def save(model: Model, path: Path) -> None:
@@ -102,6 +110,7 @@ def save(model: Model, path: Path) -> None:
     """
     config, tensors = model.config, plain_tensors(model)
     family = _family(config.upstream, f"{config.name}: upstream")
+    family = family.forms.get(str(config.upstream.get(FORM)), family)
     model = empty_model(config, config.name)
     if inserted := [i for i, block in enumerate(model.blocks) if block.inserted]:
         raise ZooError(f"{config.name}: layers {inserted} are not part of the upstream model; save it without format='hf'")
@@ -111,7 +120,10 @@ def save(model: Model, path: Path) -> None:
         raise ZooError(f"{config.name}: upstream: checkpoints of '{config.upstream['model_type']}' can be read but not written")
     wanted, written = links(family, model), _written_config(config, family)
     with new_folder(path) as folder:
-        packed = {link.theirs: link.pack([tensors[name] for name in link.ours]).contiguous() for link in wanted}
+        packed: dict[str, Tensor] = {}
+        for link in wanted:
+            parts = link.parts([tensors[name] for name in link.ours])
+            packed |= {name: part.contiguous() for name, part in zip(link.names, parts, strict=True)}
         if family.stores_tied_head and config.tie_embeddings:
             packed["lm_head.weight"] = packed["lm_head.weight"].clone()  # safetensors files cannot hold aliases
         save_file(packed, folder / WEIGHTS, metadata=metadata(packed))
@@ -120,7 +132,7 @@ def save(model: Model, path: Path) -> None:
 
 def _translate(content: dict[str, Any], label: str, name: str) -> ModelConfig:
     """Read config.json. Raises ZooError, starting with `label`."""
-    upstream = {key: value for key, value in content.items() if key != SLEEP}
+    upstream = {key: value for key, value in content.items() if key not in (SLEEP, FORM)}
     family = _family(upstream, label)
     sleep = content.get(SLEEP, {})
     if not isinstance(sleep, dict) or not sleep.keys() <= set(SLEEP_FIELDS):
@@ -155,7 +167,7 @@ def _written_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     try:
         read = _translate(config.upstream, config.name, config.name)
         if not _differences(read, config, (*ARCHITECTURE, *WAKE_LOOPS)):
-            return {**config.upstream, **_sleep(read, config)}
+            return {**read.upstream, **_sleep(read, config)}
     except ZooError:
         pass  # it only names the family, or no longer describes the model
     assert family.write is not None
@@ -211,8 +223,6 @@ def _default(config: ModelConfig, options: Any, name: str) -> Any:
     return -(-config.d_model // 16) if name == "dt_rank" else None
 
 
-def _stored_shape(link: Link, ours: Mapping[str, Tensor]) -> list[int]:
-    if link.ones:
-        return [link.ones]
-    rows, *rest = (sum(ours[name].shape[0] for name in link.ours), *ours[link.ours[0]].shape[1:])
-    return [rows, 1, *rest] if link.depthwise else [rows, *rest]
+def _shapes(link: Link, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, list[int]]]:
+    """Yield the name and shape of each upstream tensor of a link."""
+    yield from zip(link.names, link.shapes(ours), strict=True)
