@@ -91,13 +91,13 @@ class Router(nn.Module):
     """Chooses experts: x [B, T, D] -> weights [B, T, K], heaviest score first, and indices int64 [B, T, K]."""
 
     wide: ClassVar[tuple[str, ...]] = ("correction",)
+    correction: Tensor | None
 
     def __init__(self, d_model: int, options: MoEOptions) -> None:
         super().__init__()
         self.options = options
         self.proj = (WideLinear if options.wide_router else nn.Linear)(d_model, options.experts, bias=False)
-        # no gradient reaches it: it only decides who is chosen
-        self.correction = nn.Parameter(torch.empty(options.experts), requires_grad=False) if options.correction else None
+        self.register_buffer("correction", torch.empty(options.experts) if options.correction else None)  # only decides who is chosen
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         options, logits = self.options, self.proj(x)

@@ -90,7 +90,7 @@ def write_onnx(model: Model, folder: Path, plan: Plan = Plan(), report: Report =
         report(f"trace {name}", f"{sum(1 for _ in made[name].graph.all_nodes()):,} nodes", time.perf_counter() - started)
     started = time.perf_counter()
     parameters: dict[str, Any] = {
-        name: ir.tensor_adapters.TorchTensor(tensor.detach(), name=name) for name, tensor in model.named_parameters()
+        name: ir.tensor_adapters.TorchTensor(tensor.detach(), name=name) for name, tensor in model.state_dict().items()
     }
     if plan.weights is not None:
         integers = {name: quantised(weight, plan.weights) for name, weight in linear_weights(model).items()}

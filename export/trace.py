@@ -66,7 +66,7 @@ def trace(module: nn.Module, example: Mapping[str, Tensor], scans: Scans) -> ir.
         )
     assert onnx is not None
     model = onnx.model
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    parameters = set(module.state_dict())
     for name, value in list(model.graph.initializers.items()):
         if is_parameter(value) and name not in parameters:  # a constant of one of the model's modules
             del model.graph.initializers[name]

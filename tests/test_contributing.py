@@ -60,9 +60,9 @@ def run(site, tmp_path):
 
 
 def test_every_kind_has_an_example():
-    """Of the ten rows of the table, each names its entry point groups, and each group has an example."""
+    """Of the eleven rows of the table, each names its entry point groups, and each group has an example."""
     rows = re.findall(r"^\| an? .*\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) == 11
     assert sorted(re.findall(r"`(zoo_\w+)`", "".join(rows))) == sorted(GROUPS)
     named = {value.split(":")[0].replace(".", "/") + ".py" for points in GROUPS.values() for value in points.values()}
     assert named == set(FILES) - {"toyzoo/leaky_sum/example.py"}
@@ -79,6 +79,7 @@ def test_every_name_is_found(run, imported):
     """The modules imported first, as a script does, or found by their entry points alone."""
     code = f"""
 from zoo.blocks.mixer import mixers as zoo_blocks
+from zoo.blocks.mlp import mlps as zoo_mlps
 from zoo.kernels.dispatch import kernels as zoo_kernels, operators as zoo_operators
 from zoo.config import models as zoo_models
 from zoo.eviction import evictions as zoo_evictions

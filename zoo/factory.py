@@ -100,11 +100,14 @@ def init_weights(model: Model, generator: torch.Generator, *, inserted_only: boo
 
 
 def _allocate(model: Model, device: torch.device) -> None:
-    """Allocate the parameters that are still on the meta device."""
+    """Allocate the parameters and buffers that are still on the meta device."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad))
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 def _download(config: ModelConfig) -> Path:

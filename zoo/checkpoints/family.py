@@ -79,7 +79,7 @@ class Family:
     mlps: Mapping[str, Names] = field(default_factory=dict)
     """Names within a layer, for each kind of MLP; ours are relative to the block."""
     mlp_apart: bool = False
-    """Whether the MLP of a block is a layer of its own, after that of the mixer."""
+    """True if the MLP of a block is a layer of its own, after that of the mixer."""
     forms: Mapping[str, Family] = field(default_factory=dict)
     """Other ways in which the tensors are stored, by name. A folder is written in the form it was read in."""
     stores_tied_head: bool = False
