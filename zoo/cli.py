@@ -291,6 +291,7 @@ def chat(
     "--prefix-bytes", type=click.IntRange(min=0), default=2**28, show_default=True, help="Memory for states that prompts may continue from."
 )
 @click.option("--api-key", "api_keys", multiple=True, envvar="ZOO_API_KEY", help="Key that requests must bear; may be repeated.")
+@click.option("--store", type=click.Path(file_okay=False, path_type=Path), help="Folder in which sessions outlive the process.")
 @click.option("--name", help="Name of the model in requests.  [default: its own]")
 @click.option("--grace", type=Number(min=0), default=30.0, show_default=True, help="Seconds that answers may take after SIGTERM.")
 @DEVICE
@@ -310,6 +311,7 @@ def serve(
     max_body: int,
     prefix_bytes: int,
     api_keys: tuple[str, ...],
+    store: Path | None,
     name: str | None,
     grace: float,
     device: str,
@@ -328,7 +330,7 @@ def serve(
     opened, tokenizer = _open(model, device, dtype)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
     limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle, prefixes=prefix_bytes)
-    run(make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys), host, port, grace)
+    run(make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys, store=store), host, port, grace)
 
 
 @main.command()

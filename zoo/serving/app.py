@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
@@ -29,10 +30,14 @@ from zoo.serving.answers import Answer, Prompt
 from zoo.serving.bodies import ChatBody, Choice, CompletionBody, EventStream
 from zoo.serving.conversations import chat_ids, message_ends, takes_tools
 from zoo.serving.errors import ApiKeys, BodyLimit, as_api_error
-from zoo.serving.kept import KeptSession, KeptSessions, Messages
+from zoo.serving.kept import KeptSession, Messages
 from zoo.serving.metrics import Metrics
 from zoo.serving.prefixes import Prefixes, common_length
 from zoo.serving.schemas import NAME, ApiError, ChatRequest, CompletionRequest, ErrorResponse
+from zoo.serving.sessions import KeptSessions
+from zoo.serving.store import Store, StoreError
+from zoo.sessions.file import identity
+from zoo.sessions.sleeping_model import sleeping_model
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
 ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -66,18 +71,28 @@ def check_address(host: str, port: int) -> None:
         raise ZooError(f"host {host}, port {port}: {error.strerror}") from None
 
 
-def make_app(pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits | None = None, *, keys: Sequence[str] = ()) -> FastAPI:
+def make_app(
+    pool: SessionPool,
+    tokenizer: ByteTokenizer,
+    name: str,
+    limits: Limits | None = None,
+    *,
+    keys: Sequence[str] = (),
+    store: Path | None = None,
+) -> FastAPI:
     """Return the server of one model as an ASGI app, with the `Server` as `app.state.server`. Closes the pool on shutdown.
 
     Args:
         keys: API keys. If there are any, every request but those for /health and /ready needs one.
+        store: folder in which sessions outlive the process.
     """
-    server = Server(pool, tokenizer, name, limits or Limits())
+    server = Server(pool, tokenizer, name, limits or Limits(), store)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = pool.streams + 16  # each generating stream holds a thread
         yield
+        await anyio.to_thread.run_sync(server.sessions.close)
         pool.close()
 
     app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -102,10 +117,11 @@ def make_app(pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Lim
 class Server:
     """The routes of one model."""
 
-    def __init__(self, pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits) -> None:
+    def __init__(self, pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits, store: Path | None) -> None:
         self.tokenizer, self.name, self.limits = tokenizer, name, limits
         self.pool = pool
-        self.sessions = KeptSessions(pool, limits.idle, Prefixes(limits.prefixes))
+        kept_in = None if store is None else Store(store, {**identity(sleeping_model(pool.model)), "dtype": _dtype(pool)})
+        self.sessions = KeptSessions(pool, limits.idle, Prefixes(limits.prefixes), kept_in)
         self.metrics = Metrics(self.sessions, pool)
         self.created = int(time.time())
         self.draining = False
@@ -117,6 +133,8 @@ class Server:
     def ready(self) -> dict[str, str]:
         if self.draining:
             raise ApiError(503, "the server is shutting down")
+        if self.sessions.failing:
+            raise ApiError(503, "sessions cannot be stored")
         return {"status": "ok"}
 
     def models(self) -> dict[str, Any]:
@@ -154,7 +172,11 @@ class Server:
         return self._answer(body, request, response, max_tokens, conversation, messages)
 
     def delete_session(self, session: str, request: Request) -> dict[str, Any]:
-        if not self.sessions.delete(_owner(request), session):
+        try:
+            deleted = self.sessions.delete(_owner(request), session)
+        except StoreError as error:
+            raise ApiError(503, str(error), "session", "store_failing") from None
+        if not deleted:
             raise ApiError(404, f"session: '{session}' does not exist, or is busy", "session", "session_not_found")
         return {"id": session, "object": "session", "deleted": True}
 
@@ -254,6 +276,10 @@ def _session_of(body: CompletionRequest | ChatRequest, request: Request) -> str 
 def _owner(request: Request) -> str:
     """Return what identifies the owner of sessions: the API key, which was checked if the server has any."""
     return request.headers.get("authorization", "") if request.app.state.keyed else ""
+
+
+def _dtype(pool: SessionPool) -> str:
+    return str(pool.model.embed.weight.dtype).removeprefix("torch.")
 
 
 def _wants_usage(body: CompletionRequest | ChatRequest) -> bool:

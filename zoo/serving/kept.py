@@ -1,19 +1,17 @@
-"""Sessions kept between requests, by id, and the tokens that their streams hold."""
+"""A session kept between requests, and the tokens that its stream holds."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.serving.prefixes import Prefixes, common_length
-from zoo.serving.schemas import ApiError
-from zoo.sessions.pool import PoolFullError, SessionPool
+from zoo.serving.prefixes import Prefixes, Sleeps, common_length
+from zoo.serving.store import LONG_JOURNAL, Journal, Record
 from zoo.sessions.session import Session
 from zoo.sessions.snapshot import Snapshot
 
@@ -38,6 +36,8 @@ class KeptSession:
     owner: str
     name: str | None
     """None: the session is closed after this request."""
+    journal: Journal | None = None
+    """Its place in the store, if there is one."""
     tokens: list[int] = field(default_factory=list)
     """Tokens that the stream holds, its pending one included; during a request, those that it is to hold."""
     messages: Messages = field(default_factory=list)
@@ -45,20 +45,22 @@ class KeptSession:
     used: float = field(default_factory=time.monotonic)
     busy: bool = False
 
-    def read(self, ids: list[int], ends: Ends = tuple) -> int:
+    def read(self, ids: list[int], ends: Ends = tuple, sleeps: Sleeps | None = None) -> int:
         """Make the stream hold exactly `ids`. Returns the number of tokens that were not read again.
 
         Args:
             ends: returns positions after which the state is worth keeping; it is kept after the last token in any case.
+            sleeps: those to repeat on the way, by default those that the stream has had; see `Snapshot.sleeps`.
         """
         common = common_length(self.tokens, ids)
-        sleeps = tuple(sleep for sleep in self.session.snapshot().sleeps if sleep[0] <= common)
+        if sleeps is None:
+            sleeps = tuple(sleep for sleep in self.session.snapshot().sleeps if sleep[0] <= common)
         at, found = self.prefixes.longest(self.owner, ids, sleeps, self.name)
         if common < len(self.tokens) or at > common:
             self.session.restore(found or self.empty)
             sleeps = sleeps[len(found.sleeps) if found else 0 :]
         else:
-            at, sleeps = common, ()
+            at, sleeps = common, sleeps if not self.tokens else ()
         self.tokens = ids
         if at < len(ids):
             again = dict(sleeps)
@@ -101,64 +103,23 @@ class KeptSession:
         if self.tokens:
             self.prefixes.keep(self.owner, self.tokens, now, self.name)
 
+    def store(self, *, state: bool = False) -> None:
+        """Write to the journal what has changed; with `state` or a long journal, the state too. Raises StoreError."""
+        if self.journal is not None:
+            self.journal.write(Record(list(self.tokens), self.session.snapshot().sleeps, list(self.messages)))
+            if state or self.journal.size > LONG_JOURNAL:
+                self.journal.write_snapshot(self.session)
+
+    def recall(self) -> None:
+        """Continue from the store: from the newest state there, reading the tokens after it again. Raises ZooError."""
+        assert self.journal is not None
+        record = self.journal.stored
+        if read := self.journal.restore(self.session):
+            self.prefixes.keep(self.owner, record.tokens[:read], self.session.snapshot(), self.name)
+        self.session.restore(self.empty)
+        self.tokens = []
+        self.read(record.tokens, sleeps=record.sleeps)
+        self.messages = list(record.messages)
+
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], dtype=torch.int64, device=self.session.device)
-
-
-class KeptSessions:
-    """The sessions of one server, each bound to the API key of its owner. One request at a time uses a session.
-
-    Args:
-        idle: seconds without a request after which a session may be closed.
-        prefixes: states that sessions of one owner share.
-    """
-
-    def __init__(self, pool: SessionPool, idle: float, prefixes: Prefixes) -> None:
-        self.prefixes = prefixes
-        self._pool, self._idle, self._lock = pool, idle, Lock()
-        self._kept: dict[tuple[str, str], KeptSession] = {}
-        first = pool.open()
-        self._empty = first.snapshot()
-        first.close()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def acquire(self, owner: str, name: str | None) -> KeptSession:
-        """Return the session with this id, opening it if there is none; without an id, a session for one request."""
-        with self._lock:
-            self._close_idle()
-            kept = self._kept.get((owner, name)) if name else None
-            if kept is not None and kept.busy:
-                raise ApiError(409, f"session: '{name}' is busy with another request", "session", "session_busy")
-            if kept is None:
-                try:
-                    kept = KeptSession(self._pool.open(), self.prefixes, self._empty, owner, name)
-                except PoolFullError as error:
-                    raise ApiError(429, f"{error}; try again later", None, "too_many_sessions") from None
-                if name:
-                    self._kept[owner, name] = kept
-            kept.busy = True
-            return kept
-
-    def release(self, kept: KeptSession) -> None:
-        """End a request's use of its session."""
-        kept.busy, kept.used = False, time.monotonic()
-        if not kept.name:
-            kept.session.close()
-
-    def delete(self, owner: str, name: str) -> bool:
-        """Close a session and forget its states. Returns False if there is none with this id, or if it is busy."""
-        with self._lock:
-            kept = self._kept.get((owner, name))
-            if kept is None or kept.busy:
-                return False
-            del self._kept[owner, name]
-            kept.session.close()
-            self.prefixes.forget(owner, name)
-            return True
-
-    def _close_idle(self) -> None:
-        now = time.monotonic()
-        for key in [key for key, kept in self._kept.items() if not kept.busy and now - kept.used > self._idle]:
-            self._kept.pop(key).session.close()

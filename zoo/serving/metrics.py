@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import prometheus_client as prometheus
 
-from zoo.serving.kept import KeptSessions
+from zoo.serving.sessions import KeptSessions
 from zoo.sessions.pool import SessionPool
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -22,6 +22,7 @@ class Metrics:
         self._gauge("zoo_streams_bytes", "Upper bound on the memory of all stream states").set(pool.bytes)
         self._gauge("zoo_prefixes", "States that later prompts may continue from").set_function(lambda: len(sessions.prefixes))
         self._gauge("zoo_prefixes_bytes", "Size of these states").set_function(lambda: sessions.prefixes.bytes)
+        self._gauge("zoo_store_failing", "1 if the store could not be used when it was last tried").set_function(lambda: sessions.failing)
         self._gauge("zoo_sleeps", "Completed sleeps").set_function(lambda: pool.sleeps)
 
     def text(self) -> bytes:

@@ -35,7 +35,7 @@ def write_file(path: Path, model: SleepingModel, snapshot: Snapshot) -> None:
         tensors |= _pack("start", model.plain(snapshot.start))
     header = {
         "format": FORMAT,
-        **_identity(model),
+        **identity(model),
         "versions": json.dumps({"sleep-zoo": version("sleep-zoo"), "torch": torch.__version__}),
         "positions": json.dumps([snapshot.state.position, snapshot.start.position]),
         "counts": json.dumps(snapshot.counts._asdict()),
@@ -66,7 +66,7 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
         raise ZooError(f"{path}: cannot be read: {error}") from None
     if header.get("format") != FORMAT:
         raise ZooError(f"{path}: format: {header.get('format')!r}; want a session file, {FORMAT!r}")
-    for key, own in _identity(model).items():
+    for key, own in identity(model).items():
         if header.get(key) != own:
             raise ZooError(f"{path}: {key}: the session is for {header.get(key)!r}, this model is {own!r}")
     try:
@@ -89,7 +89,8 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
         raise ZooError(f"{path}: incomplete session: {error}") from None
 
 
-def _identity(model: SleepingModel) -> dict[str, str]:
+def identity(model: SleepingModel) -> dict[str, str]:
+    """Return what must agree for a state to be of use: the model's config and its weights."""
     return {"model": model.config.name, "config": config_hash(model.config), "weights": model.fingerprint}
 
 

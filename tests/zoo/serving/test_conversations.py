@@ -99,7 +99,7 @@ class Client:
         return self.oracle(text, add_special_tokens=False).input_ids
 
 
-@pytest.mark.parametrize("conversations", [4, pytest.param(50, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("conversations", [2, pytest.param(50, marks=pytest.mark.extended)])
 @pytest.mark.parametrize(("template", "merges"), [(PLAIN, 0), (REASONING, 40)], ids=["plain", "reasoning"])
 def test_random_conversations(tmp_path, template, merges, conversations):
     model = folder(tmp_path / "model", template, merges)

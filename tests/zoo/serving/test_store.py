@@ -1,0 +1,297 @@
+"""Sessions outlive the process: kills at random moments, two processes, and a disk that is full."""
+
+import errno
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from tests.zoo.serving.local import local
+from zoo.serving import store as store_module
+from zoo.serving.prefixes import common_length
+from zoo.serving.store import Record, Store, TakenOverError
+from zoo.text.tokenizers import ByteTokenizer
+
+BYTES = ByteTokenizer(256)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """It says lower-case letters, so that the tokens of a text are those that were sampled."""
+    made = zoo.create("gdn4-sleep2-hard16", layers="attn gdn", d_model=32, d_ff=16, vocab_size=256)
+    with torch.no_grad():
+        letters = torch.arange(256).sub(ord("a")).div(26, rounding_mode="floor") == 0
+        made.head.weight.mul_(4 * letters[:, None])
+    return made
+
+
+def uninterrupted(model, *prompts, tokens=8):
+    """Answers of a plain session to each prompt in turn."""
+    session = zoo.Session(model)
+    return [BYTES.decode(map(int, session.generate(torch.tensor([list(prompt.encode())]), tokens))) for prompt in prompts]
+
+
+def answers(server, session, *prompts, **more):
+    return [server.complete(prompt, session=session, **more)["choices"][0]["text"] for prompt in prompts]
+
+
+def test_a_restart(model, tmp_path):
+    """A server that has ended, one that has not, and one whose snapshots are gone: the next answer is that of an uninterrupted stream."""
+    want = uninterrupted(model, "one", "two", "three", "four", "five")
+    with local(model, BYTES, store=tmp_path) as server:
+        assert answers(server, "s", "one", "two") == want[:2]
+    assert list(tmp_path.glob("*/*.safetensors"))  # written at the end
+    with local(model, BYTES, store=tmp_path) as server:
+        assert answers(server, "s", "three") == want[2:3]
+        shutil.copytree(tmp_path, tmp_path / "killed")
+    with local(model, BYTES, store=tmp_path / "killed") as server:
+        assert answers(server, "s", "four") == want[3:4]
+    for file in (tmp_path / "killed").glob("*/*.safetensors"):
+        file.write_bytes(b"damaged")
+    with local(model, BYTES, store=tmp_path / "killed") as server:
+        assert answers(server, "s", "five") == want[4:]
+        assert server.ask("/v1/sessions/s", method="DELETE")[0] == 200
+        assert server.ask("/v1/sessions/s", method="DELETE")[0] == 404
+        assert answers(server, "s", "one") == want[:1]
+
+
+def test_a_conversation_after_a_restart(model, tmp_path):
+    """The messages are stored too, so that `append` continues them; an edit after the restart reads again what it must."""
+    hi, more = {"role": "user", "content": "hi"}, {"role": "user", "content": "more"}
+    with local(model, BYTES) as server:
+        first = server.chat([hi])["choices"][0]["message"]
+        second = server.chat([hi, first, more])["choices"][0]["message"]["content"]
+        edited = server.chat([hi, first, hi])["choices"][0]["message"]["content"]
+    with local(model, BYTES, store=tmp_path) as server:
+        server.chat([hi], session="s")
+    with local(model, BYTES, store=tmp_path) as server:
+        answer = server.chat([more], session="s", append=True)
+        assert answer["choices"][0]["message"]["content"] == second
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 20
+        assert server.chat([hi, first, hi], session="s")["choices"][0]["message"]["content"] == edited
+
+
+def test_sleeps_are_stored(model, tmp_path):
+    """A sleep before the window is full is repeated at the same place after a restart without a snapshot."""
+    with local(model, BYTES, store=tmp_path) as server:
+        answers(server, "s", "one")
+        stream = server.state.sessions._kept["", "s"].session
+        stream.sleep(3)
+        answers(server, "s", "two")
+        assert stream.snapshot().sleeps == ((10, 3),)  # 3 + 8 tokens, the last of which is pending
+        shutil.copytree(tmp_path, tmp_path / "killed")
+        three = answers(server, "s", "three")
+    with local(model, BYTES, store=tmp_path / "killed") as server:
+        assert answers(server, "s", "three") == three != uninterrupted(model, "one", "two", "three")[2:]
+        assert server.state.sessions._kept["", "s"].session.snapshot().sleeps == ((10, 3),)
+
+
+def test_more_sessions_than_streams(model, tmp_path):
+    """Sessions leave memory for the store, the least recently used first, and return."""
+    want = {n: uninterrupted(model, f"talk {n}", "more") for n in range(9)}
+    with local(model, BYTES, store=tmp_path, streams=3) as server, ThreadPoolExecutor(3) as threads:
+        got = [list(threads.map(lambda n, end=end: answers(server, f"s{n}", end or f"talk {n}")[0], range(9))) for end in ("", "more")]
+        assert len(server.state.sessions) <= 3
+    assert {n: [first, second] for n, first, second in zip(range(9), *got, strict=True)} == want
+
+
+def test_two_processes(model, tmp_path):
+    """A session moves to the server that uses it; the one that has lost it writes nothing."""
+    want = uninterrupted(model, "one", "two", "three", "four")
+    with local(model, BYTES, store=tmp_path) as first, local(model, BYTES, store=tmp_path) as second:
+        turns = zip((first, second, first, second), ("one", "two", "three", "four"), strict=True)
+        assert [answers(server, "s", word)[0] for server, word in turns] == want
+    store = Store(tmp_path / "more", {})
+    lost = store.open("me", "s")
+    owned = store.open("me", "s")
+    owned.write(Record([1, 2]))
+    with pytest.raises(TakenOverError, match="another process"):
+        lost.write(Record([3]))
+    assert not lost.check()
+    assert store.open("me", "s").stored.tokens == [1, 2]
+
+
+def test_other_weights_and_other_keys_are_refused(model, tmp_path):
+    other = zoo.create(model.config, seed=1)
+    with local(model, BYTES, store=tmp_path, keys=["one", "two"]) as server:
+        assert server.ask("/v1/completions", {"prompt": "a", "session": "s"}, authorization="Bearer one")[0] == 200
+        assert server.ask("/v1/sessions/s", method="DELETE", authorization="Bearer two")[0] == 404
+        assert not any("one" in file.read_text() for file in tmp_path.glob("*/session.json"))  # keys are not written down
+    with local(other, BYTES, store=tmp_path, keys=["one"]) as server:
+        status, answer = server.ask("/v1/completions", {"prompt": "a", "session": "s"}, authorization="Bearer one")
+        assert status == 503
+        assert "weights" in answer["error"]["message"]
+
+
+def test_torn_lines(tmp_path):
+    """A journal cut at any byte has the records that were complete, and is continued after them."""
+    store, records = (
+        Store(tmp_path, {}),
+        [Record([1, 2]), Record([1, 3, 4], ((3, 2),)), Record([1, 3, 4, 5], ((3, 2),), [{"role": "user"}])],
+    )
+    journal, sizes = store.open("me", "s"), [0]
+    for record in records:
+        journal.write(record)
+        sizes.append(journal.size)
+    file = journal.folder / "journal.jsonl"
+    content = file.read_bytes()
+    for cut in range(len(content) + 1):
+        file.write_bytes(content[:cut])
+        journal = store.open("me", "s")
+        whole = sum(size <= cut for size in sizes) - 1
+        assert journal.stored == (records[whole - 1] if whole else Record())
+        if cut % 10 == 0:
+            journal.write(Record([9]))
+            assert store.open("me", "s").stored.tokens == [9]
+
+
+class FullDisk:
+    """Replaces `os.fsync` and file writes of the store: it takes `room` bytes, and then raises ENOSPC."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def __call__(self, file, content):
+        if len(content) > self.room:
+            file.write(content[: self.room])
+            self.room = 0
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= len(content)
+        file.write(content)
+
+
+@pytest.mark.parametrize("room", [0, 60, 200])
+def test_a_full_disk(model, tmp_path, monkeypatch, room):
+    """The answer under way is finished; then its session gets 503, others continue, and all returns once there is room."""
+    want = uninterrupted(model, "one", "two", "three")
+    with local(model, BYTES, store=tmp_path) as server:
+        assert answers(server, "s", "one") == want[:1]
+        disk = FullDisk(room)
+        monkeypatch.setattr(store_module, "write", disk)
+        said, refused = [], None
+        for word in ("two", "three"):
+            status, answer = server.ask("/v1/completions", {"prompt": word, "session": "s", "max_tokens": 8, "temperature": 0})
+            if status != 200:
+                refused = status, answer["error"]["code"]
+                break
+            said.append(answer["choices"][0]["text"])
+        assert said == want[1 : 1 + len(said)]
+        if disk.room == 0:
+            assert server.ask("/ready")[0] == 503
+            assert b"zoo_store_failing 1.0" in server.open("/metrics").read()
+            assert refused in (None, (503, "store_failing"))
+            assert server.complete("other")["choices"][0]["text"] == uninterrupted(model, "other")[0]
+        monkeypatch.undo()
+        for word, right in zip(("two", "three")[len(said) :], want[1 + len(said) :], strict=True):
+            assert answers(server, "s", word) == [right]
+        assert answers(server, "t", "one") == want[:1]
+        assert server.ask("/ready")[0] == 200
+
+
+def test_copies_at_random_moments(model, tmp_path):
+    """Under four clients, the store as it is at some moment continues every session after its last finished request."""
+    words, chance = [f"word {n}" for n in range(6)], random.Random(0)
+    want = {name: uninterrupted(model, *(f"{name} {word}" for word in words), tokens=5) for name in "abcd"}
+    finished = dict.fromkeys("abcd", 0)
+
+    def talk(name):
+        for n, word in enumerate(words[:-1]):
+            assert answers(server, name, f"{name} {word}", max_tokens=5) == [want[name][n]]
+            finished[name] = n + 1
+
+    with local(model, BYTES, store=tmp_path / "live") as server, ThreadPoolExecutor(4) as threads:
+        work, copies = threads.map(talk, "abcd"), []
+        for n in range(3):
+            time.sleep(chance.random() / 4)
+            copies.append((dict(finished), shutil.copytree(tmp_path / "live", tmp_path / str(n), ignore=shutil.ignore_patterns(".*"))))
+        list(work)
+    for before, folder in copies:
+        store = Store(folder, {})
+        for name in "abcd":
+            if not store.exists("", name):
+                assert before[name] == 0
+        with local(model, BYTES, store=folder) as server:
+            for name in "abcd":
+                done = len(open_tokens(server, name)) // (len(f"{name} word 0") + 5)
+                assert done >= before[name]
+                assert answers(server, name, f"{name} {words[done]}", max_tokens=5) == [want[name][done]]
+
+
+def open_tokens(server, name):
+    kept = server.state.sessions.acquire("", name)
+    server.state.sessions.release(kept)
+    return kept.tokens
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_kills(model, tmp_path, how):
+    """Under 16 clients `zoo serve` is stopped at random moments: no finished request is lost, and each answer is the right one."""
+    zoo.save(model, tmp_path / "model")
+    chance, clients = random.Random(0), [Talker(model, n) for n in range(16)]
+    for _ in range(int(os.environ.get("KILLS", "8"))):
+        process, url = serve(tmp_path)
+        with ThreadPoolExecutor(16) as threads:
+            work = [threads.submit(client.talk, url) for client in clients]
+            time.sleep(0.5 + 2 * chance.random())
+            process.send_signal(how)
+            process.wait(60)
+        for each in work:
+            each.result()
+        assert "Traceback" not in (tmp_path / "log").read_text()
+    assert sum(len(client.messages) for client in clients) > 64
+
+
+class Talker:
+    """A client with a conversation."""
+
+    def __init__(self, model, n):
+        self.model, self.n, self.messages = model, n, []
+        self.held = 0
+        """Tokens that its session holds at least."""
+
+    def talk(self, url):
+        """Ask until the server is gone."""
+        while True:
+            messages = [*self.messages, {"role": "user", "content": f"{self.n} {len(self.messages)}"}]
+            body = {"model": "gdn4-sleep2-hard16", "temperature": 0, "max_tokens": 4, "session": f"s{self.n}", "messages": messages}
+            request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    answer = json.loads(response.read())
+            except (OSError, http.client.HTTPException, ValueError):
+                return
+            prompt = BYTES.chat(messages)
+            said = list(map(int, zoo.Session(self.model).generate(torch.tensor([prompt]), 4)))
+            text = answer["choices"][0]["message"]["content"]
+            assert text == BYTES.decode(said)
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= self.held
+            self.messages = [*messages, {"role": "assistant", "content": text}]
+            following = BYTES.chat([*self.messages, {"role": "user", "content": ""}])
+            self.held = common_length([*prompt, *said], following)
+
+
+def serve(folder):
+    """`zoo serve` with a store. Returns the process and its address."""
+    log = folder / "log"
+    command = [sys.executable, "-m", "zoo", "serve", str(folder / "model"), "--port", "0", "--store", str(folder / "store")]
+    with log.open("w") as out:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=Path(__file__).parents[3], env=environment)
+    while not (match := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    return process, match[0]

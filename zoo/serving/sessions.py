@@ -1,0 +1,143 @@
+"""The sessions of one server: in memory while they are in use, and in the store if there is one."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from threading import Lock
+
+from zoo.errors import ZooError
+from zoo.serving.kept import KeptSession
+from zoo.serving.prefixes import Prefixes
+from zoo.serving.schemas import ApiError
+from zoo.serving.store import Store, StoreError
+from zoo.sessions.pool import PoolFullError, SessionPool
+
+
+class KeptSessions:
+    """Each session is bound to the API key of its owner. One request at a time uses it.
+
+    Args:
+        idle: seconds without a request after which a session may leave memory.
+        prefixes: states that sessions of one owner share.
+        store: where sessions outlive the process, and memory.
+    """
+
+    def __init__(self, pool: SessionPool, idle: float, prefixes: Prefixes, store: Store | None = None) -> None:
+        self.prefixes, self.store = prefixes, store
+        self.failing = False
+        """True if the store could not be written to or read from when it was last used."""
+        self._pool, self._idle, self._lock = pool, idle, Lock()
+        self._kept: dict[tuple[str, str], KeptSession] = {}
+        first = pool.open()
+        self._empty = first.snapshot()
+        first.close()
+
+    def __len__(self) -> int:
+        """Number of sessions in memory."""
+        return len(self._kept)
+
+    def names(self, owner: str) -> list[str]:
+        """Return the ids of an owner's sessions."""
+        with self._lock:
+            held = {name for of, name in self._kept if of == owner}
+        return sorted(held.union(self.store.names(owner) if self.store else ()))
+
+    def exists(self, owner: str, name: str) -> bool:
+        return (owner, name) in self._kept or (self.store is not None and self.store.exists(owner, name))
+
+    def acquire(self, owner: str, name: str | None) -> KeptSession:
+        """Return the session with this id, opening it if there is none; without an id, a session for one request. Raises ApiError."""
+        with self._lock:
+            self._put_away_idle()
+            kept = self._kept.get((owner, name)) if name else None
+            if kept is not None and kept.busy:
+                raise ApiError(409, f"session: '{name}' is busy with another request", "session", "session_busy")
+            if kept is None:
+                kept = self._open(owner, name)
+                if name:
+                    self._kept[owner, name] = kept
+            kept.busy = True
+        if self.store is not None and name:
+            try:
+                self._agree_with_store(kept, self.store)
+            except ZooError as error:
+                self.release(kept, forget=True)
+                self.failing = self.failing or isinstance(error, StoreError)
+                raise ApiError(503, f"{error}; try again later", "session", "store_failing") from None
+        return kept
+
+    def _open(self, owner: str, name: str | None) -> KeptSession:
+        while True:
+            try:
+                return KeptSession(self._pool.open(), self.prefixes, self._empty, owner, name)
+            except PoolFullError as error:
+                idle = [key for key, kept in self._kept.items() if not kept.busy]
+                if self.store is None or not idle or not self._put_away(min(idle, key=lambda key: self._kept[key].used)):
+                    raise ApiError(429, f"{error}; try again later", None, "too_many_sessions") from None
+
+    def _agree_with_store(self, kept: KeptSession, store: Store) -> None:
+        """Take over a session that another process has used, and write what could not be written before. Raises ZooError."""
+        assert kept.name is not None
+        if kept.journal is None or not kept.journal.check():
+            kept.journal = store.open(kept.owner, kept.name)
+            kept.recall()
+        kept.store()
+        self.failing = False
+
+    def release(self, kept: KeptSession, *, forget: bool = False) -> None:
+        """End a request's use of its session: it is in the store from now on, if that works."""
+        if kept.name and not forget:
+            self._store(kept)
+        kept.used = time.monotonic()
+        if not kept.name or (forget and kept.journal is None):
+            self._kept.pop((kept.owner, kept.name or ""), None)
+            kept.session.close()
+        kept.busy = False
+
+    def delete(self, owner: str, name: str) -> bool:
+        """Close a session and forget its states. Returns False if there is none with this id, or if it is busy. Raises StoreError."""
+        with self._lock:
+            kept = self._kept.get((owner, name))
+            if (kept is not None and kept.busy) or not self.exists(owner, name):
+                return False
+            if self.store is not None:
+                journal = kept.journal if kept is not None and kept.journal is not None else self.store.open(owner, name)
+                journal.delete()
+            if kept is not None:
+                del self._kept[owner, name]
+                kept.session.close()
+            self.prefixes.forget(owner, name)
+            return True
+
+    def close(self) -> None:
+        """Write the states of all sessions to the store."""
+        with self._lock:
+            for kept in self._kept.values():
+                self._store(kept, state=True)
+
+    def _store(self, kept: KeptSession, *, state: bool = False) -> bool:
+        """Write a session to the store, if there is one. Returns False if that fails."""
+        try:
+            kept.store(state=state)
+        except StoreError:
+            self.failing = True
+            return False
+        except ZooError:  # the pool is closed; the journal has the tokens
+            return False
+        return True
+
+    def _put_away(self, key: tuple[str, str]) -> bool:
+        """Move a session out of memory. Returns False if it cannot be stored."""
+        kept = self._kept[key]
+        if self.store is not None and not self._store(kept, state=True):
+            return False
+        del self._kept[key]
+        with suppress(ZooError):
+            kept.session.close()
+        return True
+
+    def _put_away_idle(self) -> None:
+        now = time.monotonic()
+        for key in [key for key, kept in self._kept.items() if not kept.busy and now - kept.used > self._idle]:
+            self._put_away(key)

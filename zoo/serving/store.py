@@ -1,0 +1,275 @@
+"""Sessions in a folder, which outlive the process: a journal of tokens for each, snapshots of its state, and a lease."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from zoo.errors import ZooError
+from zoo.files import replacing
+from zoo.serving.prefixes import Sleeps
+from zoo.sessions.pool import PoolClosedError
+from zoo.sessions.session import Session
+from zoo.system import lock
+
+JOURNAL, LEASE = "journal.jsonl", "lease"
+LONG_JOURNAL = 2**20  # bytes after which a journal is written anew
+
+
+class StoreError(ZooError):
+    """A session cannot be written to the store, or read back."""
+
+
+class TakenOverError(StoreError):
+    """Another process has the session now."""
+
+
+@dataclass
+class Record:
+    """Everything about a session but its states, which follow from it."""
+
+    tokens: list[int] = field(default_factory=list)
+    sleeps: Sleeps = ()
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Journal:
+    """The files of one session: each line of the journal holds what has changed, and is synced before a request ends.
+
+    A line counts once it is complete: its first field is a checksum of the rest.
+    """
+
+    folder: Path
+    lease: int
+    """Our number in the lease; a larger one there means that another process has taken the session over."""
+    size: int = 0
+    """Bytes of complete lines."""
+    stored: Record = field(default_factory=Record)
+    """The session as the journal has it."""
+    snapshot: int = 0
+    """Number of tokens after which the state is in a file; 0: there is none."""
+
+    def write(self, record: Record) -> None:
+        """Append what has changed. Raises StoreError; the journal is then as it was."""
+        tokens, messages = _shared(self.stored.tokens, record.tokens), _shared(self.stored.messages, record.messages)
+        changed = {
+            "keep": tokens,
+            "tokens": record.tokens[tokens:],
+            "sleeps": record.sleeps,
+            "keep_messages": messages,
+            "messages": record.messages[messages:],
+        }
+        if record != self.stored:
+            self._append(changed)
+            self.snapshot = self.snapshot if tokens >= self.snapshot else 0
+            self.stored = record
+
+    def write_snapshot(self, session: Session) -> None:
+        """Write the state after all tokens, if it is not in a file yet, and shorten a long journal. Raises StoreError."""
+        count = len(self.stored.tokens)
+        if not count or (self.snapshot == count and self.size < LONG_JOURNAL):
+            return
+        with self._ours():
+            try:
+                session.save(self.folder / f"{count}.safetensors")
+            except PoolClosedError:
+                raise
+            except ZooError as error:
+                raise StoreError(f"store: {error}") from error
+            if self.size >= LONG_JOURNAL:
+                whole = {"keep": 0, "tokens": self.stored.tokens, "sleeps": self.stored.sleeps, "keep_messages": 0}
+                content = _line({**whole, "messages": self.stored.messages}) + _line({"snapshot": count})
+                with replacing(self.folder / JOURNAL) as file:
+                    _write_synced(file, content)
+                self.size = len(content)
+        if self.snapshot != count:
+            self._append({"snapshot": count})
+        self.snapshot = count
+        for old in self.folder.glob("*.safetensors"):
+            if old.stem != str(count):
+                old.unlink(missing_ok=True)
+
+    def restore(self, session: Session) -> int:
+        """Load the newest state into a session. Returns the number of tokens that it has read; 0 if there is no such state."""
+        if not self.snapshot:
+            return 0
+        try:
+            session.load(self.folder / f"{self.snapshot}.safetensors")
+        except ZooError:  # damaged or gone: the tokens are read again
+            return 0
+        return self.snapshot
+
+    def check(self) -> bool:
+        """Return whether the session is still ours. Raises StoreError if that cannot be read."""
+        try:
+            with self._ours():
+                return True
+        except TakenOverError:
+            return False
+
+    def delete(self) -> None:
+        """Remove the session. Raises StoreError."""
+        with self._ours():
+            shutil.rmtree(self.folder)
+
+    def _append(self, fields: dict[str, Any]) -> None:
+        with self._ours(), (self.folder / JOURNAL).open("r+b") as file:
+            line = _line(fields)
+            file.seek(self.size)
+            try:
+                write(file, line)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(self.size)
+                raise
+            self.size += len(line)
+
+    @contextlib.contextmanager
+    def _ours(self) -> Iterator[None]:
+        """Hold the session's lock. Raises StoreError if another process has taken it over, or if the store fails."""
+        try:
+            with _locked(self.folder / LEASE) as file:
+                if int(file.read() or 0) != self.lease:
+                    raise TakenOverError(f"session: another process has taken over {self.folder.name}")
+                yield
+        except OSError as error:
+            raise StoreError(f"store: {self.folder}: {error.strerror or error}") from error
+
+
+class Store:
+    """A folder of sessions, all of one model.
+
+    Args:
+        identity: what identifies the model's config and weights, and how its streams sleep. Sessions with another are refused.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, str]) -> None:
+        self.folder, self.identity = folder, identity
+
+    def names(self, owner: str) -> list[str]:
+        """Return the ids of all sessions of an owner."""
+        found = [_read_json(file) for file in self.folder.glob("*/session.json")]
+        return sorted(fields["name"] for fields in found if fields.get("owner") == _digest(owner))
+
+    def exists(self, owner: str, name: str) -> bool:
+        return (self._place(owner, name) / JOURNAL).is_file()
+
+    def open(self, owner: str, name: str) -> Journal:
+        """Take over a session, or make it. Raises StoreError."""
+        folder = self._place(owner, name)
+        about = {"name": name, "owner": _digest(owner), **self.identity}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / JOURNAL).exists():
+                with replacing(folder / "session.json") as file:
+                    _write_synced(file, json.dumps(about).encode())
+                (folder / JOURNAL).touch()
+                _sync(folder)
+                _sync(self.folder)
+            for key, value in _read_json(folder / "session.json").items():
+                if about.get(key) != value:
+                    raise StoreError(f"session: '{name}': {key}: it was stored for {value!r}; this server has {about.get(key)!r}")
+            with _locked(folder / LEASE) as file:
+                lease = int(file.read() or 0) + 1
+                file.truncate(0)
+                file.write(str(lease))
+                file.flush()
+                os.fsync(file.fileno())
+            journal = Journal(folder, lease)
+            _replay(journal)
+        except (OSError, ZooError) as error:
+            raise error if isinstance(error, StoreError) else StoreError(f"store: {folder}: {error}") from error
+        return journal
+
+    def _place(self, owner: str, name: str) -> Path:
+        return self.folder / _digest(f"{_digest(owner)} {name}")
+
+
+def _replay(journal: Journal) -> None:
+    """Read the complete lines of a journal."""
+    record, content = journal.stored, (journal.folder / JOURNAL).read_bytes()
+    for line in content.splitlines(keepends=True):
+        fields = _fields(line)
+        if fields is None:
+            break
+        journal.size += len(line)
+        if "snapshot" in fields:
+            journal.snapshot = fields["snapshot"]
+            continue
+        record.tokens[fields["keep"] :] = fields["tokens"]
+        record.messages[fields["keep_messages"] :] = fields["messages"]
+        record.sleeps = tuple((position, loops) for position, loops in fields["sleeps"])
+        journal.snapshot = journal.snapshot if fields["keep"] >= journal.snapshot else 0
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    content = json.dumps(fields, separators=(",", ":")).encode()
+    return b"%08x %b\n" % (zlib.crc32(content), content)
+
+
+def _fields(line: bytes) -> dict[str, Any] | None:
+    """Return the fields of a line; None if it is not complete."""
+    content = line[9:-1]
+    whole = line.endswith(b"\n") and line[:8] == b"%08x" % zlib.crc32(content)
+    return json.loads(content) if whole else None
+
+
+def _shared(a: list[Any], b: list[Any]) -> int:
+    """Return the number of entries at the start of both."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def write(file: IO[bytes], content: bytes) -> None:
+    """Write all of `content`: the one place at which a disk can be full."""
+    file.write(content)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        write(file, content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[IO[str]]:
+    """Open a file that no other process has locked."""
+    with path.open("a+") as file:
+        while not lock(file):
+            time.sleep(0.001)
+        file.seek(0)
+        yield file
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        place = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"store: {file}: cannot be read: {error}") from None
+    return fields if isinstance(fields, dict) else {}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
