@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from zoo.checkpoints.companions import write_companions
 from zoo.config import validate
 from zoo.devices import usable_device
 from zoo.errors import ZooError
@@ -65,6 +66,7 @@ def export(
     with new_folder(Path(out)) as folder:
         bundle = write_onnx(model, folder, plan, report)
         bundle.write(folder)
+        write_companions(model.companions, folder)
         parity = None
         if bundle.precision == "bfloat16":
             report("compare with PyTorch", "skipped, onnxruntime has no bfloat16 kernels on a CPU", 0.0)

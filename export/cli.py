@@ -159,6 +159,7 @@ def _model(name: str, overrides: tuple[str, ...], seed: int, dtype: str | None, 
     model = create(stored.config, device="meta", dtype=stored.embed.weight.dtype, **fields)
     try:
         model.load_state_dict(stored.state_dict(), assign=True)
+        model.companions = stored.companions
     except RuntimeError:
         raise ZooError(f"{name}: the weights do not fit {' '.join(overrides)}") from None
     return model

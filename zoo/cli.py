@@ -18,7 +18,6 @@ from zoo.signals import StoppedError, interruptible
 
 if TYPE_CHECKING:
     from zoo.costs import Description
-    from zoo.model import Model
     from zoo.text.tokenizers import ByteTokenizer
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -124,12 +123,14 @@ def _describe(model: str, fields: dict[str, Any]) -> Description:
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--to", "form", type=click.Choice(["zoo", "hf"]), default="zoo", show_default=True, help="Format of the copy.")
-def convert(source: Path, destination: Path, form: Literal["zoo", "hf"]) -> None:
-    """Convert a checkpoint to another format.
+def convert(source: Path, destination: Path, overrides: tuple[str, ...], form: Literal["zoo", "hf"]) -> None:
+    """Convert a checkpoint to another format, or give it sleep settings.
 
-    SOURCE is a folder of this package or of an upstream project, DESTINATION a new folder. Tensors are copied bit for bit;
-    `--to hf` writes the config.json and the tensor names of the upstream project.
+    SOURCE is a folder of this package or of an upstream project, DESTINATION a new folder. Tensors are copied bit for bit, the
+    tokenizer and other files with them; `--to hf` writes the config.json and the tensor names of the upstream project.
+    FIELD=VALUE replaces a field of the config: loops=4 evict=hard window=512 makes the copy sleep.
     """
     from zoo.checkpoints.own import load, save
     from zoo.console import spinner
@@ -137,7 +138,7 @@ def convert(source: Path, destination: Path, form: Literal["zoo", "hf"]) -> None
 
     refuse_existing(destination)
     with spinner(f"converting {source}"):
-        model = load(source)
+        model = load(source, **parse_overrides(overrides))
         save(model, destination, format=form)
     click.echo(f"{model.config.name}: {source} -> {destination}")
 
@@ -246,6 +247,7 @@ def demo(out: Path) -> None:
 
 @main.command()
 @click.argument("model")
+@click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Maximum number of tokens in an answer.")
 @click.option("--temperature", type=Number(min=0), default=0.8, show_default=True, help="0 always picks the most likely token.")
 @click.option(
@@ -260,22 +262,32 @@ def demo(out: Path) -> None:
 @DEVICE
 @DTYPE
 def chat(
-    model: str, tokens: int, temperature: float, top_p: float, seed: int | None, loops: int | None, device: str, dtype: str | None
+    model: str,
+    overrides: tuple[str, ...],
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    loops: int | None,
+    device: str,
+    dtype: str | None,
 ) -> None:
     """Chat with a model that sleeps between turns.
 
-    MODEL is a folder or a name. Ctrl-C ends an answer, Ctrl-D the conversation.
+    MODEL is a folder, also of an exported bundle, or a name. FIELD=VALUE replaces a field of its config, such as window=512.
+    Ctrl-C ends an answer, Ctrl-D the conversation.
     """
     from zoo.serving.chat import converse
     from zoo.sessions.session import Session
 
-    opened, tokenizer = _open(model, device, dtype)
+    opened, tokenizer = _open(model, overrides, device, dtype)
     with interruptible():
         converse(Session(opened), tokenizer, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
 
 
 @main.command()
 @click.argument("model")
+@click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; the default is only reachable locally.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0 picks a free one.")
 @click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Maximum number of streams in a batch.")
@@ -298,6 +310,7 @@ def chat(
 @DTYPE
 def serve(
     model: str,
+    overrides: tuple[str, ...],
     host: str,
     port: int,
     slots: int,
@@ -319,7 +332,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP.
 
-    MODEL is a folder or a name. The endpoints are OpenAI-compatible. Requests with the same "session": "some-id" continue one stream.
+    MODEL is a folder or a name. FIELD=VALUE replaces a field of its config, such as window=512.
+    The endpoints are OpenAI-compatible. Requests with the same "session": "some-id" continue one stream.
     On SIGTERM or Ctrl-C, requests under way are answered and others refused.
     """
     from zoo.serving.app import Limits, check_address, make_app  # raises a ZooError that names what to install
@@ -327,7 +341,7 @@ def serve(
     from zoo.sessions.pool import SessionPool
 
     check_address(host, port)
-    opened, tokenizer = _open(model, device, dtype)
+    opened, tokenizer = _open(model, overrides, device, dtype)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
     limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle, prefixes=prefix_bytes)
     run(make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys, store=store), host, port, grace)
@@ -347,17 +361,31 @@ def doctor(check: bool) -> None:
         sys.exit(1)
 
 
-def _open(model: str, device: str, dtype: str | None) -> tuple[Model, ByteTokenizer]:
+def _open(model: str, overrides: tuple[str, ...], device: str, dtype: str | None) -> tuple[Any, ByteTokenizer]:
     """Return a model and its tokenizer: the contents of a folder, or fresh weights for a name or a YAML file."""
     from zoo.checkpoints.own import load
     from zoo.console import spinner
     from zoo.factory import create
     from zoo.text.tokenizers import load_tokenizer
 
-    folder = Path(model) if Path(model).is_dir() else None
+    folder, fields = Path(model) if Path(model).is_dir() else None, parse_overrides(overrides)
+    opened: Any
     with spinner(f"loading {model}" if folder else f"creating {model}"):
-        opened = create(model, device=device, dtype=dtype or "float32") if folder is None else load(folder, device=device, dtype=dtype)
+        if folder is None:
+            opened = create(model, device=device, dtype=dtype or "float32", **fields)
+        elif (folder / "bundle.json").is_file():
+            opened = _open_bundle(folder, overrides, device, dtype)
+        else:
+            opened = load(folder, device=device, dtype=dtype, **fields)
     tokenizer = load_tokenizer(folder, opened.config.vocab_size)
     if folder is None:
         click.echo(f"{model}: random weights; give a folder for trained ones", err=True)
     return opened, tokenizer
+
+
+def _open_bundle(folder: Path, overrides: tuple[str, ...], device: str, dtype: str | None) -> Any:
+    from zoo.export.runtime import ExportedModel
+
+    if overrides or dtype is not None:
+        raise ZooError(f"{folder}: {' '.join(overrides) or f'dtype {dtype}'}: an exported bundle is fixed; export it again")
+    return ExportedModel(folder, device)

@@ -15,11 +15,15 @@ from zoo.blocks.mixer import Mixer
 from zoo.blocks.moe import Router
 from zoo.blocks.norm import RMSNorm
 from zoo.checkpoints import own, upstream
+from zoo.checkpoints.companions import COMPANIONS, read_companions
 from zoo.config import ModelConfig, resolve
 from zoo.devices import usable_device
 from zoo.dtypes import parse_dtype
 from zoo.errors import ZooError
 from zoo.model import Model
+
+DOWNLOADED = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+"""Files of a repository that hold a model in one format; its tokenizer and other companions come with them."""
 
 
 def create(
@@ -51,6 +55,8 @@ def create(
     device = usable_device(device)
     with torch.device("meta"):
         made = Model(config).to(dtype)
+    if checkpoint is not None:
+        made.companions = read_companions(checkpoint)
     if checkpoint is not None and (checkpoint / own.CONFIG).is_file():
         upstream.check_same_architecture(resolve(checkpoint / own.CONFIG), config, checkpoint / own.CONFIG)
         own.fill(made, checkpoint, device, dtype)
@@ -119,7 +125,7 @@ def _download(config: ModelConfig) -> Path:
     except ImportError:
         raise ZooError(f"{config.name}: pretrained: downloading {config.hub} needs huggingface_hub; install it, or give a folder") from None
     try:
-        folder = Path(snapshot_download(config.hub, allow_patterns=["config.json", "model*.safetensors", "model.safetensors.index.json"]))
+        folder = Path(snapshot_download(config.hub, allow_patterns=[*DOWNLOADED, *COMPANIONS]))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(config.hub, allow_patterns=["pytorch_model.bin"])
     except Exception as error:  # whichever exception the network or the hub raises

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.companions: Mapping[str, bytes] = {}  # files that travel with the weights, such as a tokenizer
         self.eviction = evictions.get(config.evict)(config.window)
         self.embed = _embedding(config.vocab_size, config.d_model)
         if config.learned_positions:

@@ -11,6 +11,7 @@ from torch import nn
 
 from zoo.checkpoints import upstream
 from zoo.checkpoints.checksum import metadata
+from zoo.checkpoints.companions import read_companions, write_companions
 from zoo.checkpoints.plain import empty_model, plain_tensors, unwrap, wide_parameters
 from zoo.checkpoints.stored import WEIGHTS, has_weights, open_folder, refuse_adapter
 from zoo.config import ModelConfig, resolve
@@ -24,7 +25,7 @@ CONFIG = "zoo.yaml"
 
 
 def save(model: nn.Module, path: str | Path, *, format: Literal["zoo", "hf"] = "zoo") -> None:
-    """Write a model to the new folder `path`.
+    """Write a model to the new folder `path`, with the tokenizer and the other files that came with its checkpoint.
 
     Args:
         model: a `Model`, or one that is compiled or wrapped in DistributedDataParallel or DataParallel.
@@ -46,7 +47,8 @@ def save(model: nn.Module, path: str | Path, *, format: Literal["zoo", "hf"] = "
 
 
 def write_config(model: Model, folder: Path) -> None:
-    """Write zoo.yaml."""
+    """Write zoo.yaml, and the files that travel with the model."""
+    write_companions(model.companions, folder)
     with replacing(folder / CONFIG) as file:
         file.write_text(model.config.yaml(), encoding="utf-8")
 
@@ -66,6 +68,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     config = resolve(read_config(folder), overrides)
     model = empty_model(config, str(folder / (CONFIG if (folder / CONFIG).is_file() else upstream.CONFIG)))
     _fill(model, folder, device, dtype)
+    model.companions = read_companions(folder)
     return model
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from zoo.blocks.mixer import mixers
 from zoo.blocks.mlp import mlps
 from zoo.checkpoints.checksum import metadata
+from zoo.checkpoints.companions import write_companions
 from zoo.checkpoints.family import Family, Link, expect, families, links
 from zoo.checkpoints.plain import empty_model, one_line, plain_tensors, wide_parameters
 from zoo.checkpoints.stored import WEIGHTS, open_folder, read_json
@@ -33,14 +34,15 @@ WAKE_LOOPS = ("wake_loops", "exit")
 """Fields of upstream's config.json that do not concern the weights."""
 FORM = "zoo_form"
 """Field of `ModelConfig.upstream` that names the entry of `Family.forms` that was read. It is not part of config.json."""
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SLEEP = "sleep"
 SLEEP_FIELDS = ("loops", "evict", "window", "span", "sleep_on", "carry", "loop_norm")
 MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "total_ut_steps": 1_000}
 """Bounds on counts, checked before anything is made of them."""
 ROTARY = r".*\.rotary_emb\.inv_freq$"
 """Frequencies that old checkpoints store; the config determines them."""
-MAY_BE_ZERO = ("kernel_out.weight", "A_log")
-"""Matrices that are all zero in a new model."""
+MAY_BE_ZERO = ("kernel_out.weight", "A_log", "o_proj.weight", "down_proj.weight")
+"""Matrices that may be all zero in a new model; outputs of residual branches are often initialised so."""
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -108,7 +110,7 @@ def save(model: Model, path: Path) -> None:
 
     Sleep settings are written to config.json as `sleep`, which other readers ignore.
     """
-    config, tensors = model.config, plain_tensors(model)
+    config, companions, tensors = model.config, model.companions, plain_tensors(model)
     family = _family(config.upstream, f"{config.name}: upstream")
     family = family.forms.get(str(config.upstream.get(FORM)), family)
     model = empty_model(config, config.name)
@@ -120,6 +122,7 @@ def save(model: Model, path: Path) -> None:
         raise ZooError(f"{config.name}: upstream: checkpoints of '{config.upstream['model_type']}' can be read but not written")
     wanted, written = links(family, model), _written_config(config, family)
     with new_folder(path) as folder:
+        write_companions(companions, folder)
         packed: dict[str, Tensor] = {}
         for link in wanted:
             parts = link.parts([tensors[name] for name in link.ours])
@@ -176,7 +179,8 @@ def _written_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     if differences := _differences(read, config, (*ARCHITECTURE, *WAKE_LOOPS)):
         field, theirs, ours = differences[0]
         raise ZooError(f"{config.name}: {field}: {ours}: upstream has {theirs} and cannot express another value")
-    return {**written, **_sleep(read, config)}
+    tokens = {name: config.upstream[name] for name in TOKENS if name in config.upstream}
+    return {**tokens, **written, **_sleep(read, config)}
 
 
 def _sleep(read: ModelConfig, config: ModelConfig) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class GsmInfinite(Task):
 
     name = "gsm-infinite"
     level_name = "operations"
+    paths = ("tokenizer", "train", "test")
     operations: int = Field(8, ge=1, le=64, description="largest number of operations in a problem")
     shortest: int = Field(
         2000, ge=1, description="smallest number of tokens in a sequence, padding excluded; may be missed by the length of a fact"

@@ -35,6 +35,8 @@ class Task(BaseModel):
     name: ClassVar[str]
     level_name: ClassVar[str] = "level"
     """Name of the quantity that makes a question harder."""
+    paths: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold paths; in a file, they are relative to its folder."""
     loss_everywhere: ClassVar[bool] = False
     """True if every chunk carries loss, so that the model must sleep on every chunk."""
 

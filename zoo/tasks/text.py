@@ -22,6 +22,7 @@ class Text(Task):
 
     name = "text"
     level_name = "window"
+    paths = ("train", "test")
     loss_everywhere = True
     train: str = Field(description="file of token ids")
     test: str = Field(description="held-out file of token ids")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zoo.checkpoints.companions import GENERATION, has_tokenizer
 from zoo.checkpoints.own import CONFIG
 from zoo.checkpoints.plain import one_line
 from zoo.checkpoints.stored import read_json
@@ -15,8 +16,6 @@ from zoo.text.chat_templates import Messages, choose, plain, read_templates, ren
 from zoo.text.decoding import ByteDecoder, Decoder, TokenDecoder
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "spiece.model")
-"""Files of tokenizers that only transformers reads."""
 
 
 class ByteTokenizer:
@@ -106,19 +105,15 @@ def load_tokenizer(folder: Path | None, vocab_size: int) -> ByteTokenizer:
     return ByteTokenizer(vocab_size, end_tokens(folder, vocab_size), read_templates(folder))
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder holds a tokenizer in any format."""
-    return any(file.is_file() for pattern in (TOKENIZER, *OTHER_FORMATS) for file in folder.glob(pattern))
-
-
 def end_tokens(folder: Path, vocab_size: int, more: Iterable[int] = ()) -> tuple[int, ...]:
     """Return the ids that end an answer: those of generation_config.json or else of the config, and `more`.
 
     In a config they may stand under `text_config`, and in a list. Raises ZooError if a file is damaged.
     """
-    configs = [_read(folder / "generation_config.json"), _read(folder / "config.json")]
+    configs = [_read(folder / GENERATION), _read(folder / "config.json")]
     if (folder / CONFIG).is_file():
         configs.append(read_yaml(folder / CONFIG).get("upstream") or {})
+    configs.append(_read(folder / "bundle.json").get("config", {}).get("upstream") or {})
     for config in configs:
         for fields in (config, config.get("text_config")):
             ends = fields.get("eos_token_id") if isinstance(fields, Mapping) else None

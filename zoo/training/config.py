@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from zoo.config import merge, read_shipped, shipped, validate
 from zoo.errors import ZooError
 from zoo.loss import Recompute
+from zoo.tasks import tasks
 from zoo.training.parallel import Parallel
 from zoo.training.run_folder import SETTINGS
 
@@ -23,7 +25,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(description="model name with suffixes, or a YAML file")
+    model: str = Field(description="model name with suffixes, a YAML file, or the folder of a model, whose weights are the initial ones")
     overrides: dict[str, Any] = Field({}, description="config fields of the model to replace")
     weights: str | None = Field(
         None, description="initial weights: the folder of a run or of an upstream checkpoint; hub: download the published ones"
@@ -70,7 +72,7 @@ def read_config(source: str | Path, overrides: dict[str, Any] | None = None) -> 
 
     Args:
         source: a YAML file, the folder of a run, or the name of a shipped run ("cycle"). A file may name another run as its
-            `base` and list only the differences.
+            `base` and list only the differences. Paths in it are relative to its folder; in overrides, to the current folder.
     Raises:
         ZooError: there is no such run, or a field is invalid.
     """
@@ -80,11 +82,40 @@ def read_config(source: str | Path, overrides: dict[str, Any] | None = None) -> 
 
 
 def _fields(source: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the fields of a file merged over those of its base."""
-    fields = read_shipped("train", "run", source)
-    base = fields.pop("base", None)
-    if base is None:
-        return fields
-    if base in (*above, str(source)):
-        raise ZooError(f"{source}: base: '{base}' is based on this run itself")
-    return merge(_fields(base, (*above, str(source))), fields)
+    """Return the fields of a file merged over those of its base. Paths are relative to the file; in shipped runs they stay as they are."""
+    fields, shipped_run = read_shipped("train", "run", source), str(source) in shipped("train")
+    base, inherited, here = fields.pop("base", None), dict[str, Any](), Path(source).parent
+    if base is not None:
+        named = str(base) if shipped_run or str(base) in shipped("train") else str(here / str(base))
+        if named in (*above, str(source)):
+            raise ZooError(f"{source}: base: '{base}' is based on this run itself")
+        inherited = _fields(named, (*above, str(source)))
+    merged = merge(inherited, fields)
+    return merged if shipped_run else merge(merged, absolute_paths(fields, here, merged.get("task")))
+
+
+def absolute_paths(fields: Mapping[str, Any], folder: Path, task: object = None) -> dict[str, Any]:
+    """Return those of the fields of a run that hold paths, resolved from `folder`.
+
+    Args:
+        task: the task, if `fields` do not name it.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(weights := fields.get("weights"), str) and weights != "hub":
+        found["weights"] = _absolute(weights, folder)
+    if isinstance(model := fields.get("model"), str) and (model.endswith((".yaml", ".yml")) or (folder / model).is_dir()):
+        found["model"] = _absolute(model, folder)
+    given = fields.get("task")
+    name = next((t["name"] for t in (given, task) if isinstance(t, Mapping) and "name" in t), None)
+    if isinstance(given, Mapping) and name in tasks.names():
+        found["task"] = {field: _absolute(given[field], folder) for field in tasks.get(name).paths if field in given}
+    return found
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    """Resolve a path, or every path in a list or among the keys of a mapping."""
+    if isinstance(value, list):
+        return [_absolute(entry, folder) for entry in value]
+    if isinstance(value, Mapping):
+        return {_absolute(entry, folder): weight for entry, weight in value.items()}
+    return os.path.abspath(folder / value) if isinstance(value, str) and ":" not in value else value

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoo.config import ModelConfig
+from zoo.checkpoints.companions import read_companions
+from zoo.checkpoints.own import read_config as read_model_config
+from zoo.config import ModelConfig, merge
 from zoo.costs import peak_flops, training_flops
 from zoo.errors import ZooError
 from zoo.factory import create
@@ -21,7 +23,7 @@ from zoo.model import Model
 from zoo.signals import StoppedError, deferred
 from zoo.system import peak_resident
 from zoo.tasks import Batch, Task, new_task
-from zoo.training.config import Report, TrainConfig
+from zoo.training.config import Report, TrainConfig, absolute_paths
 from zoo.training.divergence import Divergence
 from zoo.training.evaluate import by_level, check_fit, evaluate
 from zoo.training.optimizers import Weights, exempt_from_decay, freeze, make_optimizers, restore, state_of
@@ -49,6 +51,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
     with join(config.device) as team:
         if config.batch_size < team.size * config.accumulate:
             raise ZooError(f"batch_size: {config.batch_size} sequences, fewer than {team.size} processes x accumulate {config.accumulate}")
+        config = TrainConfig(**merge(config.model_dump(), absolute_paths(config.model_dump(), Path())))
         settings = config.model_dump(mode="json", exclude=None if config.no_decay else {"no_decay"})  # older runs lack this field
         trainer = Trainer(config, RunFolder(Path(out), settings, team), team)
         with deferred() as stop_requested, trainer.run.locked():
@@ -67,17 +70,29 @@ class Prepared(NamedTuple):
     optimizers: list[torch.optim.Optimizer]
 
 
-def prepare(config: TrainConfig, device: torch.device, team: Team | None = None) -> Prepared:
+def prepare(config: TrainConfig, device: torch.device, team: Team | None = None, *, initial: bool = True) -> Prepared:
     """Create everything that `config` names; on the meta device without weights.
 
+    Args:
+        initial: read the initial weights, if the config names any.
     Raises:
         ZooError: the parts do not fit together.
     """
     task = new_task(config.task)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
     fields = {"vocab_size": task.vocab_size, **({"sleep_on": "every"} if task.loss_everywhere else {}), **config.overrides}
-    pretrained = device.type != "meta" and config.weights is not None and (config.weights == "hub" or config.weights)
-    model = create(config.model, device=device, dtype=dtype, seed=config.seed, pretrained=pretrained, **fields)
+    folder = Path(config.model) if Path(config.model).is_dir() else None
+    if folder is not None:
+        fields = {**fields, "vocab_size": read_model_config(folder).vocab_size, **config.overrides}
+    source = (config.weights or folder) if initial and device.type != "meta" else None
+    model = create(
+        config.model if folder is None else read_model_config(folder),
+        device=device,
+        dtype=dtype,
+        seed=config.seed,
+        pretrained=source == "hub" or source or False,
+        **fields,
+    )
     check_fit(model, task)
     freeze(model, config.frozen)
     answer = (team or Team(device)).parallelize(model, config.parallel)
@@ -100,8 +115,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run: RunFolder, team: Team) -> None:
         self.config, self.run, self.team = config, run, team
-        start = config if run.newest() is None else config.model_copy(update={"weights": None})  # a checkpoint has its own weights
-        self.task, self.model, self.answer, self.weights, self.optimizers = prepare(start, team.device, team)
+        initial = run.newest() is None  # a checkpoint has its own weights
+        self.task, self.model, self.answer, self.weights, self.optimizers = prepare(config, team.device, team, initial=initial)
         self.done = 0
         self.divergence = Divergence(config.diverged)
 
@@ -111,6 +126,7 @@ class Trainer:
             self.run.record_exempt(exempt_from_decay(self.model, self.config.no_decay))
         if checkpoint := self.run.newest_whole():
             progress = self.run.progress(checkpoint)
+            self.model.companions = read_companions(checkpoint)
             restore(self.optimizers, self.weights, self.run.load(checkpoint, self.model), progress["numbers"])
             self.done = progress["step"]
             self.divergence = Divergence(self.config.diverged, progress.get("first_losses", ()), progress.get("steps_above", 0))

@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from zoo.config import merge, nested, read_shipped, validate
+from zoo.config import merge, nested, read_shipped, shipped, validate
 from zoo.costs import training_flops
 from zoo.errors import ZooError
 from zoo.registry import nearest
-from zoo.training.config import TrainConfig, read_config
+from zoo.training.config import TrainConfig, absolute_paths, read_config
 from zoo.training.loop import prepare
 
 Match = Literal["tokens", "flops"]
@@ -59,7 +59,10 @@ def read_plan(source: str | Path, overrides: dict[str, Any] | None = None) -> Pl
     """
     if unknown := set(overrides or {}) & set(TrainConfig.model_fields) - set(Plan.model_fields):
         raise ZooError(f"{source}: {min(unknown)}: a field of the run that every arm trains; write base.{min(unknown)}")
-    fields = merge(read_shipped("ablations", "ablation", source), overrides or {})
+    fields = read_shipped("ablations", "ablation", source)
+    if str(source) not in shipped("ablations") and isinstance(base := fields.get("base"), dict):
+        fields["base"] = merge(base, absolute_paths(base, Path(source).parent))
+    fields = merge(fields, overrides or {})
     run = fields.pop("run", None)
     if run is not None:
         fields["base"] = merge(read_config(run).model_dump(mode="json", exclude_unset=True), fields.get("base", {}))

@@ -1,0 +1,36 @@
+"""Files that travel with the weights of a model: tokenizer, chat templates, generation settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from zoo.errors import ZooError
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model", "*.tiktoken")
+"""Files of which each is a tokenizer, or the main part of one."""
+TOKENIZER_PARTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+GENERATION = "generation_config.json"
+COMPANIONS = (*TOKENIZERS, *TOKENIZER_PARTS, *TEMPLATES, GENERATION)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer in any format."""
+    return any(file.is_file() for pattern in TOKENIZERS for file in folder.glob(pattern))
+
+
+def read_companions(folder: Path) -> dict[str, bytes]:
+    """Return the content of every such file in a folder by its name. Raises ZooError."""
+    found = [file for pattern in COMPANIONS for file in sorted(folder.glob(pattern)) if file.is_file()]
+    try:
+        return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
+    except OSError as error:
+        raise ZooError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
+def write_companions(companions: Mapping[str, bytes], folder: Path) -> None:
+    """Write the files to a folder."""
+    for name, content in companions.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
