@@ -289,7 +289,7 @@ def test_pretrained_downloads_one_format_of_the_weights(hub: Hub) -> None:
         (folder / other).write_bytes(b"x")
     parent = zoo.load(folder)
     model = zoo.create(parent.config, evict="hard", window=8, loops=2, hub="jet-ai/tiny", pretrained=True)
-    assert hub.fetched == ["config.json", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), INDEX]
+    assert hub.fetched == ["config.json", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), INDEX, "tokenizer.json"]
     for name, tensor in parent.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
     ids = torch.arange(8)[None]
