@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -21,6 +23,9 @@ class DeltaRuleOptions(mixer.Options):
     expand_v: float = Field(2.0, gt=0, description="value head size / key head size")
     conv_size: int = Field(4, ge=2, description="taps of the short convolution")
     norm_eps: float = Field(1e-5, gt=0, description="eps of the output norm")
+    conv_init: Literal["uniform", "identity"] = Field(
+        "uniform", description="initialisation of the convolution: a random mixture, or close to the identity"
+    )
     decay_init: float = Field(16.0, gt=0, description="exp(A_log) is initialised uniformly in (0, decay_init); smaller: longer memory")
 
 
@@ -37,7 +42,8 @@ class DeltaRule(Mixer):
         self, d_model: int, options: DeltaRuleOptions, reach: int | None, value_heads: int, gated: bool = True, write_bias: bool = False
     ) -> None:
         super().__init__(d_model, options, reach)
-        self.heads, self.value_heads, self.decay_init = options.heads, value_heads, options.decay_init
+        self.heads, self.value_heads = options.heads, value_heads
+        self.decay_init, self.init_conv = options.decay_init, mixer.CONV_INIT[options.conv_init]
         self.key_dim = options.head_dim or mixer.split_evenly(d_model, options.heads)
         self.value_dim = round(self.key_dim * options.expand_v)
         self.keys, self.values = self.heads * self.key_dim, value_heads * self.value_dim

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.delta_rule import DeltaRule, DeltaRuleOptions
 from zoo.blocks.mixer import mixers
@@ -21,9 +18,6 @@ class GatedDeltaNetOptions(DeltaRuleOptions):
     value_heads: int | None = Field(None, ge=1, description="a multiple of heads; default: heads")
     gate: bool = Field(True, description="multiply the normed output by silu(W_g x)")
     write_bias: bool = Field(False, description="bias of the write strength")
-    conv_init: Literal["uniform", "identity"] = Field(
-        "uniform", description="initialisation of the convolution: a random mixture, or close to the identity"
-    )
     neg_eigval: bool = Field(False, description="write strength up to 2, which allows negative eigenvalues (arXiv 2411.12537)")
 
     @model_validator(mode="after")
@@ -41,7 +35,6 @@ class GatedDeltaNet(DeltaRule):
 
     def __init__(self, d_model: int, options: GatedDeltaNetOptions, reach: int | None) -> None:
         super().__init__(d_model, options, reach, options.value_heads or options.heads, options.gate, options.write_bias)
-        self.conv_init = options.conv_init
         self.beta_scale = 2.0 if options.neg_eigval else 1.0
         self.q_conv = nn.Parameter(torch.empty(self.keys, options.conv_size))
         self.k_conv = nn.Parameter(torch.empty(self.keys, options.conv_size))
@@ -50,10 +43,7 @@ class GatedDeltaNet(DeltaRule):
     def init_weights(self, generator: torch.Generator) -> None:
         super().init_weights(generator)
         for conv in (self.q_conv, self.k_conv, self.v_conv):
-            if self.conv_init == "identity":
-                mixer.init_conv_as_identity(conv, generator)
-            else:
-                mixer.init_conv(conv, conv.shape[1], generator)
+            self.init_conv(conv, conv.shape[1], generator)
 
     def new_window(self, batch: int) -> ConvTail:
         return ConvTail(self.zeros(batch, 2 * self.keys + self.values, self.q_conv.shape[1] - 1))

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.delta_rule import DeltaRule, DeltaRuleOptions
 from zoo.blocks.mixer import mixers
@@ -39,7 +38,7 @@ class Jet(DeltaRule):
         super().init_weights(generator)
         # initially one static kernel for all tokens
         nn.init.zeros_(self.kernel_out.weight)
-        mixer.init_conv(self.kernel_out.bias, self.taps, generator)
+        self.init_conv(self.kernel_out.bias.view(-1, self.taps), self.taps, generator)
 
     def new_window(self, batch: int) -> ConvTail:
         return ConvTail(self.zeros(batch, self.values, self.taps - 1))

@@ -31,6 +31,9 @@ class MambaOptions(mixer.Options):
         None, description="RMSNorm of B, C and the input of dt_proj; 'unit': without weights"
     )
     norm_eps: float = Field(1e-6, gt=0, description="eps of inner_norm")
+    decay_init: float | None = Field(
+        None, gt=0, description="exp(A_log) of a channel's fast weights rises in equal steps to this value; default: state_dim"
+    )
 
 
 @mixers.register("mamba")
@@ -45,6 +48,7 @@ class Mamba(Mixer):
         super().__init__(d_model, options, reach)
         self.inner = options.expand * d_model
         self.state_dim, self.taps = options.state_dim, options.conv_size
+        self.decay_init = options.decay_init or float(options.state_dim)
         self.dt_rank = options.dt_rank or -(-d_model // 16)
         self.in_proj = nn.Linear(d_model, 2 * self.inner, bias=options.bias)
         self.conv_weight = nn.Parameter(torch.empty(self.inner, self.taps))
@@ -64,7 +68,8 @@ class Mamba(Mixer):
             mixer.init_conv(self.conv_bias, self.taps, generator)
         mixer.init_conv(self.dt_proj.weight, self.dt_rank, generator)
         mixer.init_step_bias(self.dt_proj.bias, generator)
-        self.A_log.copy_(torch.arange(1, self.state_dim + 1).log().expand_as(self.A_log))
+        steps = torch.arange(1, self.state_dim + 1) * (self.decay_init / self.state_dim)
+        self.A_log.copy_(steps.log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 
     def new_fast(self, batch: int) -> Tensor:

@@ -30,6 +30,9 @@ class Mamba2Options(mixer.Options):
     bias: bool = Field(False, description="bias of the input and output projections")
     dt_limit: tuple[float, float] = Field((0.0, math.inf), description="step sizes are clamped to this range")
     norm_eps: float = Field(1e-5, gt=0, description="eps of the output norm")
+    decay_init: float = Field(
+        16.0, gt=0, description="exp(A_log) is initialised uniformly in (decay_init / 16, decay_init); smaller: longer memory"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Mamba2Options:
@@ -63,14 +66,14 @@ class Mamba2(Mixer):
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
         self.norm_weight = nn.Parameter(torch.empty(self.inner))
-        self.norm_eps = options.norm_eps
+        self.norm_eps, self.decay_init = options.norm_eps, options.decay_init
         self.o_proj = nn.Linear(self.inner, d_model, bias=options.bias)
 
     def init_weights(self, generator: torch.Generator) -> None:
         mixer.init_conv(self.conv_weight, self.taps, generator)
         if self.conv_bias is not None:
             mixer.init_conv(self.conv_bias, self.taps, generator)
-        nn.init.uniform_(self.A_log, 1, 16, generator=generator).log_()
+        nn.init.uniform_(self.A_log, self.decay_init / 16, self.decay_init, generator=generator).log_()
         mixer.init_step_bias(self.dt_bias, generator)
         nn.init.ones_(self.D)
         nn.init.ones_(self.norm_weight)

@@ -124,10 +124,13 @@ def init_conv(weight: Tensor, taps: int, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def init_conv_as_identity(weight: Tensor, generator: torch.Generator) -> None:
-    """Initialise weight [C, K] close to the identity: a tenth of `init_conv`, plus 1 on the last tap."""
-    init_conv(weight, weight.shape[1], generator)
+def init_conv_as_identity(weight: Tensor, taps: int, generator: torch.Generator) -> None:
+    """Initialise weight [C, taps] close to the identity: a tenth of `init_conv`, plus 1 on the last tap."""
+    init_conv(weight, taps, generator)
     weight.mul_(0.1)[:, -1] += 1
+
+
+CONV_INIT = {"uniform": init_conv, "identity": init_conv_as_identity}
 
 
 @torch.no_grad()
