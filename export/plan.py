@@ -64,6 +64,8 @@ def check(model: Model, plan: Plan, out: Path, verified: bool) -> None:
         raise ZooError(f"{config.name}: evict: graphs do not support '{config.evict}'; allowed: none, hard, sliding")
     if not config.carry:
         raise ZooError(f"{config.name}: carry: False is not supported by graphs, which carry fast weights from pass to pass; allowed: True")
+    if not config.feed_back:
+        raise ZooError(f"{config.name}: feed_back: False is not supported by graphs, which carry hidden states too; allowed: True")
     window = slots(model, plan)
     if plan.prefill is not None and plan.prefill > window:
         raise ZooError(f"prefill: {plan.prefill} tokens are more than a window of {window}")

@@ -141,8 +141,13 @@ class NaiveStream:
                 self.S.update({i: before[i] for i in range(first, last + 1) if i in before})
             if n and self.c.loop_norm:
                 h = rms(h, self.p["norm.weight"], self.c.norm_eps)
-            if n and self.c.inject:
+            if n and self.c.inject == "bounded":
+                gate = 1 / (1 + torch.exp(-self.p["inject"]))
+                h = (1 - gate) * h + gate * start
+            elif n and self.c.inject:
                 h = h + self.p["inject"] * start
+            if not self.c.feed_back:
+                h = start
             for i in range(first, last + 1):
                 h = self.block(i, h, window)
         for i in range(last + 1, len(self.c.pattern)):

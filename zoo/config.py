@@ -64,9 +64,16 @@ class ModelConfig(BaseModel):
     sleep_on: Literal["unsupervised", "every"] = Field(
         "unsupervised", description="chunks to consolidate in training: those without loss, or every one"
     )
-    inject: bool = Field(False, description="add the span's first input, times a learned gate, before every later pass")
+    inject: bool | Literal["bounded"] = Field(
+        False,
+        description="add the span's first input, times a learned gate, before every later pass; 'bounded': mix the two with a gate "
+        "from 0 to 1, so that hidden states cannot grow from it",
+    )
     carry: bool = Field(
         True, description="whether a pass starts from the fast weights of the previous pass, rather than from those at the chunk's start"
+    )
+    feed_back: bool = Field(
+        True, description="whether a pass starts from the hidden states of the previous pass, rather than from the span's first input"
     )
     loop_norm: bool = Field(False, description="apply the final norm between passes")
     wake_loops: int = Field(1, ge=1, le=1000, description="passes of every layer while awake, each with its own window cache")

@@ -103,19 +103,20 @@ def describe(
     )
 
 
-def training_flops(model: Model, loss_mask: Tensor) -> int:
-    """Return the FLOPs of one training step on sequences with this mask, [B, T] bool.
+def training_flops(model: Model, loss_mask: Tensor, *, loops: int | None = None) -> int:
+    """Return the FLOPs of one training step on sequences with this mask, [B, T] bool, with `loops` passes per sleep (default: the
+    model's).
 
     Counts the forward pass of `Model.answers`, and twice as much for the backward pass. Recomputation is not counted.
     """
     config, plan = model.config, chunks(loss_mask, model.config)
     forward = int(predicted(loss_mask, plan).sum()) * _head(model)
     for chunk in plan:
-        tokens, past = chunk.stop - chunk.start, 0 if model.eviction.restarts else chunk.start
+        tokens, past = chunk.read - chunk.start, 0 if model.eviction.restarts else chunk.start
         if chunk.awake:
             forward += len(loss_mask) * _blocks(model, model.passes(config.wake_loops), tokens, past)
         if chunk.asleep:
-            passes = model.passes(config.loops * config.wake_loops, asleep=True)
+            passes = model.passes((loops or config.loops) * config.wake_loops, asleep=True)
             done = 1 if chunk.awake and model.wakes_as_it_sleeps else 0
             forward += len(loss_mask) * _blocks(model, passes[done:], tokens, past)
     return 3 * forward

@@ -102,7 +102,8 @@ def init_weights(model: Model, generator: torch.Generator, *, inserted_only: boo
         elif isinstance(module, RMSNorm):
             nn.init.constant_(module.weight, module.neutral)
     if config.inject:
-        nn.init.constant_(model.inject, 0.0 if inserted_only else 1.0)
+        nothing, much = (-8.0, 0.0) if config.inject == "bounded" else (0.0, 1.0)  # the bounded gate is a sigmoid of these
+        nn.init.constant_(model.inject, nothing if inserted_only else much)
 
 
 def _allocate(model: Model, device: torch.device) -> None:

@@ -25,6 +25,8 @@ class Chunk(NamedTuple):
 
     start: int
     stop: int
+    read: int
+    """Tokens start .. read - 1 are run: nothing reads the last supervised token, nor what follows it."""
     awake: bool
     """True if it gets a wake pass, because it carries loss."""
     asleep: bool
@@ -37,7 +39,8 @@ def chunks(loss_mask: Tensor, config: ModelConfig) -> list[Chunk]:
     """Cut sequences at multiples of the window and return what happens to each chunk.
 
     A chunk without loss is consolidated, a chunk with loss gets one wake pass. Under `sleep_on: every`, each chunk gets a
-    wake pass and is then consolidated from its start. The last chunk never sleeps: nothing would read its state.
+    wake pass and is then consolidated from its start. The last chunk with loss never sleeps, and nothing after it is run:
+    nothing would read the results.
 
     Args:
         loss_mask: [B, T], bool.
@@ -45,21 +48,24 @@ def chunks(loss_mask: Tensor, config: ModelConfig) -> list[Chunk]:
         ZooError: rows disagree on which chunks carry loss, so they would have to sleep at different times.
     """
     length, every = loss_mask.shape[1], config.sleep_on == "every"
+    columns = loss_mask.any(dim=0).nonzero()
+    last = int(columns[-1]) if len(columns) else 0
     found: list[Chunk] = []
-    for start in range(0, length, config.window or length):
+    for start in range(0, last + 1, config.window or length):
         stop = min(start + (config.window or length), length)
         rows = loss_mask[:, start:stop].any(dim=1)
         if not every and bool(rows.any()) != bool(rows.all()):
             raise ZooError(f"loss_mask: some rows have loss in chunk {len(found)} and others do not; such rows sleep at different times")
         awake = every or bool(rows.any())
-        found.append(Chunk(start, stop, awake, asleep=stop < length and (every or not awake), follows=bool(found) and found[-1].awake))
+        asleep = stop <= last and (every or not awake)
+        found.append(Chunk(start, stop, min(stop, last), awake, asleep, follows=bool(found) and found[-1].awake))
     return found
 
 
 def predicted(loss_mask: Tensor, plan: list[Chunk]) -> Tensor:
     """Return the tokens that carry loss, bool [B, T]: `loss_mask` without the tokens that have no prediction."""
     carries = loss_mask.clone()
-    for chunk in plan:
+    for chunk in plan:  # what follows them carries no loss
         if not chunk.follows:
             carries[:, chunk.start] = False
     return carries
@@ -94,16 +100,21 @@ def answers(
     for number, chunk in enumerate(plan):
         if backward_chunks is not None and (len(plan) - number) % backward_chunks == 0:
             state = tree_map_only(Tensor, Tensor.detach, state)
-        piece, start, awake = ids[:, chunk.start : chunk.stop], state, None
+        piece, start, awake = ids[:, chunk.start : chunk.read], state, None
         if chunk.awake:
-            h, state = awake = model.wake(piece, start, recompute=recompute != "nothing")
-            before = h[:, :-1] if last is None else torch.cat([last, h[:, :-1]], dim=1)  # each predicts the next token
-            hidden.append(before[carries[:, chunk.stop - before.shape[1] : chunk.stop]])
+            outputs = [] if last is None else [last]
+            if piece.shape[1]:
+                h, state = awake = model.wake(piece, start, recompute=recompute != "nothing")
+                outputs.append(h)
+            first = chunk.start if chunk.follows else chunk.start + 1
+            if outputs:
+                before = torch.cat(outputs, dim=1)[:, : chunk.stop - first]  # each predicts the next token
+                hidden.append(before[carries[:, first : first + before.shape[1]]])
         last = h[:, -1:] if awake is not None else None
         if chunk.asleep:
             first_pass = awake if model.wakes_as_it_sleeps and recompute != "chunks" else None
             state = _consolidate(model, piece, start, loops, recompute, first_pass)
-        elif chunk.stop < ids.shape[1]:
+        elif number < len(plan) - 1:
             state = model.evict(state)
     order = torch.cat([_places(carries, chunk) for chunk in plan])
     return Answers(model.logits(torch.cat(hidden)), order, ids.flatten()[order])

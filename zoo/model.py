@@ -268,8 +268,12 @@ class Model(nn.Module):
 
     def between_passes(self, h: Tensor, first: Tensor) -> Tensor:
         """Turn the output h: [B, T, D] of a pass into the input of the next; `first` is the span's input in the first pass."""
+        if not self.config.feed_back:
+            return first
         if self.config.loop_norm:
             h = self.norm(h)
+        if self.config.inject == "bounded":
+            return h + self.inject.sigmoid() * (first - h)
         if self.config.inject:
             h = h + self.inject * first
         return h

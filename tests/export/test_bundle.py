@@ -205,6 +205,7 @@ def run(*arguments):
         (["gdn4-sleep2", "--prefill", "1"], "prefill: 1: .* greater than or equal to 2"),
         (["gdn4-sleep2", "--loops", "0"], "loops: 0: .* greater than or equal to 1"),
         (["gdn4-sleep2", "carry=false"], "carry: False is not supported"),
+        (["gdn4-sleep2", "feed_back=false"], "feed_back: False is not supported"),
         (["gdn5-sleep2"], "unknown model 'gdn5-sleep2'; did you mean 'gdn4'?"),
         (["gdn4-sleep2", "loops"], "want field=value"),
     ],

@@ -51,6 +51,9 @@ VARIANTS = [
     {"span": (1, 1), "layers": "swa gdn attn gdn"},
     {"layers": "gdn swa*2", "span": (0, 1)},
     {"inject": True},
+    {"inject": "bounded", "loop_norm": True, "span": (1, 3)},
+    {"feed_back": False},
+    {"feed_back": False, "span": (1, 2)},
     {"carry": False, "span": (1, 2)},
     {"loop_norm": True, "tie_embeddings": True},
     {
@@ -251,6 +254,26 @@ def test_the_first_token_after_a_sleep_carries_no_loss():
     without = model.loss(ids, mask)
     mask[:, 4] = True
     assert torch.equal(model.loss(ids, mask), without)
+
+
+@pytest.mark.parametrize("evict", ["hard4", "slide4"])
+@pytest.mark.parametrize("sleep_on", ["unsupervised", "every"])
+@pytest.mark.parametrize(("columns", "read"), [([6, 10], 10), ([6, 7, 8], 8), ([5, 12], 12), ([2, 8], 8)])
+def test_what_follows_the_last_supervised_token_is_not_run(evict, sleep_on, columns, read):
+    """Nor that token itself. What it is, and how long the sequence is, does not change the loss."""
+    model = tiny(f"gdn4-sleep2-{evict}", sleep_on=sleep_on)
+    ids, mask = tokens(2, 15), torch.zeros(2, 15, dtype=torch.bool)
+    mask[:, columns] = True
+    counted = []
+    handle = model.blocks[0].register_forward_hook(lambda block, inputs, output: counted.append(inputs[0].shape[1]))
+    loss = model.loss(ids, mask)
+    handle.remove()
+    assert sum(counted) >= read
+    assert counted[-1] == (read - 1) % 4 + 1 or columns == [2, 8]  # a token after a sleep has no prediction
+    changed = ids.clone()
+    changed[:, read + 1 :] = (ids[:, read + 1 :] + 1) % 5
+    assert torch.equal(model.loss(changed, mask), loss)
+    assert torch.equal(model.loss(ids[:, : read + 1], mask[:, : read + 1]), loss)
 
 
 @pytest.mark.parametrize("evict", ["hard3", "slide3"])

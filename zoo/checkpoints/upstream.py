@@ -36,7 +36,7 @@ FORM = "zoo_form"
 """Field of `ModelConfig.upstream` that names the entry of `Family.forms` that was read. It is not part of config.json."""
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SLEEP = "sleep"
-SLEEP_FIELDS = ("loops", "evict", "window", "span", "sleep_on", "carry", "loop_norm")
+SLEEP_FIELDS = ("loops", "evict", "window", "span", "sleep_on", "carry", "feed_back", "loop_norm")
 MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "total_ut_steps": 1_000}
 """Bounds on counts, checked before anything is made of them."""
 ROTARY = r".*\.rotary_emb\.inv_freq$"

@@ -29,6 +29,8 @@ MODELS = {
     "sliding": {"layers": "swa gdn attn", "evict": "sliding"},
     "every pass from the same fast weights": {"layers": "gdn attn gdn", "span": (1, 2), "carry": False},
     "inner span, injected, normed": {"layers": "gdn attn gdn attn", "span": (1, 2), "inject": True, "loop_norm": True},
+    "embedded again in every pass": {"layers": "attn gdn attn gdn", "span": (1, 3), "feed_back": False},
+    "bounded injection": {"layers": "attn gdn", "inject": "bounded"},
     "every": {"layers": "attn jet", "sleep_on": "every"},
 }
 
