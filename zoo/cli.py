@@ -192,7 +192,7 @@ def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
     with spinner(f"loading {run}"):
         model = load(run)
     with progress_bar("evaluating", sequences) as advance:
-        results = evaluate(model, new_task(plan.task), sequences, seed=seed, loops=loops, advance=advance)
+        results = evaluate(model, new_task(plan.task), sequences, seed=seed, loops=loops, control=True, advance=advance)
     print_results(results)
 
 

@@ -21,15 +21,18 @@ class Depo(Task):
     one or two tokens. `;` and v are supervised, as in the source, so that losses are comparable. No start node is asked about twice.
 
     Tokens: 0 pads; 1-50 begin names of two tokens; 51-100 end names; 100 + k is "k hops"; 101 + hops is `;`.
-    In training, n is drawn from 3 .. nodes with P(n) ~ 1 / (n + sqrt(nodes)); held-out cycles have all `nodes` nodes.
+    In training, n is drawn from 3 .. nodes with P(n) ~ 1 / (n + sqrt(nodes)), and k from 1 .. hops. Held-out cycles have all
+    `nodes` nodes, and k is a power of two.
     """
 
     name = "depo"
     level_name = "hops"
+    long_answers = True
     nodes: int = Field(75, ge=3, le=1000, description="number of nodes on the largest cycle; also the window in tokens")
     hops: int = Field(16, ge=1, description="largest number of hops in a question")
     questions: int = Field(10, ge=1, description="per sequence, at most n")
     largest: bool = Field(False, description="use all nodes in training too")
+    powers: bool = Field(False, description="ask for 1, 2, 4, 8, ... hops alone in training too")
 
     @model_validator(mode="after")
     def _fits(self) -> Depo:
@@ -46,8 +49,8 @@ class Depo(Task):
         return self.nodes
 
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
-        if split == "test" and not self.largest:
-            return self.model_copy(update={"largest": True}).batch(seed, step, size, split)
+        if split == "test" and not (self.largest and self.powers):
+            return self.model_copy(update={"largest": True, "powers": True}).batch(seed, step, size, split)
         return super().batch(seed, step, size, split)
 
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
@@ -65,13 +68,14 @@ class Depo(Task):
         shown, asked = 4 * self.nodes, 6 * self.questions
         ids = np.full((len(contexts), shown + asked), PAD)
         level = np.zeros_like(ids)
+        allowed = [2**i for i in range(self.hops.bit_length())] if self.powers else range(1, self.hops + 1)
         for row, hops_of, (cycle, place) in zip(ids, level, contexts, strict=True):
             n = int((cycle >= 0).sum())
             edges = [token for i in np.argsort(place[:n]) for node in (i, (i + 1) % n) for token in spell(cycle[node])]
             row[shown - len(edges) : shown] = edges
             at = shown
             for start in rng.permutation(n)[: self.questions]:
-                hops = int(rng.integers(1, self.hops + 1))
+                hops = allowed[int(rng.integers(len(allowed)))]
                 question = [HOP + hops, *spell(cycle[start])]
                 answer = [HOP + self.hops + 1, *spell(cycle[(start + hops) % n])]
                 row[at : at + len(question) + len(answer)] = question + answer

@@ -27,6 +27,11 @@ class Batch(NamedTuple):
     level: NDArray[np.int64]
     """[B, T], difficulty of each supervised token (hops, steps); 0 elsewhere"""
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens to run, padding included: all but the last of each sequence, which predicts nothing."""
+        return len(self.ids) * (self.ids.shape[1] - 1)
+
 
 class Task(BaseModel):
     """A generator of sequences. Subclasses add their parameters as fields and implement the members below."""
@@ -39,6 +44,8 @@ class Task(BaseModel):
     """Fields that hold paths; in a file, they are relative to its folder."""
     loss_everywhere: ClassVar[bool] = False
     """True if every chunk carries loss, so that the model must sleep on every chunk."""
+    long_answers: ClassVar[bool] = False
+    """True if supervised tokens in a row are one answer; otherwise each is an answer of its own."""
 
     def __str__(self) -> str:
         given = "".join(f" {field}={value}" for field, value in self.model_dump(exclude_defaults=True).items())
@@ -54,16 +61,23 @@ class Task(BaseModel):
         """L, the window in tokens that the sequences are laid out for."""
         raise NotImplementedError
 
+    @property
+    def contexts_per_sequence(self) -> int:
+        """Number of contexts in a sequence."""
+        return 1
+
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """Return `count` random contexts, [count, ...]: the information to remember, and the unit by which splits are separated."""
+        """Return `count` random contexts, [count, ...]: the information that an answer depends on, and the unit by which splits
+        are separated."""
         raise NotImplementedError
 
     def pose(self, rng: np.random.Generator, contexts: NDArray[np.int64]) -> Batch:
-        """Return sequences that show the contexts and ask about them."""
+        """Return sequences that show the contexts, `contexts_per_sequence` each, and ask about them."""
         raise NotImplementedError
 
     def chance(self) -> float:
-        """Return the accuracy per answer of the best guess that ignores the context."""
+        """Return the accuracy per answer of a good guess that ignores the context. It may use the earlier questions and answers of
+        the sequence."""
         raise NotImplementedError
 
     def exact_chance(self) -> float | None:
@@ -80,7 +94,7 @@ class Task(BaseModel):
         """
         rng = np.random.default_rng([seed, step, split == "test"])
         kept: list[NDArray[np.int64]] = []
-        missing = size
+        missing = size * self.contexts_per_sequence
         for _ in range(100):
             if not missing:
                 return self.pose(rng, np.concatenate(kept))

@@ -51,6 +51,12 @@ class TrainConfig(BaseModel):
     no_decay: tuple[str, ...] = Field((), description="name patterns of further parameters without weight decay")
     warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps over which the learning rate rises")
     decay: float = Field(0.3, ge=0, le=1, description="fraction of the steps over which the learning rate falls to zero")
+    schedule: tuple[int, int] | None = Field(
+        None, description="where the run begins in a learning-rate schedule of several runs, and the steps of all of them"
+    )
+    ramp: float = Field(
+        0.0, ge=0, le=1, description="fraction of the steps over which the passes per sleep rise from 1 to those of the model"
+    )
     clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     diverged: float = Field(5.0, gt=1, description="stop when the loss stays above this multiple of its median over the first steps")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics")
@@ -64,6 +70,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"accumulate: {self.accumulate} micro-batches are more than the {self.batch_size} sequences of batch_size")
         if not all(factor > 0 for factor in self.lr_scale.values()):
             raise ValueError(f"lr_scale: {self.lr_scale}: want factors above 0; use frozen for parameters that are not trained")
+        if self.schedule is not None and not 0 <= self.schedule[0] <= self.schedule[1] - self.steps:
+            raise ValueError(f"schedule: {list(self.schedule)}: {self.steps} steps do not fit into it from there")
         return self
 
 

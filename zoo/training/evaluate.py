@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from zoo.errors import ZooError
@@ -24,6 +27,7 @@ def evaluate(
     seed: int = 0,
     loops: int | None = None,
     batch_size: int = 256,
+    control: bool = False,
     team: Team | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
@@ -31,47 +35,89 @@ def evaluate(
 
     Args:
         loops: passes per sleep; default: as configured.
+        control: also measure the accuracy when the windows before the questions show another sequence.
         advance: called after each batch with the number of sequences done.
     Returns:
-        Loss, accuracy (fraction of answers that are right), exact (fraction of the sequences with answers that have every answer
-        right), accuracy and loss by level, and the chance levels of the task.
+        Loss, accuracy (fraction of supervised tokens that are right), exact (fraction of the sequences with answers that have every
+        answer right), accuracy and loss by level; first and first_by_level (accuracy of the first answer of each sequence, which no
+        earlier answer gives away), whole_by_level (fraction of the answers with every token right), majority_by_level (share of the
+        most frequent answer), wrong_window (with `control`), and the chance levels of the task.
     Raises:
         ZooError: the model does not fit the task.
     """
     check_fit(model, task)
     team = team or Team(model.embed.weight.device)
-    losses, right, levels, exact = [], [], [], []
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    given: Counter[tuple[int, tuple[int, ...]]] = Counter()
     for start in range(0, sequences, batch_size):
         batch = task.batch(seed, start, min(batch_size, sequences - start), "test")
         ids, mask, level = (torch.from_numpy(x) for x in batch)
-        rows = team.rows(len(ids))
-        answers = model.answers(ids[rows].to(team.device), mask[rows].to(team.device), loops=loops)
-        place = torch.arange(ids.numel()).view_as(ids)[rows].flatten()[answers.place.cpu()]
-        marks, loss = torch.zeros(ids.numel(), dtype=torch.uint8), torch.zeros(ids.numel())
-        marks[place] = 1 + answers.right().cpu().byte()  # 0: not predicted, 1: wrong, 2: right
-        loss[place] = answers.losses().cpu().float()
-        marks, loss = team.max(marks), team.max(loss)
+        marks, loss = _scored(model, ids, mask, loops, team)
         answered = marks > 0
-        right.append(marks[answered] == 2)
-        losses.append(loss[answered])
-        levels.append(level.flatten()[answered])
-        by_row = marks.view_as(ids)
-        exact.append((by_row != 1).all(1)[(by_row > 0).any(1)])
+        parts["right"].append(marks[answered] == 2)
+        parts["loss"].append(loss[answered])
+        parts["level"].append(level[answered])
+        parts["exact"].append((marks != 1).all(1)[answered.any(1)])
+        first = answered & (answered.cumsum(1) == 1)
+        parts["first"].append(marks[first] == 2)
+        parts["level of first"].append(level[first])
+        begin = _beginnings(answered.numpy(), long=task.long_answers)
+        parts["whole"].append(torch.from_numpy(np.minimum.reduceat(marks[answered].numpy(), begin) == 2))
+        parts["level of whole"].append(level[answered][torch.from_numpy(begin)])
+        tokens = ids[answered].tolist()
+        texts = [tuple(tokens[a:b]) for a, b in pairwise([*begin.tolist(), len(tokens)])]
+        given.update(zip(parts["level of whole"][-1].tolist(), texts, strict=True))
+        shown = int(mask.any(0).nonzero()[0]) // task.window * task.window
+        if control and shown and len(ids) > 1:
+            other = torch.cat([ids[:, :shown].roll(1, 0), ids[:, shown:]], dim=1)
+            marks, _ = _scored(model, other, mask, loops, team)
+            parts["wrong window"].append(marks[marks > 0] == 2)
         advance(start + len(ids))
-    hits, loss, level = torch.cat(right), torch.cat(losses), torch.cat(levels)
+    found = {name: torch.cat(tensors) for name, tensors in parts.items()}
     return {
         "model": model.config.name,
         "task": str(task),
         "level_name": task.level_name,
-        "loss": loss.mean().item(),
-        "accuracy": hits.float().mean().item(),
-        "exact": torch.cat(exact).float().mean().item(),
-        "by_level": by_level(hits, level),
-        "loss_by_level": by_level(loss, level),
+        "loss": found["loss"].mean().item(),
+        "accuracy": found["right"].float().mean().item(),
+        "exact": found["exact"].float().mean().item(),
+        "first": found["first"].float().mean().item(),
+        "wrong_window": found["wrong window"].float().mean().item() if "wrong window" in found else None,
+        "by_level": by_level(found["right"], found["level"]),
+        "loss_by_level": by_level(found["loss"], found["level"]),
+        "first_by_level": by_level(found["first"], found["level of first"]),
+        "whole_by_level": by_level(found["whole"], found["level of whole"]),
+        "majority_by_level": _majority(given),
         "chance": task.chance(),
         "exact_chance": task.exact_chance(),
-        "answers": len(hits),
+        "answers": len(found["right"]),
     }
+
+
+def _scored(model: Model, ids: Tensor, mask: Tensor, loops: int | None, team: Team) -> tuple[Tensor, Tensor]:
+    """Return a mark for each token, uint8 [B, T] (0: not predicted, 1: wrong, 2: right), and its loss, [B, T]."""
+    rows = team.rows(len(ids))
+    answers = model.answers(ids[rows].to(team.device), mask[rows].to(team.device), loops=loops)
+    place = torch.arange(ids.numel()).view_as(ids)[rows].flatten()[answers.place.cpu()]
+    marks, loss = torch.zeros(ids.numel(), dtype=torch.uint8), torch.zeros(ids.numel())
+    marks[place] = 1 + answers.right().cpu().byte()
+    loss[place] = answers.losses().cpu().float()
+    return team.max(marks).view_as(ids), team.max(loss).view_as(ids)
+
+
+def _beginnings(answered: NDArray[np.bool_], *, long: bool) -> NDArray[np.int64]:
+    """Return which of the answered tokens, counted row by row, begin an answer; `long`: tokens in a row are one answer."""
+    continues = answered & np.roll(answered, 1, axis=1) if long else np.zeros_like(answered)
+    continues[:, 0] = False
+    return np.flatnonzero(~continues[answered])
+
+
+def _majority(given: Counter[tuple[int, tuple[int, ...]]]) -> dict[int, float]:
+    """Return the share of the most frequent answer at each level."""
+    times: dict[int, list[int]] = defaultdict(list)
+    for (level, _), count in given.items():
+        times[level].append(count)
+    return {level: round(max(times[level]) / sum(times[level]), 5) for level in sorted(times)}
 
 
 def by_level(score: Tensor, level: Tensor) -> dict[int, float]:

@@ -52,7 +52,8 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
         if config.batch_size < team.size * config.accumulate:
             raise ZooError(f"batch_size: {config.batch_size} sequences, fewer than {team.size} processes x accumulate {config.accumulate}")
         config = TrainConfig(**merge(config.model_dump(), absolute_paths(config.model_dump(), Path())))
-        settings = config.model_dump(mode="json", exclude=None if config.no_decay else {"no_decay"})  # older runs lack this field
+        lacking = {name for name in ("no_decay", "schedule", "ramp") if not getattr(config, name)}  # in older runs
+        settings = config.model_dump(mode="json", exclude=lacking)
         trainer = Trainer(config, RunFolder(Path(out), settings, team), team)
         with deferred() as stop_requested, trainer.run.locked():
             trainer.resume()
@@ -153,7 +154,7 @@ class Trainer:
                 if due or last or stopping:
                     self.save(self.evaluate()["loss"] if due else None)
                 self._stop(stopping)
-        results = self.evaluate()
+        results = self.evaluate(control=True)
         self._stop(self._requested(stop_requested))
         self.run.finish(self.model, results)
         return results
@@ -173,6 +174,7 @@ class Trainer:
         config, step = self.config, self.done
         torch.manual_seed(config.seed * config.steps + step)  # for dropout
         batch = self.task.batch(config.seed, step, config.batch_size)
+        loops = loops_at(step, config, self.model.config.loops)
         score = backward(
             self.answer,
             self.weights,
@@ -180,6 +182,7 @@ class Trainer:
             self.model.config,
             team=self.team,
             accumulate=config.accumulate,
+            loops=loops,
             recompute=config.recompute,
             backward_chunks=config.backward_chunks,
         )
@@ -196,10 +199,10 @@ class Trainer:
         if self.team.size > 1:
             reshard(self.model)
         self.done += 1
-        return Step(batch, score, norm.item(), factor * config.lr)
+        return Step(batch, score, norm.item(), factor * config.lr, loops)
 
-    def evaluate(self) -> dict[str, Any]:
-        return evaluate(self.model, self.task, self.config.eval_sequences, seed=self.config.seed, team=self.team)
+    def evaluate(self, *, control: bool = False) -> dict[str, Any]:
+        return evaluate(self.model, self.task, self.config.eval_sequences, seed=self.config.seed, control=control, team=self.team)
 
     def save(self, held_out_loss: float | None) -> Path:
         """Write a checkpoint and return its folder. Raises ZooError if a weight is not finite."""
@@ -239,6 +242,8 @@ class Step(NamedTuple):
     norm: float
     """Norm of the gradient before clipping."""
     lr: float
+    loops: int
+    """Passes per sleep."""
 
 
 def backward(
@@ -249,6 +254,7 @@ def backward(
     *,
     team: Team,
     accumulate: int = 1,
+    loops: int | None = None,
     recompute: Recompute = "nothing",
     backward_chunks: int | None = None,
 ) -> Score:
@@ -260,7 +266,7 @@ def backward(
     Args:
         answer: `model.answers`, or the result of `Team.parallelize`.
         config: of the model.
-        recompute, backward_chunks: as in `Model.answers`.
+        loops, recompute, backward_chunks: as in `Model.answers`.
     """
     ids, mask, level = (torch.from_numpy(x) for x in batch)
     loss, marks = 0.0, torch.zeros(ids.numel(), dtype=torch.uint8)
@@ -272,7 +278,9 @@ def backward(
         raise ZooError("the task gave a batch without answers: its loss_mask marks no token that can be predicted")
     for part, count in zip(parts, counts, strict=True):
         rows = part if count else next(row for row in torch.arange(len(ids)).split(1) if _count(mask[row], config))
-        answers = answer(ids[rows].to(team.device), mask[rows].to(team.device), recompute=recompute, backward_chunks=backward_chunks)
+        answers = answer(
+            ids[rows].to(team.device), mask[rows].to(team.device), loops=loops, recompute=recompute, backward_chunks=backward_chunks
+        )
         share = answers.losses().sum() / total
         if not count:
             share = share * 0
@@ -292,9 +300,19 @@ def _count(loss_mask: Tensor, config: ModelConfig) -> int:
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
     """Return the fraction of the full learning rate at a step: linear warm-up, plateau, linear decay to zero."""
-    rise = (step + 1) / max(1.0, config.warmup * config.steps)
-    fall = (config.steps - step) / max(1.0, config.decay * config.steps)
+    first, steps = config.schedule or (0, config.steps)
+    rise = (first + step + 1) / max(1.0, config.warmup * steps)
+    fall = (steps - first - step) / max(1.0, config.decay * steps)
     return min(1.0, rise, fall)
+
+
+def loops_at(step: int, config: TrainConfig, loops: int) -> int:
+    """Return the passes per sleep at a step of a run whose model has `loops`: ceil(loops (1 - sqrt(1 - t))) at fraction t of the ramp,
+    and at least 1. The shape is "1-sqrt" of arXiv 2511.07384."""
+    ramp = config.ramp * config.steps
+    if step >= ramp:
+        return loops
+    return max(1, math.ceil(loops * (1 - math.sqrt(1 - step / ramp))))
 
 
 class Meter:
@@ -307,17 +325,17 @@ class Meter:
 
     def add(self, step: Step) -> None:
         self.latest = step
-        self.tokens += step.batch.ids.size
+        self.tokens += step.batch.tokens
 
     def read(self, done: int) -> dict[str, Any]:
         """Return the line of metrics after `done` steps: those of the latest step, and the speed since the previous line."""
-        batch, score, norm, lr = self.latest
+        batch, score, norm, lr, loops = self.latest
         now = time.perf_counter()
         speed = self.tokens / (now - self.since)
         self.tokens, self.since = 0, now
         metrics: dict[str, Any] = {
             "step": done,
-            "tokens": done * batch.ids.size,
+            "tokens": done * batch.tokens,
             "loss": score.loss,
             "accuracy": round(score.right.float().mean().item(), 5),
             "by_level": by_level(score.right, score.level),
@@ -328,8 +346,8 @@ class Meter:
         if (memory := peak_memory(self.team.device)) is not None:
             metrics["memory"] = memory
         if self.peak is not None:
-            flops = training_flops(self.model, torch.from_numpy(batch.loss_mask))
-            metrics["mfu"] = round(metrics["tokens_per_second"] * flops / batch.ids.size / (self.peak * self.team.size), 4)
+            flops = training_flops(self.model, torch.from_numpy(batch.loss_mask), loops=loops)
+            metrics["mfu"] = round(metrics["tokens_per_second"] * flops / batch.tokens / (self.peak * self.team.size), 4)
         return metrics
 
 

@@ -108,8 +108,9 @@ class Team:
         if self.size == 1:
             return model.answers
         if strategy == "ddp":
-            # an exit gate may get no gradient
-            return nn.parallel.DistributedDataParallel(_Answers(model), find_unused_parameters=model.exit is not None)
+            # an exit gate may get no gradient, nor may the injection while a ramp is at one pass
+            unused = model.exit is not None or bool(model.config.inject)
+            return nn.parallel.DistributedDataParallel(_Answers(model), find_unused_parameters=unused)
         # harmless: blocks never change a tensor in place
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

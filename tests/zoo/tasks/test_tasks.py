@@ -1,6 +1,7 @@
 """Labels against brute force, splits apart, baselines against enumeration and simulation."""
 
 from collections import Counter, defaultdict
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import zoo
 from zoo.config import validate
 from zoo.tasks import new_task, tasks
+from zoo.tasks.rule110 import share_of_ones
 from zoo.training.config import TrainConfig
 from zoo.training.loop import train
 
@@ -43,14 +45,34 @@ def test_cycle_labels(fields, length, count):
         assert not supervised[:m].any()
 
 
-def test_cycle_chance_by_simulation():
-    task = new_task({"name": "cycle", "nodes": 9, "hops": 8})
-    ids, mask, _ = task.batch(1, 0, 20_000)
+@pytest.mark.parametrize("fields", [{"questions": 1}, {"questions": 2}, {"joint": True, "questions": 12}, {"hops": 2, "joint": True}])
+def test_cycle_chance_by_enumeration(fields):
+    """A reader who never saw the window keeps every cycle that agrees with the answers so far, and guesses evenly among theirs."""
+    task = new_task({"name": "cycle", "nodes": 6, "hops": 5, **fields})
+    orders = [(0, *rest) for rest in permutations(range(1, 6))]
+    cycles = np.array([[order[(order.index(x) + 1) % 6] for x in range(6)] for order in orders])
+    power = [np.tile(np.arange(6), (len(cycles), 1))]
+    for _ in range(task.hops):
+        power.append(np.take_along_axis(cycles, power[-1], axis=1))
+    right = []
+    for row in task.batch(7, 0, 1500, "test").ids:
+        agrees = np.ones(len(cycles), dtype=bool)
+        for *asked, answer in row[6:].reshape(-1, task.length):
+            hops, node = divmod(asked[0], 6) if task.joint else (asked[0] - 5, asked[1])
+            right.append(1 / len(set(power[hops][agrees, node])))
+            agrees &= power[hops][:, node] == answer
+    assert np.mean(right) == pytest.approx(task.chance(), abs=0.015)
+    if fields == {"questions": 1}:
+        assert task.chance() == pytest.approx(1 / 5)
+
+
+def test_cycle_answers_are_even():
+    """A single question is answered evenly by the other nodes."""
+    ids = new_task({"name": "cycle", "nodes": 9, "hops": 8}).batch(1, 0, 20_000).ids
     start, answer = ids[:, 10::3], ids[:, 11::3]
-    assert mask[:, 11::3].all()
-    assert (start != answer).all()  # so a guess among the other nodes is right 1 in m - 1 times
+    assert (start != answer).all()
     counts = np.bincount(((answer - start) % 9).ravel(), minlength=9)[1:] / answer.size
-    assert np.abs(counts - task.chance()).max() < 0.01
+    assert np.abs(counts - 1 / 8).max() < 0.01
 
 
 def brute_force_rule110(cells, steps):
@@ -92,10 +114,58 @@ def test_rule110_share_of_ones(width, steps):
     task = new_task({"name": "rule110", "width": width, "steps": steps})
     if width < 10:
         cells = [brute_force_rule110([(n >> i) & 1 for i in range(width)], steps)[0] for n in range(2**width)]
-        assert task.share_of_ones() == pytest.approx(np.mean(cells), abs=1e-12)
+        assert share_of_ones(width, steps) == pytest.approx(np.mean(cells), abs=1e-12)
     else:
         ids = task.batch(0, 0, 20_000).ids
-        assert task.share_of_ones() == pytest.approx(ids[:, -4:].mean(), abs=0.01)
+        assert share_of_ones(width, steps) == pytest.approx(ids[:, -4:].mean(), abs=0.01)
+
+
+def rings(ids, width):
+    """The states that sequences show."""
+    return set(map(tuple, ids[:, : 2 * width].reshape(-1, width).tolist()))
+
+
+@pytest.mark.parametrize("fields", [{}, {"all_cells": True, "every_step": True}])
+def test_rule110_splits_are_by_string(fields):
+    """Nearly all strings of the training split are drawn, and none of the held-out ones."""
+    task = new_task({"name": "rule110", "width": 10, "strings": 2, "steps": 3, **fields})
+    train = set().union(*(rings(task.batch(0, step, 512).ids, 10) for step in range(20)))
+    test = set().union(*(rings(task.batch(0, step, 512, "test").ids, 10) for step in range(5)))
+    assert not train & test
+    assert len(train | test) > 0.99 * 2**10
+    assert 20 < len(test) < 120
+
+
+def test_rule110_all_cells_and_every_step():
+    task = new_task({"name": "rule110", "width": 9, "strings": 2, "steps": 4, "all_cells": True, "every_step": True})
+    ids, mask, level = task.batch(0, 0, 400)
+    assert task.vocab_size == 6
+    assert ids.shape == (400, 2 * 9 + 1 + 2 * 9)
+    for row, supervised, steps in zip(ids, mask, level, strict=True):
+        asked = int(row[18]) - 1
+        assert supervised.tolist() == [False] * 19 + [True] * 18
+        assert set(steps[supervised]) == {asked}
+        assert row[19:].tolist() == [cell for state in row[:18].reshape(2, 9).tolist() for cell in brute_force_rule110(state, asked)]
+    assert np.abs(np.bincount(ids[:, 18])[2:] / 400 - 1 / 4).max() < 0.08
+    first = new_task({"name": "rule110", "width": 9, "strings": 2, "steps": 4, "every_step": True}).batch(0, 0, 100)
+    for row in first.ids:
+        assert row[19:].tolist() == [brute_force_rule110(state, int(row[18]) - 1)[0] for state in row[:18].reshape(2, 9).tolist()]
+
+
+def test_rule110_guess_from_earlier_cells_by_counting():
+    """Over all states: the likelier value after each prefix of the cells that have been answered."""
+    task = new_task({"name": "rule110", "width": 7, "strings": 1, "steps": 2, "all_cells": True})
+    ends = [brute_force_rule110([(n >> i) & 1 for i in range(7)], 2) for n in range(2**7)]
+    right = []
+    for i in range(7):
+        after = defaultdict(Counter)
+        for end in ends:
+            after[tuple(end[:i])][end[i]] += 1
+        right.append(sum(max(counts.values()) for counts in after.values()) / len(ends))
+    assert task.chance() == pytest.approx(np.mean(right), abs=1e-12)
+    assert task.exact_chance() is None
+    wide, ring = (new_task({"name": "rule110", "width": w, "strings": 1, "steps": 3, "all_cells": True}) for w in (28, 20))
+    assert ring.chance() - 0.04 < wide.chance() < ring.chance()  # in a whole ring, the first cells say something about the last ones
 
 
 SMALL = {
@@ -103,7 +173,7 @@ SMALL = {
     "rule110": {"width": 6, "strings": 1, "steps": 2},
     "depo": {"nodes": 12, "hops": 3, "questions": 2},
     "passkey": {"width": 4, "windows": 2, "pairs": 1, "keys": 2, "values": 3, "noise": 2},
-    "gsm-infinite": {"operations": 2, "shortest": 90, "longest": 120, "width": 100},
+    "gsm-infinite": {"operations": 2, "quantities": 3, "shortest": 170, "longest": 240, "width": 120},
 }
 
 
@@ -237,6 +307,12 @@ def test_depo_labels():
     assert np.abs(np.bincount(hops, minlength=17)[1:] / len(hops) - 1 / 16).max() < 0.005
 
 
+def test_depo_asks_for_powers_of_two_when_held_out():
+    levels = new_task({"name": "depo"}).batch(0, 0, 300, "test").level
+    assert set(np.unique(levels)) == {0, 1, 2, 4, 8, 16}
+    assert set(np.unique(new_task({"name": "depo", "hops": 11, "largest": True}).batch(0, 0, 100, "test").level)) == {0, 1, 2, 4, 8}
+
+
 def test_depo_cycles_are_whole_and_the_largest_when_held_out():
     for row in new_task({"name": "depo"}).batch(0, 0, 10, "test").ids:
         _, follows = solve_depo(row)
@@ -276,14 +352,15 @@ def test_passkey_labels():
         {"name": "rule110", "strings": 1, "steps": 3},
         {"name": "depo", "nodes": 12, "hops": 1, "questions": 1, "largest": True},
         {"name": "passkey", "pairs": 1, "windows": 2, "keys": 8, "values": 8, "questions": 1},
-        {"name": "gsm-infinite", "operations": 2, "shortest": 90, "longest": 120, "width": 100},
+        {"name": "gsm-infinite", "operations": 2, "quantities": 3, "shortest": 170, "longest": 240, "width": 120},
     ],
     ids=lambda fields: fields["name"],
 )
 def test_the_answer_cannot_be_read_from_the_prediction_chunk(fields):
     """A table of what followed the same prediction chunk elsewhere is right no more often than chance."""
     task = new_task(fields)
-    (ids, mask, _), (asked, asked_mask, _) = task.batch(0, 0, 10_000), task.batch(0, 1, 2000)
+    few = 5 if task.name == "gsm-infinite" else 1  # slow
+    (ids, mask, _), (asked, asked_mask, _) = task.batch(0, 0, 10_000 // few), task.batch(0, 1, 2000 // few)
     shown = (ids.shape[1] - 1) // task.window * task.window
     table, letters = defaultdict(Counter), defaultdict(Counter)
     for row, t in zip(*np.nonzero(mask), strict=True):

@@ -1,6 +1,7 @@
 """Training: it learns, is reproducible, assigns parameters to optimisers as documented, and overwrites nothing."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_a_run_is_reproducible_and_loads(tmp_path, muon_lr):
     assert [line["step"] for line in lines[0]] == [2, 4, 6]
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
     assert (
-        evaluate(first, new_task(SMALL["task"]), 40)
+        evaluate(first, new_task(SMALL["task"]), 40, control=True)
         == results
         == json.loads(
             (tmp_path / "second" / "results.json").read_text(),
@@ -67,22 +68,40 @@ def test_a_run_is_reproducible_and_loads(tmp_path, muon_lr):
     assert read_config(tmp_path / "first" / "train.yaml") == plan(muon_lr=muon_lr)
 
 
+def test_phases_share_one_schedule_of_the_learning_rate():
+    whole = [learning_rate_factor(step, plan(steps=60)) for step in range(60)]
+    phases = [(20, (0, 60)), (40, (20, 60))]
+    assert [learning_rate_factor(step, plan(steps=n, schedule=s)) for n, s in phases for step in range(n)] == whole
+    with pytest.raises(zoo.ZooError, match=r"schedule: \[30, 60\]: 40 steps do not fit"):
+        plan(steps=40, schedule=[30, 60])
+
+
 def test_evaluate_counts_like_a_loop_over_answers():
     task = new_task({"name": "cycle", "nodes": 9, "hops": 2})
     model = zoo.create("gdn4-sleep2-hard9", layers="attn gdn", d_model=16, vocab_size=task.vocab_size)
-    results = evaluate(model, task, 30, batch_size=30)
+    results = evaluate(model, task, 30, batch_size=30, control=True)
     ids, mask, level = (torch.from_numpy(x) for x in task.batch(0, 0, 30, "test"))
     right = {1: [], 2: []}
-    exact = []
+    exact, first, other = [], [], []
+    for i, (row, supervised) in enumerate(zip(ids, mask, strict=True)):
+        logits = model(row[None, 9:], model.consolidate(ids[i - 1][None, :9])).logits[0]
+        other.append(logits.argmax(-1)[supervised[10:].nonzero()[:, 0]])
     for row, supervised, hops in zip(ids, mask, level, strict=True):
         state = model.consolidate(row[None, :9])
         predicted = model(row[None, 9:], state).logits[0].argmax(-1)
         hits = [(int(hops[t]), bool(predicted[t - 10] == row[t])) for t in range(9, len(row)) if supervised[t]]
         exact.append(all(hit for _, hit in hits))
+        first.append(hits[0][1])
         for k, hit in hits:
             right[k].append(hit)
     assert results["by_level"] == {k: pytest.approx(sum(hits) / len(hits), abs=1e-5) for k, hits in right.items()}
+    assert results["whole_by_level"] == results["by_level"]  # an answer is one token
     assert results["exact"] == pytest.approx(sum(exact) / 30)
+    assert results["first"] == pytest.approx(sum(first) / 30)
+    asked = ids[mask].view(30, 3)
+    assert results["wrong_window"] == pytest.approx((torch.stack(other) == asked).float().mean().item())
+    most = {k: Counter(ids[level == k].tolist()).most_common(1)[0][1] / (level == k).sum().item() for k in right}
+    assert results["majority_by_level"] == {k: pytest.approx(share, abs=1e-5) for k, share in most.items()}
     assert results["answers"] == 30 * 3
     assert evaluate(model, task, 30, loops=1) != evaluate(model, task, 30, loops=3)
 
