@@ -1,64 +1,31 @@
-"""`gsm-infinite`: a question, then facts about named quantities, of which a few operations give the answer."""
+"""`gsm-infinite`: a question, then facts about quantities, of which a few give the answer."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from zoo.errors import ZooError
+from zoo.tasks import gsm_graph
+from zoo.tasks.gsm_graph import Fact, Problem
+from zoo.tasks.gsm_words import CORE_ANIMALS, CORE_PLACES, GROUPS, NAMES, FromFile, Text, Utf8, Words, question, sentence
 from zoo.tasks.task import Batch, Split, Task, tasks
 
-LARGEST = 99
-ANIMALS = re.findall(
-    r"\w+",
-    "ants bats bears bees beetles camels cats cows crabs crows deer dogs ducks eels elks foxes frogs geese goats hares "
-    "herons lynxes mice moles moths newts otters owls seals swans toads wolves",
-)
-PLACES = re.findall(
-    r"\w+",
-    "Alder Barrow Birch Brook Cairn Cliff Copse Cove Dale Dell Delta Dune Fell Fen Fjord Ford Glade Glen Grove Heath "
-    "Holm Isle Knoll Lagoon Marsh Mesa Moor Quarry Ridge Shoal Tarn Vale",
-)
-NAMES = len(ANIMALS) * len(PLACES)
-OPERATIONS: tuple[tuple[str, Callable[[int, int], int]], ...] = (
-    ("sum", lambda a, b: a + b),
-    ("difference", lambda a, b: a - b),
-    ("product", lambda a, b: a * b),
-)
-SHARE_OF_NUMBERS = 0.4  # of the irrelevant facts; the others are operations
-
-
-class Fact(NamedTuple):
-    """A quantity that equals a number, or an operation on two other quantities."""
-
-    name: int
-    value: int
-    operation: int = -1
-    left: int = -1
-    right: int = -1
-
-    def __str__(self) -> str:
-        if self.operation < 0:
-            return f"The {_quantity(self.name)} equals {self.value}."
-        word = OPERATIONS[self.operation][0]
-        return f"The {_quantity(self.name)} equals the {word} of the {_quantity(self.left)} and the {_quantity(self.right)}."
-
-
-class Problem(NamedTuple):
-    question: str
-    facts: str
-    answer: str
-    operations: int
+COLUMNS = 8  # of an encoded fact: name, number, times, minus, up to four operands
+FACT = 60  # few facts have more tokens
+KINDS_PER_PLACE = 16  # of irrelevant facts
+SHARE_OF_TOTALS = 0.1  # of the irrelevant facts that depend on one relevant quantity
 
 
 class Encoded(NamedTuple):
@@ -72,12 +39,16 @@ class Encoded(NamedTuple):
 
 @tasks.register("gsm-infinite")
 class GsmInfinite(Task):
-    """Problems in the style of GSM-Infinite (arXiv 2502.05252), as in arXiv 2605.26099, section 6: the question comes first, no
-    intermediate steps are shown, and irrelevant facts extend a sequence to `shortest` .. `longest` tokens.
+    """Problems of GSM-Infinite (arXiv 2502.05252), medium setting, laid out as in arXiv 2605.26099, section 6: the question comes
+    first, no intermediate steps are shown, and irrelevant facts extend a problem to `shortest` .. `longest` tokens.
 
-    The relevant facts form a graph of 1 .. `operations` sums, differences and products of numbers from 1 to 9, with values of
-    at most 99. Irrelevant facts extend this graph, so that only the question tells them apart. Facts are shuffled.
-    Sequences are padded on the left to `longest` tokens. The answer and the token that ends it are supervised.
+    `zoo.tasks.gsm_graph` draws the relevant facts as upstream does: 2 .. `operations` edges of a dependency graph, copies included,
+    numbers from 1 to 4, totals that are never stated. Half of the problems are reverse: a later value is given, and the one asked
+    for follows from a linear equation. Every irrelevant fact is about a place and a kind that no relevant one mentions, and
+    depends on relevant quantities. Words are ours; upstream's instructions and worked examples are absent.
+
+    Problems are padded on the right to `longest` tokens. All problems of a batch end in the same window, and none in the first.
+    The answer and the token that ends it are supervised.
 
     Tokens: words and numbers, one token each; or the tokens of `tokenizer`; or, for problems read from files, bytes.
     """
@@ -85,10 +56,10 @@ class GsmInfinite(Task):
     name = "gsm-infinite"
     level_name = "operations"
     paths = ("tokenizer", "train", "test")
-    operations: int = Field(8, ge=1, le=64, description="largest number of operations in a problem")
-    shortest: int = Field(
-        2000, ge=1, description="smallest number of tokens in a sequence, padding excluded; may be missed by the length of a fact"
-    )
+    long_answers = True
+    operations: int = Field(8, ge=2, le=20, description="largest number of operations in a problem")
+    quantities: int = Field(20, ge=2, le=20, description="largest number of stated quantities before irrelevant facts are added")
+    shortest: int = Field(2001, ge=1, description="smallest number of tokens in a problem; in any case more than one window")
     longest: int = Field(3300, ge=1, le=16000, description="number of tokens in a sequence, padding included")
     width: int = Field(2000, ge=2, description="window in tokens")
     tokenizer: str | None = Field(None, description="path of a tokenizer.json, or 'hub:OWNER/NAME' to download that of a repository")
@@ -98,17 +69,14 @@ class GsmInfinite(Task):
 
     @model_validator(mode="after")
     def _fits(self) -> GsmInfinite:
-        last = (self.longest - 1) % self.width + 1
-        if last < 16:
-            raise ValueError(f"longest: {self.longest} leaves {last} tokens for the last window of {self.width}; want 16 for the answer")
-        if not last < self.shortest <= self.longest:
-            raise ValueError(f"shortest: {self.shortest}: want more than the {last} tokens of the last window, at most longest")
+        if self.shortest > self.longest:
+            raise ValueError(f"shortest: {self.shortest} is more than longest: {self.longest}")
         if (self.train is None) != (self.test is None):
             raise ValueError("train, test: want both files, or neither")
         if self.train is not None and self.test is not None and Path(self.train).resolve() == Path(self.test).resolve():
             raise ValueError(f"test: {self.test} is also the file to train on")
-        if self.train is None and self.operations * 40 > self.shortest:
-            raise ValueError(f"operations: the facts of {self.operations} may not fit into {self.shortest} tokens, shortest")
+        if self.train is None and not self._lengths:
+            raise ValueError(f"longest: {self.longest}: want at least {FACT} tokens more than width: {self.width}")
         _ = self.text, self._files  # report unreadable files now
         return self
 
@@ -127,24 +95,46 @@ class GsmInfinite(Task):
     def window(self) -> int:
         return self.width
 
-    def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """Return the relevant facts in order of computation: [count, 2 operations + 1, 5], padded with -1."""
-        found = np.full((count, 2 * self.operations + 1, len(Fact._fields)), -1)
-        dice = random.Random(int(rng.integers(2**63)))
-        for row in found:
-            graph = _graph(dice, dice.randint(1, self.operations))
-            row[: len(graph)] = graph
+    @cached_property
+    def _lengths(self) -> dict[int, range]:
+        """Lengths of generated problems that end in each window. The first token after a sleep cannot be predicted, so an answer
+        does not begin a window; a range that is shorter than a fact cannot be met."""
+        found: dict[int, range] = {}
+        for windows in range(2, -(-self.longest // self.width) + 1):
+            low = max(self.shortest, (windows - 1) * self.width + 8)
+            high = min(self.longest, windows * self.width)
+            if high - low >= FACT or (low <= high and high == self.longest and not found):
+                found[windows] = range(low, high + 1)
         return found
+
+    def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
+        """Return problems without irrelevant facts, a row per fact and one for the question: [count, quantities + 2, COLUMNS]."""
+        rows = np.full((count, self.quantities + 2, COLUMNS), -1)
+        dice = random.Random(int(rng.integers(2**63)))
+        room = min(lengths[-1] for lengths in self._lengths.values())
+        for row in rows:
+            for _ in range(1000):
+                problem = gsm_graph.draw(dice, dice.randint(2, self.operations), self.quantities, NAMES, GROUPS)
+                if len(self._encoded(problem, map(sentence, problem.facts)).ids) <= room:
+                    break
+            else:
+                raise ZooError(f"task {self}: longest: {self.longest} tokens cannot hold the facts of a problem")
+            for i, fact in enumerate(problem.facts):
+                row[i, : 4 + len(fact.operands)] = fact.name, fact.number, fact.times, fact.minus, *fact.operands
+            row[-1, :4] = problem.asked, problem.answer, problem.operations, problem.reverse
+        return rows
 
     def pose(self, rng: np.random.Generator, contexts: NDArray[np.int64]) -> Batch:
         dice = random.Random(int(rng.integers(2**63)))
-        return self._laid_out([self._filled(dice, [Fact(*fact) for fact in row if fact[0] >= 0]) for row in contexts.tolist()])
+        windows = dice.choices(list(self._lengths), [len(lengths) for lengths in self._lengths.values()])[0]
+        return self._laid_out([self._filled(dice, _problem(rows), self._lengths[windows]) for rows in contexts.tolist()])
 
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
         if self._files is None:
             return super().batch(seed, step, size, split)
-        chosen = np.random.default_rng([seed, step, split == "test"]).integers(0, len(self._files[split]), size)
-        return self._laid_out([self._files[split][i] for i in chosen])
+        rng, groups = np.random.default_rng([seed, step, split == "test"]), self._files[split]
+        group = groups[rng.choice(len(groups), p=np.array([len(group) for group in groups]) / sum(map(len, groups)))]
+        return self._laid_out([group[i] for i in rng.integers(0, len(group), size)])
 
     def chance(self) -> float:
         """Accuracy of the most frequent next token of an answer, given the tokens before it."""
@@ -160,115 +150,111 @@ class GsmInfinite(Task):
 
     @cached_property
     def _answers(self) -> list[list[int]]:
-        """Answers to the held-out problems of the file, or to 20,000 generated ones."""
+        """Answers to the held-out problems of the file, or to 4,000 generated ones."""
         if self._files is not None:
-            return [encoded.answer for encoded in self._files["test"]]
-        dice = random.Random(0)
-        return [self._answer(_graph(dice, dice.randint(1, self.operations))[-1].value) for _ in range(20_000)]
+            return [encoded.answer for group in self._files["test"] for encoded in group]
+        return [self._answer(answer) for answer in _answers(self.operations, self.quantities)]
 
     @cached_property
-    def _files(self) -> dict[Split, list[Encoded]] | None:
-        """Problems of the files with at most `longest` tokens."""
+    def _files(self) -> dict[Split, list[list[Encoded]]] | None:
+        """Problems of the files that fit, in groups that end in the same window. Warns of the others."""
         if self.train is None or self.test is None:
             return None
-        paths: dict[Split, str] = {"train": self.train, "test": self.test}
-        fit = {
-            split: [encoded for p in read_problems(path) if len((encoded := self._encoded(p)).ids) <= self.longest]
-            for split, path in paths.items()
-        }
-        for split, path in paths.items():
-            if not fit[split]:
-                raise ValueError(f"{split}: {path}: no problem of at most {self.longest} tokens, longest")
-        return fit
+        return {"train": self._grouped("train", self.train), "test": self._grouped("test", self.test)}
 
-    def _filled(self, dice: random.Random, relevant: list[Fact]) -> Encoded:
+    def _grouped(self, split: Split, path: str) -> list[list[Encoded]]:
+        groups: dict[int, list[Encoded]] = {}
+        problems = read_problems(path)
+        for problem in problems:
+            encoded = self._encoded(problem, [problem.text])
+            first, last = len(encoded.ids) - len(encoded.answer), len(encoded.ids) - 1
+            window = last // self.width
+            if self.shortest <= len(encoded.ids) <= self.longest and window and first > window * self.width:
+                groups.setdefault(window, []).append(encoded)
+        if not groups:
+            raise ValueError(f"{split}: {path}: no problem of {self.shortest} to {self.longest} tokens (shortest, longest)")
+        if left := len(problems) - sum(map(len, groups.values())):
+            why = f"want {self.shortest} to {self.longest} tokens and an answer within one window of {self.width}, not the first"
+            warnings.warn(f"{path}: {left} of {len(problems)} problems are not used; {why}", stacklevel=2)
+        return list(groups.values())
+
+    def _filled(self, dice: random.Random, problem: Problem, lengths: range) -> Encoded:
         """Return a problem of random length: the relevant facts among irrelevant ones."""
-        target = dice.randint(self.shortest, self.longest)
-        facts, asked, names = list(relevant), relevant[-1], {fact.name for fact in relevant}
-        bare = Problem(_question(asked), "", str(asked.value), sum(fact.operation >= 0 for fact in relevant))
-        room = target - len(self._encoded(bare).ids) - sum(map(self._length, facts))
-        while room > 0 and len(names) < NAMES:
-            while (name := dice.randrange(NAMES)) in names:
-                pass
-            if dice.random() < SHARE_OF_NUMBERS:
-                facts.append(Fact(name, dice.randint(1, 9)))
-            else:
-                facts.append(_operation(dice, name, *dice.sample(facts, 2)))
-            names.add(name)
-            room -= self._length(facts[-1])
-        while True:  # the text may have more or fewer tokens than its facts one by one
-            encoded = self._encoded(bare._replace(facts=" ".join(map(str, dice.sample(facts, len(facts))))))
-            if len(encoded.ids) <= target:
+        relevant = [sentence(fact) for fact in problem.facts]
+        bare = len(self._encoded(problem, relevant).ids)
+        for _ in range(100):
+            texts, missing, more = list(relevant), dice.choice(lengths) - bare, _irrelevant(dice, problem)
+            while missing > 0:
+                texts.append(sentence(next(more)))
+                missing -= len(self.text.encode(f" {texts[-1]}"))
+            while len(texts) >= len(relevant):  # the text may have more or fewer tokens than its facts one by one
+                encoded = self._encoded(problem, dice.sample(texts, len(texts)))
+                if len(encoded.ids) <= lengths[-1]:
+                    break
+                texts.pop()
+            if len(encoded.ids) in lengths:
                 return encoded
-            if len(facts) == len(relevant):
-                raise ZooError(f"task {self}: shortest: {self.shortest} tokens cannot hold the facts of {bare.operations} operations")
-            facts.pop()
-
-    def _length(self, fact: Fact) -> int:
-        return len(self.text.encode(f" {fact}"))
+        raise ZooError(f"task {self}: no problem of {lengths[0]} to {lengths[-1]} tokens was found; allow more lengths")
 
     def _answer(self, answer: int | str) -> list[int]:
         return [*self.text.encode(f" {answer}"), *self.text.after]
 
-    def _encoded(self, problem: Problem) -> Encoded:
+    def _encoded(self, problem: Problem | Read, facts: Iterable[str]) -> Encoded:
+        asked = problem.question if isinstance(problem, Read) else question(problem.asked)
         answer = self._answer(problem.answer)
-        return Encoded(self.text.encode(f"{problem.question} Problem: {problem.facts} Answer:") + answer, answer, problem.operations)
+        return Encoded(self.text.encode(f"{asked} Problem: {' '.join(facts)} Answer:") + answer, answer, problem.operations)
 
     def _laid_out(self, problems: Sequence[Encoded]) -> Batch:
         ids = np.full((len(problems), self.longest), self.text.pad)
         level = np.zeros_like(ids)
         for row, operations, encoded in zip(ids, level, problems, strict=True):
-            row[-len(encoded.ids) :] = encoded.ids
-            operations[-len(encoded.answer) :] = encoded.operations
+            end = len(encoded.ids)
+            row[:end] = encoded.ids
+            operations[end - len(encoded.answer) : end] = encoded.operations
         return Batch(ids, level > 0, level)
 
 
-def _graph(dice: random.Random, operations: int) -> list[Fact]:
-    """Return numbers and `operations` operations on them, all of which the last one depends on."""
-    names = iter(dice.sample(range(NAMES), 2 * operations + 1))
-    facts: list[Fact] = []
-    open_: list[Fact] = []  # results that no operation uses yet
-
-    def number() -> Fact:
-        facts.append(Fact(next(names), dice.randint(1, 9)))
-        return facts[-1]
-
-    for left in range(operations, 0, -1):
-        # the remaining operations must suffice to join the open results
-        kinds = [*(["begin"] if len(open_) < left else []), *(["extend"] if open_ else []), *(["join"] if len(open_) > 1 else [])]
-        kind = dice.choice(kinds if len(open_) <= left else ["join"])
-        if kind == "begin":
-            a, b = number(), number()
-        else:
-            a = open_.pop(dice.randrange(len(open_)))
-            others = [fact for fact in facts if fact not in open_ and fact != a]
-            b = open_.pop(dice.randrange(len(open_))) if kind == "join" else dice.choice(others) if dice.random() < 0.3 else number()
-        facts.append(_operation(dice, next(names), a, b))
-        open_.append(facts[-1])
-    return facts
+def _problem(rows: list[list[int]]) -> Problem:
+    """Return the problem that `contexts` encoded."""
+    *facts, (asked, answer, operations, reverse, *_) = rows
+    known = [
+        Fact(name, tuple(i for i in operands if i >= 0), number, bool(times), bool(minus))
+        for name, number, times, minus, *operands in facts
+        if name >= 0
+    ]
+    return Problem(known, asked, answer, operations, bool(reverse))
 
 
-def _operation(dice: random.Random, name: int, a: Fact, b: Fact) -> Fact:
-    """Return a random operation with a value from 1 to LARGEST; if there is none, a difference of 0."""
-    a, b = (a, b) if dice.random() < 0.5 else (b, a)
-    high, low = (a, b) if a.value >= b.value else (b, a)
-    fits = [i for i, (_, run) in enumerate(OPERATIONS) if 1 <= run(high.value, low.value) <= LARGEST]
-    which = dice.choice(fits or [1])
-    left, right = (high, low) if OPERATIONS[which][0] == "difference" else (a, b)
-    return Fact(name, OPERATIONS[which][1](left.value, right.value), which, left.name, right.name)
+def _irrelevant(dice: random.Random, problem: Problem) -> Iterator[Fact]:
+    """Yield facts about other places and kinds that depend on one or two quantities of the problem, or on one and the total of
+    another such place: in the proportions of upstream."""
+    known = sorted({problem.asked, *(name for fact in problem.facts for name in (fact.name, *fact.operands))})
+    places = dice.sample(range(len(CORE_PLACES), NAMES.places), NAMES.places - len(CORE_PLACES))
+    for number, place in enumerate(places):
+        for kind in dice.sample(range(len(CORE_ANIMALS), NAMES.kinds), KINDS_PER_PLACE):
+            operands = dice.sample(known, min(len(known), dice.randint(1, 2)))
+            if len(operands) == 1 and number and dice.random() < SHARE_OF_TOTALS:
+                operands.append(NAMES.total(places[number - 1]))
+            yield Fact(NAMES.instance(place, kind), tuple(operands), minus=len(operands) == 2 and dice.random() < 0.5)
 
 
-def _quantity(name: int) -> str:
-    animal, place = divmod(name, len(PLACES))
-    return f"number of {ANIMALS[animal]} in {PLACES[place]}"
+@lru_cache
+def _answers(operations: int, quantities: int) -> list[int]:
+    """Return the answers to 4,000 problems."""
+    dice = random.Random(0)
+    return [gsm_graph.draw(dice, dice.randint(2, operations), quantities, NAMES, GROUPS).answer for _ in range(4000)]
 
 
-def _question(fact: Fact) -> str:
-    animal, place = divmod(fact.name, len(PLACES))
-    return f"Question: How many {ANIMALS[animal]} are in {PLACES[place]}?"
+class Read(NamedTuple):
+    """A problem of a file."""
+
+    question: str
+    text: str
+    answer: str
+    operations: int
 
 
-def read_problems(path: str) -> list[Problem]:
+def read_problems(path: str) -> list[Read]:
     """Read a file written by the generator of GSM-Infinite. Raises ValueError.
 
     Each line is a JSON object with `problem`, `question`, `op`, and a `solution` that contains "Answer: <number>.".
@@ -277,10 +263,10 @@ def read_problems(path: str) -> list[Problem]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    return [_problem(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [_read(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _problem(line: str, where: str) -> Problem:
+def _read(line: str, where: str) -> Read:
     try:
         fields = json.loads(line)
         question, facts, solution, operations = (fields[key] for key in ("question", "problem", "solution", "op"))
@@ -288,74 +274,4 @@ def _problem(line: str, where: str) -> Problem:
         assert answer is not None, "solution: no 'Answer: <number>.'"
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"{where}: not a problem of GSM-Infinite: {error!r}") from None
-    return Problem(f"Question: {question}", facts, answer[1], int(operations))
-
-
-class Text(Protocol):
-    """Interface of a tokenizer."""
-
-    size: int
-    pad: int
-    after: tuple[int, ...]
-    """Tokens that end an answer."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-
-class Words:
-    """Tokenizer of generated problems: a token per word or number, and 0 for padding. Answers are one token and need no end."""
-
-    pad = 0
-    after: tuple[int, ...] = ()
-
-    def __init__(self) -> None:
-        frame = f"{_question(Fact(0, 0))} Problem: {Fact(0, 0)} {Fact(0, 0, 0, 0, 0)} Answer:"
-        words = [*map(str, range(LARGEST + 1)), *self._split(frame), *(word for word, _ in OPERATIONS), *ANIMALS, *PLACES]
-        self._ids = {word: i for i, word in enumerate(dict.fromkeys(words), 1)}
-        self.words = ["", *self._ids]
-        self.size = len(self.words)
-
-    @staticmethod
-    def _split(text: str) -> list[str]:
-        return text.replace(".", " .").replace("?", " ?").replace(":", " :").split()
-
-    def encode(self, text: str) -> list[int]:
-        return [self._ids[word] for word in self._split(text)]
-
-
-class Utf8:
-    """Tokenizer with one token per byte; 0 ends answers and pads."""
-
-    size, pad = 256, 0
-    after: tuple[int, ...] = (0,)
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
-
-
-def _downloaded(repository: str) -> str:
-    from huggingface_hub import hf_hub_download
-
-    return hf_hub_download(repository, "tokenizer.json")
-
-
-class FromFile:
-    """Tokenizer of a tokenizer.json."""
-
-    def __init__(self, path: str, end: str) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ValueError(f"tokenizer: {path}: needs pip install 'sleep-zoo[serve]'") from None
-        try:
-            self._tokenizer = Tokenizer.from_file(_downloaded(path.removeprefix("hub:")) if path.startswith("hub:") else path)
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(f"tokenizer: {path}: cannot be read: {error}") from None
-        found = self._tokenizer.token_to_id(end)
-        if found is None:
-            raise ValueError(f"end: '{end}' is not a token of {path}")
-        self.size, self.pad = self._tokenizer.get_vocab_size(), found
-        self.after: tuple[int, ...] = (found,)
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    return Read(f"Question: {question}", facts, answer[1], int(operations))

@@ -67,6 +67,8 @@ def test_fine_tuning_uses_the_settings_of_the_paper(name):
     config = read_config(name)
     assert (config.batch_size, config.lr, config.muon_lr, config.seed) == (256, 5e-5, 1e-3, 0)
     assert config.task["operations"] == 8
+    assert config.eval_sequences == 7 * 1600
+    assert config.schedule == {"gsm-ourojet-slide512-warmup": (0, 600), "gsm-ourojet-slide512": (200, 600)}.get(name)
     model = prepare(read_config(name, {"task": {"tokenizer": None}}), torch.device("meta")).model
     assert model.config.loops == (6 if "jet2b" in name else 4)
     assert model.config.vocab_size == zoo.create(model.config.name.partition("-")[0], device="meta").config.vocab_size
