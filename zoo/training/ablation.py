@@ -4,6 +4,7 @@ The folder of an ablation:
 
 plan.yaml                            the plan; an ablation resumes only under the same one
 runs/<arm>-<steps>steps-seed<seed>/  one run each; see `zoo.training.run_folder`
+runs/<run>/test_loops.json           accuracy by passes per sleep at test time, if the plan asks for it
 runs.csv                             a row per matching, arm, seed and level
 table.md tokens.png flops.png        mean and range over the seeds, made from the runs
 """
@@ -12,22 +13,30 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 from collections.abc import Container, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from zoo.checkpoints.own import load
 from zoo.config import read_yaml
 from zoo.errors import ZooError
 from zoo.files import new_folder, refuse_existing, remove_scratch, replacing
 from zoo.signals import deferred
-from zoo.training.plan import Arm, Match, Plan, Run, arms_of, runs_of
+from zoo.tasks import new_task
+from zoo.training.config import read_config
+from zoo.training.evaluate import evaluate
+from zoo.training.plan import Arm, Matching, Plan, Run, arms_of, runs_of
 from zoo.training.plots import figure, read_run, save
 from zoo.training.run_folder import RESULTS
 from zoo.training.tables import csv_rows, markdown
 from zoo.training.workers import Job, train_all
 
 PLAN = "plan.yaml"
+TEST_LOOPS = "test_loops.json"
 
 
 def ablate(plan: Plan, out: Path, *, processes: int | None = None) -> str:
@@ -42,7 +51,8 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None) -> str:
         StoppedError: after one of the signals of `zoo.signals`; runs under way have written a checkpoint.
     """
     arms = arms_of(plan)
-    settings = plan.model_dump(mode="json")
+    lacking = {name for name in ("budgets", "test_loops") if getattr(plan, name) == Plan.model_fields[name].default}  # in older folders
+    settings = plan.model_dump(mode="json", exclude=lacking)
     new = not (out / PLAN).is_file()
     if new:
         refuse_existing(out)
@@ -52,7 +62,7 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None) -> str:
     if new:
         with deferred(), new_folder(out) as folder:
             (folder / PLAN).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    failed = _train(dict.fromkeys(itertools.chain(*matched.values())), out / "runs", processes)
+    failed = _train(dict.fromkeys(itertools.chain(*matched.values())), out / "runs", plan.test_loops, processes)
     with deferred():
         remove_scratch(out)
         tables = _write_results(plan, arms, matched, failed, out)
@@ -61,22 +71,38 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None) -> str:
     return tables
 
 
-def _train(runs: Iterable[Run], folder: Path, processes: int | None) -> dict[Run, str]:
+def _train(runs: Iterable[Run], folder: Path, test_loops: tuple[int, ...], processes: int | None) -> dict[Run, str]:
     """Train the runs that are not finished, the longest first. Returns those that failed, and why."""
-    pending = [run for run in runs if not (folder / run.folder / RESULTS).exists()]
-    pending.sort(key=lambda run: run.steps * run.arm.costs.flops)
-    return train_all({run: Job(run.config, folder / run.folder) for run in reversed(pending)}, processes)
+    pending = [run for run in runs if not (folder / run.folder / (TEST_LOOPS if test_loops else RESULTS)).exists()]
+    pending.sort(key=lambda run: run.flops)
+    after = partial(evaluate_with, loops=test_loops) if test_loops else None
+    return train_all({run: Job(run.config, folder / run.folder, after) for run in reversed(pending)}, processes)
 
 
-def _write_results(plan: Plan, arms: list[Arm], matched: dict[Match, list[Run]], failed: Container[Run], out: Path) -> str:
+def evaluate_with(folder: Path, loops: tuple[int, ...]) -> None:
+    """Evaluate a finished run with other numbers of passes per sleep, and write the accuracy for each."""
+    config, model = read_config(folder), load(folder)
+    found = {n: evaluate(model, new_task(config.task), config.eval_sequences, seed=config.seed, loops=n)["accuracy"] for n in loops}
+    with replacing(folder / TEST_LOOPS) as file:
+        file.write_text(json.dumps(found), encoding="utf-8")
+
+
+def _by_test_loops(folder: Path) -> dict[str, Any]:
+    """Return what `evaluate_with` wrote, if it did."""
+    if not (folder / TEST_LOOPS).exists():
+        return {}
+    return {"test_loops": {int(n): share for n, share in json.loads((folder / TEST_LOOPS).read_text(encoding="utf-8")).items()}}
+
+
+def _write_results(plan: Plan, arms: list[Arm], matched: dict[Matching, list[Run]], failed: Container[Run], out: Path) -> str:
     """Write runs.csv, table.md and the plots, and return the table."""
     rows, tables = [], []
     for match, runs in matched.items():
         trained = {run: read_run(out / "runs" / run.folder) for run in runs if run not in failed}
-        results = {run: one.results for run, one in trained.items() if one.results}
+        results = {run: one.results | _by_test_loops(out / "runs" / run.folder) for run, one in trained.items() if one.results}
         if results:
             rows += list(csv_rows(match, results))
-            tables.append(markdown(match, results, arms, plan.reference or arms[0].name, plan.seeds))
+            tables.append(markdown(match, results, arms, plan.reference or arms[0].name, list(dict.fromkeys(run.seed for run in runs))))
             grouped = {arm.name: [one for run, one in trained.items() if run.arm is arm] for arm in arms}
             save(figure({name: runs for name, runs in grouped.items() if runs}), out / f"{match}.png")
     with replacing(out / "runs.csv") as file, file.open("w", newline="", encoding="utf-8") as lines:

@@ -14,13 +14,33 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zoo.config import merge, nested, read_shipped, shipped, validate
-from zoo.costs import training_flops
+from zoo.costs import describe, training_flops
 from zoo.errors import ZooError
 from zoo.registry import nearest
 from zoo.training.config import TrainConfig, absolute_paths, read_config
-from zoo.training.loop import prepare
+from zoo.training.loop import loops_at, prepare
 
 Match = Literal["tokens", "flops"]
+
+
+class Budget(BaseModel):
+    """How long arms train."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    times: int = Field(default=1, ge=1, description="multiple of the tokens or FLOPs of `reference`")
+    arms: tuple[str, ...] | None = Field(default=None, min_length=1, description="arms that get it; default: all")
+    seeds: tuple[int, ...] | None = Field(default=None, min_length=1, description="default: those of the plan")
+
+
+class Matching(NamedTuple):
+    """The budget at which a table of an ablation compares."""
+
+    match: Match
+    times: int = 1
+
+    def __str__(self) -> str:
+        return self.match if self.times == 1 else f"{self.match}-{self.times}x"
 
 
 class Plan(BaseModel):
@@ -33,6 +53,8 @@ class Plan(BaseModel):
     arms: dict[str, dict[str, Any]] = Field({}, description="further arms by name: dotted paths of fields with their values")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     match: tuple[Match, ...] = Field(("tokens", "flops"), min_length=1, description="budgets in which to match the arms to `reference`")
+    budgets: tuple[Budget, ...] = Field((Budget(),), min_length=1, description="how much the arms get of each in `match`")
+    test_loops: tuple[int, ...] = Field((), description="passes per sleep with which to evaluate the finished runs too")
     reference: str | None = Field(None, description="the arm that trains for the steps of `base`; default: the first")
 
     @model_validator(mode="after")
@@ -45,6 +67,8 @@ class Plan(BaseModel):
         for path in (*self.grid, *itertools.chain(*self.arms.values())):
             if path in ("steps", "seed"):
                 raise ValueError(f"{path}: belongs in {'base; match decides the steps of each arm' if path == 'steps' else 'seeds'}")
+        if len({budget.times for budget in self.budgets}) < len(self.budgets):
+            raise ValueError(f"budgets: {[budget.times for budget in self.budgets]} contains a duplicate")
         for field in ("seeds", "match"):
             if len(set(getattr(self, field))) < len(getattr(self, field)):
                 raise ValueError(f"{field}: {list(getattr(self, field))} contains a duplicate")
@@ -70,12 +94,14 @@ def read_plan(source: str | Path, overrides: dict[str, Any] | None = None) -> Pl
 
 
 class Costs(NamedTuple):
-    """Costs of one training step, and the size of the model."""
+    """Costs of one training step and of an answer, and the size of the model."""
 
     tokens: int
-    flops: int
-    """See `zoo.costs.training_flops`."""
+    flops: dict[int, int]
+    """See `zoo.costs.training_flops`; by passes per sleep."""
     parameters: int
+    awake: int
+    """FLOPs of one token while awake."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +118,24 @@ class Arm:
     def costs(self) -> Costs:
         """Costs, counted on the first batch."""
         task, model, *_ = prepare(self.config, torch.device("meta"))
-        mask = task.batch(0, 0, self.config.batch_size).loss_mask
-        return Costs(mask.size, training_flops(model, torch.from_numpy(mask)), sum(p.numel() for p in model.parameters()))
+        batch, most = task.batch(0, 0, self.config.batch_size), model.config.loops
+        mask = torch.from_numpy(batch.loss_mask)
+        flops = {loops: training_flops(model, mask, loops=loops) for loops in (range(1, most + 1) if self.config.ramp else [most])}
+        return Costs(batch.tokens, flops, sum(p.numel() for p in model.parameters()), describe(model).flops_per_token)
+
+    def flops(self, steps: int) -> int:
+        """Return the FLOPs of a run of this many steps; those of a ramp have fewer passes."""
+        config, flops = self.config.model_copy(update={"steps": steps}), self.costs.flops
+        return sum(flops[loops_at(step, config, max(flops))] for step in range(steps))
+
+    def steps(self, match: Match, amount: int) -> int:
+        """Return the number of steps that takes this amount of tokens or FLOPs."""
+        if match == "tokens":
+            return max(1, round(amount / self.costs.tokens))
+        steps = max(1, round(amount / max(self.costs.flops.values())))
+        for _ in range(3 if self.config.ramp else 0):  # the mean over a ramp hardly depends on its length
+            steps = max(1, round(amount * steps / self.flops(steps)))
+        return steps
 
 
 @dataclass(frozen=True)
@@ -107,6 +149,10 @@ class Run:
     @property
     def config(self) -> TrainConfig:
         return self.arm.config.model_copy(update={"steps": self.steps, "seed": self.seed})
+
+    @cached_property
+    def flops(self) -> int:
+        return self.arm.flops(self.steps)
 
     @property
     def folder(self) -> str:
@@ -142,22 +188,30 @@ def arms_of(plan: Plan) -> list[Arm]:
             raise ZooError(f"{label}: {error}") from None
     if len({_slug(name) for name in named}) < len(named):
         raise ZooError(f"arms: {', '.join(named)}: two would share a folder; rename one")
-    if plan.reference is not None and plan.reference not in named:
-        raise ZooError(f"reference: there is no arm '{plan.reference}'; {nearest(plan.reference, named)}")
+    used = [("budgets", name) for budget in plan.budgets for name in budget.arms or ()]
+    for field, arm in [*used, *([("reference", plan.reference)] if plan.reference is not None else [])]:
+        if arm not in named:
+            raise ZooError(f"{field}: there is no arm '{arm}'; {nearest(arm, named)}")
     return arms
 
 
-def runs_of(plan: Plan, arms: list[Arm]) -> dict[Match, list[Run]]:
-    """Return the runs for each matching; a run that serves both is in both.
+def runs_of(plan: Plan, arms: list[Arm]) -> dict[Matching, list[Run]]:
+    """Return the runs for each matching; a run that serves several is in all of them.
 
-    Each arm gets the number of steps that matches the tokens, or the FLOPs, of the reference.
+    Each arm gets the number of steps that matches the tokens, or the FLOPs, of the reference, times those of the budget.
     """
     reference = next(arm for arm in arms if plan.reference in (None, arm.name))
-    matched = {}
-    for match in plan.match:
-        each = {arm: arm.config.steps * getattr(reference.costs, match) / getattr(arm.costs, match) for arm in arms}
-        matched[match] = [Run(arm, max(1, round(steps)), seed) for arm, steps in each.items() for seed in plan.seeds]
-    return matched
+    once = {"tokens": reference.config.steps * reference.costs.tokens, "flops": reference.flops(reference.config.steps)}
+    return {
+        Matching(match, budget.times): [
+            Run(arm, arm.steps(match, budget.times * once[match]), seed)
+            for arm in arms
+            if arm.name in (budget.arms or (arm.name,))
+            for seed in budget.seeds or plan.seeds
+        ]
+        for match in plan.match
+        for budget in plan.budgets
+    }
 
 
 def _short(path: str) -> str:

@@ -10,39 +10,45 @@ from typing import Any
 import torch
 
 from zoo.costs import count
-from zoo.training.plan import Arm, Match, Run, format_value
+from zoo.training.plan import Arm, Matching, Run, format_value
 
 Results = Mapping[Run, dict[str, Any]]
 """Finished runs, with what `zoo.training.evaluate.evaluate` returned for each."""
 
 
-def csv_rows(match: Match, results: Results) -> Iterator[dict[str, Any]]:
+def csv_rows(match: Matching, results: Results) -> Iterator[dict[str, Any]]:
     """Yield the rows of runs.csv: one per run for all levels together, then one per level."""
     paths = list(dict.fromkeys(path for run in results for path in run.arm.fields))
     for run, found in results.items():
         costs, settings = run.arm.costs, run.config.model_dump()
         row = {
-            "match": match,
+            "match": str(match),
             "arm": run.arm.name,
             **{path: format_value(_at(settings, path)) for path in paths},
             "seed": run.seed,
             "steps": run.steps,
             "tokens": run.steps * costs.tokens,
-            "flops": run.steps * costs.flops,
+            "flops": run.flops,
             "parameters": costs.parameters,
+            "flops_awake": costs.awake,
             "best_guess": found["chance"],
         }
-        yield {**row, "level": "all", "loss": found["loss"], "accuracy": found["accuracy"], "exact": found["exact"]}
+        at_test = {f"accuracy_at_N={n}": accuracy for n, accuracy in found.get("test_loops", {}).items()}
+        measured = {name: found[name] for name in ("loss", "accuracy", "exact", "first", "wrong_window")}
+        yield {**row, "level": "all", **measured, **at_test}
         for level, accuracy in found["by_level"].items():
-            yield {**row, "level": level, "loss": found["loss_by_level"][level], "accuracy": accuracy}
+            measured = {"loss": found["loss_by_level"][level], "accuracy": accuracy, "first": found["first_by_level"].get(level)}
+            yield {**row, "level": level, **measured, "majority": found["majority_by_level"].get(level)}
 
 
-def markdown(match: Match, results: Results, arms: Sequence[Arm], reference: str, seeds: Sequence[int]) -> str:
+def markdown(match: Matching, results: Results, arms: Sequence[Arm], reference: str, seeds: Sequence[int]) -> str:
     """Return a Markdown table with a row per arm: costs, then mean and range of the accuracy over its seeds."""
     some = next(iter(results.values()))
     levels = list(dict.fromkeys(itertools.chain(*(found["by_level"] for found in results.values()))))
-    header = ["arm", "parameters", "steps", "tokens", "FLOPs", "right"]
+    header = ["arm", "parameters", "steps", "tokens", "FLOPs", "FLOPs per token awake", "right"]
     header += [level_label(level, some["level_name"]) for level in levels if len(levels) > 1]
+    header += ["first answer", "wrong window"] if some["wrong_window"] is not None else []
+    header += [f"right at N = {n}" for n in some.get("test_loops", ())]
     header += ["whole sequences"] if some["exact_chance"] is not None else []
     rows = [[*header, "best guess"]]
     for arm in arms:
@@ -50,7 +56,7 @@ def markdown(match: Match, results: Results, arms: Sequence[Arm], reference: str
         if done:
             rows.append(_row(arm, done, seeds, levels, whole=some["exact_chance"] is not None))
     lines = [
-        f"## The same {'tokens' if match == 'tokens' else 'training FLOPs'} as {reference}",
+        f"## {_amount(match)} as {reference}",
         "",
         *_aligned(rows),
         "",
@@ -63,11 +69,20 @@ def markdown(match: Match, results: Results, arms: Sequence[Arm], reference: str
 def _row(arm: Arm, done: Results, seeds: Sequence[int], levels: Sequence[int], *, whole: bool) -> list[str]:
     steps, found = next(iter(done)).steps, list(done.values())
     name = arm.name if len(done) == len(seeds) else f"{arm.name} ({len(done)} of {len(seeds)} seeds)"
-    row = [name, count(arm.costs.parameters), f"{steps:,}", count(steps * arm.costs.tokens), count(steps * arm.costs.flops)]
+    row = [name, count(arm.costs.parameters), f"{steps:,}", count(steps * arm.costs.tokens), count(arm.flops(steps))]
+    row.append(count(arm.costs.awake))
     row.append(_mean_and_range([one["accuracy"] for one in found]))
     row += [_mean_and_range([one["by_level"].get(level) for one in found]) for level in levels if len(levels) > 1]
+    if found[0]["wrong_window"] is not None:
+        row += [_mean_and_range([one[name] for one in found]) for name in ("first", "wrong_window")]
+    row += [_mean_and_range([one["test_loops"][n] for one in found]) for n in found[0].get("test_loops", ())]
     row += [_mean_and_range([one["exact"] for one in found])] if whole else []
     return [*row, f"{found[0]['chance']:.1%}" + (f", whole {found[0]['exact_chance']:.2%}" if whole else "")]
+
+
+def _amount(match: Matching) -> str:
+    what = "tokens" if match.match == "tokens" else "training FLOPs"
+    return f"The same {what}" if match.times == 1 else f"{match.times} times as many {what}"
 
 
 def _mean_and_range(values: Sequence[float | None]) -> str:

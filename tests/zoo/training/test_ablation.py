@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import zoo
 from tests.zoo.training.tiny import TINY
 from zoo.costs import training_flops
 from zoo.training.ablation import ablate
+from zoo.training.loop import prepare
 from zoo.training.plan import arms_of, read_plan, runs_of
 from zoo.training.plots import read_run
 
@@ -69,18 +71,18 @@ def test_matching_by_tokens_and_by_operations(planned):
     )
     arms = arms_of(plan)
     matched = runs_of(plan, arms)
-    steps = {match: {run.arm.name: run.steps for run in runs} for match, runs in matched.items()}
+    steps = {str(match): {run.arm.name: run.steps for run in runs} for match, runs in matched.items()}
     assert steps["tokens"] == {"N=1": 100, "N=4": 100, "half": 200, "deep": 100}
 
     def per_sequence(layers, loops):
-        """A window of 5 consolidated, a question of 3 read, one answer scored; forward and twice that backward."""
+        """A window of 5 consolidated, a question of 2 tokens read, one answer scored; forward and twice that backward."""
         fields = {"d_model": 16, "d_ff": 16, "layers": layers, "vocab_size": 7}
         sleep = zoo.describe(f"gdn4-sleep{loops}-hard5", **fields).flops_per_sleep
-        wake = zoo.describe("gdn4-sleep1-slide3", **fields).flops_per_sleep  # a sleep under hard eviction skips the last MLP
+        wake = zoo.describe("gdn4-sleep1-slide2", **fields).flops_per_sleep  # a sleep under hard eviction skips the last MLP
         return 3 * (sleep + wake + 2 * 7 * 16)
 
     once = per_sequence("attn gdn", 1)
-    assert arms[0].costs.flops == 4 * once
+    assert arms[0].costs.flops == {1: 4 * once}
     assert steps["flops"] == {
         "N=1": 100,
         "N=4": round(100 * once / per_sequence("attn gdn", 4)),
@@ -88,15 +90,41 @@ def test_matching_by_tokens_and_by_operations(planned):
         "deep": round(100 * once / per_sequence("(attn gdn)*2", 1)),
     }
     assert steps["flops"]["N=4"] < steps["flops"]["deep"] < 100
-    by_other = {run.arm.name: run.steps for run in runs_of(planned({"base": {"steps": 100}}, reference="N=4"), arms[:2])["flops"]}
+    by_other = {run.arm.name: run.steps for run in runs_of(planned({"base": {"steps": 100}}, reference="N=4"), arms[:2])["flops", 1]}
     assert by_other == {"N=1": round(100 * per_sequence("attn gdn", 4) / once), "N=4": 100}
+
+
+def test_budgets_and_a_ramp(planned):
+    """An arm with a ramp gets more steps: its FLOPs are the sum over them, of 1 to 4 passes."""
+    plan = planned(
+        {"base": {"steps": 40}}, match=["flops"], reference="N=4", arms={"ramp": {"overrides.loops": 4, "ramp": 0.5}},
+        budgets=[{}, {"times": 3, "arms": ["ramp", "N=4"], "seeds": [7]}],
+    )  # fmt: skip
+    arms = arms_of(plan)
+    matched = runs_of(plan, arms)
+    assert [str(match) for match in matched] == ["flops", "flops-3x"]
+    assert {(run.arm.name, run.seed) for run in matched["flops", 3]} == {("ramp", 7), ("N=4", 7)}
+    by_name = {arm.name: arm for arm in arms}
+    for times in (1, 3):
+        budget = times * 40 * by_name["N=4"].costs.flops[4]
+        (run,) = {(run.steps, run.flops) for run in matched["flops", times] if run.arm.name == "ramp"}
+        config = by_name["ramp"].config.model_copy(update={"steps": run[0]})
+        task, model, *_ = prepare(config, torch.device("meta"))
+        passes = [max(1, math.ceil(4 * (1 - (1 - min(1, step / (run[0] / 2))) ** 0.5))) for step in range(run[0])]
+        assert passes == sorted(passes)
+        assert set(passes) == {1, 2, 3, 4}
+        mask = torch.from_numpy(task.batch(0, 0, config.batch_size).loss_mask)
+        assert run[1] == sum(training_flops(model, mask, loops=n) for n in passes)
+        assert run[1] == pytest.approx(budget, rel=0.03)
+        assert run[0] > 1.2 * times * 40
 
 
 def test_a_run_that_serves_both_matchings_is_one(planned):
     plan = planned()
     matched = runs_of(plan, arms_of(plan))
-    assert {run for run in matched["tokens"] if run.arm.name == "N=1"} == {run for run in matched["flops"] if run.arm.name == "N=1"}
-    assert len({*matched["tokens"], *matched["flops"]}) == 6
+    tokens, flops = matched["tokens", 1], matched["flops", 1]
+    assert {run for run in tokens if run.arm.name == "N=1"} == {run for run in flops if run.arm.name == "N=1"}
+    assert len({*tokens, *flops}) == 6
     assert len({run.folder for runs in matched.values() for run in runs}) == 6
 
 
@@ -137,6 +165,8 @@ def test_operations_of_a_step_as_torch_counts_them(fields):
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] contains a duplicate"),
         ({"seeds": []}, "seeds: "),
         ({"match": ["time"]}, "match.0: 'time'"),
+        ({"budgets": [{"arms": ["N=3"]}]}, "budgets: there is no arm 'N=3'; did you mean"),
+        ({"budgets": [{}, {"times": 1}]}, r"budgets: \[1, 1\] contains a duplicate"),
         ({"reference": "N=3"}, "reference: there is no arm 'N=3'; did you mean"),
         ({"arms": {"N=1": {"lr": 1.0}}}, "arms.N=1: the grid has an arm of this name"),
         ({"arms": {"a b": {"lr": 1.0}, "a_b": {"lr": 2.0}}}, "two would share a folder"),
@@ -163,7 +193,7 @@ def test_shipped_plans_fit_together(name):
 
 def test_a_folder_becomes_a_table(planned, tmp_path):
     """The files repeat what the folders of the runs hold, and nothing is trained twice."""
-    plan, out = planned(arms={"wild": {"lr": 1e30, "clip": 1e30, "overrides.loops": 1}}), tmp_path / "out"
+    plan, out = planned(test_loops=[1, 3], arms={"wild": {"lr": 1e30, "clip": 1e30, "overrides.loops": 1}}), tmp_path / "out"
     with pytest.raises(zoo.ZooError, match=r"2 runs failed: wild, 4 steps, seed 3: .*try a lower lr"):
         ablate(plan, out, processes=1)
     folders = {path.name: path for path in (out / "runs").iterdir() if (path / "results.json").exists()}
@@ -174,9 +204,15 @@ def test_a_folder_becomes_a_table(planned, tmp_path):
         run = read_run(folders[f"{row['arm']}-{row['steps']}steps-seed{row['seed']}"])
         level = row["level"]
         assert float(row["accuracy"]) == (run.results["accuracy"] if level == "all" else run.results["by_level"][int(level)])
+        first = run.results["first"] if level == "all" else run.results["first_by_level"].get(int(level), "")
+        assert row["first"] == str(first)
+        if level == "all":
+            at_test = json.loads((folders[f"{row['arm']}-{row['steps']}steps-seed{row['seed']}"] / "test_loops.json").read_text())
+            assert {n: float(row[f"accuracy_at_N={n}"]) for n in "13"} == at_test
+            assert run.loops != 1 or at_test["1"] == run.results["accuracy"]
         assert float(row["loss"]) == (run.results["loss"] if level == "all" else run.results["loss_by_level"][int(level)])
         assert (run.config.seed, run.config.steps, run.loops) == (int(row["seed"]), int(row["steps"]), int(row["overrides.loops"]))
-        assert int(row["tokens"]) == run.metrics[-1]["tokens"] == run.config.steps * 4 * 8
+        assert int(row["tokens"]) == run.metrics[-1]["tokens"] == run.config.steps * 4 * 7  # the last token predicts nothing
     flops = {(row["arm"], int(row["flops"])) for row in rows if row["match"] == "flops"}
     (_, low), (_, high) = sorted(flops, key=lambda pair: pair[1])
     assert high / low < 1.5  # of 4 steps and of 2
