@@ -150,7 +150,7 @@ class GsmInfinite(Task):
 
     @cached_property
     def _answers(self) -> list[list[int]]:
-        """Answers to the held-out problems of the file, or to 4,000 generated ones."""
+        """Answers to the held-out problems of the file, or to 2,000 generated ones."""
         if self._files is not None:
             return [encoded.answer for group in self._files["test"] for encoded in group]
         return [self._answer(answer) for answer in _answers(self.operations, self.quantities)]
@@ -240,9 +240,9 @@ def _irrelevant(dice: random.Random, problem: Problem) -> Iterator[Fact]:
 
 @lru_cache
 def _answers(operations: int, quantities: int) -> list[int]:
-    """Return the answers to 4,000 problems."""
+    """Return the answers to 2,000 problems."""
     dice = random.Random(0)
-    return [gsm_graph.draw(dice, dice.randint(2, operations), quantities, NAMES, GROUPS).answer for _ in range(4000)]
+    return [gsm_graph.draw(dice, dice.randint(2, operations), quantities, NAMES, GROUPS).answer for _ in range(2000)]
 
 
 class Read(NamedTuple):
