@@ -86,12 +86,15 @@ def print_results(results: dict[str, Any]) -> None:
     """Print the results of an evaluation."""
     guesses = results["majority_by_level"]
     rows = [(str(level), f"{share:.1%}", f"{guesses[level]:.1%}") for level, share in results["whole_by_level"].items()]
-    rows += [("all tokens of answers", f"{results['accuracy']:.1%}", ""), ("guess without the context", f"{results['chance']:.1%}", "")]
+    rows += [
+        ("all tokens of answers", f"{results['accuracy']:.1%}", ""),
+        ("best guess without the context", f"{results['chance']:.1%}", ""),
+    ]
     rows += [("first answer of a sequence", f"{results['first']:.1%}", "")]
     if results["wrong_window"] is not None:
         rows.append(("windows of another sequence", f"{results['wrong_window']:.1%}", ""))
     rows += [("whole sequences", f"{results['exact']:.1%}", "")]
     if results["exact_chance"] is not None:
-        rows.append(("whole sequences, guess", f"{results['exact_chance']:.2%}", ""))
+        rows.append(("whole sequences, best guess", f"{results['exact_chance']:.2%}", ""))
     title = f"{results['model']} on {results['task']}: {results['answers']:,} held-out answers"
     print_table([results["level_name"], "right", "majority"], rows, title=title)
