@@ -74,6 +74,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         **write_size(config, "olmo_hybrid", "OlmoHybridForCausalLM"),
         **write_heads(config),
         **positions,
+        **{f"{name}_token_id": None for name in ("pad", "bos", "eos")},  # upstream's defaults do not fit other vocabularies
         "attention_bias": attention.bias,
         "layer_types": [words[kind] for kind in config.pattern],
         "linear_num_key_heads": gdn.heads,
