@@ -246,7 +246,7 @@ class NaiveFamily(NaiveStream):
         self.cache = window
         self.position += len(ids)
         logits = self.norm(self.p, "norm", h) @ self.p.get("head.weight", self.p["embed.weight"]).T * self.c.logits_scale
-        return logits
+        return logits if self.c.logits_cap is None else self.c.logits_cap * torch.tanh(logits / self.c.logits_cap)
 
     def evict(self):
         if self.c.evict == "hard":

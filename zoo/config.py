@@ -53,6 +53,7 @@ class ModelConfig(BaseModel):
     tie_embeddings: bool = False
     embed_scale: float = Field(1.0, description="factor of the token embeddings where they enter the first block")
     logits_scale: float = Field(1.0, description="factor of the logits")
+    logits_cap: float | None = Field(None, gt=0, description="bound of the logits: cap * tanh(logits / cap)")
     learned_positions: bool | Literal["asleep"] = Field(
         False, description="add a learned embedding of the position in a window that restarts; 'asleep': only during a sleep"
     )

@@ -91,7 +91,9 @@ class Model(nn.Module):
         if self.config.wake_loops > 1:
             h = h[..., -1, :] if self.exit is None else self.exit(h)
         logits: Tensor = self.head(h)
-        return logits if self.config.logits_scale == 1 else logits * self.config.logits_scale
+        logits = logits if self.config.logits_scale == 1 else logits * self.config.logits_scale
+        cap = self.config.logits_cap
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     @property
     def wakes_as_it_sleeps(self) -> bool:

@@ -36,6 +36,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"heads": 2, "head_dim": 6, "value_heads": 4, "expand_v": 1.5, "gate": False, "neg_eigval": True, "conv_size": 2},
     ),
     "jet narrow": ("jet", {"heads": 3, "head_dim": 5, "expand_v": 1.4, "conv_size": 3, "generator_reduction": 4}),
+    "attn scaled": ("attn", {"kv_heads": 2, "scale": 0.3, "qk_norm": "wide", "qk_norm_whole": True}),
+    "mamba normed": ("mamba", {"state_dim": 5, "inner_norm": "plain"}),
+    "mamba unit": ("mamba", {"state_dim": 5, "inner_norm": "unit"}),
+    "rglru wide": ("rglru", {"heads": 3, "width": 48, "conv_size": 3}),
+    "conv of 2": ("conv", {"conv_size": 2, "bias": True}),
     "mamba odd": ("mamba", {"expand": 3, "state_dim": 5, "dt_rank": 3, "conv_size": 3, "conv_bias": False, "bias": True}),
     "mamba2 grouped": ("mamba2", {"head_dim": 8, "state_dim": 5, "groups": 4, "conv_size": 3, "bias": True, "dt_limit": [0.01, 0.5]}),
 }

@@ -16,8 +16,10 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "jet": {"heads": 2, "mlp": False},
     "mamba": {"state_dim": 3},
     "mamba2": {"head_dim": 8, "state_dim": 4, "mlp": False},
+    "conv": {},
+    "rglru": {"heads": 2},
 }
-RECURRENT = {"gdn", "jet", "mamba", "mamba2"}
+RECURRENT = {"gdn", "jet", "mamba", "mamba2", "rglru"}
 
 
 @st.composite

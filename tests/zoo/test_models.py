@@ -38,6 +38,8 @@ PARAMETERS = {
     "lfm2-700m": 742_489_344,
     "lfm2-1.2b": 1_170_340_608,
     "lfm2-8b-a1b": 8_339_929_856,
+    "recurrentgemma-2b": 2_682_862_080,
+    "recurrentgemma-9b": 8_579_977_216,
 }
 
 

@@ -28,7 +28,19 @@ from zoo.model import Model
 from zoo.registry import nearest
 
 CONFIG = "config.json"
-ARCHITECTURE = ("vocab_size", "d_model", "pattern", "mlp", "mlp_width", "norm", "norm_eps", "tie_embeddings", "embed_scale", "logits_scale")
+ARCHITECTURE = (
+    "vocab_size",
+    "d_model",
+    "pattern",
+    "mlp",
+    "mlp_width",
+    "norm",
+    "norm_eps",
+    "tie_embeddings",
+    "embed_scale",
+    "logits_scale",
+    "logits_cap",
+)
 """Fields in which a model and the checkpoint of its weights must agree, besides the options of the blocks."""
 WAKE_LOOPS = ("wake_loops", "exit")
 """Fields of upstream's config.json that do not concern the weights."""
