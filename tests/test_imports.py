@@ -26,6 +26,7 @@ LAYERS = (
     ),
     ("zoo.config", "zoo.state"),
     ("zoo.inputs", "zoo.loss", "zoo.model"),
+    ("zoo.initialise",),
     ("zoo.checkpoints", "zoo.factory"),
     ("zoo.costs",),
     ("zoo.text",),

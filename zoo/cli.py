@@ -108,7 +108,7 @@ def _describe(model: str, fields: dict[str, Any]) -> Description:
         return describe_model(model, **fields)
     import torch
 
-    from zoo.checkpoints.own import CONFIG, read_config, stored_dtype
+    from zoo.checkpoints.own import CONFIG, configure, stored_dtype
     from zoo.factory import create
     from zoo.training.config import read_config as read_run
     from zoo.training.loop import prepare
@@ -117,7 +117,7 @@ def _describe(model: str, fields: dict[str, Any]) -> Description:
     if (folder / SETTINGS).is_file() and not (folder / CONFIG).is_file():  # a run that has not finished
         started = prepare(read_run(folder), torch.device("meta")).model
         return describe_model(create(started.config, device="meta", dtype=started.embed.weight.dtype, **fields))
-    return describe_model(create(read_config(folder), device="meta", dtype=stored_dtype(folder), **fields))
+    return describe_model(create(configure(folder, fields), device="meta", dtype=stored_dtype(folder)))
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ from zoo.checkpoints.checksum import metadata
 from zoo.checkpoints.companions import read_companions, write_companions
 from zoo.checkpoints.plain import empty_model, plain_tensors, unwrap, wide_parameters
 from zoo.checkpoints.stored import WEIGHTS, has_weights, open_folder, refuse_adapter
-from zoo.config import ModelConfig, resolve
+from zoo.config import ModelConfig, merge, resolve
 from zoo.devices import usable_device
 from zoo.dtypes import parse_dtype
 from zoo.errors import ZooError
 from zoo.files import new_folder, replacing
+from zoo.initialise import initialise
+from zoo.layer_pattern import expand
 from zoo.model import Model
 
 CONFIG = "zoo.yaml"
@@ -59,17 +62,31 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     Args:
         dtype: dtype of the weights, or its name ("bfloat16"); default: as stored. Norms and decays that a checkpoint stores in
             float32 beside narrower weights stay float32.
-        overrides: config fields, for example `loops=4, evict="hard", window=512` for a checkpoint that is to sleep.
+        overrides: config fields, for example `loops=4, evict="hard", window=512` for a checkpoint that is to sleep. In
+            `layers="(attn*4 gdn)*6"`, kinds that the checkpoint lacks are inserted; they have no effect before training.
     Raises:
         ZooError: a missing or damaged file, or tensors that do not fit the config; names the file and the tensor.
     """
     dtype = None if dtype is None else parse_dtype(dtype)
     folder, device = Path(path), usable_device(device)
-    config = resolve(read_config(folder), overrides)
+    config = configure(folder, overrides)
     model = empty_model(config, str(folder / (CONFIG if (folder / CONFIG).is_file() else upstream.CONFIG)))
     _fill(model, folder, device, dtype)
     model.companions = read_companions(folder)
+    initialise(model, device)
     return model
+
+
+def configure(folder: Path, overrides: Mapping[str, Any]) -> ModelConfig:
+    """Return the config of a folder with overrides applied. Kinds of blocks that it lacks are inserted, without MLPs. Raises ZooError."""
+    stored = read_config(folder)
+    if "layers" not in overrides:
+        return resolve(stored, overrides)
+    pattern = expand(str(overrides["layers"]))
+    added = {kind: {"inserted": True, "mlp": False} for kind in pattern if kind not in stored.pattern}
+    if [kind for kind in pattern if kind not in added] != list(stored.pattern):
+        raise ZooError(f"{folder}: layers: '{overrides['layers']}': want '{stored.layers}', with other kinds of blocks inserted")
+    return resolve(stored, {**overrides, "blocks": merge(added, overrides.get("blocks", {}))})
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -98,11 +115,30 @@ def _fill(model: Model, folder: Path, device: str | torch.device, dtype: torch.d
 
 
 def fill(model: Model, folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> None:
-    """Replace every parameter of `model` with the tensor of that name in a folder of our format. Raises ZooError."""
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    wide = wide_parameters(model)
+    """Replace every parameter of `model`, except those of blocks whose kind the stored model lacks, with a folder's tensors.
+
+    Raises:
+        ZooError: as `load`.
+    """
+    names, wide = _stored_names(model, resolve(folder / CONFIG)), wide_parameters(model)
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     with open_folder(folder, device) as stored:
-        stored.check(folder, wanted, model.config.name)
+        if "inject" not in stored.shapes:
+            names.pop("inject", None)
+        stored.check(folder, {there: shapes[name] for name, there in names.items()}, model.config.name)
         main = stored.main_dtype()
-        tensors = {name: stored.read(name, stored.kept_dtype(name, dtype, main, name in wide)) for name in wanted}
-    model.to(tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True)
+        tensors = {name: stored.read(there, stored.kept_dtype(there, dtype, main, name in wide)) for name, there in names.items()}
+    model.to(tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True, strict=False)
+
+
+def _stored_names(model: Model, stored: ModelConfig) -> dict[str, str]:
+    """Return the name in a folder of every parameter; blocks of kinds that the folder lacks are not counted."""
+    kept = [i for i, kind in enumerate(model.config.pattern) if kind in stored.pattern]
+    numbers, names = {str(i): str(n) for n, i in enumerate(kept)}, {}
+    for name in model.state_dict():
+        top, *rest = name.split(".")
+        if top != "blocks":
+            names[name] = name
+        elif rest[0] in numbers:
+            names[name] = ".".join(["blocks", numbers[rest[0]], *rest[1:]])
+    return names

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.checkpoints.companions import read_companions
-from zoo.checkpoints.own import read_config as read_model_config
-from zoo.config import ModelConfig, merge
+from zoo.checkpoints.own import configure
+from zoo.config import ModelConfig, merge, resolve
 from zoo.costs import peak_flops, training_flops
 from zoo.errors import ZooError
 from zoo.factory import create
@@ -81,18 +81,15 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
     """
     task = new_task(config.task)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    fields = {"vocab_size": task.vocab_size, **({"sleep_on": "every"} if task.loss_everywhere else {}), **config.overrides}
+    fields = {**({"sleep_on": "every"} if task.loss_everywhere else {}), **config.overrides}
     folder = Path(config.model) if Path(config.model).is_dir() else None
-    if folder is not None:
-        fields = {**fields, "vocab_size": read_model_config(folder).vocab_size, **config.overrides}
     source = (config.weights or folder) if initial and device.type != "meta" else None
     model = create(
-        config.model if folder is None else read_model_config(folder),
+        resolve(config.model, {"vocab_size": task.vocab_size, **fields}) if folder is None else configure(folder, fields),
         device=device,
         dtype=dtype,
         seed=config.seed,
         pretrained=source == "hub" or source or False,
-        **fields,
     )
     check_fit(model, task)
     freeze(model, config.frozen)
