@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import logging
 import re
 import warnings
@@ -11,9 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._pytree import tree_unflatten
 
 from zoo.errors import ZooError
@@ -47,7 +50,17 @@ def _errors_only(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
+_build_translations = ONNXRegistry.from_torchlib
+
+
+@functools.cache
+def _translations(opset_version: int) -> ONNXRegistry:
+    """Return torch's translations to ONNX. Torch parses the source of all 500 for every graph."""
+    return _build_translations(opset_version=opset_version)
+
+
 @_errors_only("torch.onnx", "onnx_ir")
+@mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_translations))
 def trace(module: nn.Module, example: Mapping[str, Tensor], scans: Scans) -> ir.Model:
     """Trace a module over named tensors to ONNX, with a dynamic dimension `batch` and with parameters by name only.
 
