@@ -211,8 +211,28 @@ Builder.create_masked_load, Builder.create_masked_store = masked_load, masked_st
 Builder.create_atomic_rmw, Builder.set_grid_idx = atomic_rmw, set_grid_idx
 upstream_launch, upstream.GridExecutor.__call__ = upstream.GridExecutor.__call__, launch
 
-# a kernel's helper functions need not patch the language again at each call, which takes 1 ms
-upstream_call = upstream.InterpretedFunction.__call__
-upstream.InterpretedFunction.__call__ = lambda self, *arguments, **keywords: (
-    upstream_call(self, *arguments, **keywords) if self.fn.__module__.startswith("triton.") else self.rewrite()(*arguments, **keywords)
-)
+# --- time ----------------------------------------------------------------------------------------------------------------------
+# A kernel's helper functions patch the language again at each call, and never undo it, which takes 1 ms; those of Triton need
+# it once, since they use another module than the kernel. The table of dtypes is built anew for each operation.
+
+patched: set[str] = set()
+np_dtypes: dict[str, np.dtype] = {}
+
+
+def call(self, *arguments, **keywords):
+    module = self.fn.__module__
+    if module.startswith("triton.") and module not in patched:
+        patched.add(module)
+        upstream._patch_lang(self.fn)
+    return self.rewrite()(*arguments, **keywords)
+
+
+def np_dtype(dtype):
+    element = dtype.scalar
+    if element.name not in np_dtypes:
+        np_dtypes[element.name] = upstream_np_dtype(element)
+    return np_dtypes[element.name]
+
+
+upstream_np_dtype, upstream._get_np_dtype = upstream._get_np_dtype, np_dtype
+upstream.InterpretedFunction.__call__ = call
