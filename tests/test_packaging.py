@@ -37,8 +37,12 @@ def run(environment, *command, status=0):
 
 
 def test_the_wheel_is_what_runs(environment):
-    where = run(environment, "python", "-c", "import zoo, zoo.blocks.gdn; print(zoo.__file__, zoo.blocks.gdn.__file__)").split()
-    assert all(str(environment) in path for path in where)
+    """And leaves Hugging Face's `kernels` importable beside it."""
+    code = "import kernels, zoo, zoo.blocks.gdn; print(zoo.__file__, zoo.blocks.gdn.__file__, *dir(kernels))"
+    package, block, *theirs = run(environment, "python", "-c", code).split()
+    assert str(environment) in package
+    assert str(environment) in block
+    assert "get_kernel" in theirs
 
 
 def test_no_generic_name_is_installed(environment):
@@ -46,32 +50,30 @@ def test_no_generic_name_is_installed(environment):
     for floor in FLOORS:
         if floor != "kernels":
             assert not (site / floor).exists()
-    assert "get_kernel" in run(environment, "python", "-c", "import zoo.blocks.gdn, kernels; print(dir(kernels))")
 
 
 def test_the_commands(environment):
-    code = "import zoo; print(zoo.describe(zoo.create('gdn4-sleep4')))"
-    assert "3.70 M" in run(environment, "python", "-c", code)
+    """As programs, and most of them in one process, which imports torch once."""
     assert "gdn4" in run(environment, "zoo", "list", "gdn*")
-    for command in (
-        ["zoo"],
-        ["zoo", "list"],
-        ["zoo", "describe"],
-        ["zoo", "train"],
-        ["zoo", "eval"],
-        ["zoo", "demo"],
-        ["zoo", "chat"],
-        ["zoo", "serve"],
-        ["zoo-export"],
-    ):
-        assert "Usage:" in run(environment, *command, "--help")
     (environment / "run.yaml").write_text(
         "model: gdn4-sleep2\noverrides: {layers: attn gdn, d_model: 16, window: 5}\ntask: {name: cycle, nodes: 5, hops: 1}\n"
         "steps: 2\nbatch_size: 4\neval_sequences: 4\n"
     )
-    run(environment, "zoo", "train", "run.yaml", "--out", "run")
-    run(environment, "zoo", "train", "cycle", "steps=1", "batch_size=2", "eval_sequences=2")
-    run(environment, "zoo", "eval", "run", "--sequences", "4")
+    code = """
+import zoo
+from click.testing import CliRunner
+from zoo.cli import main
+for name in (None, "list", "describe", "train", "eval", "demo", "chat", "serve"):
+    assert "Usage:" in CliRunner().invoke(main, [*filter(None, [name]), "--help"]).output
+assert "3.70 M" in str(zoo.describe(zoo.create("gdn4-sleep4")))
+for line in (
+    "train run.yaml --out run",
+    "train cycle steps=1 batch_size=2 eval_sequences=2 overrides.d_model=16",
+    "eval run --sequences 4",
+):
+    main(line.split(), standalone_mode=False)
+"""
+    run(environment, "python", "-c", code)
     run(environment, "zoo-export", "run", "--target", "onnx", "--out", "bundle")
     assert {p.name for p in (environment / "bundle").iterdir()} == {"bundle.json", "prediction.onnx", "consolidation.onnx", "weights.bin"}
 
