@@ -36,6 +36,7 @@ def resident_bytes():
 PARTS = 12
 
 
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("fed", [1_500, pytest.param(200_000, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("evict", ["hard24", "slide24"])
 def test_memory_is_flat(evict, fed):

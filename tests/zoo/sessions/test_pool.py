@@ -218,6 +218,7 @@ def live_bytes():
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize(
     ("name", "when"), [("gdn4-sleep2-hard30", "interval(20)"), ("gdn4-sleep2-slide30", "interval(20)"), ("gdn4", "full")]
 )
@@ -232,7 +233,7 @@ def test_the_bound_in_bytes(name, when, monkeypatch):
         if next(turns) % 16 == 0:  # looking at every object takes long
             held.append(live_bytes())
 
-    gc.collect()  # so that nothing of earlier tests is freed while the streams run
+    gc.collect()
     before = live_bytes()
     with zoo.SessionPool(whole, **how) as pool, ThreadPoolExecutor(4) as threads:
         streams = [pool.open() for _ in range(4)]
@@ -320,6 +321,7 @@ def test_refused_and_interrupted_calls_are_closed(monkeypatch):
     gc.collect()
 
 
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("cycles", [20, pytest.param(1000, marks=pytest.mark.extended)])
 def test_a_closed_stream_is_released(cycles):
     """Opened, used, put to sleep and closed: no object, thread or byte of a tensor remains."""

@@ -521,6 +521,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
         session().save(tmp_path / "nowhere" / "stream")
 
 
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("cycles", [20, pytest.param(1000, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("how", ["closed", "dropped"])
 def test_a_session_is_released(how, cycles):
