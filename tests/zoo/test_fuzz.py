@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -92,10 +93,25 @@ def sleep_by_the_book(model: zoo.Model, ids: torch.Tensor, start: zoo.State, loo
     return model.evict(zoo.State(tuple(fast), tuple(window), start.position + ids.shape[1]))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(configs(), st.integers(1, 12), st.integers(1, 5), st.integers(0, 100))
-@torch.no_grad()
+DRAWN = given(configs(), st.integers(1, 12), st.integers(1, 5), st.integers(0, 100))
+HOW: dict[str, Any] = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=80, **HOW)
+@DRAWN
 def test_contract(config: dict[str, Any], length: int, pieces: int, seed: int) -> None:
+    check(config, length, pieces, seed)
+
+
+@pytest.mark.extended
+@settings(max_examples=500, **HOW)
+@DRAWN
+def test_contract_in_more_cases(config: dict[str, Any], length: int, pieces: int, seed: int) -> None:
+    check(config, length, pieces, seed)
+
+
+@torch.no_grad()
+def check(config: dict[str, Any], length: int, pieces: int, seed: int) -> None:
     model = zoo.create(config, dtype=torch.float64, seed=seed)
     if config["inject"]:
         model.inject.fill_(0.5)

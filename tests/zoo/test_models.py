@@ -58,7 +58,12 @@ def test_inserted_blocks_are_less_than_a_tenth_of_ouro() -> None:
     assert [i for i, kind in enumerate(zoo.create("ourojet1.4b", device="meta").config.pattern) if kind == "jet"] == [4, 9, 14, 19, 24, 29]
 
 
-@pytest.mark.parametrize("name", zoo.list_models())
+# larger sizes of models that are tested beside them
+LARGER = {"gdn1.3b", "jet4b", "mamba370m", "mamba790m", "mamba1.4b", "mamba2.8b", "ouro2.6b", "samba1.3b", "samba1.7b", "samba3.8b"}
+LARGER |= {"mamba2-370m", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.extended) if name in LARGER else name for name in zoo.list_models()])
 def test_every_model_sleeps(name: str) -> None:
     model = zoo.create(f"{name}-sleep3", device="meta")
     assert model.config.loops == 3

@@ -276,8 +276,15 @@ def test_what_follows_the_last_supervised_token_is_not_run(evict, sleep_on, colu
     assert torch.equal(model.loss(ids[:, : read + 1], mask[:, : read + 1]), loss)
 
 
-@pytest.mark.parametrize("evict", ["hard3", "slide3"])
-@pytest.mark.parametrize("overrides", [{}, {"span": (1, 1), "inject": True, "loop_norm": True}])
+INNER = {"span": (1, 1), "inject": True, "loop_norm": True}
+SLEEPS = [
+    ("hard3", {}),
+    ("slide3", INNER),
+    *(pytest.param(*case, marks=pytest.mark.extended) for case in (("hard3", INNER), ("slide3", {}))),
+]
+
+
+@pytest.mark.parametrize(("evict", "overrides"), SLEEPS)
 def test_gradient_of_the_loss(evict, overrides):
     """Compare the gradient of every parameter with finite differences, for three chunks and three loops."""
     model = tiny(

@@ -242,7 +242,7 @@ def test_other_files_in_the_folder_are_not_touched(planned, tmp_path):
         ablate(planned(), tmp_path / "out")
 
 
-@pytest.mark.parametrize("blow", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("blow", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.extended)])
 def test_an_interrupted_ablation_resumes(planned, tmp_path, blow):
     """No process survives, the run under way resumes from its checkpoint, and no run is lost."""
     plan, out = (
