@@ -91,17 +91,17 @@ def test_the_weights_are_in_the_engine(engines, name):
             assert any(layout.detach().numpy().tobytes() in engine for layout in (weight, weight.t().contiguous())), parameter
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.extended), "float16", "bfloat16"])
 def test_the_command(rtx, tmp_path, precision):
     out = tmp_path / "bundle"
     asked = ["--target", "tensorrt", "--dtype", precision, "--compute-capability", "8.0,12.0", "--no-verify", "--out", str(out)]
-    result = CliRunner().invoke(main, ["gdn4-sleep4", *asked])
+    result = CliRunner().invoke(main, ["gdn4-sleep4-hard6", "layers=attn gdn", "d_model=32", *asked])
     assert result.exit_code == 0, result.output
     bundle = Bundle.read(out)
     assert bundle.precision == precision
     assert bundle.engines.keys() == {"prediction.engine", "consolidation.engine"}
     stored = embedding(out)
-    assert len(stored) == 3 * 256 * (4 if precision == "float32" else 2)
+    assert len(stored) == 3 * 32 * (4 if precision == "float32" else 2)
     for name, spec in bundle.engines.items():
         assert spec.compute_capability == ["8.0", "12.0"]
         assert stored in (out / name).read_bytes()  # stored without conversion
