@@ -22,11 +22,11 @@ lint: .venv/installed  ## check style, format and types
 	$(BIN)/mypy
 
 test: lint  ## lint, then run every test that is fast enough for every change
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 # kernels for every GPU architecture and beside those of other projects, streams that run for long
 test-all: test .venv/peers  ## also run the slow tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m extended
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m extended
 
 docs: .venv/installed  ## build the documentation site in build/site; any warning or broken link is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d build/doctrees . build/site

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import fcntl
-import os
-import pickle
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,21 +120,13 @@ def small(loud: float | None = None, **fields) -> zoo.Model:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory):
-    """Export each case once across all processes, when a test first needs it."""
-    made: dict[str, Exported] = {}
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    """Export each case when a test first needs it."""
 
+    @functools.cache
     def bundle(case: str) -> Exported:
-        if case not in made:
-            fields, plan = ALL[case]
-            model, folder, stored = small(**fields), shared / f"bundle-{case}", shared / f"{case}.parity"
-            with (shared / f"{case}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not stored.exists():
-                    stored.write_bytes(pickle.dumps(zoo.export.export(model, folder, plan=Plan(**plan))))
-            made[case] = Exported(model, folder, pickle.loads(stored.read_bytes()))
-        return made[case]
+        fields, plan = ALL[case]
+        model, folder = small(**fields), tmp_path_factory.mktemp("bundle") / case
+        return Exported(model, folder, zoo.export.export(model, folder, plan=Plan(**plan)))
 
     return bundle
 
