@@ -16,7 +16,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._pytree import tree_unflatten
 
 from zoo.errors import ZooError
@@ -26,6 +25,7 @@ try:
     import onnx_ir as ir
     from onnx_ir.passes import common
     from onnxscript.optimizer import optimize
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 except ImportError:
     raise ZooError("export: needs pip install 'sleep-zoo[onnx]'") from None
 

@@ -219,7 +219,7 @@ assert session.stats().sleeps == 2
 def test_an_export_target_and_a_provider(run, tmp_path):
     code = """
 import torch, zoo
-command("zoo-export toy4-sleep2 'layers=decay attn' window=4 --target labelled --no-verify --out bundle")
+command("zoo-export toy4-sleep2 layers=decay window=4 --target labelled --no-verify --out bundle")
 session = zoo.export.load("bundle", provider="counted")
 session.feed(torch.arange(6)[None])
 assert session.stats().sleeps == 1

@@ -56,7 +56,7 @@ def test_the_commands(environment):
     """As programs, and most of them in one process, which imports torch once."""
     assert "gdn4" in run(environment, "zoo", "list", "gdn*")
     (environment / "run.yaml").write_text(
-        "model: gdn4-sleep2\noverrides: {layers: attn gdn, d_model: 16, window: 5}\ntask: {name: cycle, nodes: 5, hops: 1}\n"
+        "model: gdn4-sleep2\noverrides: {layers: gdn, d_model: 16, window: 5}\ntask: {name: cycle, nodes: 5, hops: 1}\n"
         "steps: 2\nbatch_size: 4\neval_sequences: 4\n"
     )
     code = """

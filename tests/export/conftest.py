@@ -47,24 +47,41 @@ CASES = {
     # one pass of a span without fast weights, which only the coda has; tied embeddings
     "once": ({"layers": "swa gdn", "loops": 1, "span": [0, 0], "tie_embeddings": True}, {}),
 }
-# all mixers, policies, forms of a sleep, and both dialects
+# all mixers, policies, forms of a sleep, and both dialects; of few sizes, since an export traces equal blocks once in a process
 FORMS = {
     "mix": (
-        {"layers": "mamba2 swa jet gdn attn mamba", "evict": "sliding", "span": [1, 4], "blocks": {"mamba2": {"groups": 2}}},
+        {
+            "layers": "mamba2 swa jet gdn attn mamba",
+            "evict": "sliding",
+            "window": 5,
+            "span": [1, 4],
+            "blocks": {"attn": {"kv_heads": 1}, "mamba2": {"groups": 2}},
+        },
         {},
     ),
     "ouro": (
         {"layers": "attn*2", "evict": "none", "window": None, "loops": 1, "wake_loops": 3, "loop_norm": True, "exit": {}},
-        {"max_length": 9},
+        {"max_length": 12},
     ),
-    "full": ({"layers": "gdn swa attn", "evict": "none", "window": None, "loops": 1}, {"max_length": 12, **PREFILL}),
+    "full": ({"layers": "gdn swa", "evict": "none", "window": None, "loops": 1}, {"max_length": 12, **PREFILL}),
     "chunks": ({"layers": "gdn", "window": 70}, {}),
     "scan": ({"layers": "gdn", "window": 530}, {}),
     "unrolled": (
         {"layers": "attn gdn attn", "loops": 3, "span": [0, 1], "loop_norm": True, "learned_positions": True},
         {"sleep": "unroll"},
     ),
-    "per-pass": ({"layers": "gdn attn gdn", "evict": "sliding", "loops": 3, "span": [1, 1], "inject": True}, {"sleep": "per-pass"}),
+    "per-pass": (
+        {
+            "layers": "gdn attn gdn",
+            "evict": "sliding",
+            "window": 5,
+            "loops": 3,
+            "span": [1, 1],
+            "inject": True,
+            "blocks": {"attn": {"kv_heads": 1}},
+        },
+        {"sleep": "per-pass"},
+    ),
     "ort": ({"layers": "attn gdn", "window": 12}, {"dialect": "ort", **PREFILL}),
     "ort-mamba2": ({"layers": "mamba2", "blocks": {"mamba2": {"groups": 2}}}, {"dialect": "ort"}),
     "int8": ({"layers": "gdn", "d_model": 32, "d_ff": 32}, {"weights": "int8"}),

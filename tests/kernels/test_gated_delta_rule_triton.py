@@ -202,7 +202,7 @@ def test_training_on_rule110_as_the_reference_does() -> None:
         model = zoo.create("gdn4-sleep2-hard6", vocab_size=3, d_model=16, layers="attn gdn", blocks={"gdn": {"heads": 1, "value_heads": 2}})
         optimizer, losses[form] = torch.optim.AdamW(model.parameters(), lr=3e-3), []
         with zoo.kernels.use(form):
-            for step in range(3):
+            for step in range(2):
                 ids, mask, _ = map(torch.from_numpy, task.batch(0, step, 2))
                 loss = model.answers(ids, mask).losses().mean()
                 loss.backward()
@@ -210,4 +210,4 @@ def test_training_on_rule110_as_the_reference_does() -> None:
                 optimizer.zero_grad()
                 losses[form].append(loss.item())
     assert losses["triton"] == pytest.approx(losses["reference"], abs=1e-5, rel=0)
-    assert abs(losses["triton"][2] - losses["triton"][0]) > 1e-2
+    assert abs(losses["triton"][1] - losses["triton"][0]) > 1e-2
