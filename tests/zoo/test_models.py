@@ -60,7 +60,8 @@ def test_inserted_blocks_are_less_than_a_tenth_of_ouro() -> None:
 
 # larger sizes of models that are tested beside them
 LARGER = {"gdn1.3b", "jet4b", "mamba370m", "mamba790m", "mamba1.4b", "mamba2.8b", "ouro2.6b", "samba1.3b", "samba1.7b", "samba3.8b"}
-LARGER |= {"mamba2-370m", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b"}
+LARGER |= {"mamba2-370m", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b", "granite4-h-1b", "granite4-h-micro", "granite4-h-small"}
+LARGER |= {"lfm2-700m", "lfm2-1.2b"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.extended) if name in LARGER else name for name in zoo.list_models()])
