@@ -19,7 +19,7 @@ class Block(nn.Module):
     def __init__(self, mixer: Mixer, options: Options, mlp: MLP | None, d_model: int, norm: Callable[[int], RMSNorm]) -> None:
         super().__init__()
         self.d_model = d_model
-        self.inserted = options.inserted
+        self.inserted, self.residual_in_fp32 = options.inserted, options.residual_in_fp32
         self.residual_scale = options.residual_scale
         before, after = (norm if flag else nn.Identity for flag in (options.pre_norm, options.post_norm))
         self.mixer_norm = before(d_model)
@@ -35,11 +35,15 @@ class Block(nn.Module):
         return self.mixer.flops(tokens, past) + (self.mlp.flops(tokens) if mlp and self.mlp is not None else 0)
 
     def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions, *, mlp: bool = True) -> tuple[Tensor, Any, Any]:
-        """Run the block. With `mlp` false the MLP is skipped, for callers that read only the state."""
-        y, fast, window = self.mixer(self.mixer_norm(x), fast, window, positions)
+        """Run the block. With `mlp` false the MLP is skipped, for callers that read only the state.
+
+        x may be wider than the mixer's dtype (`residual_in_fp32`) and stays so; norms, mixer and MLP compute in that dtype.
+        """
+        dtype = self.mixer.dtype
+        y, fast, window = self.mixer(self.mixer_norm(x.to(dtype)), fast, window, positions)
         x = self._add(x, self.mixer_post_norm(y))
         if mlp and self.mlp is not None:
-            x = self._add(x, self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+            x = self._add(x, self.mlp_post_norm(self.mlp(self.mlp_norm(x.to(dtype)))))
         return x, fast, window
 
     def _add(self, x: Tensor, y: Tensor) -> Tensor:

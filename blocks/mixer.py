@@ -26,6 +26,7 @@ class Options(BaseModel):
     pre_norm: bool = Field(True, description="normalise the inputs of the mixer and the MLP")
     post_norm: bool = Field(False, description="normalise the outputs of the mixer and the MLP; with pre_norm: sandwich norms")
     residual_scale: float = Field(1.0, description="factor of what the mixer and the MLP add to the residual stream")
+    residual_in_fp32: bool = Field(False, description="a 16-bit model adds up the residual stream in float32, in all blocks")
     inserted: bool = Field(False, description="not in the upstream model: starts with a zero output projection, so it has no effect")
 
 
@@ -56,7 +57,7 @@ class Mixer(nn.Module):
     unrolls: ClassVar[bool] = False
     """True if `forward` loops over tokens in Python; torch.compile then makes one graph for each length."""
     wide: ClassVar[tuple[str, ...]] = ()
-    """Parameters that checkpoints often store in float32 beside narrower weights, and that stay float32 when loaded."""
+    """Parameters that stay float32 in a 16-bit model, such as rates of decay."""
 
     def __init__(self, d_model: int, options: Any, reach: int | None) -> None:
         super().__init__()

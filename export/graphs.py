@@ -46,13 +46,12 @@ class Tokens(NamedTuple):
 class BlockPart(nn.Module):
     """One block: h [B, T, D], position, fast weights, window cache -> h, fast weights, window cache."""
 
-    def __init__(self, block: Block, tokens: Tokens, slots: int) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, tokens: Tokens, slots: int) -> None:
         super().__init__()
-        self.model, self.tokens, self.slots = block, tokens, slots
+        self.model, self.dtype, self.tokens, self.slots = block, dtype, tokens, slots
 
     def example(self) -> dict[str, Tensor]:
-        weight = next(self.model.parameters())
-        h = torch.zeros(2, self.tokens.length, self.model.d_model, dtype=weight.dtype)
+        h = torch.zeros(2, self.tokens.length, self.model.d_model, dtype=self.dtype)
         state = pack(self._fresh(2), PAST, window=not self.tokens.fresh)
         return {"h": h, **self.tokens.inputs(), **{name: torch.zeros_like(tensor, device="cpu") for name, tensor in state.items()}}
 
@@ -89,7 +88,7 @@ class Graph(nn.Module):
         return {"input_ids": torch.zeros(2, self.tokens.length, dtype=torch.int64), **self.tokens.inputs()}
 
     def h(self) -> Tensor:
-        return torch.zeros(2, self.tokens.length, self.model.config.d_model, dtype=self.model.embed.weight.dtype)
+        return torch.zeros(2, self.tokens.length, self.model.config.d_model, dtype=self.model.residual_dtype)
 
     def embedded(self, inputs: Mapping[str, Tensor]) -> Tensor:
         ids = inputs["input_ids"]
@@ -280,12 +279,13 @@ def _block(graph: Graph, layer: int, dialect: str, scans: Scans) -> ir.Graph:
     """Return the traced graph of a block; blocks of the same kind share one."""
     config = graph.model.config
     kind, mlp = config.pattern[layer], config.mlp_pattern[layer]
-    made_of = (config.d_model, config.mlp_width, config.norm, config.norm_eps, graph.model.eviction.reach, graph.model.embed.weight.dtype)
+    made_of = (config.d_model, config.mlp_width, config.norm, config.norm_eps, graph.model.eviction.reach)
+    dtypes = (graph.model.residual_dtype, *(parameter.dtype for parameter in graph.model.blocks[layer].parameters()))
     options = json.dumps([config.blocks.get(kind), config.mlps.get(mlp)])
-    key = (kind, mlp, options, *made_of, graph.tokens, graph.slots, dialect)
+    key = (kind, mlp, options, *made_of, *dtypes, graph.tokens, graph.slots, dialect)
     if key not in _blocks:
         block: Any = graph.model.blocks[layer]
-        part = BlockPart(block, graph.tokens, graph.slots)
+        part = BlockPart(block, graph.model.residual_dtype, graph.tokens, graph.slots)
         _blocks[key] = trace(part, part.example(), scans).graph
     return _blocks[key]
 

@@ -10,6 +10,7 @@ import torch
 
 from zoo.checkpoints import own, upstream
 from zoo.checkpoints.companions import COMPANIONS, read_companions
+from zoo.checkpoints.plain import cast
 from zoo.config import ModelConfig, resolve
 from zoo.devices import usable_device
 from zoo.dtypes import parse_dtype
@@ -35,7 +36,7 @@ def create(
     Args:
         model: a name with suffixes ("gdn4-sleep4"), the path of a YAML file, or a config.
         device: "meta" builds the modules without allocating memory.
-        dtype: dtype of the weights and activations, or its name ("bfloat16"); fast weights are float32 or wider.
+        dtype: dtype of the weights and activations, or its name ("bfloat16"). Norms, decays and fast weights are float32 or wider.
         seed: seed of the weights, which are the same on every run of one device type.
         pretrained: a folder to take the weights from. It may hold an upstream checkpoint (inserted blocks keep their initial
             weights), or a model written by `zoo.save` or `zoo train`, whose sleep settings may differ. True: download the
@@ -49,7 +50,7 @@ def create(
     checkpoint = _download(config) if pretrained is True else Path(pretrained) if pretrained else None
     device = usable_device(device)
     with torch.device("meta"):
-        made = Model(config).to(dtype)
+        made = cast(Model(config), dtype)
     if checkpoint is not None:
         made.companions = read_companions(checkpoint)
     if checkpoint is not None and (checkpoint / own.CONFIG).is_file():

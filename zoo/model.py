@@ -57,6 +57,17 @@ class Model(nn.Module):
         self.span = config.looped
         self.coda = range(config.looped.stop, len(self.blocks))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of activations; see `Mixer.dtype`."""
+        return self.blocks[0].mixer.dtype  # type: ignore[return-value]
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Dtype of the residual stream."""
+        wide = any(block.residual_in_fp32 for block in self.blocks)
+        return torch.promote_types(self.dtype, torch.float32) if wide else self.dtype
+
     def init_state(self, batch_size: int = 1) -> State:
         """Return the state of `batch_size` streams before their first token."""
         check_count("batch_size", batch_size)
@@ -87,7 +98,7 @@ class Model(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """Apply the final norm and the head: h [..., D] ([..., loops, D] with wake loops) -> [..., V]."""
-        h = self.norm(h)
+        h = self.norm(h).to(self.dtype)
         if self.config.wake_loops > 1:
             h = h[..., -1, :] if self.exit is None else self.exit(h)
         logits: Tensor = self.head(h)
@@ -263,10 +274,10 @@ class Model(nn.Module):
         """Embed tokens and, where the model has them, their learned positions: ids [B, T] -> [B, T, D]."""
         h = look_up(self.embed, ids)
         h = h if self.config.embed_scale == 1 else h * self.config.embed_scale
-        if not self.config.learned_positions or (self.config.learned_positions == "asleep" and not asleep):
-            return h
-        # the padding of an exported graph may reach past the window
-        return h + self.positions(positions.position.clamp(max=self.positions.num_embeddings - 1))
+        if self.config.learned_positions and (asleep or self.config.learned_positions != "asleep"):
+            # the padding of an exported graph may reach past the window
+            h = h + self.positions(positions.position.clamp(max=self.positions.num_embeddings - 1))
+        return h.to(torch.promote_types(h.dtype, self.residual_dtype))
 
     def between_passes(self, h: Tensor, first: Tensor) -> Tensor:
         """Turn the output h: [B, T, D] of a pass into the input of the next; `first` is the span's input in the first pass."""

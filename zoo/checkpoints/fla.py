@@ -79,8 +79,14 @@ def read_gdn(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_samba(config: Mapping[str, Any]) -> dict[str, Any]:
     layers, blocks = read_layers(config, "mamba", config["attn"])
     rank = config.get("time_step_rank", "auto")
-    # upstream does not pass use_conv_bias on to the layers
-    blocks["mamba"] = {**mamba.inner(config), "mlp": True, "conv_bias": True, "dt_rank": None if rank == "auto" else rank}
+    # upstream ignores use_conv_bias and residual_in_fp32
+    blocks["mamba"] = {
+        **mamba.inner(config),
+        "mlp": True,
+        "conv_bias": True,
+        "residual_in_fp32": False,
+        "dt_rank": None if rank == "auto" else rank,
+    }
     # intermediate_size is the inner width of Mamba here
     return {**read_size({**config, "intermediate_size": None}), "layers": layers, "blocks": blocks}
 

@@ -48,6 +48,7 @@ def inner(config: Mapping[str, Any]) -> dict[str, Any]:
     expect(config, "intermediate_size", expand * config["hidden_size"], None)
     return {
         "mlp": False,
+        "residual_in_fp32": config.get("residual_in_fp32", True),
         "expand": expand,
         "state_dim": config["state_size"],
         "conv_size": config.get("conv_kernel", 4),
@@ -112,8 +113,14 @@ def read_ssm(config: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := stated.keys() - SSM_DEFAULTS[layer].keys() - set(SSM_OTHER):
         raise ZooError(f"ssm_cfg: {min(unknown)} is not a field of {layer}")
     ssm = SSM_DEFAULTS[layer] | stated
-    made = {"mlp": False, "expand": ssm["expand"], "state_dim": ssm["d_state"], "conv_size": ssm["d_conv"]}
-    made |= {"conv_bias": ssm["conv_bias"], "bias": ssm["bias"]}
+    made = {"mlp": False, "residual_in_fp32": config.get("residual_in_fp32", True)}
+    made |= {
+        "expand": ssm["expand"],
+        "state_dim": ssm["d_state"],
+        "conv_size": ssm["d_conv"],
+        "conv_bias": ssm["conv_bias"],
+        "bias": ssm["bias"],
+    }
     if layer == "Mamba1":
         kind = "mamba"
         made["dt_rank"] = None if ssm["dt_rank"] == "auto" else ssm["dt_rank"]
@@ -156,6 +163,7 @@ def _write(config: ModelConfig, kind: str, architecture: str) -> dict[str, Any]:
         "conv_kernel": made.conv_size,
         "use_conv_bias": made.conv_bias,
         "use_bias": made.bias,
+        "residual_in_fp32": made.residual_in_fp32,
     }
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from zoo.checkpoints import upstream
 from zoo.checkpoints.checksum import metadata
 from zoo.checkpoints.companions import read_companions, write_companions
-from zoo.checkpoints.plain import empty_model, plain_tensors, unwrap, wide_parameters
-from zoo.checkpoints.stored import WEIGHTS, has_weights, open_folder, refuse_adapter
+from zoo.checkpoints.plain import cast, empty_model, plain_tensors, unwrap, wide_parameters
+from zoo.checkpoints.stored import WEIGHTS, has_weights, kept_dtype, open_folder, refuse_adapter
 from zoo.config import ModelConfig, merge, resolve
 from zoo.devices import usable_device
 from zoo.dtypes import parse_dtype
@@ -60,8 +60,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     """Load the model in a folder written by `save`, by `zoo train` or by an upstream project.
 
     Args:
-        dtype: dtype of the weights, or its name ("bfloat16"); default: as stored. Norms and decays that a checkpoint stores in
-            float32 beside narrower weights stay float32.
+        dtype: dtype of the weights, or its name ("bfloat16"); default: as stored. Norms and decays are then float32 or wider.
         overrides: config fields, for example `loops=4, evict="hard", window=512` for a checkpoint that is to sleep. In
             `layers="(attn*4 gdn)*6"`, kinds that the checkpoint lacks are inserted; they have no effect before training.
     Raises:
@@ -126,9 +125,8 @@ def fill(model: Model, folder: Path, device: str | torch.device, dtype: torch.dt
         if "inject" not in stored.shapes:
             names.pop("inject", None)
         stored.check(folder, {there: shapes[name] for name, there in names.items()}, model.config.name)
-        main = stored.main_dtype()
-        tensors = {name: stored.read(there, stored.kept_dtype(there, dtype, main, name in wide)) for name, there in names.items()}
-    model.to(tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True, strict=False)
+        tensors = {name: stored.read(there, kept_dtype(dtype, name in wide)) for name, there in names.items()}
+    cast(model, tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True, strict=False)
 
 
 def _stored_names(model: Model, stored: ModelConfig) -> dict[str, str]:

@@ -42,12 +42,21 @@ def unwrap(model: nn.Module) -> Model:
 
 
 def wide_parameters(model: Model) -> set[str]:
-    """Return the names of parameters that may be wider than the rest of the model: weights of norms, and `Mixer.wide`."""
+    """Return the names of parameters that stay float32 in a 16-bit model: weights of norms, and `Mixer.wide`."""
     names = set()
     for prefix, module in model.named_modules():
         own = ("weight",) if isinstance(module, RMSNorm) else module.wide if isinstance(module, Mixer | Router) else ()
         names |= {f"{prefix}.{name}" for name in own}
     return names
+
+
+def cast(model: Model, dtype: torch.dtype) -> Model:
+    """Cast a model without values (meta device), except the parameters that stay float32. Returns it."""
+    model.to(dtype)
+    for name in wide_parameters(model):
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    return model
 
 
 def plain_tensors(model: Model) -> dict[str, Tensor]:

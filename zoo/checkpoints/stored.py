@@ -64,13 +64,6 @@ class Stored:
             raise ZooError(f"dtype: {dtype} is not supported; allowed: {', '.join(DTYPES)}")
         return dtype
 
-    def kept_dtype(self, name: str, dtype: torch.dtype | None, main: torch.dtype, wide: bool) -> torch.dtype | None:
-        """Return the dtype to read a tensor as: `dtype`, but a `wide` tensor that is wider than `main` stays so."""
-        stored = self.dtypes[name]
-        if wide and isinstance(stored, torch.dtype) and stored.itemsize > main.itemsize:
-            return stored if dtype is None else torch.promote_types(dtype, stored)
-        return dtype
-
     def read(self, name: str, dtype: torch.dtype | None = None, *, transient: bool = False) -> Tensor:
         """Read a tensor as `dtype` (default: as stored).
 
@@ -129,6 +122,11 @@ class Stored:
         for file in sorted(set(self.files.values())):
             if file.suffix == ".safetensors":
                 verify(file)
+
+
+def kept_dtype(dtype: torch.dtype | None, wide: bool) -> torch.dtype | None:
+    """Return the dtype to read a tensor as (None: as stored), in a model of `dtype`: a `wide` one is float32 or wider."""
+    return torch.promote_types(dtype, torch.float32) if wide and dtype is not None else dtype
 
 
 @contextmanager

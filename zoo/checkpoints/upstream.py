@@ -18,8 +18,8 @@ from zoo.blocks.mlp import mlps
 from zoo.checkpoints.checksum import metadata
 from zoo.checkpoints.companions import write_companions
 from zoo.checkpoints.family import Family, Link, expect, families, links
-from zoo.checkpoints.plain import empty_model, one_line, plain_tensors, wide_parameters
-from zoo.checkpoints.stored import WEIGHTS, open_folder, read_json
+from zoo.checkpoints.plain import cast, empty_model, one_line, plain_tensors, wide_parameters
+from zoo.checkpoints.stored import WEIGHTS, kept_dtype, open_folder, read_json
 from zoo.config import ModelConfig, resolve, validate
 from zoo.dtypes import DTYPES
 from zoo.errors import ZooError
@@ -42,8 +42,8 @@ ARCHITECTURE = (
     "logits_cap",
 )
 """Fields in which a model and the checkpoint of its weights must agree, besides the options of the blocks."""
-WAKE_LOOPS = ("wake_loops", "exit")
-"""Fields of upstream's config.json that do not concern the weights."""
+BEHAVIOUR = ("wake_loops", "exit", "residual_in_fp32")
+"""Fields and options of blocks in upstream's config.json that do not concern the weights."""
 FORM = "zoo_form"
 """Field of `ModelConfig.upstream` that names the entry of `Family.forms` that was read. It is not part of config.json."""
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -76,7 +76,7 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
 
     Args:
         dtype: dtype of the parameters; default: as stored or, if that differs between tensors, the one in config.json. Norms and
-            decays stored in float32 beside narrower weights stay float32.
+            decays are then float32 or wider.
     Raises:
         ZooError: missing or damaged files, tensors that are missing, unexpected, of another shape, not finite or all zero, or a
             config.json of another architecture; names the file and the tensor. `model` is then unchanged.
@@ -97,13 +97,13 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
         if model.config.tie_embeddings and "lm_head.weight" in stored.shapes:
             wanted = list({link.theirs: link for link in [*wanted, Link("lm_head.weight", ("embed.weight",))]}.values())
         stored.check(folder, {name: shape for link in wanted for name, shape in _shapes(link, ours)}, model.config.name)
-        main = stored.main_dtype()
         if dtype is None and len(set(stored.dtypes.values())) > 1:
-            dtype = DTYPES.get(str(content.get("dtype") or content.get("torch_dtype")).removeprefix("torch."), main)
+            stated = str(content.get("dtype") or content.get("torch_dtype")).removeprefix("torch.")
+            dtype = DTYPES[stated] if stated in DTYPES else stored.main_dtype()
         tensors: dict[str, Tensor] = {}
         for link in wanted:
             repeated = any(name in tensors for name in link.ours)
-            kept = stored.kept_dtype(link.theirs, dtype, main, wide.issuperset(link.ours))
+            kept = kept_dtype(dtype, wide.issuperset(link.ours))
             transient = repeated or link.groups > 1
             packed = stored.join(link.names, kept) if link.others else stored.read(link.theirs, kept, transient=transient)
             if packed.ndim > 1 and not link.ours[0].endswith(MAY_BE_ZERO) and not packed.any():
@@ -112,7 +112,7 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
                 if repeated and not torch.equal(tensors[name], part):
                     raise ZooError(f"{stored.files[link.theirs]}: tensor '{link.theirs}' differs from the embedding; the config ties them")
                 tensors.setdefault(name, part)
-    model.to(tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True, strict=False)
+    cast(model, tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True, strict=False)
     if form is not None:
         model.config = model.config.model_copy(update={"upstream": {**model.config.upstream, FORM: form}})
 
@@ -181,14 +181,14 @@ def _written_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Return the config.json that was read, with all its other fields, as long as it still describes this model; else a new one."""
     try:
         read = _translate(config.upstream, config.name, config.name)
-        if not _differences(read, config, (*ARCHITECTURE, *WAKE_LOOPS)):
+        if not _differences(read, config, (*ARCHITECTURE, *BEHAVIOUR)):
             return {**read.upstream, **_sleep(read, config)}
     except ZooError:
         pass  # it only names the family, or no longer describes the model
     assert family.write is not None
     written = family.write(config)
     read = _translate(written, config.name, config.name)
-    if differences := _differences(read, config, (*ARCHITECTURE, *WAKE_LOOPS)):
+    if differences := _differences(read, config, (*ARCHITECTURE, *BEHAVIOUR)):
         field, theirs, ours = differences[0]
         raise ZooError(f"{config.name}: {field}: {ours}: upstream has {theirs} and cannot express another value")
     tokens = {name: config.upstream[name] for name in TOKENS if name in config.upstream}
@@ -219,9 +219,11 @@ def _comparable(config: ModelConfig, fields: tuple[str, ...]) -> dict[str, Any]:
     options = {kind: mixers.get(kind).Options(**config.blocks.get(kind, {})) for kind in set(config.pattern)}
     layers = [(kind, mlp) for kind, mlp in zip(config.pattern, config.mlp_pattern, strict=True) if not options[kind].inserted]
     kinds = [mlp if options[kind].mlp else "none" for kind, mlp in layers]
-    values = {field: getattr(config, field) for field in fields} | {"pattern": [kind for kind, _ in layers], "mlp": kinds}
+    values = {field: getattr(config, field) for field in fields if field in ModelConfig.model_fields}
+    values |= {"pattern": [kind for kind, _ in layers], "mlp": kinds}
+    ignored = {"inserted", "decay_init", "conv_init", *BEHAVIOUR} - set(fields)
     for kind in sorted({kind for kind, _ in layers}):
-        for name, value in options[kind].model_dump(exclude={"inserted", "decay_init", "conv_init"}).items():
+        for name, value in options[kind].model_dump(exclude=ignored).items():
             values[f"blocks.{kind}.{name}"] = _default(config, options[kind], name) if value is None else value
     for kind in sorted(set(kinds) - {"none"}):
         for name, value in mlps.get(kind).Options(**config.mlps.get(kind, {})).model_dump().items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.checkpoints.companions import read_companions
 from zoo.checkpoints.own import configure
@@ -27,7 +27,7 @@ from zoo.training.config import Report, TrainConfig, absolute_paths
 from zoo.training.divergence import Divergence
 from zoo.training.evaluate import by_level, check_fit, evaluate
 from zoo.training.optimizers import Weights, exempt_from_decay, freeze, make_optimizers, restore, state_of
-from zoo.training.parallel import Answer, Team, full, join, reshard
+from zoo.training.parallel import Answer, Team, clip_gradients, join, reshard
 from zoo.training.run_folder import NotFiniteError, RunFolder
 
 
@@ -183,7 +183,7 @@ class Trainer:
             recompute=config.recompute,
             backward_chunks=config.backward_chunks,
         )
-        norm = full(nn.utils.clip_grad_norm_(self.weights.wide.values(), config.clip))
+        norm = clip_gradients(self.weights.wide.values(), config.clip)
         if not (math.isfinite(score.loss) and norm.isfinite()) or self.divergence.add(score.loss):
             raise ZooError(f"{self.run.path}: loss {score.loss} with gradient norm {norm.item()} at step {step}; {self._advice()}")
         factor = learning_rate_factor(step, config)
@@ -286,6 +286,7 @@ def backward(
         loss += share.item()
         if count:
             marks[place[rows].flatten()[answers.place.cpu()]] = 1 + answers.right().cpu().byte()  # 0: not predicted, 1: wrong, 2: right
+    team.average_replicated()
     marks = team.max(marks)
     return Score(team.sum(loss), marks[marks > 0] == 2, level.flatten()[marks > 0])
 

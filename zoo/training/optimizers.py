@@ -170,8 +170,12 @@ def restore(made: list[torch.optim.Optimizer], weights: Weights, tensors: Mappin
     for key, value in {**tensors, **numbers}.items():
         entry, _, name = key.partition("/")
         states.setdefault(name, {})[entry] = value
-    for name, copy in weights.copied.items():
-        copy.copy_(states[name].pop("float32"))
+    for name, p in weights.wide.items():
+        stored = states[name].pop("float32", None)  # older runs also have copies of what is float32 in the model now
+        if stored is not None:
+            p.copy_(stored)
+        elif name in weights.copied:
+            raise KeyError(name)
     for optimizer in made:
         order = [names[p] for group in optimizer.param_groups for p in group["params"]]
         state = {i: states[name] for i, name in enumerate(order) if states.get(name)}

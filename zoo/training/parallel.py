@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ class Team:
 
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
         self.device, self.rank, self.size = device, rank, size
+        self._replicated: list[nn.Parameter] = []
 
     @property
     def is_main(self) -> bool:
@@ -103,7 +104,8 @@ class Team:
 
         ddp: every process holds the full model. fsdp: each holds a shard of the rows of every parameter, gradient and
         optimiser state (FSDP2). Parameters stay gathered from the first chunk of a step to its last gradient, since a sleeping
-        model reads each of them many times.
+        model reads each of them many times. The float32 parameters of a 16-bit model, which are small, are not sharded, since
+        FSDP2 takes one dtype per block; `average_replicated` averages their gradients.
         """
         if self.size == 1:
             return model.answers
@@ -111,6 +113,7 @@ class Team:
             # an exit gate may get no gradient, nor may the injection while a ramp is at one pass
             unused = model.exit is not None or bool(model.config.inject)
             return nn.parallel.DistributedDataParallel(_Answers(model), find_unused_parameters=unused)
+        self._replicated = [p for p in model.parameters() if p.dtype != model.dtype and p.requires_grad]
         # harmless: blocks never change a tensor in place
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -119,6 +122,7 @@ class Team:
             "mesh": dist.device_mesh.init_device_mesh(self.device.type, (self.size,)),
             "reshard_after_forward": False,
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+            "ignored_params": set(self._replicated),
         }
         for block in model.blocks:
             fully_shard(block, **options)
@@ -126,6 +130,13 @@ class Team:
         sharded.set_reshard_after_backward(False)
         register_fsdp_forward_method(model, "answers")
         return model.answers
+
+    def average_replicated(self) -> None:
+        """Average the gradients of the parameters that FSDP2 does not shard. A collective."""
+        if gradients := [p.grad for p in self._replicated if p.grad is not None]:
+            mean = self._all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), dist.ReduceOp.SUM) / self.size
+            for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
 
 class _Answers(nn.Module):
@@ -183,6 +194,17 @@ def reshard(model: Model) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
+    """Scale gradients, of which some may be sharded, to a total norm of at most `norm`; returns their norm. A collective."""
+    found = [p for p in parameters if p.grad is not None]
+    groups = [[p for p in found if isinstance(p.grad, DTensor) is sharded] for sharded in (True, False)]
+    norms = [full(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups if group]
+    total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for group in groups:
+        nn.utils.clip_grads_with_norm_(group, norm, total)
+    return total
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -103,6 +103,14 @@ def test_a_checkpoint_has_the_same_files_and_no_pickle(runs, how):
                 assert torch.allclose(found.get_tensor(name), expected.get_tensor(name), atol=2e-4), (file, name)
 
 
+@pytest.mark.parametrize("how", LAYOUTS)
+def test_rates_of_a_bfloat16_model_stay_float32(runs, how):
+    with safe_open(runs / how / "bfloat16" / "model.safetensors", "pt") as file:
+        dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert {dtype for name, dtype in dtypes.items() if name.endswith(("norm.weight", "A_log", "dt_bias"))} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if name.endswith("proj.weight")} == {torch.bfloat16}
+
+
 def test_one_process_that_dies_ends_the_other(tmp_path):
     done = torchrun(ROOT / "tests" / "zoo" / "training" / "many.py", tmp_path, "killed", status=1)
     assert "SIGKILL" in done.stderr
