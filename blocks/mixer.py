@@ -102,7 +102,8 @@ class Mixer(nn.Module):
     def zeros(self, *shape: int, fast: bool = False) -> Tensor:
         """Return zeros on the mixer's device, in its dtype or, for fast weights, in float32 or wider."""
         dtype = torch.promote_types(self.dtype, torch.float32) if fast else self.dtype
-        device = next(chain(self.parameters(), self.buffers())).device  # not new_zeros: weights may be sharded (FSDP2), states never are
+        # not new_zeros: weights may be sharded (FSDP2), states never are; a mixer quantised by torch.ao, for CPUs, has no tensors
+        device = next((tensor.device for tensor in chain(self.parameters(), self.buffers())), torch.device("cpu"))
         return torch.zeros(shape, dtype=dtype, device=device)
 
 

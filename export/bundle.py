@@ -23,7 +23,7 @@ from zoo.export.quantise import dequantise_in, linear_weights, quantised
 from zoo.export.runtime import ExportedModel
 from zoo.export.target import targets
 from zoo.export.verify import Parity, verify
-from zoo.files import new_folder
+from zoo.files import as_path, new_folder
 from zoo.model import Model
 from zoo.sessions.sleeping_model import fingerprint
 
@@ -59,11 +59,12 @@ def export(
     """
     goal = validate(targets.get(target), options, f"target {target}")
     device = usable_device(device, meta=False)
-    check(model, plan, Path(out), verified)
+    out = as_path(out, "out")
+    check(model, plan, out, verified)
     if not model.embed.weight.is_cpu:
         raise ZooError(f"{model.config.name}: the weights are on {model.embed.weight.device}; allowed: cpu")
     goal.check(PRECISIONS[model.embed.weight.dtype], plan)
-    with new_folder(Path(out)) as folder:
+    with new_folder(out) as folder:
         bundle = write_onnx(model, folder, plan, report)
         bundle.write(folder)
         write_companions(model.companions, folder)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zoo.cli import CONTEXT, exit_status
+from zoo.files import as_path
+from zoo.options import PATH
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="RUN_OR_NAME")
 @click.argument("overrides", metavar="[FIELD=VALUE]...", nargs=-1)
 @click.option("--target", default="onnx", show_default=True, help="Format of the bundle.")
-@click.option("--out", type=click.Path(path_type=Path), help="New folder for the bundle.")
+@click.option("--out", type=PATH, help="New folder for the bundle.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Weights and activations.  [default: as stored]")
 @click.option("--dialect", type=click.Choice(["portable", "ort"]), default="portable", show_default=True, help="Operators of the graphs.")
 @click.option("--prefill", type=int, metavar="T", help="Also write prefill.onnx, which reads up to T tokens at once.")
@@ -30,11 +32,11 @@ if TYPE_CHECKING:
 @click.option("--weights-only-int4", is_flag=True, help="Store linear layers in 4 bits, one scale per 32 inputs.")
 @click.option("--device", default="cpu", show_default=True, help="Device of PyTorch in the comparison, such as cuda.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with PyTorch.")
-@click.option("--verify-only", type=click.Path(path_type=Path), metavar="DIR", help="Only compare the bundle in DIR with the model.")
+@click.option("--verify-only", type=PATH, metavar="DIR", help="Only compare the bundle in DIR with the model.")
 @click.option("--compute-capability", metavar="LIST", help="tensorrt: compute capabilities of GPUs to build for, such as 8.0,12.0.")
 @click.option("--batch", type=int, nargs=3, metavar="MIN OPT MAX", help="tensorrt: streams per batch.  [default: 1 1 8]")
 @click.option("--workspace", type=float, metavar="GIB", help="tensorrt: scratch memory per layer.  [default: 4]")
-@click.option("--timing-cache", type=click.Path(path_type=Path), help="tensorrt: file of measurements that speeds up the next build.")
+@click.option("--timing-cache", type=PATH, help="tensorrt: file of measurements that speeds up the next build.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of random weights, if the model is given by name."
 )
@@ -153,7 +155,7 @@ def _model(name: str, overrides: tuple[str, ...], seed: int, dtype: str | None, 
 
     fields = parse_overrides(overrides)
     precision = None if dtype is None else getattr(torch, dtype)
-    if not Path(name).is_dir():
+    if not as_path(name, "RUN_OR_NAME").is_dir():
         return create(name, seed=seed, dtype=precision or torch.float32, device=device, **fields)
     stored = load(name, dtype=precision)
     model = create(stored.config, device="meta", dtype=stored.embed.weight.dtype, **fields)

@@ -87,7 +87,7 @@ class Bundle(BaseModel):
             fields: Any = json.loads(file.read_text(encoding="utf-8"))
         except OSError:
             raise ZooError(f"{folder}: no {MANIFEST} here; want a folder written by zoo-export") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ZooError(f"{file}: not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ZooError(f"{file}: want a mapping of fields")

@@ -17,6 +17,7 @@ from zoo.eviction import evictions
 from zoo.export.manifest import CODA, CONSOLIDATION, PASS, PREDICTION, PREFILL, PRELUDE, Bundle
 from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_rings
 from zoo.factory import create
+from zoo.files import as_path
 from zoo.inputs import StateForm, check_count, check_ids, check_range
 from zoo.registry import Registry
 from zoo.sessions.session import Session
@@ -57,7 +58,7 @@ def load(path: str | Path, *, provider: str = "cpu", batch_size: int = 1) -> Ses
     Raises:
         ZooError: a file is missing, damaged or from another bundle, or the provider is unavailable.
     """
-    return Session(ExportedModel(Path(path), provider), batch_size)
+    return Session(ExportedModel(as_path(path), provider), batch_size)
 
 
 class ExportedModel:
@@ -227,12 +228,22 @@ class OnnxRuntime:
         # by default, products with integer weights also round the activations to 8 bits
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.device = torch.device("cpu")
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
+        self._file = file
+        self._session = self._calling(lambda: onnxruntime.InferenceSession(str(file), options, providers=[provider]))
         self._inputs = [value.name for value in self._session.get_inputs()]
         self._outputs = [value.name for value in self._session.get_outputs()]
 
+    def _calling(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # onnxruntime's own exceptions have no common base
+            raise ZooError(f"{self._file}: onnxruntime: {' '.join(str(error).split())[:300]}") from None
+
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        arrays: list[np.ndarray] = self._session.run(None, {name: tensors[name].detach().numpy() for name in self._inputs})
+        if missing := set(self._inputs) - tensors.keys():
+            raise ZooError(f"{self._file}: input '{min(missing)}' is not one of this bundle's graphs")
+        given = {name: tensors[name].detach().numpy() for name in self._inputs}
+        arrays: list[np.ndarray] = self._calling(lambda: self._session.run(None, given))
         return dict(zip(self._outputs, map(torch.from_numpy, arrays), strict=True))
 
 

@@ -13,7 +13,8 @@ import click
 
 from zoo.config import list_models, parse_overrides
 from zoo.errors import ZooError
-from zoo.options import DEVICE, DTYPE, Number
+from zoo.files import as_path
+from zoo.options import DEVICE, DTYPE, PATH, Number
 from zoo.signals import StoppedError, interruptible
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def describe(model: str, overrides: tuple[str, ...], as_yaml: bool) -> None:
     FIELD=VALUE replaces a field of its config, such as d_model=128.
     """
     fields = parse_overrides(overrides)
-    if as_yaml and not Path(model).is_dir():
+    if as_yaml and not as_path(model, "MODEL").is_dir():
         from zoo.config import resolve
 
         click.echo(resolve(model, fields).yaml(), nl=False)
@@ -103,7 +104,7 @@ def describe(model: str, overrides: tuple[str, ...], as_yaml: bool) -> None:
 def _describe(model: str, fields: dict[str, Any]) -> Description:
     from zoo.costs import describe as describe_model
 
-    folder = Path(model)
+    folder = as_path(model, "MODEL")
     if not folder.is_dir():
         return describe_model(model, **fields)
     import torch
@@ -121,8 +122,8 @@ def _describe(model: str, fields: dict[str, Any]) -> Description:
 
 
 @main.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("destination", type=click.Path(path_type=Path))
+@click.argument("source", type=PATH)
+@click.argument("destination", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--to", "form", type=click.Choice(["zoo", "hf"]), default="zoo", show_default=True, help="Format of the copy.")
 def convert(source: Path, destination: Path, overrides: tuple[str, ...], form: Literal["zoo", "hf"]) -> None:
@@ -146,7 +147,7 @@ def convert(source: Path, destination: Path, overrides: tuple[str, ...], form: L
 @main.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the run.  [default: runs/<name of CONFIG>]")
+@click.option("--out", type=PATH, help="Folder for the run.  [default: runs/<name of CONFIG>]")
 @click.option("--wandb", metavar="PROJECT", help="Also send metrics to this project of Weights & Biases.")
 def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str | None) -> None:
     """Train a model, or resume a run.
@@ -176,21 +177,23 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
 
 
 @main.command("eval")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option("--sequences", type=click.IntRange(min=1), default=2048, show_default=True, help="Number of held-out sequences.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sequences.")
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep.  [default: as trained]")
-def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
+@DEVICE
+def eval_(run: Path, sequences: int, seed: int, loops: int | None, device: str) -> None:
     """Evaluate a run on held-out sequences. RUN is the folder of a training run."""
     from zoo.checkpoints.own import load
     from zoo.console import print_results, progress_bar, spinner
+    from zoo.devices import usable_device
     from zoo.tasks import new_task
     from zoo.training.config import read_config
     from zoo.training.evaluate import evaluate
 
     plan = read_config(run / "train.yaml")
     with spinner(f"loading {run}"):
-        model = load(run)
+        model = load(run, device=usable_device(device, meta=False))
     with progress_bar("evaluating", sequences) as advance:
         results = evaluate(model, new_task(plan.task), sequences, seed=seed, loops=loops, control=True, advance=advance)
     print_results(results)
@@ -199,7 +202,7 @@ def eval_(run: Path, sequences: int, seed: int, loops: int | None) -> None:
 @main.command()
 @click.argument("plan")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the ablation.")
+@click.option("--out", type=PATH, required=True, help="Folder for the ablation.")
 @click.option("--processes", type=click.IntRange(min=1), help="Number of concurrent runs.  [default: one per GPU, else one per core]")
 def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | None) -> None:
     """Train and compare variants of a model.
@@ -219,8 +222,8 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Image file to write: .png, .svg or .pdf.")
+@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
+@click.option("--out", type=PATH, required=True, help="Image file to write: .png, .svg or .pdf.")
 def plot(runs: tuple[Path, ...], out: Path) -> None:
     """Plot training runs.
 
@@ -234,7 +237,7 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder for the results.")
+@click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="Folder for the results.")
 def demo(out: Path) -> None:
     """Train and compare a small model at N = 1, 2, 4. Exports each model too; takes about eight minutes on two cores.
 
@@ -349,7 +352,8 @@ def serve(
 
 @main.command()
 @click.option("--check/--no-check", default=True, help="Check every form of every operator; takes a minute at most.")
-def doctor(check: bool) -> None:
+@click.option("--device", help="Device to check, such as cuda:1.  [default: cuda if available, else cpu]")
+def doctor(check: bool, device: str | None) -> None:
     """Check the operators on this machine.
 
     Shows which form of each operator is used, and compares every form with the reference. On a GPU the results are stored:
@@ -357,7 +361,7 @@ def doctor(check: bool) -> None:
     """
     from zoo.doctor import run
 
-    if not run(check):
+    if not run(check, device):
         sys.exit(1)
 
 
@@ -365,10 +369,12 @@ def _open(model: str, overrides: tuple[str, ...], device: str, dtype: str | None
     """Return a model and its tokenizer: the contents of a folder, or fresh weights for a name or a YAML file."""
     from zoo.checkpoints.own import load
     from zoo.console import spinner
+    from zoo.devices import usable_device
     from zoo.factory import create
     from zoo.text.tokenizers import load_tokenizer
 
-    folder, fields = Path(model) if Path(model).is_dir() else None, parse_overrides(overrides)
+    usable_device(device, meta=False)
+    folder, fields = path if (path := as_path(model, "MODEL")).is_dir() else None, parse_overrides(overrides)
     opened: Any
     with spinner(f"loading {model}" if folder else f"creating {model}"):
         if folder is None:

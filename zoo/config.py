@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zoo.errors import ZooError
 from zoo.eviction import evictions
+from zoo.files import as_path
 from zoo.layer_pattern import expand
 from zoo.registry import Registry, nearest
 
@@ -137,12 +139,14 @@ def resolve(source: str | Path | Mapping[str, Any] | ModelConfig, overrides: Map
         label, fields = source.name, source.model_dump(exclude_defaults=True)
     elif isinstance(source, Mapping):
         label, fields = str(source.get("name", "config")), dict(source)
-    elif isinstance(source, Path) or source.endswith((".yaml", ".yml")):
-        label, fields = str(source), read_yaml(Path(source))
-    else:
+    elif isinstance(source, Path) or (isinstance(source, str) and source.endswith((".yaml", ".yml"))):
+        label, fields = str(source), read_yaml(as_path(source, "model"))
+    elif isinstance(source, str):
         label, fields = source, _from_name(source)
+    else:
+        raise ZooError(f"model: {reprlib.repr(source)}; want the name of a model, a YAML file, a folder or a config")
     fields.pop("sleep", None)
-    if "evict" in overrides and not evictions.get(overrides["evict"]).uses_window:
+    if isinstance(evict := overrides.get("evict"), str) and not evictions.get(evict).uses_window:
         fields.pop("window", None)
     config = validate(ModelConfig, merge(fields, overrides), label)
     _check(config, label)
@@ -221,7 +225,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
             raise ZooError(f"'{pair}': want field=value, for example d_model=128 or blocks.gdn.heads=2")
         try:
             fields = merge(fields, nested(path, yaml.safe_load(value)))
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ZooError(f"'{pair}': the value is not YAML") from None
     return fields
 
@@ -250,7 +254,7 @@ def read_yaml(path: Traversable) -> dict[str, Any]:
 def read_shipped(folder: str, what: str, source: str | Path) -> dict[str, Any]:
     """Read a YAML file, or the one of this name in `configs/<folder>`; errors call it a `what`."""
     known = shipped(folder)
-    if str(source) not in known and Path(source).suffix not in (".yaml", ".yml"):
+    if as_path(source, what) and str(source) not in known and Path(source).suffix not in (".yaml", ".yml"):
         raise ZooError(f"unknown {what} '{source}'; {nearest(str(source), known)}, or a YAML file")
     return read_yaml(known.get(str(source), Path(source)))
 
@@ -270,15 +274,51 @@ def validate(form: type[M], fields: Mapping[str, Any], label: str) -> M:
         elif first["type"] == "value_error":  # our own validators name the field
             problem = str(first["ctx"]["error"])
         else:
-            problem = f"{first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+            problem = f"{reprlib.repr(first['input'])}: {_wanted(first['type'], first['msg'], first.get('ctx', {}))}"
         raise ZooError(f"{label}: {where + ': ' if where else ''}{problem}") from None
 
 
+WANTED = {
+    "want an integer": "int_type int_parsing int_parsing_size int_from_float",
+    "want a number": "float_type float_parsing",
+    "want a finite number": "finite_number",
+    "want true or false": "bool_type bool_parsing",
+    "want text": "string_type",
+    "want a list": "list_type tuple_type",
+    "want a mapping of fields": "dict_type model_type model_attributes_type",
+    "must be greater than {gt}": "greater_than",
+    "must be greater than or equal to {ge}": "greater_than_equal",
+    "must be less than {lt}": "less_than",
+    "must be less than or equal to {le}": "less_than_equal",
+    "want at least {min_length} entries": "too_short",
+    "want at most {max_length} entries": "too_long",
+    "allowed: {expected}": "literal_error",
+}
+"""The end of an error for pydantic's types of errors."""
+
+
+def _wanted(kind: str, message: str, context: Mapping[str, Any]) -> str:
+    """Return the end of an error in this package's words."""
+    for words, kinds in WANTED.items():
+        if kind in kinds.split():
+            end = words.format(**context)
+            return end.replace(" or ", ", ") if kind == "literal_error" else end
+    return message[0].lower() + message[1:]
+
+
 def _fields_at(form: Any, path: tuple[int | str, ...]) -> list[str]:
+    """Return the fields of the form at a path, which may lead through lists and mappings of forms."""
     for part in path:
-        annotation = form.model_fields[part].annotation
-        form = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
+        if field := form.model_fields.get(part):
+            form = _form_in(field.annotation) or form
     return list(form.model_fields)
+
+
+def _form_in(annotation: Any) -> Any:
+    """Return the first form in a type such as dict[str, Form], or None."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next(filter(None, map(_form_in, get_args(annotation))), None)
 
 
 def list_models(wildcard: str = "*") -> list[str]:

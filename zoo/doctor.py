@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.devices import usable_device
 from zoo.files import replacing
 from zoo.kernels import tuning
 from zoo.kernels.common.examples import Inputs, example
@@ -87,7 +88,7 @@ def check(
     operator: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int], form: str, row: tuning.Row | None = None
 ) -> Finding:
     """Run one form or configuration and compare it with the step recurrence."""
-    inputs = example(operator, dtype=dtype, device=device.type, **{"T": LENGTH, **sizes})
+    inputs = example(operator, dtype=dtype, device=str(device), **{"T": LENGTH, **sizes})
     name = tuning.row_name(row) if row else f"{form}, {dtype}".replace("torch.", "")
     try:
         return Finding(operator, name, deviation(operator, inputs, form), ALLOWED[dtype], row=row)
@@ -119,27 +120,33 @@ def remember(findings: list[Finding], device: torch.device) -> None:
         file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def run(check: bool = True) -> bool:
-    """Print versions, the form of each operator and the results of the check. Returns True if everything that was checked passed."""
+def run(check: bool = True, device: str | None = None) -> bool:
+    """Print versions, the form of each operator and the results of the check. Returns True if everything that was checked passed.
+
+    Args:
+        device: default: cuda if available, else cpu.
+    Raises:
+        ZooError: there is no such device.
+    """
     from rich.console import Console
 
     from zoo.console import print_table
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), meta=False)
     console = Console()
-    for name, found in versions(device).items():
+    for name, found in versions(chosen).items():
         console.print(f"{name:10} {found}", highlight=False, markup=False)
-    print_table(["operator", "served by", "because"], serving(device), console=console)
+    print_table(["operator", "served by", "because"], serving(chosen), console=console)
     if not check:
         return True
     findings = []
-    for finding in self_check(device):
+    for finding in self_check(chosen):
         findings.append(finding)
         verdict = "ok" if finding.right else "WRONG"
         figure = finding.problem or f"relative error {finding.error:.1e}, allowed {finding.allowed:.0e}"
         console.print(f"{verdict:6}{finding.operator}: {finding.name}: {figure}", highlight=False, markup=False, soft_wrap=True)
-    if device.type == "cuda":
-        remember(findings, device)
+    if chosen.type == "cuda":
+        remember(findings, chosen)
     else:
         console.print("Only the PyTorch forms can be checked without a GPU. Run this command on a GPU to verify the Triton configurations.")
     return all(finding.right for finding in findings)

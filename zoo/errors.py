@@ -1,5 +1,15 @@
 """The error that this package raises for bad input."""
 
+LONGEST = 2000
+
 
 class ZooError(ValueError):
-    """Bad input. The message is one line: the field, the value and what is allowed."""
+    """Bad input. The message is one line: the field, the value and what is allowed.
+
+    Values in it may come from a damaged file: line breaks become spaces, and the middle of a message of more than `LONGEST`
+    characters is omitted.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")

@@ -10,11 +10,12 @@ import torch
 
 from zoo.checkpoints import own, upstream
 from zoo.checkpoints.companions import COMPANIONS, read_companions
-from zoo.checkpoints.plain import cast
+from zoo.checkpoints.plain import cast, empty_model
 from zoo.config import ModelConfig, resolve
 from zoo.devices import usable_device
 from zoo.dtypes import parse_dtype
 from zoo.errors import ZooError
+from zoo.files import as_path
 from zoo.initialise import initialise
 from zoo.model import Model
 
@@ -47,10 +48,9 @@ def create(
     """
     dtype = parse_dtype(dtype)
     config = resolve(model, overrides)
-    checkpoint = _download(config) if pretrained is True else Path(pretrained) if pretrained else None
+    checkpoint = _download(config) if pretrained is True else as_path(pretrained, "pretrained") if pretrained else None
     device = usable_device(device)
-    with torch.device("meta"):
-        made = cast(Model(config), dtype)
+    made = cast(empty_model(config), dtype)
     if checkpoint is not None:
         made.companions = read_companions(checkpoint)
     if checkpoint is not None and (checkpoint / own.CONFIG).is_file():

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from zoo.errors import ZooError
+
+
+def as_path(value: Any, name: str = "path") -> Path:
+    """Return `value` as a path. Raises a ZooError that starts with `name` unless it is text or a path that a system can have."""
+    if not isinstance(value, str | os.PathLike):
+        raise ZooError(f"{name}: {reprlib.repr(value)}; want text or a pathlib.Path")
+    path = Path(value)
+    if "\0" in str(path) or len(os.fsencode(path)) > 4095 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise ZooError(f"{name}: {str(path)[:80]!r} is not a path: too long, or with a null character")
+    return path
 
 
 def refuse_existing(path: Path) -> None:

@@ -6,6 +6,9 @@ from typing import Any
 
 import click
 
+from zoo.errors import ZooError
+from zoo.files import as_path
+
 
 class Number(click.FloatRange):
     """A number within bounds; NaN is always out of bounds."""
@@ -15,6 +18,17 @@ class Number(click.FloatRange):
         return self.fail(f"{value!r} is not a number.", param, ctx) if number != number else number
 
 
+class FilePath(click.Path):
+    """A path that a system can have."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return as_path(super().convert(value, param, ctx), "path")
+        except ZooError as error:
+            return self.fail(str(error), param, ctx)
+
+
+PATH = FilePath()
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Device to run on, such as cuda or cuda:1.")
 DTYPE = click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Weights and activations.  [default: as stored]"

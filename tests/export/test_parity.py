@@ -212,3 +212,20 @@ def test_a_sleep_starts_where_its_window_does(bundles):
     ids = torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ZooError, match="at position 2"):
         exported.consolidate(ids, exported(ids, exported.init_state()).state)
+
+
+@pytest.mark.parametrize("start", [10**6, 10**7])
+def test_logits_far_from_the_start(bundles, start):
+    """Under sliding eviction positions continue; graphs compute at any position what they compute at the start."""
+    exported = ExportedModel(bundles("sliding").folder)
+    ids = stream(bundles("sliding").model, 1, 4 * exported.config.window)
+
+    def logits(position):
+        state, found = exported.init_state(1)._replace(position=position), []
+        for chunk in ids.split(exported.config.window, dim=1):
+            found.append(exported(chunk, state).logits)
+            state = exported.consolidate(chunk, state)
+        assert state.position == position + ids.shape[1]
+        return torch.cat(found, dim=1)
+
+    torch.testing.assert_close(logits(start), logits(0), rtol=0, atol=1e-3)

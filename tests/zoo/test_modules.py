@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +104,56 @@ def test_quantised_linears_run_in_sessions_and_pools(dtype: torch.dtype) -> None
     assert list(zoo.Session(quantised).generate(IDS, tokens=6)) == alone
     with zoo.SessionPool(quantised) as pool:
         assert list(pool.open().generate(IDS, tokens=6)) == alone
+
+
+def by_torch(model: zoo.Model) -> None:
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+def by_torchao(model: zoo.Model) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+def by_bitsandbytes(model: zoo.Model) -> None:
+    nf4 = pytest.importorskip("bitsandbytes").nn.Linear4bit
+
+    def new(base: nn.Module) -> nn.Module:
+        made = nf4(base.in_features, base.out_features, base.bias is not None, torch.float32, quant_type="nf4")
+        made.load_state_dict(base.state_dict())
+        return made
+
+    replace_linears(model, new)
+    model.to("cpu")  # where it quantises
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("quantise", "error"),
+    [
+        (by_torch, 0.1),
+        # these packages are not among the extras
+        pytest.param(by_torchao, 0.1, marks=pytest.mark.extended),
+        pytest.param(by_bitsandbytes, 0.5, marks=pytest.mark.extended),
+    ],
+)
+def test_linears_quantised_by_other_packages(tmp_path: Path, quantise: Callable[[zoo.Model], None], error: float) -> None:
+    model = small(d_model=64, d_ff=64)
+    nn.init.normal_(model.get_parameter("blocks.1.mixer.kernel_out.weight"), std=0.1)
+    quantised = copy.deepcopy(model)
+    quantise(quantised)
+    want, got = (zoo.Session(each).feed(IDS) for each in (model, quantised))
+    assert 1e-4 < (got - want).norm() / want.norm() < error
+    session = zoo.Session(quantised)
+    alone = torch.stack(list(session.generate(IDS, tokens=6)))
+    with zoo.SessionPool(quantised) as pool:
+        assert torch.equal(torch.stack(list(pool.open().generate(IDS, tokens=6))), alone)
+    session.save(tmp_path / "stream")
+    again = zoo.Session(quantised).load(tmp_path / "stream")
+    assert all(map(torch.equal, again.generate(None, tokens=4), session.generate(None, tokens=4)))
+    with pytest.raises(zoo.ZooError, match="weights"):
+        zoo.Session(model).load(tmp_path / "stream")
 
 
 @torch.no_grad()

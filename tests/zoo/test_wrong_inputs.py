@@ -1,20 +1,25 @@
 """Wrong inputs at every entrance: the package's error, in one line; status 2 and no traceback on the command line."""
 
+import math
 import socket
 from contextlib import closing
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from pydantic import BaseModel, Field
 from torch.utils._pytree import tree_map, tree_map_only
 
 import zoo
 from zoo.cli import main as zoo_main
+from zoo.config import validate
 from zoo.export.cli import main as export_main
 from zoo.export.runtime import ExportedModel
 from zoo.state import State
+from zoo.training.config import read_config
+from zoo.training.loop import train
 
 DEVICE = "cuda:99" if torch.cuda.is_available() else "cuda"
 MODEL = {"layers": "attn gdn", "d_model": 16, "d_ff": 16, "vocab_size": 256}
@@ -78,6 +83,7 @@ COMMANDS = [
         for pair in (
             f"device={DEVICE}",
             "device=gpu",
+            "device=meta",
             "steps=0",
             "steps=many",
             "stepz=1",
@@ -161,7 +167,10 @@ COMMANDS = [
     ("serve", "{place}/model", "--host", "256.1.1.1"),
     ("serve", "{place}/model", "--slots", "0"),
     ("serve", "{place}/model", "--idle", "nan"),
-    ("doctor", "--device", "cuda"),
+    *(("doctor", "--device", device) for device in (DEVICE, "gpu", "meta")),
+    ("train", "x" * 300),
+    ("eval", "x" * 300),
+    ("chat", "x" * 300),
     ("doctor", "now"),
     ("dream",),
 ]
@@ -233,6 +242,19 @@ CALLS = {
     "create: no checkpoint": lambda place, new, model: zoo.create("gdn4", pretrained=place / "empty"),
     "create: no published weights": lambda place, new, model: zoo.create("gdn4", pretrained=True),
     "create: another architecture": lambda place, new, model: zoo.create("gdn4", pretrained=place / "model"),
+    "create: a number": lambda place, new, model: zoo.create(5),
+    "create: weights in a number": lambda place, new, model: zoo.create("gdn4", pretrained=5),
+    "load: a number": lambda place, new, model: zoo.load(5),
+    "load: a very long name": lambda place, new, model: zoo.load("x" * 5000),
+    "load: a null character": lambda place, new, model: zoo.load("a\0b"),
+    "save: to nothing": lambda place, new, model: zoo.save(model, None),
+    "describe: a list": lambda place, new, model: zoo.describe(["gdn4"]),
+    "train: into a number": lambda place, new, model: train(read_config(place / "run.yaml"), 5),
+    "train: on meta": lambda place, new, model: train(read_config(place / "run.yaml", {"device": "meta"}), new),
+    "Session.save: to a number": lambda place, new, model: zoo.Session(model).save(5),
+    "Session.load: from nothing": lambda place, new, model: zoo.Session(model).load(None),
+    "export: into a number": lambda place, new, model: zoo.export.export(model, 5),
+    "export.load: from a number": lambda place, new, model: zoo.export.load(5),
     "load: no folder": lambda place, new, model: zoo.load(place / "none"),
     "load: a file": lambda place, new, model: zoo.load(place / "file"),
     "load: an empty folder": lambda place, new, model: zoo.load(place / "empty"),
@@ -457,3 +479,48 @@ def test_the_tables_begin_from_calls_that_are_right(entrances):
         made = call(entrances, 10**9 if "max_bytes" in counter else 2)
         if isinstance(made, zoo.SessionPool):
             made.close()
+
+
+class Form(BaseModel):
+    count: int = Field(3, ge=1, lt=9)
+    rate: float = Field(0.5, gt=0, le=1, allow_inf_nan=False)
+    kind: Literal["a", "b"] = "a"
+    flag: bool = True
+    name: str = ""
+    each: tuple[int, ...] = Field((1,), min_length=1, max_length=2)
+    more: dict[str, int] = {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"count": "many"}, "count: 'many': want an integer"),
+        ({"count": 1.5}, "count: 1.5: want an integer"),
+        ({"count": None}, "count: None: want an integer"),
+        ({"count": 0}, "count: 0: must be greater than or equal to 1"),
+        ({"count": 9}, "count: 9: must be less than 9"),
+        ({"rate": []}, "rate: []: want a number"),
+        ({"rate": 0}, "rate: 0: must be greater than 0"),
+        ({"rate": 2}, "rate: 2: must be less than or equal to 1"),
+        ({"rate": math.nan}, "rate: nan: want a finite number"),
+        ({"kind": "c"}, "kind: 'c': allowed: 'a', 'b'"),
+        ({"flag": "perhaps"}, "flag: 'perhaps': want true or false"),
+        ({"name": 3}, "name: 3: want text"),
+        ({"each": 3}, "each: 3: want a list"),
+        ({"each": [1, "x"]}, "each.1: 'x': want an integer"),
+        ({"each": []}, "each: []: want at least 1 entries"),
+        ({"each": [1, 2, 3]}, "each: [1, 2, 3]: want at most 2 entries"),
+        ({"more": 1}, "more: 1: want a mapping of fields"),
+        ({"name": ["x" * 10**6] * 100}, "name: ['xxxxxxxxxxxx...xxxxxxxxxxxxx', "),
+    ],
+)
+def test_fields(fields, problem):
+    with pytest.raises(zoo.ZooError) as refused:
+        validate(Form, fields, "form")
+    assert str(refused.value).startswith(f"form: {problem}")
+    assert len(str(refused.value)) < 300
+
+
+def test_an_error_is_one_line_of_bounded_length():
+    assert str(zoo.ZooError("a\nb")) == "a b"
+    assert len(str(zoo.ZooError("x" * 10**6))) < 2100

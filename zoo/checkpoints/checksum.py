@@ -18,14 +18,18 @@ from zoo.errors import ZooError
 FIELD = "zoo.sha256"
 
 
-def metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the metadata for a safetensors file of these tensors."""
-    return {"format": "pt", FIELD: _checksum((name, tensors[name]) for name in sorted(tensors))}
+PLAIN = {"format": "pt"}
+"""The other metadata of a file of weights."""
+
+
+def metadata(tensors: Mapping[str, Tensor], fields: Mapping[str, str] = PLAIN) -> dict[str, str]:
+    """Return the metadata for a safetensors file of these tensors: `fields` and the checksum of both."""
+    return {**fields, FIELD: _checksum(((name, tensors[name]) for name in sorted(tensors)), fields)}
 
 
 def add_checksum(file: Path, out: Path) -> None:
     """Copy a safetensors file that was written without a checksum; the tensors are streamed."""
-    fields = {"format": "pt", FIELD: _checksum(_read(file))}
+    fields = {**PLAIN, FIELD: _checksum(_read(file), PLAIN)}
     with file.open("rb") as source, out.open("wb") as target:
         header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
         text = json.dumps({**header, "__metadata__": fields}).encode()
@@ -35,11 +39,12 @@ def add_checksum(file: Path, out: Path) -> None:
 
 
 def verify(file: Path) -> None:
-    """Raise ZooError if a safetensors file cannot be read, or its tensors do not match the checksum in its metadata."""
+    """Raise ZooError if a safetensors file cannot be read, or its contents do not match the checksum in its metadata."""
     try:
         with safe_open(file, "pt") as stored:
-            expected = (stored.metadata() or {}).get(FIELD)
-        if expected is None or expected == _checksum(_read(file)):
+            fields = stored.metadata() or {}
+        expected = fields.pop(FIELD, None)
+        if expected is None or expected == _checksum(_read(file), fields):
             return
     except Exception as error:  # a damaged header can make safetensors raise anything
         raise ZooError(f"{file}: cannot be read: {one_line(error)}") from None
@@ -55,9 +60,9 @@ def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, stored.get_tensor(name)
 
 
-def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
+def _checksum(tensors: Iterable[tuple[str, Tensor]], fields: Mapping[str, str]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and values, and of the metadata unless it is that of a file of weights."""
+    digest = hashlib.sha256(b"" if fields == PLAIN else json.dumps(fields, sort_keys=True).encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -19,7 +19,7 @@ from zoo.config import ModelConfig, merge, resolve
 from zoo.devices import usable_device
 from zoo.dtypes import parse_dtype
 from zoo.errors import ZooError
-from zoo.files import new_folder, replacing
+from zoo.files import as_path, new_folder, replacing
 from zoo.initialise import initialise
 from zoo.layer_pattern import expand
 from zoo.model import Model
@@ -40,9 +40,9 @@ def save(model: nn.Module, path: str | Path, *, format: Literal["zoo", "hf"] = "
         raise ZooError(f"format: {format!r}; allowed: 'zoo', 'hf'")
     model = unwrap(model)
     if format == "hf":
-        return upstream.save(model, Path(path))
+        return upstream.save(model, as_path(path))
     tensors = plain_tensors(model)
-    with new_folder(Path(path)) as folder:
+    with new_folder(as_path(path)) as folder:
         with replacing(folder / WEIGHTS) as file:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, file, metadata=metadata(contiguous))
@@ -67,7 +67,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
         ZooError: a missing or damaged file, or tensors that do not fit the config; names the file and the tensor.
     """
     dtype = None if dtype is None else parse_dtype(dtype)
-    folder, device = Path(path), usable_device(device)
+    folder, device = as_path(path), usable_device(device)
     config = configure(folder, overrides)
     model = empty_model(config, str(folder / (CONFIG if (folder / CONFIG).is_file() else upstream.CONFIG)))
     _fill(model, folder, device, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -14,15 +16,15 @@ from zoo.errors import ZooError
 from zoo.model import Model
 
 
-def empty_model(config: ModelConfig, label: str) -> Model:
-    """Build the model of a config without allocating memory. Raises ZooError, starting with `label`."""
+def empty_model(config: ModelConfig, label: str | None = None) -> Model:
+    """Build the model of a config without allocating memory. Raises ZooError, starting with `label` if there is one."""
     try:
         with torch.device("meta"):
             return Model(config)
     except ZooError as error:
-        raise ZooError(f"{label}: {error}") from None
+        raise ZooError(f"{label}: {error}" if label else str(error)) from None
     except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:  # sizes that no tensor can have
-        raise ZooError(f"{label}: no model has these sizes: {one_line(error)}") from None
+        raise ZooError(f"{label or config.name}: no model has these sizes: {one_line(error)}") from None
 
 
 def one_line(error: BaseException) -> str:
@@ -42,7 +44,7 @@ def unwrap(model: nn.Module) -> Model:
 
 
 def wide_parameters(model: Model) -> set[str]:
-    """Return the names of parameters that stay float32 in a 16-bit model: weights of norms, and `Mixer.wide`."""
+    """Return the names of parameters and buffers that stay float32 in a 16-bit model: weights of norms, and `Mixer.wide`."""
     names = set()
     for prefix, module in model.named_modules():
         own = ("weight",) if isinstance(module, RMSNorm) else module.wide if isinstance(module, Mixer | Router) else ()
@@ -51,11 +53,11 @@ def wide_parameters(model: Model) -> set[str]:
 
 
 def cast(model: Model, dtype: torch.dtype) -> Model:
-    """Cast a model without values (meta device), except the parameters that stay float32. Returns it."""
-    model.to(dtype)
-    for name in wide_parameters(model):
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    """Cast a model without values (meta device), except the parameters and buffers that stay float32. Returns it."""
+    wide = wide_parameters(model)
+    for name, tensor in chain(model.to(dtype).named_parameters(), model.named_buffers()):
+        if name in wide:
+            tensor.data = tensor.data.to(torch.promote_types(dtype, torch.float32))
     return model
 
 

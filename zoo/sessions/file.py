@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from zoo.checkpoints.checksum import metadata, verify
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 from zoo.files import replacing
@@ -42,12 +43,9 @@ def write_file(path: Path, model: SleepingModel, snapshot: Snapshot) -> None:
         "hidden": json.dumps(bool(snapshot.hidden)),
         "sleeps": json.dumps(snapshot.sleeps),
     }
-    content = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, header)
-    try:
-        with replacing(path) as file:
-            file.write_bytes(content)
-    except OSError as error:
-        raise ZooError(f"{path}: {error.strerror}") from None
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    with replacing(path) as file:
+        file.write_bytes(save(tensors, metadata(tensors, header)))
 
 
 def read_file(path: Path, model: SleepingModel) -> Snapshot:
@@ -57,12 +55,14 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
         ZooError: the file is missing, damaged, no session, or of a model with another config or other weights.
     """
     try:
+        path.stat()
+    except OSError as error:
+        raise ZooError(f"{path}: {error.strerror}") from None
+    try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise ZooError(f"{path}: {error.strerror or error}") from None
-    except SafetensorError as error:
+    except Exception as error:  # a damaged header can make safetensors raise anything
         raise ZooError(f"{path}: cannot be read: {error}") from None
     if header.get("format") != FORMAT:
         raise ZooError(f"{path}: format: {header.get('format')!r}; want a session file, {FORMAT!r}")
@@ -84,9 +84,10 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
         if json.loads(header["hidden"]) and fresh.hidden is not None:
             hidden = (_tensor("hidden", tensors, tensors["hidden"].new_zeros(*ids.shape, model.config.d_model)),)
         sleeps = tuple((int(at), int(loops)) for at, loops in json.loads(header.get("sleeps", "[]")))
-        return Snapshot(state, start, ids, logits, pending, hidden, counts, sleeps)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
         raise ZooError(f"{path}: incomplete session: {error}") from None
+    verify(path)
+    return Snapshot(state, start, ids, logits, pending, hidden, counts, sleeps)
 
 
 def identity(model: SleepingModel) -> dict[str, str]:

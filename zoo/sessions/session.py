@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoo.config import validate
 from zoo.errors import ZooError
+from zoo.files import as_path
 from zoo.inputs import check_count, check_flag, check_range
 from zoo.model import Model
 from zoo.schedule import Schedule, new_schedule
@@ -173,7 +174,7 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Write the streams to the file `path` atomically, replacing an existing file. Raises ZooError."""
-        write_file(Path(path), self._model, self._current())
+        write_file(as_path(path), self._model, self._current())
 
     def load(self, path: str | Path) -> Self:
         """Replace the streams with those that `save` wrote.
@@ -181,7 +182,7 @@ class Session:
         Raises:
             ZooError: the file is damaged, or of another model; the session stays as it was.
         """
-        return self.restore(read_file(Path(path), self._model))
+        return self.restore(read_file(as_path(path), self._model))
 
     def snapshot(self) -> Snapshot:
         """Return the streams as they are now. Copies nothing, unless tokens are decoded in slots."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
@@ -134,8 +135,12 @@ class TorchModel:
 def fingerprint(model: nn.Module) -> str:
     """Hash of a few values of every weight."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        values = weight.detach().flatten()
+    for name, weight in ((name, leaf) for name, entry in sorted(model.state_dict().items()) for leaf in tree_leaves(entry)):
+        if not isinstance(weight, Tensor):  # of a quantised layer
+            digest.update(f"{name} {weight}".encode())
+            continue
+        plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_quantized
+        values = (weight if plain else weight.dequantize()).detach().flatten()
         places = torch.linspace(0, len(values) - 1, min(SAMPLES, len(values)), dtype=torch.float64).long()  # float32 counts to 2**24
         some = values[places].float().cpu()
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + some.numpy().tobytes())

@@ -272,6 +272,6 @@ def _read(line: str, where: str) -> Read:
         question, facts, solution, operations = (fields[key] for key in ("question", "problem", "solution", "op"))
         answer = re.search(r"Answer: (-?\d+)\b", solution)
         assert answer is not None, "solution: no 'Answer: <number>.'"
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ArithmeticError, AssertionError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: not a problem of GSM-Infinite: {error!r}") from None
     return Read(f"Question: {question}", facts, answer[1], int(operations))

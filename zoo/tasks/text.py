@@ -68,7 +68,7 @@ class Text(Task):
         path = self.test if split == "test" else self.train
         try:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # damaged headers make numpy raise anything
             raise ValueError(f"{split}: {path}: not a .npy file of numbers: {error}") from None
         if tokens.ndim != 1 or tokens.dtype.kind != "u":
             raise ValueError(f"{split}: {path}: {tokens.dtype} {list(tokens.shape)}; want one dimension of unsigned integers")

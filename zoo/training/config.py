@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zoo.config import merge, read_shipped, shipped, validate
 from zoo.errors import ZooError
+from zoo.files import as_path
 from zoo.loss import Recompute
 from zoo.tasks import tasks
 from zoo.training.parallel import Parallel
@@ -84,7 +85,7 @@ def read_config(source: str | Path, overrides: dict[str, Any] | None = None) -> 
     Raises:
         ZooError: there is no such run, or a field is invalid.
     """
-    if (Path(source) / SETTINGS).is_file() and str(source) not in shipped("train"):
+    if (as_path(source, "run") / SETTINGS).is_file() and str(source) not in shipped("train"):
         source = Path(source) / SETTINGS
     return validate(TrainConfig, merge(_fields(source), overrides or {}), str(source))
 

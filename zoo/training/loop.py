@@ -18,6 +18,7 @@ from zoo.config import ModelConfig, merge, resolve
 from zoo.costs import peak_flops, training_flops
 from zoo.errors import ZooError
 from zoo.factory import create
+from zoo.files import as_path
 from zoo.loss import Recompute, chunks, predicted
 from zoo.model import Model
 from zoo.signals import StoppedError, deferred
@@ -54,7 +55,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
         config = TrainConfig(**merge(config.model_dump(), absolute_paths(config.model_dump(), Path())))
         lacking = {name for name in ("no_decay", "schedule", "ramp") if not getattr(config, name)}  # in older runs
         settings = config.model_dump(mode="json", exclude=lacking)
-        trainer = Trainer(config, RunFolder(Path(out), settings, team), team)
+        trainer = Trainer(config, RunFolder(as_path(out, "out"), settings, team), team)
         with deferred() as stop_requested, trainer.run.locked():
             trainer.resume()
             return trainer.train(stop_requested, report)

@@ -173,7 +173,7 @@ def join(device: str | None) -> Iterator[Team]:
     Args:
         device: default: cuda if available (the GPU of this local rank), else cpu.
     """
-    kind = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), meta=False)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Team(kind)
         return

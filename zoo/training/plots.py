@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -67,12 +68,33 @@ def read_run(folder: Path) -> Trained:
     if not (folder / SETTINGS).is_file():
         raise ZooError(f"{folder}: not the folder of a training run: there is no {SETTINGS}")
     config = read_config(folder / SETTINGS)
-    written = (folder / METRICS).read_text(encoding="utf-8") if (folder / METRICS).exists() else ""
-    metrics = [json.loads(line, object_hook=_numbered) for line in written.splitlines(keepends=True) if line.endswith("\n")]
+    metrics: list[dict[str, Any]] = []
+    for line in (folder / METRICS).read_bytes().splitlines(keepends=True) if (folder / METRICS).exists() else []:
+        if not line.endswith(b"\n"):
+            break  # being written
+        if (logged := _read(line, "step", "tokens", "loss", "accuracy")) is None:
+            print(f"{folder / METRICS}: line {len(metrics) + 1} is damaged; it and those after it are not read", file=sys.stderr)
+            break
+        metrics.append(logged)
     if not metrics:
         raise ZooError(f"{folder}: nothing to draw: no step of this run is in {METRICS}")
-    results = folder / RESULTS
-    return Trained(config, metrics, json.loads(results.read_text(encoding="utf-8"), object_hook=_numbered) if results.exists() else None)
+    if not (folder / RESULTS).exists():
+        return Trained(config, metrics, None)
+    results = _read((folder / RESULTS).read_bytes(), "chance")
+    if results is None:
+        raise ZooError(f"{folder / RESULTS}: damaged; want the results of a run")
+    return Trained(config, metrics, results)
+
+
+def _read(text: bytes, *numbers: str) -> dict[Any, Any] | None:
+    """Read a JSON object that holds these numbers and one for each level; None if it does not."""
+    try:
+        content = json.loads(text, object_hook=_numbered)
+        levels = content["by_level"]
+        whole = set(content.get("loss_by_level", levels)) == set(levels) and all(isinstance(level, int) for level in levels)
+        return content if whole and all(isinstance(x, float | int) for x in (*map(content.get, numbers), *levels.values())) else None
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _numbered(fields: dict[str, Any]) -> dict[Any, Any]:

@@ -189,7 +189,7 @@ class RunFolder:
             whole = {"step", "held_out_loss", "numbers"} <= progress.keys() and f"{progress['step']:08d}" == checkpoint.name
             if sums:
                 whole &= sums == _checksums(progress, checkpoint) and text == _dump({**progress, CHECKSUMS: sums})
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise ZooError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
         if not whole:
             raise ZooError(f"{file}: damaged: it, or {CONFIG}, does not match its checksums")
@@ -309,6 +309,6 @@ def _logged_step(line: bytes) -> int | None:
     """Return the step of a whole line of metrics."""
     try:
         step = json.loads(line.decode())["step"] if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if isinstance(step, int) else None

@@ -250,7 +250,7 @@ def test_a_disk_that_will_be_full(tmp_path, monkeypatch):
         ({}, "float64", "dtype: TensorRT has no kernels for float64; allowed: float32, float16, bfloat16"),
         ({"batch": (1, 8, 4)}, "float32", r"batch: \(1, 8, 4\); want minimum, optimal and maximum"),
         ({"batch": (0, 1, 4)}, "float32", r"batch: \(0, 1, 4\)"),
-        ({"workspace": 0}, "float32", "workspace: 0: input should be greater than 0"),
+        ({"workspace": 0}, "float32", "workspace: 0: must be greater than 0"),
         ({"timing_cache": Path("times")}, "float32", "timing-cache: tensorrt_rtx measures nothing"),
         ({"capability": ["8.0"]}, "float32", "capability: unknown field; did you mean 'compute_capability'"),
     ],

@@ -371,7 +371,7 @@ def test_stop():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: s.generate(tokens(1), 0), "generate: tokens: 0: input should be greater than or equal to 1"),
+        (lambda s: s.generate(tokens(1), 0), "generate: tokens: 0: must be greater than or equal to 1"),
         (lambda s: s.generate(tokens(1), 3, temperature=-1), "temperature: -1"),
         (lambda s: s.generate(tokens(1), 3, top_p=0), "top_p: 0"),
         (lambda s: s.generate(None, 3), "prompt: None; nothing has been read yet"),
