@@ -16,8 +16,10 @@ version = release = version_of("sleep-zoo")
 html_title = f"{project} {version}"
 html_theme = "furo"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 extensions += ["extensions.docstrings", "extensions.fields", "extensions.pages"]
+if not tags.has("fast"):  # noqa: F821  (Sphinx defines `tags`; `-t fast` omits the pages of source code)
+    extensions.append("sphinx.ext.viewcode")
 root_doc = "README"
 include_patterns = ["*.md", "docs/**.md", "export/**.md", "kernels/**.md", "benchmarks/**.md"]
 exclude_patterns = ["build", "runs", "demo", "tests", "zoo", ".*"]

@@ -114,7 +114,7 @@ def test_the_architecture_names_what_is_in_the_linked_file():
 def site(tmp_path_factory):
     """The site, built with warnings as errors."""
     out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-c", "docs", ".", str(out)]
+    command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-t", "fast", "-c", "docs", ".", str(out)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return out
