@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 SECTIONS = {
     "Models": ("list", "describe", "convert"),
-    "Training": ("train", "eval", "ablate", "plot", "demo"),
+    "Training": ("tokenize", "train", "eval", "ablate", "plot", "demo"),
     "Inference": ("chat", "serve"),
     "This machine": ("doctor",),
 }
@@ -142,6 +142,27 @@ def convert(source: Path, destination: Path, overrides: tuple[str, ...], form: L
         model = load(source, **parse_overrides(overrides))
         save(model, destination, format=form)
     click.echo(f"{model.config.name}: {source} -> {destination}")
+
+
+@main.command()
+@click.argument("corpus", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="CORPUS...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder for the tokens.")
+@click.option(
+    "--tokenizer", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder with a tokenizer.  [default: bytes]"
+)
+@click.option("--field", default="text", show_default=True, help="Field of a row that holds the text.")
+@click.option("--held-out", type=Number(0, 1), default=0.01, show_default=True, help="Share of the documents in test.npy.")
+def tokenize(corpus: tuple[Path, ...], out: Path, tokenizer: Path | None, field: str, held_out: float) -> None:
+    """Turn text into tokens for the task `text`.
+
+    CORPUS is a text file, which is one document, a .jsonl or .parquet file with a document in each row, or a folder of these. Writes
+    train.npy, test.npy and data.yaml, with the tokenizer beside them. An end token follows every document.
+    """
+    from zoo.text.corpus import tokenize as run
+
+    made = run(corpus, out, tokenizer=tokenizer, field=field, held_out=held_out)
+    click.echo(f"{made.documents} documents, {made.train} tokens to train on, {made.test} held out; vocabulary: {made.vocab}")
+    click.echo(f"written to {out}")
 
 
 @main.command()

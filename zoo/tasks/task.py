@@ -66,6 +66,10 @@ class Task(BaseModel):
         """Number of contexts in a sequence."""
         return 1
 
+    def companions(self) -> dict[str, bytes]:
+        """Return files that travel with a model trained on the task, such as a tokenizer; see `zoo.checkpoints.companions`."""
+        return {}
+
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
         """Return `count` random contexts, [count, ...]: the information that an answer depends on, and the unit by which splits
         are separated."""

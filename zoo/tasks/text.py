@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from zoo.checkpoints.companions import read_companions
 from zoo.errors import ZooError
 from zoo.tasks.task import Batch, Split, Task, tasks
 
@@ -48,6 +49,10 @@ class Text(Task):
     def window(self) -> int:
         return self.width
 
+    def companions(self) -> dict[str, bytes]:
+        """See `Task.companions`: the tokenizer that `zoo tokenize` has put beside the file."""
+        return read_companions(Path(self.train).parent)
+
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
         """See `Task.batch`. Raises ZooError: a token is outside the vocabulary."""
         tokens = self._tokens(split)
@@ -69,7 +74,7 @@ class Text(Task):
         try:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # damaged headers make numpy raise anything
-            raise ValueError(f"{split}: {path}: not a .npy file of numbers: {error}") from None
+            raise ValueError(f"{split}: {path}: not a .npy file of numbers, which `zoo tokenize` makes of text: {error}") from None
         if tokens.ndim != 1 or tokens.dtype.kind != "u":
             raise ValueError(f"{split}: {path}: {tokens.dtype} {list(tokens.shape)}; want one dimension of unsigned integers")
         return tokens

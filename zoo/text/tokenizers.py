@@ -84,6 +84,8 @@ class FolderTokenizer(ByteTokenizer):
         if backend.size > vocab_size:
             raise ZooError(f"{folder / TOKENIZER}: {backend.size} tokens; the model has {vocab_size}")
         self._backend = backend
+        self.size = backend.size
+        """Number of tokens."""
         self.special = self._backend.special
         self.templates = read_templates(folder)
         end = self._backend.id_of(self.special.get("eos_token", ""))

@@ -92,6 +92,7 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
         seed=config.seed,
         pretrained=source == "hub" or source or False,
     )
+    model.companions = model.companions or task.companions()
     check_fit(model, task)
     freeze(model, config.frozen)
     answer = (team or Team(device)).parallelize(model, config.parallel)

@@ -1,0 +1,92 @@
+"""Questions of one's own about contexts that are evicted."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+import zoo
+from zoo.tasks import new_task
+from zoo.text.tokenizers import ByteTokenizer, load_tokenizer
+from zoo.training.config import TrainConfig
+from zoo.training.loop import train
+
+NAMES = ["Ann", "Bob", "Cid", "Dan"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Files of questions about who has which letter."""
+    folder, dice = tmp_path_factory.mktemp("qa"), random.Random(0)
+    for name, count in (("train", 4000), ("test", 200)):
+        lines = []
+        for _ in range(count):
+            who = dice.sample(NAMES, 2)
+            have = [dice.choice("abcdefgh") for _ in who]
+            asked = dice.randrange(2)
+            context = " ".join(f"{w}={h}." for w, h in zip(who, have, strict=True))
+            lines.append(json.dumps({"context": context, "question": f"{who[asked]}?", "answer": have[asked]}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def fields(folder, **more):
+    return {"name": "qa", "train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "width": 32, **more}
+
+
+def test_the_context_is_slept_on_and_the_answer_carries_the_loss(rows):
+    task, text = new_task(fields(rows, windows=2)), ByteTokenizer()
+    ids, mask, level = task.batch(0, 3, 5, "test")
+    lines = [json.loads(line) for line in (rows / "test.jsonl").read_text().splitlines()]
+    for n, row in enumerate(lines[3:8]):
+        assert text.decode(ids[n, :64]).lstrip("\0") == row["context"]
+        question = text.chat([{"role": "user", "content": row["question"]}])
+        end = 64 + len(question)
+        assert ids[n, 64:end].tolist() == question
+        assert ids[n][mask[n]].tolist() == [*row["answer"].encode(), 0]
+        assert np.flatnonzero(mask[n]).tolist() == [end, end + 1]
+        assert set(level[n][mask[n]]) == {1}
+    first, again = task.batch(1, 2, 8), task.batch(1, 2, 8)
+    assert np.array_equal(first.ids, again.ids)
+    assert not np.array_equal(first.ids, task.batch(1, 3, 8).ids)
+    answers = [row["answer"] for row in lines]
+    assert task.chance() == pytest.approx((max(map(answers.count, answers)) + 200) / 400)  # the end is always right
+
+
+def test_damaged_rows_are_refused(rows, tmp_path):
+    good = rows / "test.jsonl"
+    for line, message in (
+        ('{"context": "a"}', "line 1: want an object with the texts context, question and answer: 'question'"),
+        ("[", "line 1: want an object"),
+        (json.dumps({"context": "", "question": "x" * 40, "answer": "y"}), "line 1: question and answer take .* tokens; width: 32"),
+        ("", "no rows"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(line + "\n")
+        with pytest.raises(zoo.ZooError, match=message):
+            new_task({**fields(rows), "train": str(tmp_path / "bad.jsonl"), "test": str(good)}).batch(0, 0, 2)
+    with pytest.raises(zoo.ZooError, match="is also the file to train on"):
+        new_task({**fields(rows), "test": fields(rows)["train"]})
+    with pytest.raises(zoo.ZooError, match="No such file"):
+        new_task({**fields(rows), "train": "nowhere.jsonl"})
+
+
+CONFIG = {
+    "model": "gdn4-sleep2-hard32",
+    "overrides": {
+        "d_model": 64, "d_ff": 128, "layers": "(attn gdn)*2", "learned_positions": "asleep", "inject": True, "loop_norm": True,
+        "blocks": {
+            "attn": {"heads": 4, "rotary": 0, "qk_norm": "plain"},
+            "gdn": {"heads": 2, "expand_v": 1, "conv_init": "identity", "decay_init": 1, "gate": False},
+        },
+    },
+    "batch_size": 64, "lr": 3e-3, "warmup": 0.08, "eval_sequences": 200,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [2, pytest.param(300, marks=pytest.mark.extended)])
+def test_a_model_answers_about_evicted_context(rows, tmp_path, steps):
+    results = train(TrainConfig(task=fields(rows), steps=steps, **CONFIG), tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run", 256).stop == (0,)
+    if steps > 2:
+        assert results["first"] > 0.95

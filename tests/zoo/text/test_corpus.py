@@ -1,0 +1,96 @@
+"""Text becomes tokens, with the tokenizer beside them; from two files to a chatting model in four commands."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import zoo
+from zoo.cli import main
+from zoo.text.corpus import tokenize
+from zoo.text.tokenizers import load_tokenizer
+
+TEXTS = [f"document {i}, où {'x' * (i % 7)}\n" for i in range(300)]
+
+
+def write_tokenizer(folder):
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["<|end|>"])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}))
+
+
+def split_at(tokens, end):
+    return [document.tolist() for document in np.split(tokens, np.flatnonzero(tokens == end) + 1)[:-1]]
+
+
+def test_documents_keep_their_text_and_end(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS) + "\n\n")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.txt").write_text(TEXTS[3])
+    (tmp_path / "more" / "c.md").write_text("# one document\n")
+    made = tokenize([tmp_path / "a.jsonl", tmp_path / "more"], tmp_path / "data", tokenizer=tmp_path, held_out=0.2)
+    assert yaml.safe_load((tmp_path / "data" / "data.yaml").read_text()) == made._asdict()
+    assert (made.vocab, made.end, made.documents) == (257, 256, 302)
+    tokenizer, found = load_tokenizer(tmp_path / "data", 257), {}
+    for split in ("train", "test"):
+        tokens = np.load(tmp_path / "data" / f"{split}.npy")
+        assert (tokens.dtype, len(tokens)) == (np.uint16, getattr(made, split))
+        found[split] = [tokenizer.decode(document[:-1]) for document in split_at(tokens, 256)]
+    assert sorted(found["train"] + found["test"]) == sorted([*TEXTS, TEXTS[3], "# one document\n"])
+    assert not set(found["train"]) & set(found["test"])
+    assert 0.1 < len(found["test"]) / 302 < 0.3
+
+
+def test_dtypes_follow_the_vocabulary(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    made = tokenize([tmp_path / "a.jsonl"], tmp_path / "bytes", field="body", held_out=0.5)
+    assert (made.vocab, made.end, np.load(tmp_path / "bytes" / "test.npy").dtype) == (256, 0, np.uint8)
+    assert load_tokenizer(tmp_path / "bytes", 256).stop == (0,)
+    (tmp_path / "large").mkdir()
+    words = Tokenizer(models.WordLevel({**{f"w{i}": i for i in range(66_000)}, "<|end|>": 66_000}, unk_token="w0"))
+    words.save(str(tmp_path / "large" / "tokenizer.json"))
+    (tmp_path / "large" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"})
+    )
+    tokenize([tmp_path / "a.jsonl"], tmp_path / "wide", tokenizer=tmp_path / "large", field="body", held_out=0.5)
+    assert np.load(tmp_path / "wide" / "train.npy").dtype == np.uint32
+
+
+def test_bad_input_is_refused_and_nothing_is_left(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "c.txt").write_text("one")
+    for file, message in (
+        ("a", "line 2: no text under 'text'; see --field"),
+        ("b", "cannot be read as text"),
+        ("c", "no document of 1 in "),
+    ):
+        source = tmp_path / (f"{file}.jsonl" if file == "a" else f"{file}.txt")
+        with pytest.raises(zoo.ZooError, match=message):
+            tokenize([source], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_from_two_text_files_to_a_chatting_model_in_four_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": name + text * 4}) + "\n" for text in TEXTS))
+    (tmp_path / "run.yaml").write_text(
+        "model: gdn4-sleep2-slide16\noverrides: {layers: attn gdn, d_model: 16, d_ff: 16, vocab_size: 256}\nsteps: 2\nbatch_size: 2\n"
+        "task: {name: text, train: data/train.npy, test: data/test.npy, vocab: 256, length: 32, width: 16}\neval_sequences: 4\n"
+    )
+    for command in (
+        ["tokenize", "a.jsonl", "b.jsonl", "--out", "data", "--held-out", "0.1"],
+        ["train", "run.yaml", "--out", "run"],
+        ["eval", "run", "--sequences", "4"],
+        ["chat", "run", "--tokens", "4", "--seed", "0"],
+    ):
+        result = CliRunner().invoke(main, command, input="hi\n")
+        assert result.exit_code == 0, result.output
+    assert load_tokenizer(tmp_path / "run", 256).stop == (0,)  # as in the data

@@ -1,0 +1,144 @@
+"""A corpus as token ids: text files, JSON lines or Parquet become train.npy and test.npy, with the tokenizer beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from zoo.checkpoints.companions import GENERATION, read_companions, write_companions
+from zoo.errors import ZooError
+from zoo.files import new_folder
+from zoo.text.tokenizers import ByteTokenizer, FolderTokenizer
+
+END_OF_BYTES = 0
+"""Ends a document of bytes, and an answer of a model that is trained on them."""
+SUMMARY = "data.yaml"
+
+
+class Corpus(NamedTuple):
+    """Size of a tokenized corpus. It is written to data.yaml."""
+
+    vocab: int
+    """Size of the vocabulary."""
+    end: int
+    """Token that ends every document."""
+    documents: int
+    characters: int
+    train: int
+    """Tokens, those that end documents included."""
+    test: int
+
+
+def tokenize(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    tokenizer: Path | None = None,
+    field: str = "text",
+    held_out: float = 0.01,
+    advance: Callable[[int], None] = lambda documents: None,
+) -> Corpus:
+    """Write the documents of `sources` to the new folder `out`.
+
+    A hash of a document decides whether it is held out, so equal documents are in the same split.
+
+    Args:
+        sources: files, or folders of files: .jsonl and .parquet hold a document in each row, any other file is one document.
+        tokenizer: folder of a tokenizer; default: bytes.
+        field: field of a row that holds the text.
+        held_out: share of the documents in test.npy.
+        advance: called after each document with the number of documents done.
+    Raises:
+        ZooError: a file that cannot be read, a row without the field, no document in a split, or a tokenizer without an end token.
+    """
+    encode = FolderTokenizer(tokenizer, 2**32) if tokenizer is not None else ByteTokenizer()
+    size, end = (encode.size, encode.stop[:1]) if isinstance(encode, FolderTokenizer) else (256, (END_OF_BYTES,))
+    if not end:
+        raise ZooError(f"{tokenizer}: names no end token, which documents need; set eos_token in tokenizer_config.json")
+    dtype = np.dtype(np.uint8 if size <= 2**8 else np.uint16 if size <= 2**16 else np.uint32)
+    counts, done, characters = {"train": 0, "test": 0}, 0, 0
+    with new_folder(out) as folder:
+        with (folder / "train.raw").open("wb") as train, (folder / "test.raw").open("wb") as test:
+            files: dict[str, IO[bytes]] = {"train": train, "test": test}
+            for done, text in enumerate(documents(sources, field), 1):
+                ids = [*encode.encode(text, special=False), *end]
+                share = int.from_bytes(hashlib.sha256(text.encode("utf-8", errors="replace")).digest()[:4], "big") / 2**32
+                split = "test" if share < held_out else "train"
+                files[split].write(np.asarray(ids, dtype).tobytes())
+                counts[split] += len(ids)
+                characters += len(text)
+                advance(done)
+        for split, count in counts.items():
+            if not count:
+                raise ZooError(f"{out}: no document of {done} in {split}.npy; change --held-out, which is {held_out}, or add documents")
+            _with_header(folder / f"{split}.raw", folder / f"{split}.npy", dtype, count)
+        corpus = Corpus(size, end[0], done, characters, **counts)
+        (folder / SUMMARY).write_text(yaml.safe_dump(corpus._asdict(), sort_keys=False), encoding="utf-8")
+        companions = {} if tokenizer is None else read_companions(tokenizer)
+        if GENERATION not in companions:
+            companions[GENERATION] = json.dumps({"eos_token_id": end[0]}).encode() + b"\n"
+        write_companions(companions, folder)
+    return corpus
+
+
+def documents(sources: Sequence[Path], field: str) -> Iterator[str]:
+    """Yield the text of every document. Raises ZooError."""
+    for source in sources:
+        for file in sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]:
+            if file.suffix == ".jsonl":
+                yield from _rows(file, field)
+            elif file.suffix == ".parquet":
+                yield from _columns(file, field)
+            else:
+                yield _read(file)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ZooError(f"{file}: cannot be read as text: {error}") from None
+
+
+def _rows(file: Path, field: str) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                row: Any = json.loads(line) if line.strip() else {field: ""}
+                if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                    raise ZooError(f"{file}: line {number}: no text under '{field}'; see --field")
+                if line.strip():
+                    yield row[field]
+    except ZooError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ZooError(f"{file}: cannot be read as JSON lines: {error}") from None
+
+
+def _columns(file: Path, field: str) -> Iterator[str]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ZooError(f"{file}: Parquet needs pip install pyarrow") from None
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(columns=[field]):
+            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except (OSError, ValueError, IndexError) as error:
+        raise ZooError(f"{file}: cannot be read as Parquet with a column '{field}': {error}") from None
+
+
+def _with_header(raw: Path, file: Path, dtype: np.dtype[Any], count: int) -> None:
+    """Turn plain numbers into a .npy file."""
+    with raw.open("rb") as source, file.open("wb") as target:
+        np.lib.format.write_array_header_1_0(
+            target, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+        )
+        shutil.copyfileobj(source, target)
+    raw.unlink()
