@@ -149,10 +149,11 @@ def distributions(count):
 
 @pytest.mark.parametrize(("count", "slack"), [(250, 3.0), pytest.param(5000, 1.0, marks=pytest.mark.extended)])
 def test_distributions_of_upstream(count, slack):
-    """Upstream's generator at its medium setting; majorities of forward problems from 2,000 to 3,000 of its problems each, reverse ones
-    from fewer. Few problems of ours get three times the tolerance."""
+    """Upstream's generator at its medium setting: majorities of 2,000 to 3,000 forward problems each. Of its reverse problems, whose
+    answers are 1 to 4, about a hundred each gave .32, .30, .33 and .34, which as the largest of four shares of a small sample is too
+    much. Few problems of ours get three times the tolerance."""
     found = distributions(count)
-    for operations, forward, reverse, steps in ((2, 0.30, 0.32, 0.0), (4, 0.25, 0.30, 1.0), (6, 0.15, 0.33, 2.1), (8, 0.11, 0.34, 3.0)):
+    for operations, forward, reverse, steps in ((2, 0.30, 0.31, 0.0), (4, 0.25, 0.30, 1.0), (6, 0.15, 0.30, 2.1), (8, 0.11, 0.30, 3.0)):
         assert found[operations]["forward"] == pytest.approx(forward, abs=0.03 * slack)
         assert found[operations]["reverse"] == pytest.approx(reverse, abs=0.03 * slack)
         assert found[operations]["share reverse"] == pytest.approx(0.5, abs=0.03 * slack)
