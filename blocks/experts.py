@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.kernels.common.recording import pure
+from zoo.kernels.common.recording import pure, recorded
 
 
 class Experts(nn.Module):
@@ -41,10 +41,8 @@ class Experts(nn.Module):
             return (weight @ y.to(weight.dtype)).to(y.dtype)
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
-        rows, counts = order // index.shape[1], chosen.bincount(minlength=len(self.up)).tolist()
-        ups, downs = self.up.unbind(0), self.down.unbind(0)  # one gradient of the whole, where indexing would make one for each expert
-        parts = [(part, ups[e], downs[e]) for e, part in enumerate(x[rows].split(counts)) if len(part)]
-        y = torch.cat([F.linear(self._activated(F.linear(part, up)), down) for part, up, down in parts])
+        rows, counts = order // index.shape[1], chosen.bincount(minlength=len(self.up))
+        y = _grouped(self._activated(_grouped(x[rows], self.up, counts)), self.down, counts)
         wide = y * weight.flatten()[order, None]
         return wide.new_zeros(x.shape).index_add(0, rows, wide).to(y.dtype)
 
@@ -71,3 +69,13 @@ class Experts(nn.Module):
         """Initialise as Linear layers, `down` times `scale`."""
         nn.init.normal_(self.up, std=self.up.shape[2] ** -0.5, generator=generator)
         nn.init.normal_(self.down, std=scale * self.down.shape[2] ** -0.5, generator=generator)
+
+
+def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Multiply E groups of consecutive rows of x: [n, D], `counts` rows each, by the rows of weight: [E, F, D]. Returns [n, F]."""
+    plain = x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if plain and not recorded(x, weight):
+        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
+    # unbind has one gradient of the whole, where indexing would make one for each expert
+    groups = zip(x.split(counts.tolist()), weight.unbind(0), strict=True)
+    return torch.cat([F.linear(part, own) for part, own in groups if len(part)])

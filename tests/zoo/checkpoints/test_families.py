@@ -85,7 +85,7 @@ def test_graphs(name: str, evict: str, dialect: str, tmp_path: Path) -> None:
     from zoo.export.plan import Plan
 
     model = zoo.load(ORACLES / name, evict=evict, window=6, loops=3, span=(1, 2))
-    zoo.export.export(model, tmp_path / "bundle", plan=Plan(dialect=dialect, prefill=4))
+    zoo.export.export(model, tmp_path / "bundle", plan=Plan(dialect=dialect))
     ids = torch.randint(256, (2, 27), generator=torch.Generator().manual_seed(0))
     want = zoo.Session(model, 2).feed(ids)
     got = zoo.export.load(tmp_path / "bundle", batch_size=2).feed(ids)
