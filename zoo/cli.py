@@ -356,7 +356,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP.
 
-    MODEL is a folder or a name. FIELD=VALUE replaces a field of its config, such as window=512.
+    MODEL is a folder, also of an exported bundle, or a name. FIELD=VALUE replaces a field of its config, such as window=512.
     The endpoints are OpenAI-compatible. Requests with the same "session": "some-id" continue one stream.
     On SIGTERM or Ctrl-C, requests under way are answered and others refused.
     """

@@ -12,6 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from torch.utils._pytree import tree_leaves
+
 from zoo.errors import ZooError
 from zoo.sessions.pool import BusyError, PoolClosedError, SessionPool
 from zoo.text.tokenizers import ByteTokenizer
@@ -37,7 +39,7 @@ from zoo.serving.schemas import NAME, ApiError, ChatRequest, CompletionRequest, 
 from zoo.serving.sessions import KeptSessions
 from zoo.serving.store import Store, StoreError
 from zoo.sessions.file import identity
-from zoo.sessions.sleeping_model import sleeping_model
+from zoo.sessions.sleeping_model import SleepingModel, sleeping_model
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
 ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -120,7 +122,8 @@ class Server:
     def __init__(self, pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits, store: Path | None) -> None:
         self.tokenizer, self.name, self.limits = tokenizer, name, limits
         self.pool = pool
-        kept_in = None if store is None else Store(store, {**identity(sleeping_model(pool.model)), "dtype": _dtype(pool)})
+        model = sleeping_model(pool.model)
+        kept_in = None if store is None else Store(store, {**identity(model), "dtype": _dtype(model)})
         self.sessions = KeptSessions(pool, limits.idle, Prefixes(limits.prefixes), kept_in)
         self.metrics = Metrics(self.sessions, pool)
         self.created = int(time.time())
@@ -278,8 +281,9 @@ def _owner(request: Request) -> str:
     return request.headers.get("authorization", "") if request.app.state.keyed else ""
 
 
-def _dtype(pool: SessionPool) -> str:
-    return str(pool.model.embed.weight.dtype).removeprefix("torch.")
+def _dtype(model: SleepingModel) -> str:
+    """Return the dtype of the window caches, which is that of the model; fast weights are always float32."""
+    return next((str(leaf.dtype).removeprefix("torch.") for leaf in tree_leaves(model.init_state().window)), "float32")
 
 
 def _wants_usage(body: CompletionRequest | ChatRequest) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Self
 
+from torch import nn
+
 from zoo.costs import window_bytes
 from zoo.errors import ZooError
 from zoo.inputs import check_count
@@ -12,10 +14,12 @@ from zoo.schedule import Schedule, new_schedule
 from zoo.sessions.host import BusyError as BusyError
 from zoo.sessions.host import PoolClosedError as PoolClosedError
 from zoo.sessions.host import PoolFullError as PoolFullError
+from zoo.sessions.host import Stream
+from zoo.sessions.one_by_one import OneByOne
 from zoo.sessions.scheduler import Scheduler
 from zoo.sessions.session import Session
-from zoo.sessions.sleeping_model import check_model
-from zoo.sessions.slots import context_of
+from zoo.sessions.sleeping_model import SleepingModel, check_model
+from zoo.sessions.slots import Slots, context_of
 from zoo.sessions.snapshot import kept, size
 
 
@@ -27,6 +31,7 @@ class SessionPool:
     a token.
 
     Args:
+        model: a `zoo.Model`, or the model of a bundle, whose graphs read the tokens of one stream at a time.
         slots: maximum number of streams in a batch; more take turns.
         streams: maximum number of open streams, default `slots`.
         when: the schedule of every stream. Under `interval(n)` with n below the window, and `idle`, streams continue to answer
@@ -39,7 +44,7 @@ class SessionPool:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | SleepingModel,
         slots: int = 8,
         *,
         streams: int | None = None,
@@ -62,7 +67,9 @@ class SessionPool:
             raise ZooError(
                 f"max_bytes: {max_bytes}; {slots} slots and {streams} streams of {model.config.name} may need {self.bytes}: allow fewer"
             )
-        self._scheduler = Scheduler(model, slots, streams, self.context)
+        places: Slots[Stream] | OneByOne[Stream]
+        places = Slots(model, slots, self.context) if isinstance(model, nn.Module) else OneByOne(model, slots)
+        self._scheduler = Scheduler(places, streams, self.context)
 
     def open(self) -> Session:
         """Open a new stream: a `Session` that may be used from any thread, one call at a time. Raises PoolFullError.
@@ -91,7 +98,9 @@ class SessionPool:
         self.close()
 
 
-def _bytes(model: Model, slots: int, streams: int, context: int) -> int:
+def _bytes(model: Model | SleepingModel, slots: int, streams: int, context: int) -> int:
+    if not isinstance(model, nn.Module):  # its caches are rings of fixed size
+        return (slots + 6 * streams) * (size(model.init_state()) + 4 * model.config.vocab_size)
     sleeps = model.config.window is not None
     fast = size(model.init_state().fast) + model.config.vocab_size * model.embed.weight.element_size()  # and the last logits
     awake = fast + window_bytes(model, context)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.model import Model
 from zoo.sessions.host import Answer, BusyError, Call, Host, PoolClosedError, PoolFullError, SleepEnd, Stream, Taken, Token
+from zoo.sessions.one_by_one import OneByOne
 from zoo.sessions.pending import Pending, PendingEach
 from zoo.sessions.sleeping import Sleep, batch_key, consolidate_together
 from zoo.sessions.sliced import finish
@@ -36,7 +36,7 @@ class Scheduler:
     requests a token run as one batch.
 
     Args:
-        slots: maximum number of streams in a batch; more take turns.
+        slots: where the states of streams are while their tokens are read.
         streams: maximum number of open streams.
         context: maximum number of tokens in a window cache.
     """
@@ -44,12 +44,12 @@ class Scheduler:
     reads_while_asleep = True
     keeps_hidden = False
 
-    def __init__(self, model: Model, slots: int, streams: int, context: int) -> None:
-        self.model, self.streams = model, streams
+    def __init__(self, slots: Slots[Stream] | OneByOne[Stream], streams: int, context: int) -> None:
+        self.streams = streams
         self.context: int | None = context
         self.sleeps = 0
         """Number of sleeps that have ended."""
-        self._slots: Slots[Stream] = Slots(model, slots, context)
+        self._slots = slots
         self._open: set[Stream] = set()
         self._changed = threading.Condition()
         self._calls: dict[Stream, Pending] = {}

@@ -238,7 +238,7 @@ def _record(step: Callable[[], Tensor], buffers: list[Tensor]) -> Callable[[], T
     return replay
 
 
-def context_of(model: Model, context: int | None) -> int:
+def context_of(model: Any, context: int | None) -> int:
     """Number of tokens that a window cache must hold. Raises ZooError."""
     if model.config.window is not None:
         return model.config.window
