@@ -34,10 +34,12 @@ from zoo.serving.conversations import chat_ids, message_ends, takes_tools
 from zoo.serving.errors import ApiKeys, BodyLimit, as_api_error
 from zoo.serving.kept import KeptSession, Messages
 from zoo.serving.metrics import Metrics
+from zoo.serving.owners import owner_of
 from zoo.serving.prefixes import Prefixes, common_length
 from zoo.serving.schemas import NAME, ApiError, ChatRequest, CompletionRequest, ErrorResponse
+from zoo.serving.session_routes import SessionRoutes
 from zoo.serving.sessions import KeptSessions
-from zoo.serving.store import Store, StoreError
+from zoo.serving.store import Store
 from zoo.sessions.file import identity
 from zoo.sessions.sleeping_model import SleepingModel, sleeping_model
 
@@ -111,7 +113,7 @@ def make_app(
     app.get("/v1/models/{model}", responses=ERRORS)(server.one_model)
     app.post("/v1/completions", response_model=None, responses=ANSWERS)(server.completions)
     app.post("/v1/chat/completions", response_model=None, responses=ANSWERS)(server.chat)
-    app.delete("/v1/sessions/{session}", responses=ERRORS)(server.delete_session)
+    SessionRoutes(server.sessions, pool).add(app, ERRORS)
     app.get("/metrics", response_class=PlainTextResponse)(server.metrics_text)
     return app
 
@@ -174,15 +176,6 @@ class Server:
         response = ChatBody(self.name, body.top, _wants_usage(body))
         return self._answer(body, request, response, max_tokens, conversation, messages)
 
-    def delete_session(self, session: str, request: Request) -> dict[str, Any]:
-        try:
-            deleted = self.sessions.delete(_owner(request), session)
-        except StoreError as error:
-            raise ApiError(503, str(error), "session", "store_failing") from None
-        if not deleted:
-            raise ApiError(404, f"session: '{session}' does not exist, or is busy", "session", "session_not_found")
-        return {"id": session, "object": "session", "deleted": True}
-
     def metrics_text(self) -> Response:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
@@ -208,7 +201,7 @@ class Server:
             field = "max_tokens" if body.max_tokens == max_tokens else "max_completion_tokens"
             raise ApiError(400, f"{field}: {max_tokens} is more than {self.limits.tokens}", field, "max_tokens_exceeded")
         with ExitStack() as cleanup:
-            kept = self.sessions.acquire(_owner(request), _session_of(body, request))
+            kept = self.sessions.acquire(owner_of(request), _session_of(body, request))
             cleanup.callback(self.sessions.release, kept)
             try:
                 choices = self._choices(kept, prompts(kept), body, max_tokens, messages)
@@ -274,11 +267,6 @@ def _session_of(body: CompletionRequest | ChatRequest, request: Request) -> str 
     if name is not None and not re.fullmatch(NAME, name):
         raise ApiError(400, f"session: '{name}'; want up to 64 letters, digits, _ and -", "session")
     return name
-
-
-def _owner(request: Request) -> str:
-    """Return what identifies the owner of sessions: the API key, which was checked if the server has any."""
-    return request.headers.get("authorization", "") if request.app.state.keyed else ""
 
 
 def _dtype(model: SleepingModel) -> str:

@@ -18,7 +18,7 @@ Several = Annotated[list[T], Field(min_length=1, max_length=2048)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Fields in exactly these types. An optional field may be null, which means that it is absent."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -38,12 +38,12 @@ class _Strict(BaseModel):
         return schema
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """Fields that completions and chat have in common. `user` has no effect."""
 
     model: str
@@ -108,12 +108,12 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
     name: str | None = None
@@ -138,7 +138,7 @@ class ChatMessage(_Strict):
         return {**self.model_dump(exclude_none=True), "content": content}
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text"]
 
 

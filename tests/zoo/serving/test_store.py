@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -156,6 +157,38 @@ def test_torn_lines(tmp_path):
         if cut % 10 == 0:
             journal.write(Record([9]))
             assert store.open("me", "s").stored.tokens == [9]
+
+
+def test_routes(model, tmp_path):
+    """Sessions are listed, looked at, put to sleep and forked, in memory or in the store."""
+    with local(model, BYTES, store=tmp_path) as server:
+        answers(server, "s", "x" * 40)
+        about = server.ask("/v1/sessions/s")[1]
+        assert (about["tokens"], about["window"]) == (48, {"tokens": 15, "limit": 16})
+        assert about["sleeps"] == [{"position": 16, "loops": 2}, {"position": 32, "loops": 2}]
+        assert about["norms"][0] is None
+        assert about["norms"][1] > 0
+        assert server.ask("/v1/sessions/s/sleep", {"loops": 3})[0] == 400  # an unknown field: model
+    with local(model, BYTES, store=tmp_path) as server:
+        about = post(server, "/v1/sessions/s/sleep", {"loops": 3})[1]
+        assert about["sleeps"][2:] == [{"position": 47, "loops": 3}]
+        assert about["window"]["tokens"] == 0
+        assert post(server, "/v1/sessions/s/fork", {"id": "t"})[1]["sleeps"] == about["sleeps"]
+        assert post(server, "/v1/sessions/s/fork", {"id": "t"})[0] == 409
+        assert post(server, "/v1/sessions/none/fork", {"id": "u"})[0] == post(server, "/v1/sessions/none/sleep", {})[0] == 404
+        assert server.ask("/v1/sessions/none")[0] == 404
+        assert [each["id"] for each in server.ask("/v1/sessions")[1]["data"]] == ["s", "t"]
+        assert answers(server, "s", "more") == answers(server, "t", "more")
+
+
+def post(server, path, body):
+    """Status and body of a response to a request without a model."""
+    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
 
 
 class FullDisk:
