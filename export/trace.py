@@ -60,7 +60,6 @@ def _translations(opset_version: int) -> ONNXRegistry:
 
 
 @_errors_only("torch.onnx", "onnx_ir")
-@mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_translations))
 def trace(module: nn.Module, example: Mapping[str, Tensor], scans: Scans) -> ir.Model:
     """Trace a module over named tensors to ONNX, with a dynamic dimension `batch` and with parameters by name only.
 
@@ -68,7 +67,8 @@ def trace(module: nn.Module, example: Mapping[str, Tensor], scans: Scans) -> ir.
     """
     batch = torch.export.Dim(BATCH)
     shapes = {name: {0: batch} if tensor.ndim and not name.startswith("fixed") else {} for name, tensor in example.items()}
-    with torch.no_grad(), warnings.catch_warnings():
+    cached = mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_translations))
+    with torch.no_grad(), warnings.catch_warnings(), cached:
         warnings.simplefilter("ignore")
         program = torch.export.export(module, (dict(example),), dynamic_shapes=(shapes,), strict=False)
         spec = program.call_spec.out_spec
