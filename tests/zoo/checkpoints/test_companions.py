@@ -59,17 +59,23 @@ def answer(folder: Path, *more: str) -> str:
     return "\n".join(line for line in said.splitlines() if "bytes, cache" not in line)  # a bundle's cache is a ring
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("form", ["zoo", "hf"])
-def test_convert_copies_the_whole_model_and_gives_it_sleep_settings(source: Path, tmp_path: Path, form: str) -> None:
+def test_transformers_reads_the_tokenizer_of_a_copy(source: Path, tmp_path: Path, form: str) -> None:
     from transformers import AutoTokenizer
 
-    copy = tmp_path / "copy"
-    zoo_command("convert", source, copy, "evict=sliding", "window=8", "loops=2", "--to", form)
-    assert carries(copy, source)
-    ours, theirs = AutoTokenizer.from_pretrained(copy), AutoTokenizer.from_pretrained(source)
+    zoo_command("convert", source, tmp_path / "copy", "--to", form)
+    ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "copy"), AutoTokenizer.from_pretrained(source)
     assert ours.get_vocab() == theirs.get_vocab()
     assert ours.special_tokens_map == theirs.special_tokens_map
     assert ours.chat_template == theirs.chat_template
+
+
+@pytest.mark.parametrize("form", ["zoo", "hf"])
+def test_convert_copies_the_whole_model_and_gives_it_sleep_settings(source: Path, tmp_path: Path, form: str) -> None:
+    copy = tmp_path / "copy"
+    zoo_command("convert", source, copy, "evict=sliding", "window=8", "loops=2", "--to", form)
+    assert carries(copy, source)
     model = zoo.load(copy)
     assert (model.config.loops, model.config.evict, model.config.window) == (2, "sliding", 8)
     assert answer(copy) == answer(source, "evict=sliding", "window=8", "loops=2")

@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from datetime import date
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -35,6 +37,7 @@ MESSAGES = [
     {"role": "user", "content": "again"},
 ]
 TOOLS = [{"type": "function", "function": {"name": "map", "parameters": {"type": "object", "properties": {"b": {"type": "integer"}}}}}]
+STORED = json.loads((Path(__file__).parents[2] / "data/chat_templates.json").read_text(encoding="utf-8"))
 SPECIAL = ("<|bos|>", "<|end|>")
 HOSTILE = {
     "endless loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -70,6 +73,21 @@ def write_folder(folder, template, *, in_file):
             (folder / "additional_chat_templates" / f"{name}.jinja").write_text(text)
 
 
+VARIABLES = ({}, {"tools": TOOLS}, {"documents": [{"title": "a", "text": "b"}]}, {"add_generation_prompt": False})
+
+
+@pytest.mark.parametrize("in_file", [True, False], ids=["jinja", "json"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_stored_renderings(name, in_file, tmp_path):
+    """The texts are those of transformers 5.23 for the same folder, with DATE for the day."""
+    template = TEMPLATES[name]
+    write_folder(tmp_path, dict(template) if isinstance(template, dict) else template, in_file=in_file)
+    tokenizer = load_tokenizer(tmp_path, 300)
+    for variables, text in zip(VARIABLES, STORED[name], strict=True):
+        assert tokenizer.render(MESSAGES, **variables) == text.replace("DATE", date.today().isoformat())
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("in_file", [True, False], ids=["jinja", "json"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_render_as_in_transformers(name, in_file, tmp_path, monkeypatch):
@@ -81,7 +99,7 @@ def test_templates_render_as_in_transformers(name, in_file, tmp_path, monkeypatc
     ours = [load_tokenizer(tmp_path, 300)]
     monkeypatch.setitem(sys.modules, "transformers", None)
     ours.append(load_tokenizer(tmp_path, 300))
-    for variables in ({}, {"tools": TOOLS}, {"documents": [{"title": "a", "text": "b"}]}, {"add_generation_prompt": False}):
+    for variables in VARIABLES:
         right = oracle.apply_chat_template(MESSAGES, tokenize=False, **{"add_generation_prompt": True, **variables})
         for tokenizer in ours:
             assert tokenizer.render(MESSAGES, **variables) == right

@@ -91,6 +91,7 @@ def test_end_tokens_are_found_in_every_usual_place(folder):
     assert load_tokenizer(folder, 1000).stop == ()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("transformers", [True, False])
 def test_tokens_equal_those_of_transformers(folder, monkeypatch, transformers):
     from transformers import AutoTokenizer

@@ -147,7 +147,6 @@ def test_a_run_starts_from_upstream(tmp_path):
             {"weights": "first", "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16, "blocks": {"attn": {"heads": 2}}}},
             "blocks.attn.heads",
         ),
-        ({"weights": "first", "overrides": {"layers": "attn gdn", "d_model": 16, "d_ff": 16, "inject": True}}, "'inject'"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch, changes, message):
