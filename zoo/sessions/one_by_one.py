@@ -1,4 +1,4 @@
-"""What a pool uses in place of slots for a model that it can only call, such as that of a bundle."""
+"""Stand-in for the slots of a pool, for a model that can only be called, such as that of a bundle."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import zoo
 from zoo.cli import main
 from zoo.text.tokenizers import load_tokenizer
 
+pytestmark = pytest.mark.extended  # the checkpoints are written by transformers
 TEMPLATE = "{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}"
 FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/rag.jinja", "generation_config.json"}
 END = 257
@@ -59,7 +60,6 @@ def answer(folder: Path, *more: str) -> str:
     return "\n".join(line for line in said.splitlines() if "bytes, cache" not in line)  # a bundle's cache is a ring
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("form", ["zoo", "hf"])
 def test_transformers_reads_the_tokenizer_of_a_copy(source: Path, tmp_path: Path, form: str) -> None:
     from transformers import AutoTokenizer

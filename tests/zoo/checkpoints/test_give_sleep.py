@@ -10,6 +10,7 @@ import zoo
 from tests.naive import NaiveStream
 from zoo.cli import main
 
+pytestmark = pytest.mark.extended  # the checkpoints are written by transformers
 SIZE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 HEADS = {"num_key_value_heads": 2, "head_dim": 16}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
