@@ -161,9 +161,8 @@ def randomised(made: torch.nn.Module) -> torch.nn.Module:
     return made
 
 
-@pytest.mark.parametrize(
-    "case", [case if "granite" in case or "jamba" in case else pytest.param(case, marks=pytest.mark.extended) for case in MADE]
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("case", MADE)
 def test_beside_transformers(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, gradients, and folders in the form of transformers 5, both ways."""
     monkeypatch.setitem(sys.modules, "fla", None)  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
-"""Random conversations over HTTP: what a stream holds and says, beside transformers' rendering and a plain session."""
+"""Random conversations over HTTP: what a stream holds and says, beside a plain rendering and a plain session."""
 
 import json
 import random
 
+import jinja2
 import pytest
 import torch
-import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import zoo
@@ -49,7 +49,9 @@ class Client:
 
     def __init__(self, server, model, path, seed):
         self.server, self.model, self.random, self.name = server, model, random.Random(seed), f"chat-{seed}"
-        self.oracle = transformers.AutoTokenizer.from_pretrained(path)
+        template = json.loads((path / "tokenizer_config.json").read_text())["chat_template"]
+        self.template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        self.oracle = Tokenizer.from_file(str(path / "tokenizer.json"))
         self.tokenizer = load_tokenizer(path, model.config.vocab_size)
         self.messages = [{"role": "system", "content": "Answer briefly, please."}] if seed % 2 else []
         self.agreed = False
@@ -95,8 +97,8 @@ class Client:
         self.agreed = kind != "cancel"  # then the server may have sent more than the client has read
 
     def rendered(self):
-        text = self.oracle.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
-        return self.oracle(text, add_special_tokens=False).input_ids
+        text = self.template.render(messages=self.messages, add_generation_prompt=True)
+        return self.oracle.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("conversations", [2, pytest.param(50, marks=pytest.mark.extended)])
