@@ -220,7 +220,8 @@ def _comparable(config: ModelConfig, fields: tuple[str, ...]) -> dict[str, Any]:
     layers = [(kind, mlp) for kind, mlp in zip(config.pattern, config.mlp_pattern, strict=True) if not options[kind].inserted]
     kinds = [mlp if options[kind].mlp else "none" for kind, mlp in layers]
     stated = {field: getattr(config, field) for field in fields if field in ModelConfig.model_fields}
-    values: dict[str, Any] = {"pattern": [kind for kind, _ in layers], **stated, "mlp": kinds}
+    stated |= {"pattern": [kind for kind, _ in layers], "mlp": kinds}
+    values = {field: stated[field] for field in fields if field in stated}
     ignored = {"inserted", "decay_init", "conv_init", *BEHAVIOUR} - set(fields)
     for kind in sorted({kind for kind, _ in layers}):
         for name, value in options[kind].model_dump(exclude=ignored).items():
