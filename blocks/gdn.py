@@ -10,7 +10,6 @@ from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.delta_rule import DeltaRule, DeltaRuleOptions
 from zoo.blocks.mixer import mixers
 from zoo.blocks.positions import Positions
-from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.gdn_step.op import gdn_step, one_launch
 
 
@@ -56,12 +55,10 @@ class GatedDeltaNet(DeltaRule):
             return self._step(x, fast, window)
         mixed = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         weight = torch.cat([self.q_conv, self.k_conv, self.v_conv])
-        convolved, tail = causal_conv1d(
-            mixed, weight, initial_state=window.conv_state, output_final_state=True, cu_seqlens=positions.cu_seqlens
-        )
+        convolved, window = window.convolve(mixed, weight, None, positions)
         q, k, v = convolved.split([self.keys, self.keys, self.values], dim=-1)
         y, fast = self.update(x, q, k, v, fast, positions, self.beta_scale)
-        return y, fast, ConvTail(positions.tail(mixed, window.conv_state, tail))
+        return y, fast, window
 
     def _step(self, x: Tensor, fast: Tensor, window: ConvTail) -> tuple[Tensor, Tensor, ConvTail]:
         y, fast, tail = gdn_step(

@@ -16,7 +16,6 @@ from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import RMSNorm, UnitRMSNorm
 from zoo.blocks.positions import Positions
-from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.selective_scan.op import selective_scan
 
 
@@ -84,14 +83,7 @@ class Mamba(Mixer):
 
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, positions: Positions) -> tuple[Tensor, Tensor, ConvTail]:
         mixed, gate = self.in_proj(x).chunk(2, dim=-1)
-        u, tail = causal_conv1d(
-            mixed,
-            self.conv_weight,
-            self.conv_bias,
-            initial_state=window.conv_state,
-            output_final_state=True,
-            cu_seqlens=positions.cu_seqlens,
-        )
+        u, window = window.convolve(mixed, self.conv_weight, self.conv_bias, positions)
         low, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         low, B, C = self.dt_norm(low), self.B_norm(B), self.C_norm(C)
         # padding has a step size of zero: it neither decays nor writes
@@ -102,4 +94,4 @@ class Mamba(Mixer):
         )
         assert final is not None
         y = (y + self.D * u).to(x.dtype) * F.silu(gate)
-        return self.o_proj(y), final, ConvTail(positions.tail(mixed, window.conv_state, tail))
+        return self.o_proj(y), final, window

@@ -14,7 +14,6 @@ from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.positions import Positions
 from zoo.errors import ZooError
-from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.gated_rmsnorm.op import gated_rmsnorm
 from zoo.kernels.ssd.op import ssd
 
@@ -90,14 +89,7 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, positions: Positions) -> tuple[Tensor, Tensor, ConvTail]:
         gate, mixed, dt = self.in_proj(x).split([self.inner, self.convolved, self.heads], dim=-1)
-        convolved, tail = causal_conv1d(
-            mixed,
-            self.conv_weight,
-            self.conv_bias,
-            initial_state=window.conv_state,
-            output_final_state=True,
-            cu_seqlens=positions.cu_seqlens,
-        )
+        convolved, window = window.convolve(mixed, self.conv_weight, self.conv_bias, positions)
         grouped = self.groups * self.state_dim
         u, B, C = convolved.to(fast.dtype).split([self.inner, grouped, grouped], dim=-1)
         u, B, C = u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
@@ -110,4 +102,4 @@ class Mamba2(Mixer):
         y = (y + self.D[:, None] * u).flatten(2)
         y, gate, weight = (part.unflatten(-1, (self.groups, -1)) for part in (y, gate, self.norm_weight))
         normed = gated_rmsnorm(y, gate, weight, eps=self.norm_eps, gate_first=True).flatten(2)
-        return self.o_proj(normed), final, ConvTail(positions.tail(mixed, window.conv_state, tail))
+        return self.o_proj(normed), final, window

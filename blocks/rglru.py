@@ -12,7 +12,6 @@ from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.positions import Positions
 from zoo.errors import ZooError
-from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.selective_scan.op import selective_scan
 
 TINY = 1e-30  # keeps the derivative of the square root finite
@@ -75,16 +74,7 @@ class RGLRU(Mixer):
         return super().flops(tokens, past) + tokens * self.width * (4 * self.width // self.heads + 2 * self.taps + 4)
 
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, positions: Positions) -> tuple[Tensor, Tensor, ConvTail]:
-        mixed = self.x_proj(x)
-        u, tail = causal_conv1d(
-            mixed,
-            self.conv_weight,
-            self.conv_bias,
-            activation=None,
-            initial_state=window.conv_state,
-            output_final_state=True,
-            cu_seqlens=positions.cu_seqlens,
-        )
+        u, window = window.convolve(self.x_proj(x), self.conv_weight, self.conv_bias, positions, activation=None)
         blocks = u.unflatten(-1, (self.heads, -1))
         write, recurrence = (
             (torch.einsum("bthi,hij->bthj", blocks, gate) + bias).sigmoid().flatten(2)
@@ -108,7 +98,7 @@ class RGLRU(Mixer):
         )
         assert final is not None
         y = y.to(x.dtype) * F.gelu(self.y_proj(x), approximate="tanh")
-        return self.o_proj(y), final.squeeze(-1), ConvTail(positions.tail(mixed, window.conv_state, tail))
+        return self.o_proj(y), final.squeeze(-1), window
 
     def _first(self, fast: Tensor, positions: Positions) -> Tensor:
         """Mark the first tokens of new streams: bool [B, T]."""

@@ -10,7 +10,6 @@ from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.positions import Positions
-from zoo.kernels.causal_conv1d.op import causal_conv1d
 
 
 class ShortConvOptions(mixer.Options):
@@ -46,14 +45,5 @@ class ShortConv(Mixer):
 
     def forward(self, x: Tensor, fast: None, window: ConvTail, positions: Positions) -> tuple[Tensor, None, ConvTail]:
         b, c, u = self.in_proj(x).chunk(3, dim=-1)
-        mixed = b * u
-        y, tail = causal_conv1d(
-            mixed,
-            self.conv_weight,
-            self.conv_bias,
-            activation=None,
-            initial_state=window.conv_state,
-            output_final_state=True,
-            cu_seqlens=positions.cu_seqlens,
-        )
-        return self.o_proj(c * y), None, ConvTail(positions.tail(mixed, window.conv_state, tail))
+        y, window = window.convolve(b * u, self.conv_weight, self.conv_bias, positions, activation=None)
+        return self.o_proj(c * y), None, window
