@@ -25,7 +25,7 @@ LAYERS = (
         "zoo.system",
     ),
     ("zoo.config", "zoo.state"),
-    ("zoo.inputs", "zoo.loss", "zoo.model"),
+    ("zoo.inputs", "zoo.loss", "zoo.model", "zoo.stack"),
     ("zoo.initialise",),
     ("zoo.checkpoints", "zoo.factory"),
     ("zoo.costs",),

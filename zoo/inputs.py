@@ -57,6 +57,12 @@ def count_streams(ids: Any, cu_seqlens: Any) -> int:
     return packed.streams(ids.shape[0], ids.shape[1], cu_seqlens)
 
 
+def longest(ids: Any, cu_seqlens: Any) -> int:
+    """Return the number of tokens of the longest stream."""
+    count_streams(ids, cu_seqlens)
+    return ids.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
+
+
 def check_range(ids: Tensor, vocab_size: int) -> None:
     """Refuse ids outside the vocabulary. Reads them, which synchronises with a GPU."""
     least, most = (int(x) for x in ids.aminmax())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.blocks.block import Block
 from zoo.blocks.exit_gate import ExitGate
 from zoo.blocks.mixer import Mixer, mixers
-from zoo.blocks.mlp import mlps
 from zoo.blocks.norm import norms
 from zoo.blocks.positions import Positions
 from zoo.blocks.tied_head import TiedHead
-from zoo.config import ModelConfig, validate
+from zoo.config import ModelConfig
 from zoo.errors import ZooError
 from zoo.eviction import evictions
-from zoo.inputs import StateForms, check_awake, check_count, check_flag, checked_state, count_streams, look_up
+from zoo.inputs import StateForms, check_awake, check_count, check_flag, checked_state, count_streams, longest, look_up
 from zoo.loss import Recompute, answers
+from zoo.stack import build_blocks
 from zoo.state import Answers, Output, State
 
 Passes = list[list[tuple[int, bool]]]
@@ -41,12 +40,13 @@ class Model(nn.Module):
             if not self.eviction.restarts:
                 raise ZooError(f"{config.name}: learned_positions: windows under evict '{config.evict}' do not restart; allowed: hard")
             self.positions = _embedding(config.window or 0, config.d_model)
-        self.blocks = nn.ModuleList(_build_blocks(config, self.eviction.reach))
+        self.blocks = nn.ModuleList(build_blocks(config, self.eviction.reach))
         self.norm = norms[config.norm](config.d_model, eps=config.norm_eps)
         self.head = TiedHead(self) if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.exit = None if config.exit is None else ExitGate(config.d_model, **config.exit.model_dump())
         if config.inject:
             self.inject = nn.Parameter(torch.empty(config.d_model))
+        self._wide_residual = any(block.residual_in_fp32 for block in self.blocks)
         self.state_forms: StateForms = {}
         self._has_fast = [fast is not None for fast in self.init_state().fast]
         if config.wake_loops > 1 and any(self._has_fast):
@@ -65,8 +65,7 @@ class Model(nn.Module):
     @property
     def residual_dtype(self) -> torch.dtype:
         """Dtype of the residual stream."""
-        wide = any(block.residual_in_fp32 for block in self.blocks)
-        return torch.promote_types(self.dtype, torch.float32) if wide else self.dtype
+        return torch.promote_types(self.dtype, torch.float32) if self._wide_residual else self.dtype
 
     def init_state(self, batch_size: int = 1) -> State:
         """Return the state of `batch_size` streams before their first token."""
@@ -212,7 +211,7 @@ class Model(nn.Module):
         positions = Positions(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
         end = int(positions.end.max()) if isinstance(positions.end, Tensor) else positions.end
         if self.eviction.restarts and end > (window := self.config.window or 0):
-            given = _longest(ids, cu_seqlens)
+            given = longest(ids, cu_seqlens)
             raise ZooError(f"ids: {given} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first")
         return self.embedded(ids, positions), state, positions, self.passes(self.config.wake_loops)
 
@@ -222,9 +221,8 @@ class Model(nn.Module):
         """Return the arguments of `run` for a sleep. Raises the same errors as `consolidate`."""
         loops = self.config.loops if loops is None else loops
         check_count("loops", loops)
-        count_streams(ids, cu_seqlens)  # refuses what has no length
-        if self.config.window is not None and (longest := _longest(ids, cu_seqlens)) > self.config.window:
-            raise ZooError(f"ids: {longest} tokens are more than one window of {self.config.window}")
+        if self.config.window is not None and (given := longest(ids, cu_seqlens)) > self.config.window:
+            raise ZooError(f"ids: {given} tokens are more than one window of {self.config.window}")
         h, state, positions, _ = self.start_wake(ids, state, cu_seqlens)
         h = h if self.config.learned_positions != "asleep" else self.embedded(ids, positions, asleep=True)
         return h, state, positions, self.passes(loops * self.config.wake_loops, asleep=True)
@@ -292,26 +290,6 @@ class Model(nn.Module):
         return h
 
 
-def _longest(ids: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Return the length of the longest sequence."""
-    return ids.shape[-1] if cu_seqlens is None else int(cu_seqlens.diff().max())
-
-
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """Make an embedding without the default initialisation, which imports for seconds on the meta device."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-
-
-def _build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:
-    options = {}
-    for kind, fields in {**{kind: {} for kind in config.pattern}, **config.blocks}.items():
-        options[kind] = validate(mixers.get(kind).Options, fields, f"{config.name}: blocks.{kind}")
-    mlp_options = {}
-    for kind, fields in {**{kind: {} for kind in config.mlp_pattern if kind != "none"}, **config.mlps}.items():
-        mlp_options[kind] = validate(mlps.get(kind).Options, fields, f"{config.name}: mlps.{kind}")
-    norm = partial(norms[config.norm], eps=config.norm_eps)
-    for kind, mlp_kind in zip(config.pattern, config.mlp_pattern, strict=True):
-        mixer, mlp = mixers.get(kind)(config.d_model, options[kind], reach), None
-        if options[kind].mlp and mlp_kind != "none":
-            mlp = mlps.get(mlp_kind)(config.d_model, config.mlp_width, mlp_options[mlp_kind])
-        yield Block(mixer, options[kind], mlp, config.d_model, norm)
