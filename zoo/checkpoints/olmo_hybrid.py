@@ -8,9 +8,9 @@ from typing import Any
 
 from zoo.checkpoints.family import Family, FirstOf, Names, Taps, compact, families, layer_kinds, options, under
 from zoo.checkpoints.llama import ATTENTION, LAYER, MLP, TOP, heads, read_bias, size, write_heads, write_size
+from zoo.checkpoints.qwen3_next import KINDS, write_layers
 from zoo.config import ModelConfig
 
-KINDS = {"linear_attention": "gdn", "full_attention": "attn"}
 CONVOLUTIONS = tuple(f"{name}_conv1d.weight" for name in "qkv")
 GDN: Names = {
     **{f"{name}_proj.weight": f"{name}_proj.weight" for name in "qkvgabo"},
@@ -67,8 +67,6 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(config: ModelConfig) -> dict[str, Any]:
     gdn, attention = options(config, "gdn"), options(config, "attn")
-    key_dim = gdn.head_dim or config.d_model // gdn.heads
-    words = {ours: theirs for theirs, ours in KINDS.items()}
     positions = {} if attention.rotary else {"rope_theta": None, "rope_parameters": {"rope_theta": None, "rope_type": "default"}}
     return {
         **write_size(config, "olmo_hybrid", "OlmoHybridForCausalLM"),
@@ -76,12 +74,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         **positions,
         **{f"{name}_token_id": None for name in ("pad", "bos", "eos")},  # upstream's defaults do not fit other vocabularies
         "attention_bias": attention.bias,
-        "layer_types": [words[kind] for kind in config.pattern],
-        "linear_num_key_heads": gdn.heads,
-        "linear_num_value_heads": gdn.value_heads or gdn.heads,
-        "linear_key_head_dim": key_dim,
-        "linear_value_head_dim": round(key_dim * gdn.expand_v),
-        "linear_conv_kernel_dim": gdn.conv_size,
+        **write_layers(config, gdn),
         "linear_allow_neg_eigval": gdn.neg_eigval,
     }
 

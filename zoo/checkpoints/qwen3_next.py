@@ -98,10 +98,22 @@ def read_multimodal(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**read(text), "upstream": {**text, "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]}}
 
 
+def write_layers(config: ModelConfig, gdn: Any) -> dict[str, Any]:
+    """Return the kinds of the layers and the sizes of Gated DeltaNet, under upstream's names."""
+    words = {ours: theirs for theirs, ours in KINDS.items()}
+    key_dim = gdn.head_dim or config.d_model // gdn.heads
+    return {
+        "layer_types": [words[kind] for kind in config.pattern],
+        "linear_num_key_heads": gdn.heads,
+        "linear_num_value_heads": gdn.value_heads or gdn.heads,
+        "linear_key_head_dim": key_dim,
+        "linear_value_head_dim": round(key_dim * gdn.expand_v),
+        "linear_conv_kernel_dim": gdn.conv_size,
+    }
+
+
 def write(config: ModelConfig, model_type: str, architecture: str) -> dict[str, Any]:
     gdn, attention = options(config, "gdn"), options(config, "attn")
-    key_dim = gdn.head_dim or config.d_model // gdn.heads
-    words = {ours: theirs for theirs, ours in KINDS.items()}
     layers = range(len(config.pattern))
     dense = {"mlp_only_layers": [i for i in layers if config.mlp_pattern[i] != "moe"]} if model_type == "qwen3_next" else {}
     moe = config.mlps.get("moe") if "moe" in config.mlp_pattern else None
@@ -117,12 +129,7 @@ def write(config: ModelConfig, model_type: str, architecture: str) -> dict[str, 
         **write_heads(config),
         "partial_rotary_factor": attention.rotary,
         "attention_bias": attention.bias,
-        "layer_types": [words[kind] for kind in config.pattern],
-        "linear_num_key_heads": gdn.heads,
-        "linear_num_value_heads": gdn.value_heads or gdn.heads,
-        "linear_key_head_dim": key_dim,
-        "linear_value_head_dim": round(key_dim * gdn.expand_v),
-        "linear_conv_kernel_dim": gdn.conv_size,
+        **write_layers(config, gdn),
         **dense,
         **(routed if moe or dense else {}),
     }
