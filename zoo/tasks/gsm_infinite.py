@@ -20,7 +20,7 @@ from zoo.errors import ZooError
 from zoo.tasks import gsm_graph
 from zoo.tasks.gsm_graph import Fact, Problem
 from zoo.tasks.gsm_words import CORE_ANIMALS, CORE_PLACES, GROUPS, NAMES, FromFile, Text, Utf8, Words, question, sentence
-from zoo.tasks.task import Batch, Split, Task, tasks
+from zoo.tasks.task import Batch, Split, Task, refuse_same_file, tasks
 
 COLUMNS = 8  # of an encoded fact: name, number, times, minus, up to four operands
 FACT = 60  # few facts have more tokens
@@ -73,8 +73,8 @@ class GsmInfinite(Task):
             raise ValueError(f"shortest: {self.shortest} is more than longest: {self.longest}")
         if (self.train is None) != (self.test is None):
             raise ValueError("train, test: want both files, or neither")
-        if self.train is not None and self.test is not None and Path(self.train).resolve() == Path(self.test).resolve():
-            raise ValueError(f"test: {self.test} is also the file to train on")
+        if self.train is not None and self.test is not None:
+            refuse_same_file(self.train, self.test)
         if self.train is None and not self._lengths:
             raise ValueError(f"longest: {self.longest}: want at least {FACT} tokens more than width: {self.width}")
         _ = self.text, self._files  # report unreadable files now

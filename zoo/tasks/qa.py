@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from zoo.checkpoints.companions import GENERATION, read_companions
 from zoo.errors import ZooError
-from zoo.tasks.task import Batch, Split, Task, tasks
+from zoo.tasks.task import Batch, Split, Task, refuse_same_file, tasks
 from zoo.text.corpus import END_OF_BYTES
 from zoo.text.tokenizers import ByteTokenizer, load_tokenizer
 
@@ -47,8 +47,7 @@ class Qa(Task):
 
     @model_validator(mode="after")
     def _fits(self) -> Qa:
-        if Path(self.train).resolve() == Path(self.test).resolve():
-            raise ValueError(f"test: {self.test} is also the file to train on")
+        refuse_same_file(self.train, self.test)
         try:
             for split in (self.train, self.test):
                 with Path(split).open(encoding="utf-8") as lines:

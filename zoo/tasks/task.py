@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -121,6 +122,12 @@ def _hash(contexts: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 tasks: Registry[type[Task]] = Registry("task", "tasks", "zoo.tasks.*")
+
+
+def refuse_same_file(train: str, test: str) -> None:
+    """Raise ValueError if the held-out file is the one to train on."""
+    if Path(train).resolve() == Path(test).resolve():
+        raise ValueError(f"test: {test} is also the file to train on")
 
 
 def new_task(fields: Mapping[str, Any]) -> Task:

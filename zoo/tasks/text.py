@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from zoo.checkpoints.companions import read_companions
 from zoo.errors import ZooError
-from zoo.tasks.task import Batch, Split, Task, tasks
+from zoo.tasks.task import Batch, Split, Task, refuse_same_file, tasks
 
 
 @tasks.register("text")
@@ -33,8 +33,7 @@ class Text(Task):
 
     @model_validator(mode="after")
     def _fits(self) -> Text:
-        if Path(self.train).resolve() == Path(self.test).resolve():
-            raise ValueError(f"test: {self.test} is also the file to train on")
+        refuse_same_file(self.train, self.test)
         for field in ("train", "test"):
             tokens = self._tokens("test" if field == "test" else "train")
             if len(tokens) < self.length:
