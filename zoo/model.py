@@ -275,7 +275,8 @@ class Model(nn.Module):
         if self.config.learned_positions and (asleep or self.config.learned_positions != "asleep"):
             # the padding of an exported graph may reach past the window
             h = h + self.positions(positions.position.clamp(max=self.positions.num_embeddings - 1))
-        return h.to(torch.promote_types(h.dtype, self.residual_dtype))
+        dtype = self.residual_dtype
+        return h if h.dtype == dtype else h.to(torch.promote_types(h.dtype, dtype))
 
     def between_passes(self, h: Tensor, first: Tensor) -> Tensor:
         """Turn the output h: [B, T, D] of a pass into the input of the next; `first` is the span's input in the first pass."""
