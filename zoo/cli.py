@@ -112,7 +112,7 @@ def _describe(model: str, fields: dict[str, Any]) -> Description:
     from zoo.checkpoints.own import CONFIG, configure, stored_dtype
     from zoo.factory import create
     from zoo.training.config import read_config as read_run
-    from zoo.training.loop import prepare
+    from zoo.training.prepare import prepare
     from zoo.training.run_folder import SETTINGS
 
     if (folder / SETTINGS).is_file() and not (folder / CONFIG).is_file():  # a run that has not finished
@@ -198,26 +198,37 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
 
 
 @main.command("eval")
-@click.argument("run", type=PATH)
-@click.option("--sequences", type=click.IntRange(min=1), default=2048, show_default=True, help="Number of held-out sequences.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sequences.")
+@click.argument("folder", type=PATH)
+@click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="Held-out text, tokens or questions.  [default: of the run]")
+@click.option("--length", type=click.IntRange(min=2), help="Tokens per sequence of --data.  [default: of the run, else four windows]")
+@click.option("--sequences", type=click.IntRange(min=1), default=2048, show_default=True, help="Largest number of held-out sequences.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the sequences of the run's task.  [default: 0]")
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep.  [default: as trained]")
+@click.option("--compare", is_flag=True, help="Compare with the parent and with no sleep, in one table.")
+@click.option("--parent", type=PATH, help="Folder of the parent for --compare.  [default: the run's initial weights, else its own]")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @DEVICE
-def eval_(run: Path, sequences: int, seed: int, loops: int | None, device: str) -> None:
-    """Evaluate a run on held-out sequences. RUN is the folder of a training run."""
-    from zoo.checkpoints.own import load
-    from zoo.console import print_results, progress_bar, spinner
-    from zoo.devices import usable_device
-    from zoo.tasks import new_task
-    from zoo.training.config import read_config
-    from zoo.training.evaluate import evaluate
+@DTYPE
+def eval_(folder: Path, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Evaluate a model on held-out sequences.
 
-    plan = read_config(run / "train.yaml")
-    with spinner(f"loading {run}"):
-        model = load(run, device=usable_device(device, meta=False))
-    with progress_bar("evaluating", sequences) as advance:
-        results = evaluate(model, new_task(plan.task), sequences, seed=seed, loops=loops, control=True, advance=advance)
-    print_results(results)
+    FOLDER is a training run, finished or not, one of its checkpoints, or the folder of a model, which needs --data: a text file, a
+    .jsonl or .parquet file of documents, a .npy file of tokens, or a .jsonl file of questions as the task qa reads them.
+    FIELD=VALUE replaces a field of the model's config, such as evict=sliding.
+    """
+    from zoo.console import print_comparison, print_results
+    from zoo.training.evaluate_folder import evaluate_folder
+
+    results = evaluate_folder(folder, parse_overrides(overrides), **options)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(results, indent=2))
+    elif options["compare"]:
+        print_comparison(results)
+    else:
+        print_results(results)
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,17 +85,62 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def print_results(results: dict[str, Any]) -> None:
     """Print the results of an evaluation."""
-    guesses = results["majority_by_level"]
-    rows = [(str(level), f"{share:.1%}", f"{guesses[level]:.1%}") for level, share in results["whole_by_level"].items()]
-    rows += [
-        ("all tokens of answers", f"{results['accuracy']:.1%}", ""),
-        ("best guess without the context", f"{results['chance']:.1%}", ""),
+    guesses, losses = results["majority_by_level"], results["loss_by_level"]
+    rows = [
+        (str(level), f"{share:.1%}", f"{losses[level]:.3f}", f"{guesses[level]:.1%}") for level, share in results["whole_by_level"].items()
     ]
-    rows += [("first answer of a sequence", f"{results['first']:.1%}", "")]
+    rows += [
+        ("all tokens of answers", f"{results['accuracy']:.1%}", f"{results['loss']:.3f}", ""),
+        ("best guess without the context", f"{results['chance']:.1%}", "", ""),
+        ("first answer of a sequence", f"{results['first']:.1%}", "", ""),
+    ]
     if results["wrong_window"] is not None:
-        rows.append(("windows of another sequence", f"{results['wrong_window']:.1%}", ""))
-    rows += [("whole sequences", f"{results['exact']:.1%}", "")]
+        rows.append(("windows of another sequence", f"{results['wrong_window']:.1%}", "", ""))
+    rows += [("whole sequences", f"{results['exact']:.1%}", "", "")]
     if results["exact_chance"] is not None:
-        rows.append(("whole sequences, best guess", f"{results['exact_chance']:.2%}", ""))
+        rows.append(("whole sequences, best guess", f"{results['exact_chance']:.2%}", "", ""))
     title = f"{results['model']} on {results['task']}: {results['answers']:,} held-out answers"
-    print_table([results["level_name"], "right", "majority"], rows, title=title)
+    print_table([results["level_name"], "right", "loss", "majority"], rows, title=title)
+    if results["level_name"] != "window" and len(results["by_window"]) > 1:
+        windows = [(str(n), f"{share:.1%}", f"{results['loss_by_window'][n]:.3f}") for n, share in results["by_window"].items()]
+        print_table(["window", "right", "loss"], windows)
+    said = [f"loss {results['loss']:.4f} nats per token", f"perplexity {results['perplexity']:.4g}"]
+    if results["bits_per_byte"] is not None:
+        said.append(f"{results['bits_per_byte']:.4f} bits per byte")
+    print_line(f"{', '.join(said)}; {_passes(results)}")
+
+
+def print_comparison(results: dict[str, Any]) -> None:
+    """Print the table of `zoo.training.compare.comparison`."""
+    run = [line for line in results["arms"] if "refused" not in line]
+    windows = sorted({n for line in run for n in line["loss_by_window"]})
+    in_bytes = any(line["bits_per_byte"] is not None for line in run)
+    headers = ["", "N", "loss", *(["bits per byte"] if in_bytes else []), "right", *(f"loss in window {n}" for n in windows)]
+    rows = []
+    for line in results["arms"]:
+        if "refused" in line:
+            rows.append([line["name"], *[""] * (len(headers) + 1)])
+            continue
+        cells = [line["name"], str(line["loops"]), f"{line['loss']:.4f}"]
+        cells += [f"{line['bits_per_byte']:.4f}"] if in_bytes else []
+        cells += [f"{line['accuracy']:.1%}", *(f"{line['loss_by_window'].get(n, math.nan):.4f}" for n in windows)]
+        rows.append([*cells, f"{line['tokens_per_second']:,}", f"{line['state_bytes']:,}"])
+    title = f"{results['folder']} on {results['task']}: {results['sequences']:,} held-out sequences"
+    print_table([*headers, "tokens/s", "bytes of state"], rows, title=title)
+    for line in results["arms"]:
+        if "refused" in line:
+            print_line(f"{line['name']}: {line['refused']}")
+    parents = [line["folder"] for line in results["arms"] if line["name"].startswith("parent")]
+    print_line(f"parent: {parents[0]}" if parents else "no parent is known; give --parent FOLDER to compare with one")
+
+
+def print_line(text: str) -> None:
+    """Print a text as it is."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _passes(results: dict[str, Any]) -> str:
+    """Return the passes per sleep of an evaluation, and as trained where they differ."""
+    trained = results.get("trained_loops", results["loops"])
+    step = "" if results.get("step") is None else f"; {results['folder']}"
+    return f"N = {results['loops']}" + ("" if trained == results["loops"] else f" (trained with N = {trained})") + step

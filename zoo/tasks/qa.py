@@ -37,6 +37,7 @@ class Qa(Task):
     name = "qa"
     level_name = "windows"
     long_answers = True
+    is_text = True
     paths = ("train", "test", "tokenizer")
     train: str = Field(description="file of JSON lines")
     test: str = Field(description="held-out file of JSON lines")

@@ -47,6 +47,8 @@ class Task(BaseModel):
     """True if every chunk carries loss, so that the model must sleep on every chunk."""
     long_answers: ClassVar[bool] = False
     """True if supervised tokens in a row are one answer; otherwise each is an answer of its own."""
+    is_text: ClassVar[bool] = False
+    """True if tokens are those of the model's tokenizer, or bytes, so that the bytes of their text can be counted."""
 
     def __str__(self) -> str:
         given = "".join(f" {field}={value}" for field, value in self.model_dump(exclude_defaults=True).items())

@@ -25,6 +25,7 @@ class Text(Task):
     level_name = "window"
     paths = ("train", "test")
     loss_everywhere = True
+    is_text = True
     train: str = Field(description="file of token ids")
     test: str = Field(description="held-out file of token ids")
     vocab: int = Field(ge=2, description="size of the vocabulary; every token id is smaller")
@@ -59,9 +60,7 @@ class Text(Task):
         ids = np.stack([tokens[start : start + self.length] for start in starts]).astype(np.int64)
         if ids.max() >= self.vocab:
             raise ZooError(f"task {self}: token {ids.max()} in the {split} file; vocab says that ids are less than {self.vocab}")
-        level = np.tile(np.arange(self.length) // self.width + 1, (size, 1))
-        level[:, 0] = 0
-        return Batch(ids, level > 0, level)
+        return by_window(ids, self.width)
 
     def chance(self) -> float:
         """Share of the most frequent token among the first million of the held-out file."""
@@ -69,11 +68,22 @@ class Text(Task):
         return float(np.bincount(tokens).max() / len(tokens))
 
     def _tokens(self, split: Split) -> NDArray[np.unsignedinteger]:
-        path = self.test if split == "test" else self.train
-        try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # damaged headers make numpy raise anything
-            raise ValueError(f"{split}: {path}: not a .npy file of numbers, which `zoo tokenize` makes of text: {error}") from None
-        if tokens.ndim != 1 or tokens.dtype.kind != "u":
-            raise ValueError(f"{split}: {path}: {tokens.dtype} {list(tokens.shape)}; want one dimension of unsigned integers")
-        return tokens
+        return open_tokens(self.test if split == "test" else self.train, split)
+
+
+def by_window(ids: NDArray[np.int64], width: int) -> Batch:
+    """Return ids [B, T] with every token but the first of a sequence supervised. The level is the window of `width` tokens, from 1."""
+    level = np.tile(np.arange(ids.shape[1]) // width + 1, (len(ids), 1))
+    level[:, 0] = 0
+    return Batch(ids, level > 0, level)
+
+
+def open_tokens(path: str | Path, label: str) -> NDArray[np.unsignedinteger]:
+    """Map a file of token ids into memory. Raises ValueError, starting with `label`."""
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # damaged headers make numpy raise anything
+        raise ValueError(f"{label}: {path}: not a .npy file of numbers, which `zoo tokenize` makes of text: {error}") from None
+    if tokens.ndim != 1 or tokens.dtype.kind != "u":
+        raise ValueError(f"{label}: {path}: {tokens.dtype} {list(tokens.shape)}; want one dimension of unsigned integers")
+    return tokens

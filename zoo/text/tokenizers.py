@@ -13,7 +13,7 @@ from zoo.checkpoints.stored import read_json
 from zoo.config import read_yaml
 from zoo.errors import ZooError
 from zoo.text.chat_templates import Messages, choose, plain, read_templates, render
-from zoo.text.decoding import ByteDecoder, Decoder, TokenDecoder
+from zoo.text.decoding import MOST_CONTEXT, ByteDecoder, Decoder, TokenDecoder
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
@@ -49,6 +49,10 @@ class ByteTokenizer:
         """Return the text of tokens."""
         decode = self.decoder()
         return "".join(map(decode, ids)) + decode.flush()
+
+    def count_bytes(self, ids: Sequence[int], context: Sequence[int] = ()) -> int:
+        """Return the number of bytes in the text of tokens that follow `context`. Special tokens have none."""
+        return sum(token not in self.stop for token in ids)
 
     def render(self, messages: Messages, *, template: str | None = None, add_generation_prompt: bool = True, **variables: Any) -> str:
         """Return a conversation as text, up to where the answer begins.
@@ -96,6 +100,11 @@ class FolderTokenizer(ByteTokenizer):
 
     def decoder(self, context: Sequence[int] = ()) -> Decoder:
         return TokenDecoder(self._backend.decode, context)
+
+    def count_bytes(self, ids: Sequence[int], context: Sequence[int] = ()) -> int:
+        before = list(context[-MOST_CONTEXT:])
+        both, alone = self._backend.decode([*before, *ids]), self._backend.decode(before)
+        return len(both.encode()) - len(alone.encode())
 
 
 def load_tokenizer(folder: Path | None, vocab_size: int) -> ByteTokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,7 +16,10 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.model import Model
 from zoo.tasks import Task
+from zoo.text.tokenizers import ByteTokenizer
 from zoo.training.parallel import Team
+
+LARGEST = 2**28  # logits that are held at once
 
 
 @torch.no_grad()
@@ -28,6 +32,7 @@ def evaluate(
     loops: int | None = None,
     batch_size: int = 256,
     control: bool = False,
+    tokenizer: ByteTokenizer | None = None,
     team: Team | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
@@ -36,12 +41,14 @@ def evaluate(
     Args:
         loops: passes per sleep; default: as configured.
         control: also measure the accuracy when the windows before the questions show another sequence.
+        tokenizer: measure bits per byte of the text that it decodes supervised tokens to.
         advance: called after each batch with the number of sequences done.
     Returns:
-        Loss, accuracy (fraction of supervised tokens that are right), exact (fraction of the sequences with answers that have every
-        answer right), accuracy and loss by level; first and first_by_level (accuracy of the first answer of each sequence, which no
-        earlier answer gives away), whole_by_level (fraction of the answers with every token right), majority_by_level (share of the
-        most frequent answer), wrong_window (with `control`), and the chance levels of the task.
+        The passes per sleep, loss, perplexity, bits_per_byte (with `tokenizer`), accuracy (fraction of supervised tokens that are
+        right), exact (fraction of the sequences with answers that have every answer right), accuracy and loss by level and by window
+        (counted from 1); first and first_by_level (accuracy of the first answer of each sequence, which no earlier answer gives
+        away), whole_by_level (fraction of the answers with every token right), majority_by_level (share of the most frequent
+        answer), wrong_window (with `control`), and the chance levels of the task.
     Raises:
         ZooError: the model does not fit the task.
     """
@@ -49,6 +56,7 @@ def evaluate(
     team = team or Team(model.embed.weight.device)
     parts: dict[str, list[Tensor]] = defaultdict(list)
     given: Counter[tuple[int, tuple[int, ...]]] = Counter()
+    text_bytes = 0
     for start in range(0, sequences, batch_size):
         batch = task.batch(seed, start, min(batch_size, sequences - start), "test")
         ids, mask, level = (torch.from_numpy(x) for x in batch)
@@ -57,6 +65,7 @@ def evaluate(
         parts["right"].append(marks[answered] == 2)
         parts["loss"].append(loss[answered])
         parts["level"].append(level[answered])
+        parts["window"].append(1 + answered.nonzero()[:, 1] // task.window)
         parts["exact"].append((marks != 1).all(1)[answered.any(1)])
         first = answered & (answered.cumsum(1) == 1)
         parts["first"].append(marks[first] == 2)
@@ -67,6 +76,8 @@ def evaluate(
         tokens = ids[answered].tolist()
         texts = [tuple(tokens[a:b]) for a, b in pairwise([*begin.tolist(), len(tokens)])]
         given.update(zip(parts["level of whole"][-1].tolist(), texts, strict=True))
+        if tokenizer is not None:
+            text_bytes += sum(_text_bytes(tokenizer, row, scored) for row, scored in zip(ids, answered, strict=True))
         shown = int(mask.any(0).nonzero()[0]) // task.window * task.window
         if control and shown and len(ids) > 1:
             other = torch.cat([ids[:, :shown].roll(1, 0), ids[:, shown:]], dim=1)
@@ -74,17 +85,23 @@ def evaluate(
             parts["wrong window"].append(marks[marks > 0] == 2)
         advance(start + len(ids))
     found = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    mean = found["loss"].mean().item()
     return {
         "model": model.config.name,
         "task": str(task),
         "level_name": task.level_name,
-        "loss": found["loss"].mean().item(),
+        "loops": loops or model.config.loops,
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "bits_per_byte": found["loss"].double().sum().item() / math.log(2) / text_bytes if text_bytes else None,
         "accuracy": found["right"].float().mean().item(),
         "exact": found["exact"].float().mean().item(),
         "first": found["first"].float().mean().item(),
         "wrong_window": found["wrong window"].float().mean().item() if "wrong window" in found else None,
         "by_level": by_level(found["right"], found["level"]),
         "loss_by_level": by_level(found["loss"], found["level"]),
+        "by_window": by_level(found["right"], found["window"]),
+        "loss_by_window": by_level(found["loss"], found["window"]),
         "first_by_level": by_level(found["first"], found["level of first"]),
         "whole_by_level": by_level(found["whole"], found["level of whole"]),
         "majority_by_level": _majority(given),
@@ -96,13 +113,21 @@ def evaluate(
 
 def _scored(model: Model, ids: Tensor, mask: Tensor, loops: int | None, team: Team) -> tuple[Tensor, Tensor]:
     """Return a mark for each token, uint8 [B, T] (0: not predicted, 1: wrong, 2: right), and its loss, [B, T]."""
-    rows = team.rows(len(ids))
-    answers = model.answers(ids[rows].to(team.device), mask[rows].to(team.device), loops=loops)
-    place = torch.arange(ids.numel()).view_as(ids)[rows].flatten()[answers.place.cpu()]
     marks, loss = torch.zeros(ids.numel(), dtype=torch.uint8), torch.zeros(ids.numel())
-    marks[place] = 1 + answers.right().cpu().byte()
-    loss[place] = answers.losses().cpu().float()
+    logits = int(mask.sum()) * model.config.vocab_size // team.size
+    parts = min(-(-logits // LARGEST), max(1, len(ids) // team.size))  # as many in every process, for FSDP2
+    for rows in team.rows(len(ids)).tensor_split(parts):
+        answers = model.answers(ids[rows].to(team.device), mask[rows].to(team.device), loops=loops)
+        place = torch.arange(ids.numel()).view_as(ids)[rows].flatten()[answers.place.cpu()]
+        marks[place] = 1 + answers.right().cpu().byte()
+        loss[place] = answers.losses().cpu().float()
     return team.max(marks).view_as(ids), team.max(loss).view_as(ids)
+
+
+def _text_bytes(tokenizer: ByteTokenizer, ids: Tensor, scored: Tensor) -> int:
+    """Return the bytes of the text of the scored tokens of a sequence, [T]."""
+    first = int(scored.byte().argmax())
+    return tokenizer.count_bytes(ids[scored].tolist(), ids[:first].tolist())
 
 
 def _beginnings(answered: NDArray[np.bool_], *, long: bool) -> NDArray[np.int64]:

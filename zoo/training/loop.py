@@ -10,25 +10,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from zoo.checkpoints.companions import read_companions
-from zoo.checkpoints.own import configure
-from zoo.config import ModelConfig, merge, resolve
+from zoo.config import merge
 from zoo.costs import peak_flops, training_flops
 from zoo.errors import ZooError
-from zoo.factory import create
 from zoo.files import as_path
-from zoo.loss import Recompute, chunks, predicted
 from zoo.model import Model
 from zoo.signals import StoppedError, deferred
 from zoo.system import peak_resident
-from zoo.tasks import Batch, Task, new_task
+from zoo.tasks import Batch
+from zoo.training.backward import Score, backward
 from zoo.training.config import Report, TrainConfig, absolute_paths
 from zoo.training.divergence import Divergence
-from zoo.training.evaluate import by_level, check_fit, evaluate
-from zoo.training.optimizers import Weights, exempt_from_decay, freeze, make_optimizers, restore, state_of
-from zoo.training.parallel import Answer, Team, clip_gradients, join, reshard
+from zoo.training.evaluate import by_level, evaluate
+from zoo.training.optimizers import exempt_from_decay, restore, state_of
+from zoo.training.parallel import Team, clip_gradients, join, reshard
+from zoo.training.prepare import prepare
 from zoo.training.run_folder import NotFiniteError, RunFolder
 
 
@@ -59,55 +57,6 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
         with deferred() as stop_requested, trainer.run.locked():
             trainer.resume()
             return trainer.train(stop_requested, report)
-
-
-class Prepared(NamedTuple):
-    """The objects that a run trains."""
-
-    task: Task
-    model: Model
-    answer: Answer
-    """`model.answers`, over all processes of the team."""
-    weights: Weights
-    optimizers: list[torch.optim.Optimizer]
-
-
-def prepare(config: TrainConfig, device: torch.device, team: Team | None = None, *, initial: bool = True) -> Prepared:
-    """Create everything that `config` names; on the meta device without weights.
-
-    Args:
-        initial: read the initial weights, if the config names any.
-    Raises:
-        ZooError: the parts do not fit together.
-    """
-    task = new_task(config.task)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    fields = {**({"sleep_on": "every"} if task.loss_everywhere else {}), **config.overrides}
-    folder = Path(config.model) if Path(config.model).is_dir() else None
-    source = (config.weights or folder) if initial and device.type != "meta" else None
-    model = create(
-        resolve(config.model, {"vocab_size": task.vocab_size, **fields}) if folder is None else configure(folder, fields),
-        device=device,
-        dtype=dtype,
-        seed=config.seed,
-        pretrained=source == "hub" or source or False,
-    )
-    model.companions = model.companions or task.companions()
-    check_fit(model, task)
-    freeze(model, config.frozen)
-    answer = (team or Team(device)).parallelize(model, config.parallel)
-    weights = Weights(model)
-    optimizers = make_optimizers(
-        model,
-        weights,
-        lr=config.lr,
-        muon_lr=config.muon_lr,
-        weight_decay=config.weight_decay,
-        optimizer=config.optimizer,
-        lr_scale=config.lr_scale,
-        exempt=exempt_from_decay(model, config.no_decay),
-    )
-    return Prepared(task, model, answer, weights, optimizers)
 
 
 class Trainer:
@@ -223,16 +172,6 @@ class Trainer:
         return f"try a lower lr; the last good checkpoint is {newest}" if newest else "try a lower lr; there is no checkpoint yet"
 
 
-class Score(NamedTuple):
-    """Loss and hits of a training batch, over all processes."""
-
-    loss: float
-    right: Tensor
-    """[n] bool, one per answer."""
-    level: Tensor
-    """[n] int."""
-
-
 class Step(NamedTuple):
     """One step that was taken."""
 
@@ -243,59 +182,6 @@ class Step(NamedTuple):
     lr: float
     loops: int
     """Passes per sleep."""
-
-
-def backward(
-    answer: Answer,
-    weights: Weights,
-    batch: Batch,
-    config: ModelConfig,
-    *,
-    team: Team,
-    accumulate: int = 1,
-    loops: int | None = None,
-    recompute: Recompute = "nothing",
-    backward_chunks: int | None = None,
-) -> Score:
-    """Accumulate the gradients of the mean loss over all answers of the batch.
-
-    Each process handles its shard of the sequences, in `accumulate` micro-batches. One without answers is replaced by a sequence
-    that has some, with weight zero, so that all processes take part in the same collectives.
-
-    Args:
-        answer: `model.answers`, or the result of `Team.parallelize`.
-        config: of the model.
-        loops, recompute, backward_chunks: as in `Model.answers`.
-    """
-    ids, mask, level = (torch.from_numpy(x) for x in batch)
-    loss, marks = 0.0, torch.zeros(ids.numel(), dtype=torch.uint8)
-    place = torch.arange(ids.numel()).view_as(ids)
-    parts = team.rows(len(ids)).tensor_split(accumulate)
-    counts = [_count(mask[part], config) for part in parts]
-    total = team.sum(sum(counts))
-    if not total:
-        raise ZooError("the task gave a batch without answers: its loss_mask marks no token that can be predicted")
-    for part, count in zip(parts, counts, strict=True):
-        rows = part if count else next(row for row in torch.arange(len(ids)).split(1) if _count(mask[row], config))
-        answers = answer(
-            ids[rows].to(team.device), mask[rows].to(team.device), loops=loops, recompute=recompute, backward_chunks=backward_chunks
-        )
-        share = answers.losses().sum() / total
-        if not count:
-            share = share * 0
-        (share * team.size).backward()  # the processes' gradients are averaged
-        weights.take_gradients()
-        loss += share.item()
-        if count:
-            marks[place[rows].flatten()[answers.place.cpu()]] = 1 + answers.right().cpu().byte()  # 0: not predicted, 1: wrong, 2: right
-    team.average_replicated()
-    marks = team.max(marks)
-    return Score(team.sum(loss), marks[marks > 0] == 2, level.flatten()[marks > 0])
-
-
-def _count(loss_mask: Tensor, config: ModelConfig) -> int:
-    """Return the number of tokens that carry loss."""
-    return int(predicted(loss_mask, chunks(loss_mask, config)).sum())
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:

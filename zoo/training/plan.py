@@ -18,7 +18,8 @@ from zoo.costs import describe, training_flops
 from zoo.errors import ZooError
 from zoo.registry import nearest
 from zoo.training.config import TrainConfig, absolute_paths, read_config
-from zoo.training.loop import loops_at, prepare
+from zoo.training.loop import loops_at
+from zoo.training.prepare import prepare
 
 Match = Literal["tokens", "flops"]
 

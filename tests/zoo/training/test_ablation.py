@@ -20,9 +20,9 @@ import zoo
 from tests.zoo.training.tiny import TINY
 from zoo.costs import training_flops
 from zoo.training.ablation import ablate
-from zoo.training.loop import prepare
 from zoo.training.plan import arms_of, read_plan, runs_of
 from zoo.training.plots import read_run
+from zoo.training.prepare import prepare
 
 BASE = {**TINY, "model": "gdn4-sleep2-hard5", "task": {"name": "cycle", "nodes": 5, "hops": 2}, "steps": 4, "eval_sequences": 8}
 PLAN = {"base": BASE, "grid": {"overrides.loops": [1, 4]}, "seeds": [0, 3]}

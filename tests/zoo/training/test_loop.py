@@ -10,10 +10,11 @@ import torch
 import zoo
 from zoo.config import validate
 from zoo.tasks import Batch, new_task, tasks
+from zoo.training.backward import backward
 from zoo.training.config import TrainConfig, read_config
 from zoo.training.divergence import Divergence
 from zoo.training.evaluate import evaluate
-from zoo.training.loop import backward, learning_rate_factor, train
+from zoo.training.loop import learning_rate_factor, train
 from zoo.training.optimizers import Weights, freeze, make_optimizers
 from zoo.training.parallel import Team
 

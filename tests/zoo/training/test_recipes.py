@@ -11,7 +11,8 @@ import zoo
 from tests.zoo.training.tiny import tiny
 from zoo.config import shipped
 from zoo.training.config import read_config
-from zoo.training.loop import prepare, train
+from zoo.training.loop import train
+from zoo.training.prepare import prepare
 
 RUNS = sorted(shipped("train"))
 SMALL = [name for name in RUNS if name.endswith("-small")]

@@ -1,0 +1,78 @@
+"""Gradients of one batch, in micro-batches and over all processes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.config import ModelConfig
+from zoo.errors import ZooError
+from zoo.loss import Recompute, chunks, predicted
+from zoo.tasks import Batch
+from zoo.training.optimizers import Weights
+from zoo.training.parallel import Answer, Team
+
+
+class Score(NamedTuple):
+    """Loss and hits of a training batch, over all processes."""
+
+    loss: float
+    right: Tensor
+    """[n] bool, one per answer."""
+    level: Tensor
+    """[n] int."""
+
+
+def backward(
+    answer: Answer,
+    weights: Weights,
+    batch: Batch,
+    config: ModelConfig,
+    *,
+    team: Team,
+    accumulate: int = 1,
+    loops: int | None = None,
+    recompute: Recompute = "nothing",
+    backward_chunks: int | None = None,
+) -> Score:
+    """Accumulate the gradients of the mean loss over all answers of the batch.
+
+    Each process handles its shard of the sequences, in `accumulate` micro-batches. One without answers is replaced by a sequence
+    that has some, with weight zero, so that all processes take part in the same collectives.
+
+    Args:
+        answer: `model.answers`, or the result of `Team.parallelize`.
+        config: of the model.
+        loops, recompute, backward_chunks: as in `Model.answers`.
+    """
+    ids, mask, level = (torch.from_numpy(x) for x in batch)
+    loss, marks = 0.0, torch.zeros(ids.numel(), dtype=torch.uint8)
+    place = torch.arange(ids.numel()).view_as(ids)
+    parts = team.rows(len(ids)).tensor_split(accumulate)
+    counts = [_count(mask[part], config) for part in parts]
+    total = team.sum(sum(counts))
+    if not total:
+        raise ZooError("the task gave a batch without answers: its loss_mask marks no token that can be predicted")
+    for part, count in zip(parts, counts, strict=True):
+        rows = part if count else next(row for row in torch.arange(len(ids)).split(1) if _count(mask[row], config))
+        answers = answer(
+            ids[rows].to(team.device), mask[rows].to(team.device), loops=loops, recompute=recompute, backward_chunks=backward_chunks
+        )
+        share = answers.losses().sum() / total
+        if not count:
+            share = share * 0
+        (share * team.size).backward()  # the processes' gradients are averaged
+        weights.take_gradients()
+        loss += share.item()
+        if count:
+            marks[place[rows].flatten()[answers.place.cpu()]] = 1 + answers.right().cpu().byte()  # 0: not predicted, 1: wrong, 2: right
+    team.average_replicated()
+    marks = team.max(marks)
+    return Score(team.sum(loss), marks[marks > 0] == 2, level.flatten()[marks > 0])
+
+
+def _count(loss_mask: Tensor, config: ModelConfig) -> int:
+    """Return the number of tokens that carry loss."""
+    return int(predicted(loss_mask, chunks(loss_mask, config)).sum())

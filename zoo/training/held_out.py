@@ -1,0 +1,120 @@
+"""Held-out data that is named on the command line: text, token ids or questions become a task."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from zoo.checkpoints.companions import has_tokenizer
+from zoo.config import ModelConfig
+from zoo.errors import ZooError
+from zoo.tasks import Batch, Task
+from zoo.tasks.qa import Qa
+from zoo.tasks.task import Split
+from zoo.tasks.text import by_window, open_tokens
+from zoo.text.corpus import documents
+from zoo.text.tokenizers import load_tokenizer
+from zoo.training.config import TrainConfig
+
+WIDTH = 512  # of the windows that results are shown for, where the model has none
+
+
+class Excerpts(Task):
+    """Consecutive sequences of a held-out text, each a stream of its own. Every token but the first of a sequence is supervised."""
+
+    name = "text"
+    level_name = "window"
+    loss_everywhere = True
+    is_text = True
+    file: str = Field(description="a .npy file of token ids, or text as `zoo tokenize` reads it")
+    folder: str = Field(description="folder of the model, with its tokenizer")
+    vocab: int = Field(description="size of the vocabulary")
+    length: int = Field(description="number of tokens in a sequence")
+    width: int = Field(description="window in tokens")
+
+    def __str__(self) -> str:
+        return f"{self.file}, sequences of {self.length} tokens"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocab
+
+    @property
+    def window(self) -> int:
+        return self.width
+
+    @cached_property
+    def tokens(self) -> NDArray[np.integer[Any]]:
+        """All tokens, with an end token after every document. Raises ZooError."""
+        if self.file.endswith(".npy"):
+            try:
+                tokens: NDArray[np.integer[Any]] = open_tokens(self.file, "--data")
+            except ValueError as error:
+                raise ZooError(str(error)) from None
+        else:
+            tokenizer = load_tokenizer(Path(self.folder), self.vocab)
+            texts = documents([Path(self.file)], "text")
+            tokens = np.array([i for text in texts for i in (*tokenizer.encode(text, special=False), *tokenizer.stop[:1])], np.int64)
+        if len(tokens) < 2:
+            raise ZooError(f"--data: {self.file}: {len(tokens)} tokens; want at least 2")
+        return tokens
+
+    def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
+        """Return sequences `step` to `step + size - 1` of the file. Raises ZooError: a token is outside the vocabulary."""
+        ids = np.asarray(self.tokens[step * self.length : (step + size) * self.length]).astype(np.int64).reshape(size, self.length)
+        if ids.max() >= self.vocab:
+            raise ZooError(f"--data: {self.file}: token {ids.max()}; the model has {self.vocab}")
+        return by_window(ids, self.width)
+
+    def chance(self) -> float:
+        """Return the share of the most frequent token among the first million."""
+        tokens = np.asarray(self.tokens[:1_000_000])
+        return float(np.bincount(tokens).max() / len(tokens))
+
+
+def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig | None, length: int | None) -> tuple[Task, int]:
+    """Return the task of a held-out file, and the number of its sequences.
+
+    Args:
+        file: .jsonl of questions as the task `qa` reads them, token ids, or text.
+        folder: of the model, with its tokenizer.
+        run: the run that trained the model; its layout of sequences is kept if it trains on such data.
+        length: number of tokens in a sequence of text; default: of the run, else four windows.
+    Raises:
+        ZooError: the file cannot be read, or `length` is given for questions.
+    """
+    width = model.window or WIDTH
+    trained = {} if run is None else run.task
+    if _has_questions(file):
+        if length is not None:
+            raise ZooError(f"--length: {length}; {file} holds questions, whose length is their own")
+        fields: dict[str, Any] = {"train": str(file), "test": str(file), "vocab": model.vocab_size, "width": width}
+        fields["tokenizer"] = str(folder) if has_tokenizer(folder) else None
+        windows = trained.get("windows", 1) if trained.get("name") == "qa" else 2**20  # all of every context
+        rows = Qa.model_construct(**fields, windows=windows)._rows("test")
+        longest = max(-(-len(row.context) // width) for row in rows)
+        return Qa.model_construct(**fields, windows=max(1, min(windows, longest))), len(rows)
+    if length is None:
+        length = trained.get("length", 2048) if trained.get("name") == "text" else 4 * width
+    text: dict[str, Any] = {"file": str(file), "folder": str(folder), "vocab": model.vocab_size, "width": width}
+    tokens = len(Excerpts(**text, length=length).tokens)
+    task = Excerpts(**text, length=min(length, tokens))
+    return task, tokens // task.length
+
+
+def _has_questions(file: Path) -> bool:
+    """Return whether the first row of a file of JSON lines holds a question."""
+    if file.suffix != ".jsonl":
+        return False
+    try:
+        with file.open(encoding="utf-8") as lines:
+            first = json.loads(next((line for line in lines if line.strip()), "null"))
+    except (OSError, ValueError) as error:
+        raise ZooError(f"--data: {file}: cannot be read as JSON lines: {error}") from None
+    return isinstance(first, dict) and "question" in first

@@ -1,0 +1,67 @@
+"""The objects that a run trains, created from its config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from zoo.checkpoints.own import configure
+from zoo.config import resolve
+from zoo.factory import create
+from zoo.model import Model
+from zoo.tasks import Task, new_task
+from zoo.training.config import TrainConfig
+from zoo.training.evaluate import check_fit
+from zoo.training.optimizers import Weights, exempt_from_decay, freeze, make_optimizers
+from zoo.training.parallel import Answer, Team
+
+
+class Prepared(NamedTuple):
+    """The objects that a run trains."""
+
+    task: Task
+    model: Model
+    answer: Answer
+    """`model.answers`, over all processes of the team."""
+    weights: Weights
+    optimizers: list[torch.optim.Optimizer]
+
+
+def prepare(config: TrainConfig, device: torch.device, team: Team | None = None, *, initial: bool = True) -> Prepared:
+    """Create everything that `config` names; on the meta device without weights.
+
+    Args:
+        initial: read the initial weights, if the config names any.
+    Raises:
+        ZooError: the parts do not fit together.
+    """
+    task = new_task(config.task)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    fields = {**({"sleep_on": "every"} if task.loss_everywhere else {}), **config.overrides}
+    folder = Path(config.model) if Path(config.model).is_dir() else None
+    source = (config.weights or folder) if initial and device.type != "meta" else None
+    model = create(
+        resolve(config.model, {"vocab_size": task.vocab_size, **fields}) if folder is None else configure(folder, fields),
+        device=device,
+        dtype=dtype,
+        seed=config.seed,
+        pretrained=source == "hub" or source or False,
+    )
+    model.companions = model.companions or task.companions()
+    check_fit(model, task)
+    freeze(model, config.frozen)
+    answer = (team or Team(device)).parallelize(model, config.parallel)
+    weights = Weights(model)
+    optimizers = make_optimizers(
+        model,
+        weights,
+        lr=config.lr,
+        muon_lr=config.muon_lr,
+        weight_decay=config.weight_decay,
+        optimizer=config.optimizer,
+        lr_scale=config.lr_scale,
+        exempt=exempt_from_decay(model, config.no_decay),
+    )
+    return Prepared(task, model, answer, weights, optimizers)
