@@ -1,4 +1,4 @@
-"""Makes a hand-written forward and backward pair one differentiable operator, in eager and in traced code."""
+"""Make a hand-written pair of forward and backward functions one differentiable operator, in eager and in traced code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block sizes and launch options of the Triton kernels: a proven row of tuned.json, else the defaults in the code.
+"""Block sizes and launch options of the Triton kernels: a verified row of tuned.json, else the defaults in the code.
 
 A row of tuned.json is one configuration of one kernel for an architecture, a dtype and head sizes.
 It is used only where it is known to be correct: on the GPU and Triton version named by its stamp `hardware`, or where
@@ -36,7 +36,7 @@ def configuration(kernel: str, x: Tensor, plain: dict[str, int], **shape: int) -
     """Return the launch configuration of `kernel` ("<operator>.<function>") for tensors like x.
 
     Args:
-        plain: a configuration that is correct on every GPU, used where no row is proven. It has the keys of the rows.
+        plain: a configuration that is correct on every GPU, used where no row is verified. It has the same keys as the rows.
         shape: the sizes by which rows are selected.
     """
     if _forced is not None and forces(kernel):
@@ -48,7 +48,7 @@ def configuration(kernel: str, x: Tensor, plain: dict[str, int], **shape: int) -
 
 @contextmanager
 def forced(row: Row) -> Iterator[None]:
-    """Launch the row's kernel with the row's configuration, proven or not, for any tensors."""
+    """Launch the row's kernel with the row's configuration, verified or not, for any tensors."""
     global _forced
     before, _forced = _forced, row
     try:

@@ -1,4 +1,4 @@
-"""Tells whether operations are recorded or transformed, in which case some may not work in place."""
+"""Checks of whether operations are recorded or transformed, in which case some must not work in place."""
 
 from __future__ import annotations
 

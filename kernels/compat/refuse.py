@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def refuse(function: str, arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the first argument that is neither None nor False."""
+    """Raise a ValueError that names the first argument that is neither None nor False."""
     for name, value in arguments.items():
         if value is not None and value is not False:
             shown = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

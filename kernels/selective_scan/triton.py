@@ -16,7 +16,7 @@ from torch import Tensor
 from zoo.kernels.fused import Fused
 from zoo.kernels.tuning import configuration
 
-EVERY = 8  # tokens from one saved state to the next: the backward holds that many in registers
+EVERY = 8  # tokens from one saved state to the next: the backward pass holds this many in registers
 
 
 @triton.jit
@@ -196,7 +196,7 @@ def _config(kernel: str, u: Tensor, state: Tensor, **shape: int) -> tuple[dict[s
     S, D, N = state.shape
     BN = triton.next_power_of_2(N)
     BD = max(16, 256 // BN)
-    # eight states to a thread: the backward has as many registers as it takes to hold those of EVERY tokens
+    # eight states per thread: the backward pass must hold those of EVERY tokens in registers
     config = configuration(f"selective_scan.{kernel}", u, {"BD": BD, "num_warps": min(8, BD * BN // 256)}, N=N, **shape)
     return {"BN": BN, "ACC": DTYPES[state.dtype], **config}, (triton.cdiv(D, config["BD"]), S)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from zoo.kernels.fused import Fused
 from zoo.kernels.tuning import configuration
 
-PROGRAMS = 264  # that the gradients of B and C are split over where there are heads enough: two for each multiprocessor of an H100
+PROGRAMS = 264  # programs to split the gradients of B and C over, if there are enough heads: two per multiprocessor of an H100
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def chunk_gradients(x, dt, A, B, C, dy, states, dstates, dx, ddt, dA, dB, dC, cu
         db += tl.dot((into * later).to(DT), c, input_precision=PRECISION, out_dtype=ACC)
         out_of *= step[None, :] * _between(decay, decay, i[:, None] >= i[None, :], ACC)
         dc += tl.dot(out_of.to(DT), b, input_precision=PRECISION, out_dtype=ACC)
-        # the decay of token t counts for what passes it: written before t, read at t or later
+        # the decay of token t applies to what passes it: written before t, read at t or later
         passing = tl.cumsum(tl.where(i[:, None] < i[None, :], into * scores, 0.0), 1, reverse=True)
         dfall = tl.sum(tl.where(i[:, None] < i[None, :], passing, 0.0), 0)
         dstep, dread, dwritten, dkept = tl.zeros([BT], ACC), tl.zeros([BT], ACC), tl.zeros([BT], ACC), tl.zeros([BN], ACC)
