@@ -75,7 +75,7 @@ class KV(NamedTuple):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Run torch's attention; under torch.func in its only form that has all derivatives."""
+    """Run torch's attention; under torch.func, its only implementation that has all derivatives."""
     if transformed():
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, **options)
@@ -108,7 +108,7 @@ class AttentionOptions(mixer.Options):
 
 @mixers.register("attn")
 class Attention(Mixer):
-    """Causal grouped-query attention (arXiv 2305.13245), rotary positions (arXiv 2104.09864)."""
+    """Causal grouped-query attention (arXiv 2305.13245) with rotary positions (arXiv 2104.09864)."""
 
     Options: ClassVar[type[mixer.Options]] = AttentionOptions
     packs = True

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ExitGate(nn.Module):
-    """Select, per token, the loop whose states the head reads.
+    """Select, for each token, the loop whose states the head reads.
 
     lambda_u = sigmoid(w s_u + b) is the probability of exiting after loop u, given that no earlier loop was the exit; the last
     loop takes the remaining probability.

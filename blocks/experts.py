@@ -1,4 +1,4 @@
-"""Experts: many small MLPs with stacked weights. Each token is read by a few of them."""
+"""Experts: many small MLPs with stacked weights. A few of them process each token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zoo.kernels.common.recording import pure, recorded
 
 
 class Experts(nn.Module):
-    """E MLPs of hidden width F, SwiGLU or relu squared, without biases.
+    """Stack of E MLPs of hidden width F, SwiGLU or squared ReLU, without biases.
 
     `up` is [E, 2F, D] with the rows of the gate first, or [E, F, D] without a gate; `down` is [E, D, F].
     """

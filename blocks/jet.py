@@ -36,7 +36,7 @@ class Jet(DeltaRule):
 
     def init_weights(self, generator: torch.Generator) -> None:
         super().init_weights(generator)
-        # initially one static kernel for all tokens
+        # at initialisation, one static kernel for all tokens
         nn.init.zeros_(self.kernel_out.weight)
         self.init_conv(self.kernel_out.bias.view(-1, self.taps), self.taps, generator)
 

@@ -23,11 +23,11 @@ class Options(BaseModel):
 
 
 class MLP(nn.Module):
-    """The part of a block that reads each token by itself.
+    """The part of a block that processes each token independently.
 
     Args:
         d_model: width D of the residual stream.
-        d_ff: hidden width, unless the options say another.
+        d_ff: hidden width, unless the options set another.
         options: this class's own `Options`.
     """
 
@@ -54,7 +54,7 @@ mlps: Registry[type[MLP]] = Registry("MLP", "mlps", "zoo.blocks.*")
 
 
 class GatedMLP(MLP):
-    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """Gated MLP: down(activation(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
     def __init__(self, d_model: int, d_ff: int, options: Options) -> None:
         super().__init__(d_model, d_ff, options)
@@ -73,7 +73,7 @@ class GatedMLP(MLP):
 
 @mlps.register("swiglu")
 class SwiGLU(GatedMLP):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
     def activation(self, gate: Tensor) -> Tensor:
         return F.silu(gate)
@@ -81,7 +81,7 @@ class SwiGLU(GatedMLP):
 
 @mlps.register("gelu")
 class GeGLU(GatedMLP):
-    """down(gelu(gate(x)) * up(x)) with the tanh approximation of GELU (arXiv 2002.05202, 1606.08415)."""
+    """GeGLU: down(gelu(gate(x)) * up(x)) with the tanh approximation of GELU (arXiv 2002.05202, 1606.08415)."""
 
     def activation(self, gate: Tensor) -> Tensor:
         return F.gelu(gate, approximate="tanh")
@@ -89,7 +89,7 @@ class GeGLU(GatedMLP):
 
 @mlps.register("relu2")
 class ReLU2(MLP):
-    """down(relu(up(x))^2) (arXiv 2109.08668)."""
+    """MLP with squared ReLU: down(relu(up(x))^2) (arXiv 2109.08668)."""
 
     def __init__(self, d_model: int, d_ff: int, options: Options) -> None:
         super().__init__(d_model, d_ff, options)

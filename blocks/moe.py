@@ -20,7 +20,7 @@ class MoEOptions(mlp.Options):
     width: int | None = Field(None, ge=1, description="hidden width of each expert; default: d_ff of the model")
     bias: bool = Field(False, description="bias of the shared expert and of the latent projections")
     experts: int = Field(8, ge=1, description="E, number of experts")
-    top_k: int = Field(2, ge=1, description="experts that each token is read by")
+    top_k: int = Field(2, ge=1, description="experts chosen for each token")
     expert: Literal["swiglu", "relu2"] = Field("swiglu", description="kind of MLP of the experts and of the shared expert")
     score: Literal["softmax", "sigmoid"] = Field(
         "softmax", description="score of an expert: softmax over all logits, or sigmoid of its own"
@@ -30,7 +30,7 @@ class MoEOptions(mlp.Options):
     normalise_eps: float = Field(0.0, ge=0, description="added to that sum")
     scale: float = Field(1.0, description="factor of the weights")
     wide_router: bool = Field(False, description="compute the router's logits in float32")
-    shared: int | None = Field(None, ge=1, description="hidden width of a shared expert that reads every token; default: there is none")
+    shared: int | None = Field(None, ge=1, description="hidden width of a shared expert that processes every token; default: none")
     shared_gate: bool = Field(False, description="multiply the shared expert's output by sigmoid(w x)")
     latent: int | None = Field(None, ge=1, description="width in which the experts work, between two projections; default: d_model")
 
@@ -69,7 +69,7 @@ def recorded_routes() -> Iterator[list[Route]]:
 def balance_loss(routes: list[Route]) -> Tensor:
     """Return the load-balancing loss: E sum_e f_e p_e, averaged over the routes; 1 for K = 1 and equal loads, K in general.
 
-    f_e: fraction of tokens that chose expert e. p_e: its mean chance (arXiv 2101.03961, eq. 4 to 6).
+    f_e: fraction of tokens that chose expert e. p_e: its mean probability (arXiv 2101.03961, eq. 4 to 6).
     """
     losses = []
     for route in routes:
@@ -97,7 +97,7 @@ class Router(nn.Module):
         super().__init__()
         self.options = options
         self.proj = (WideLinear if options.wide_router else nn.Linear)(d_model, options.experts, bias=False)
-        self.register_buffer("correction", torch.empty(options.experts) if options.correction else None)  # only decides who is chosen
+        self.register_buffer("correction", torch.empty(options.experts) if options.correction else None)  # only affects the choice
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         options, logits = self.options, self.proj(x)

@@ -25,7 +25,7 @@ class RGLRUOptions(mixer.Options):
 
 @mixers.register("rglru")
 class RGLRU(Mixer):
-    """S <- a S + sqrt(1 - a^2) (i u) with log a = -8 r softplus(decay), and gates r, i of u = conv(W_x x).
+    """Recurrence S <- a S + sqrt(1 - a^2) (i u) with log a = -8 r softplus(decay), and gates r, i of u = conv(W_x x).
 
     Returns W_o (S gelu(W_y x)). Fast weights S: [B, W], float32. The first token of a stream has no history: S = i u, without
     the square root. S is zero only before it, so later windows, and later passes over the first one, follow the usual rule.

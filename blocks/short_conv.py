@@ -19,7 +19,7 @@ class ShortConvOptions(mixer.Options):
 
 @mixers.register("conv")
 class ShortConv(Mixer):
-    """W_out (c * conv(b * u)) with b, c, u = W_in x. No fast weights: its reach is that of the convolution."""
+    """Gated convolution W_out (c * conv(b * u)) with b, c, u = W_in x. It has no fast weights: it sees only the taps of the convolution."""
 
     Options = ShortConvOptions
     packs = True

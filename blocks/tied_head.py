@@ -19,7 +19,7 @@ class TiedHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the embedding, [V, D]."""
+        """Weight of the embedding, [V, D]."""
         weight: Tensor = self._model.embed.weight
         return weight
 
