@@ -156,14 +156,14 @@ def _backward(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, scale: float, *k
 
 
 def _by_chunk(x: Tensor, size: int) -> Tensor:
-    """[B, T, H, D] -> [n, B, H, size, D]; zeros past the end have no effect."""
+    """Rearrange [B, T, H, D] -> [n, B, H, size, D]; zeros past the end have no effect."""
     pad = -x.shape[1] % size
     x = F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x  # F.pad by zero would still copy
     return x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)
 
 
 def _by_token(x: Tensor, batch: int, length: int) -> Tensor:
-    """[n, B H, size, D] -> [B, T, H, D]"""
+    """Rearrange [n, B H, size, D] -> [B, T, H, D]."""
     return x.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
 
 
