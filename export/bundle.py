@@ -1,4 +1,4 @@
-"""Write a model as a bundle, a folder that runs without PyTorch modules: graphs, weights and bundle.json."""
+"""Write a model as a bundle, a folder that runs without the PyTorch modules: graphs, weights and bundle.json."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Weights and activations.  [default: as stored]")
 @click.option("--dialect", type=click.Choice(["portable", "ort"]), default="portable", show_default=True, help="Operators of the graphs.")
 @click.option("--prefill", type=int, metavar="T", help="Also write prefill.onnx, which reads up to T tokens at once.")
-@click.option("--loops", type=int, metavar="N", help="Passes of a sleep.  [default: as in the model]")
+@click.option("--loops", type=int, metavar="N", help="Passes per sleep.  [default: as in the model]")
 @click.option("--unroll", is_flag=True, help="Unroll the passes of a sleep instead of writing a Loop.")
 @click.option("--per-pass", is_flag=True, help="Write a pass as a separate graph, for hosts that stop between passes.")
-@click.option("--max-length", type=int, metavar="T", help="Maximum tokens of a stream, for models that never evict.")
+@click.option("--max-length", type=int, metavar="T", help="Maximum number of tokens in a stream, for models that never evict.")
 @click.option("--weights-only-int8", is_flag=True, help="Store linear layers in 8 bits, one scale per output.")
 @click.option("--weights-only-int4", is_flag=True, help="Store linear layers in 4 bits, one scale per 32 inputs.")
-@click.option("--device", default="cpu", show_default=True, help="Device of PyTorch in the comparison, such as cuda.")
+@click.option("--device", default="cpu", show_default=True, help="Device that PyTorch uses in the comparison, such as cuda.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with PyTorch.")
 @click.option("--verify-only", type=PATH, metavar="DIR", help="Only compare the bundle in DIR with the model.")
 @click.option("--compute-capability", metavar="LIST", help="tensorrt: compute capabilities of GPUs to build for, such as 8.0,12.0.")
@@ -57,15 +57,15 @@ def main(
 ) -> None:
     """Export a model as ONNX graphs or TensorRT engines, and verify them against PyTorch.
 
-    RUN_OR_NAME is a folder with zoo.yaml and model.safetensors, or the name of a model (random weights).
-    FIELD=VALUE overrides a field of its config, for example loops=4.
+    RUN_OR_NAME is the folder of a model, of a training run or of an upstream checkpoint, or the name of a model (random weights).
+    FIELD=VALUE replaces a field of its config, for example loops=4.
     """
     if (out is None) == (verify_only is None):
         raise click.UsageError("want either --out DIR or --verify-only DIR")
     if unroll and per_pass:
-        raise click.UsageError("--unroll and --per-pass exclude each other")
+        raise click.UsageError("--unroll and --per-pass are mutually exclusive")
     if weights_only_int8 and weights_only_int4:
-        raise click.UsageError("--weights-only-int8 and --weights-only-int4 exclude each other")
+        raise click.UsageError("--weights-only-int8 and --weights-only-int4 are mutually exclusive")
     asked["sleep"] = "unroll" if unroll else "per-pass" if per_pass else None
     asked["weights"] = "int8" if weights_only_int8 else "int4" if weights_only_int4 else None
     asked["compute_capability"] = compute_capability and compute_capability.split(",")

@@ -116,7 +116,7 @@ class Graph(nn.Module):
 
 
 class Wake(Graph):
-    """input_ids [B, T], position, all states -> logits [B, T, V], all states.
+    """Wake pass: input_ids [B, T], position, all states -> logits [B, T, V], all states.
 
     With `position_ids` [B, T], which some runtimes require, only the first entry is read: streams advance together.
     """
@@ -193,7 +193,7 @@ class Pass(Asleep):
 
 
 class Sleep(Asleep):
-    """input_ids [B, L], position, all states -> all states, evicted. The passes are one Loop, or `unrolled`."""
+    """Whole sleep: input_ids [B, L], position, all states -> all states, evicted. The passes are one Loop, or `unrolled`."""
 
     def __init__(self, model: Model, slots: int, unrolled: bool) -> None:
         super().__init__(model, slots)

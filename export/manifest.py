@@ -32,7 +32,7 @@ class GraphSpec(BaseModel):
 
 
 class EngineSpec(BaseModel):
-    """How a TensorRT engine was built, for which GPUs, and the warnings of the build."""
+    """Record of how a TensorRT engine was built, for which GPUs, and the warnings of the build."""
 
     built_by: str
     compute_capability: list[str]

@@ -91,7 +91,7 @@ def gated_delta_rule(
 def state_space(
     scans: Scans, operator: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: None
 ) -> tuple[Tensor, Tensor]:
-    """`ssd` or `selective_scan`, which take the same arguments."""
+    """Compute `ssd` or `selective_scan`, which take the same arguments."""
     if x.shape[1] == 1:
         return kernels.get(f"{operator}.reference")(x, dt, A, B, C, state, None)
     chunked = kernels.get(f"{operator}.chunked")
@@ -100,7 +100,7 @@ def state_space(
 
 
 def linear_attention(rule: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: list[Tensor], scale: float, state: Tensor) -> Any:
-    """LinearAttention of com.microsoft, which onnxruntime implements on CPUs in float32 only.
+    """Call LinearAttention of com.microsoft, which onnxruntime implements on CPUs in float32 only.
 
     q, k: [B, T, H, K]. v: [B, T, HV, V]. g (log decay), beta: [B, T, HV]. state: [B, HV, K, V].
     """
@@ -132,7 +132,7 @@ def ssd_operator(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: 
 def convolution_operator(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, tail: Tensor, cu_seqlens: None
 ) -> tuple[Tensor, Tensor]:
-    """CausalConvWithState of com.microsoft, which onnxruntime implements on CPUs in float32 only.
+    """Call CausalConvWithState of com.microsoft, which onnxruntime implements on CPUs in float32 only.
 
     x: [B, T, C]. weight: [C, K]. tail: [B, C, K-1].
     """

@@ -20,7 +20,7 @@ GRAPHS_BYTES = 32 << 20  # upper bound on the graphs of any model
 
 
 class Plan(BaseModel):
-    """Graphs of a bundle and their form."""
+    """Options of an export: the graphs of a bundle and their form."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,7 +31,7 @@ class Plan(BaseModel):
     sleep: Literal["loop", "unroll", "per-pass"] = Field(
         default="loop", description="passes of a sleep: one Loop, unrolled, or a graph each"
     )
-    max_length: int | None = Field(default=None, ge=1, description="maximum tokens of a stream, for models that never evict")
+    max_length: int | None = Field(default=None, ge=1, description="maximum number of tokens in a stream, for models that never evict")
     weights: Literal["int8", "int4"] | None = Field(default=None, description="storage of linear layers; activations keep their precision")
 
 

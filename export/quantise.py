@@ -20,9 +20,9 @@ class Quantised(NamedTuple):
     """A weight as integers times scales, quantised symmetrically and rounded to nearest."""
 
     integers: Tensor
-    """[out, in] int8; from -7 to 7 in 4 bits."""
+    """Integers [out, in] int8; from -7 to 7 in 4 bits."""
     scale: Tensor
-    """[out], or [out, in / GROUP] in 4 bits."""
+    """Scales [out], or [out, in / GROUP] in 4 bits."""
     bits: int
 
     def dequantised(self) -> Tensor:

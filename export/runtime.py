@@ -62,7 +62,7 @@ def load(path: str | Path, *, provider: str = "cpu", batch_size: int = 1) -> Ses
 
 
 class ExportedModel:
-    """The graphs of a bundle behind the interface of the PyTorch model, and a `SleepingModel`. States are never modified in place.
+    """The graphs of a bundle with the interface of the PyTorch model; a `SleepingModel`. States are never modified in place.
 
     Raises:
         ZooError: as in `load`.

@@ -30,15 +30,15 @@ except ImportError:
     raise ZooError("export: needs pip install 'sleep-zoo[onnx]'") from None
 
 OPSET = 24
-IR_VERSION = 12  # the oldest with opset 24
+IR_VERSION = 12  # the oldest version with opset 24
 PARAMETER = "model."  # prefix of parameter names: traced modules hold theirs in `model`
-FOLDED = 1024  # bytes; larger constants are computed by the graph
+FOLDED = 1024  # bytes up to which constants are folded; the graph computes larger ones
 BATCH = "batch"
 
 
 @contextmanager
 def _errors_only(*names: str) -> Iterator[None]:
-    """Silence warnings of loggers: that torchvision is missing, and that parameters have no value."""
+    """Silence these loggers' warnings: that torchvision is missing, and that parameters have no value."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -106,7 +106,7 @@ def _name_batch(graph: ir.Graph) -> None:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """Name every node after the module that made it and its operator, such as mixer/q_proj/MatMul."""
+    """Name every node after its module and its operator, such as mixer/q_proj/MatMul."""
     seen: Counter[str] = Counter()
     parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for graph in parts:
@@ -140,7 +140,7 @@ def tidy(model: ir.Model, names: Sequence[str]) -> None:
             value.name = f"{node.name}:{i}"
     taken = {*graph.inputs, *graph.initializers.values()}
     for i, value in enumerate(graph.outputs):
-        if value in taken:  # every output needs a value of its own
+        if value in taken:  # every output needs a separate value
             copy = ir.node("Identity", [value], name=f"{names[i]}/Identity")
             copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
             graph.append(copy)
