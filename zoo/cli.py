@@ -129,8 +129,8 @@ def _describe(model: str, fields: dict[str, Any]) -> Description:
 def convert(source: Path, destination: Path, overrides: tuple[str, ...], form: Literal["zoo", "hf"]) -> None:
     """Convert a checkpoint to another format, or give it sleep settings.
 
-    SOURCE is a folder of this package or of an upstream project, DESTINATION a new folder. Tensors are copied bit for bit, the
-    tokenizer and other files with them; `--to hf` writes the config.json and the tensor names of the upstream project.
+    SOURCE is a folder of this package or of an upstream project, DESTINATION a new folder. Tensors are copied bit for bit, with
+    the tokenizer and other files; `--to hf` writes the config.json and the tensor names of the upstream project.
     FIELD=VALUE replaces a field of the config: loops=4 evict=hard window=512 makes the copy sleep.
     """
     from zoo.checkpoints.own import load, save
@@ -151,7 +151,7 @@ def convert(source: Path, destination: Path, overrides: tuple[str, ...], form: L
     "--tokenizer", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder with a tokenizer.  [default: bytes]"
 )
 @click.option("--field", default="text", show_default=True, help="Field of a row that holds the text.")
-@click.option("--held-out", type=Number(0, 1), default=0.01, show_default=True, help="Share of the documents in test.npy.")
+@click.option("--held-out", type=Number(0, 1), default=0.01, show_default=True, help="Fraction of documents held out in test.npy.")
 def tokenize(corpus: tuple[Path, ...], out: Path, tokenizer: Path | None, field: str, held_out: float) -> None:
     """Turn text into tokens for the task `text`.
 
@@ -259,7 +259,7 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
 def plot(runs: tuple[Path, ...], out: Path) -> None:
     """Plot training runs.
 
-    Each RUN is a folder. Shows loss and accuracy over tokens, and accuracy against N. Runs that differ only in the seed share a colour.
+    Each RUN is a folder. Shows loss and accuracy against tokens, and accuracy against N. Runs that differ only in the seed share a colour.
     """
     from zoo.training.plots import figure, grouped, read_run, refuse, save
 
@@ -309,8 +309,8 @@ def chat(
 ) -> None:
     """Chat with a model that sleeps between turns.
 
-    MODEL is a folder, also of an exported bundle, or a name. FIELD=VALUE replaces a field of its config, such as window=512.
-    Ctrl-C ends an answer, Ctrl-D the conversation.
+    MODEL is the folder of a model or of an exported bundle, or a name. FIELD=VALUE replaces a field of its config, such as
+    window=512. Ctrl-C ends an answer, Ctrl-D the conversation.
     """
     from zoo.serving.chat import converse
     from zoo.sessions.session import Session
@@ -329,18 +329,24 @@ def chat(
 @click.option("--sessions", type=click.IntRange(min=1), default=64, show_default=True, help="Maximum number of open streams.")
 @click.option("--idle", type=Number(min=0), default=3600.0, show_default=True, help="Seconds to keep an unused session.")
 @click.option("--when", default="full", show_default=True, help="When streams sleep: full, 'interval(512)' or 'idle(0.5)'.")
-@click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens per stream if the model never sleeps.")
+@click.option(
+    "--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Maximum tokens per stream if the model never sleeps."
+)
 @click.option("--max-prompt", type=click.IntRange(min=1), default=32768, show_default=True, help="Maximum number of tokens in a prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Maximum number of tokens in an answer.")
 @click.option("--max-bytes", type=click.IntRange(min=1), help="Memory limit for stream states; refuses settings that may exceed it.")
 @click.option("--max-body", type=click.IntRange(min=1), default=2**20, show_default=True, help="Maximum size of a request, in bytes.")
 @click.option(
-    "--prefix-bytes", type=click.IntRange(min=0), default=2**28, show_default=True, help="Memory for states that prompts may continue from."
+    "--prefix-bytes",
+    type=click.IntRange(min=0),
+    default=2**28,
+    show_default=True,
+    help="Memory for cached states that prompts may continue from.",
 )
-@click.option("--api-key", "api_keys", multiple=True, envvar="ZOO_API_KEY", help="Key that requests must bear; may be repeated.")
-@click.option("--store", type=click.Path(file_okay=False, path_type=Path), help="Folder in which sessions outlive the process.")
+@click.option("--api-key", "api_keys", multiple=True, envvar="ZOO_API_KEY", help="API key that requests must carry; may be repeated.")
+@click.option("--store", type=click.Path(file_okay=False, path_type=Path), help="Folder that keeps sessions across restarts.")
 @click.option("--name", help="Name of the model in requests.  [default: its own]")
-@click.option("--grace", type=Number(min=0), default=30.0, show_default=True, help="Seconds that answers may take after SIGTERM.")
+@click.option("--grace", type=Number(min=0), default=30.0, show_default=True, help="Seconds to finish answers after SIGTERM or Ctrl-C.")
 @DEVICE
 @DTYPE
 def serve(
@@ -367,9 +373,9 @@ def serve(
 ) -> None:
     """Serve a model over HTTP.
 
-    MODEL is a folder, also of an exported bundle, or a name. FIELD=VALUE replaces a field of its config, such as window=512.
-    The endpoints are OpenAI-compatible. Requests with the same "session": "some-id" continue one stream.
-    On SIGTERM or Ctrl-C, requests under way are answered and others refused.
+    MODEL is the folder of a model or of an exported bundle, or a name. FIELD=VALUE replaces a field of its config, such as
+    window=512. The endpoints are OpenAI-compatible. Requests with the same "session": "some-id" continue one stream.
+    On SIGTERM or Ctrl-C, requests in progress are answered and new ones refused.
     """
     from zoo.serving.app import Limits, check_address, make_app  # raises a ZooError that names what to install
     from zoo.serving.draining import run

@@ -1,6 +1,6 @@
 """Models as data: the config, the YAML files that hold it, and names with suffixes such as `jet2b-sleep6-hard2000`.
 
-A model file may have one key that is not a field of the config: `sleep:` holds the fields that the suffix `-sleep<N>` adds.
+A model file may have one key that is not a field of the config: `sleep:` holds fields that apply if the name has a suffix.
 """
 
 from __future__ import annotations
@@ -294,11 +294,11 @@ WANTED = {
     "want at most {max_length} entries": "too_long",
     "allowed: {expected}": "literal_error",
 }
-"""The end of an error for pydantic's types of errors."""
+"""Ends of our error messages, each with the pydantic error types that it covers."""
 
 
 def _wanted(kind: str, message: str, context: Mapping[str, Any]) -> str:
-    """Return the end of an error in this package's words."""
+    """Return the end of an error message in this package's words."""
     for words, kinds in WANTED.items():
         if kind in kinds.split():
             end = words.format(**context)
@@ -307,7 +307,7 @@ def _wanted(kind: str, message: str, context: Mapping[str, Any]) -> str:
 
 
 def _fields_at(form: Any, path: tuple[int | str, ...]) -> list[str]:
-    """Return the fields of the form at a path, which may lead through lists and mappings of forms."""
+    """Return the fields of the pydantic model at a path, which may lead through lists and mappings of such models."""
     for part in path:
         if field := form.model_fields.get(part):
             form = _form_in(field.annotation) or form
@@ -315,7 +315,7 @@ def _fields_at(form: Any, path: tuple[int | str, ...]) -> list[str]:
 
 
 def _form_in(annotation: Any) -> Any:
-    """Return the first form in a type such as dict[str, Form], or None."""
+    """Return the first pydantic model in a type such as dict[str, Model], or None."""
     if hasattr(annotation, "model_fields"):
         return annotation
     return next(filter(None, map(_form_in, get_args(annotation))), None)

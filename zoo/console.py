@@ -54,7 +54,7 @@ def print_markdown(text: str, console: Console | None = None) -> None:
 
 @contextmanager
 def spinner(what: str, after: float = 1.5) -> Iterator[None]:
-    """While the block runs, show `what` and the elapsed time on stderr, starting after `after` seconds."""
+    """Show `what` and the elapsed time on stderr while the block runs, starting after `after` seconds."""
     console = Console(stderr=True)
     progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
     progress.add_task(what, total=None)

@@ -30,7 +30,7 @@ class Description:
     weight_bytes: int
     """Parameters, at the model's dtype."""
     active_parameters: int
-    """Parameters that one token uses: without the experts that it did not choose."""
+    """Parameters that one token uses: all but the experts that it is not routed to."""
     state_bytes: int
     """Fast weights; independent of the stream's length."""
     kv_bytes_per_token: int
@@ -143,7 +143,7 @@ def _mlps(model: Model) -> list[MLP]:
 
 
 def _head(model: Model) -> int:
-    """Return the operations of the logits of one token."""
+    """Return the operations of the head for one token."""
     loops, exit = model.config.wake_loops, model.exit
     gate = loops * linear_flops(exit) if loops > 1 and exit is not None and exit.loop is None else 0
     return gate + 2 * model.embed.weight.numel()
@@ -187,8 +187,8 @@ PEAKS = {
     "L4": 121e12,
     "4090": 165.2e12,
 }
-"""Peak bfloat16 FLOPs per second without sparsity, from NVIDIA's data sheets, by words of torch's name for the GPU; the first
-match counts."""
+"""Peak bfloat16 FLOPs per second without sparsity, from NVIDIA's data sheets, by words in torch's name for the GPU; the first
+match is used."""
 
 
 def peak_flops(device: torch.device) -> float | None:

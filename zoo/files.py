@@ -30,7 +30,7 @@ def as_path(value: Any, name: str = "path") -> Path:
 def refuse_existing(path: Path) -> None:
     """Raise a ZooError unless a new folder can be written at `path`, where at most an empty folder may exist.
 
-    What a killed process left in an empty folder does not count.
+    Leftovers of a killed process in an otherwise empty folder are ignored.
     """
     with _one_line(path):
         target = _target(path)
@@ -65,7 +65,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                     os.replace(entry, target / entry.name)
             else:
                 os.replace(scratch, target)
-        except ZooError as error:  # the user knows nothing of the scratch folder
+        except ZooError as error:  # the user does not know the scratch folder
             if str(scratch) not in str(error):
                 raise
             raise ZooError(str(error).replace(str(scratch), str(path))) from error
@@ -89,7 +89,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_scratch(path: Path) -> None:
-    """Remove what a killed process left when it wrote the folder `path`, or wrote into it. The caller is its only writer."""
+    """Remove what a killed process left while it wrote the folder `path`, or files in it. The caller must be its only writer."""
     target = _target(path)
     beside = re.compile(re.escape(f".{target.name}-") + "[0-9a-f]{8}")
     left = [*filter(_is_scratch, target.iterdir()), *(entry for entry in target.parent.iterdir() if beside.fullmatch(entry.name))]
@@ -98,7 +98,7 @@ def remove_scratch(path: Path) -> None:
 
 
 def _is_scratch(path: Path) -> bool:
-    """True for a name that `new_folder` or `replacing` gives."""
+    """Return whether a path has a name that `new_folder` or `replacing` gives."""
     return re.fullmatch(r"\..+(-[0-9a-f]{8}|\.\d+)", path.name) is not None
 
 

@@ -39,7 +39,7 @@ def init_weights(model: Model, generator: torch.Generator, added: Collection[Blo
     config, blocks = model.config, [module for module in model.blocks if isinstance(module, Block)]
     branches = sum(1 if block.mlp is None else 2 for block in blocks)
     chosen = [model] if added is None else added
-    # children first: a mixer has the last word on its projections
+    # children first, so that a mixer can override the initialisation of its projections
     for name, module in reversed([named for part in chosen for named in part.named_modules()]):
         if isinstance(module, Block):
             if module.inserted:

@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 
 def check_count(name: str, value: Any) -> None:
-    """Refuse a value that is no integer of at least 1."""
+    """Refuse a value that is not an integer of at least 1."""
     if torch.compiler.is_compiling():
         return
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -110,7 +110,7 @@ def checked_state(model: Model, state: State, ids: Tensor, streams: int) -> Stat
 
 
 class StateForm(NamedTuple):
-    """Shape and dtype of each tensor of a state, without the dimension of streams. A size of 0 stands for any size."""
+    """Shape and dtype of each tensor of a state, without the batch dimension. A size of 0 stands for any size."""
 
     fast: tuple[tuple[Shape, torch.dtype] | None, ...]
     window: tuple[tuple[type, list[tuple[Shape, torch.dtype]]] | None, ...]

@@ -26,7 +26,7 @@ class Chunk(NamedTuple):
     start: int
     stop: int
     read: int
-    """Tokens start .. read - 1 are run: nothing reads the last supervised token, nor what follows it."""
+    """Only tokens start .. read - 1 are run: nothing reads the last supervised token or the tokens after it."""
     awake: bool
     """True if it gets a wake pass, because it carries loss."""
     asleep: bool
@@ -139,7 +139,7 @@ def _checked(ids: Tensor, loss_mask: Any, vocab_size: int) -> Tensor:
 
 
 def _places(carries: Tensor, chunk: Chunk) -> Tensor:
-    """Return the places in ids.flatten() of the tokens of a chunk that carry loss, row by row."""
+    """Return the indices in ids.flatten() of the tokens of a chunk that carry loss, row by row."""
     rows, columns = carries[:, chunk.start : chunk.stop].nonzero(as_tuple=True)
     return rows * carries.shape[1] + chunk.start + columns
 
@@ -147,7 +147,7 @@ def _places(carries: Tensor, chunk: Chunk) -> Tensor:
 def _consolidate(
     model: Model, ids: Tensor, state: State, loops: int | None, recompute: Recompute, awake: tuple[Tensor, State] | None = None
 ) -> State:
-    """Sleep, and keep for the backward pass what `recompute` says."""
+    """Sleep, storing for the backward pass what `recompute` selects."""
     if recompute == "chunks":
         return checkpoint(_consolidate, model, ids, state, loops, "passes", use_reentrant=False)
     return model.consolidate(ids, state, loops=loops, awake=awake, recompute=recompute == "passes")

@@ -172,7 +172,7 @@ class Model(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor | None], dict[int, Any]]:
         """Run the blocks of pass n: return h, the span's first input, fast weights, and window caches by their place in a State.
 
-        The fast weights are arguments of their own because `checkpoint` stores no tensor that is inside a list.
+        The fast weights are separate arguments because `checkpoint` stores no tensor that is inside a list.
         """
         fast, window = list(fast_in), {}
         for i, mlp in blocks:

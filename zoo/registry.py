@@ -48,7 +48,7 @@ class Registry(Generic[T]):
     same object. A name that stands for two different objects is an error.
 
     Args:
-        kind: the word used in errors ("block", "task", ...).
+        kind: the word for such an object in errors ("block", "task", ...).
         group: catalogue namespace, and the end of the name of the entry point group.
         modules: modules of this package that register objects, imported before the first look-up: "zoo.blocks.*", or
             "zoo.kernels.*.op" for one module in each folder. None if they are registered where the registry is created.

@@ -1,4 +1,4 @@
-"""When a session sleeps. A schedule is written as a name with arguments: `full`, `interval(512)`, `idle(0.5)`, `manual`."""
+"""Schedules: when a session sleeps. One is written as a name with arguments: `full`, `interval(512)`, `idle(0.5)`, `manual`."""
 
 from __future__ import annotations
 

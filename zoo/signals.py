@@ -12,7 +12,7 @@ from typing import Any
 
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 IMPATIENCE = 2.0
-"""Seconds after which another Ctrl-C is a second one: torchrun repeats to its processes the one that they got from the terminal."""
+"""Seconds after which another Ctrl-C counts as a second one: torchrun forwards the one that its processes already got from the terminal."""
 
 
 class StoppedError(Exception):
@@ -25,7 +25,7 @@ class StoppedError(Exception):
 
 
 def exit_on_signals() -> None:
-    """From now on, a signal ends the process at once, with status 128 + its number."""
+    """Make every signal from now on end the process at once, with status 128 + its number."""
     # a process of torchrun may be waiting for another one in C++, where no Python handler runs
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     for number in STOPPING:
@@ -40,7 +40,7 @@ def restore_defaults() -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside the block, Ctrl-C raises KeyboardInterrupt, as Python does by default."""
+    """Make Ctrl-C raise KeyboardInterrupt inside the block, as Python does by default."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -52,7 +52,7 @@ def interruptible() -> Iterator[None]:
 def deferred() -> Iterator[Callable[[], int]]:
     """Defer signals inside the block. The yielded function returns the number of the first that has arrived, or 0.
 
-    After the block, a signal that was not asked for is raised again. A second Ctrl-C ends the process at once. Outside the main
+    After the block, a signal that the function has not reported is raised again. A second Ctrl-C ends the process at once. Outside the main
     thread, which receives the signals, nothing is deferred.
     """
     arrived, since, seen = 0, 0.0, False

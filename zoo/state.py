@@ -24,7 +24,7 @@ class Output(NamedTuple):
     """Output of a wake pass."""
 
     logits: Tensor
-    """[B, T, V]"""
+    """Logits [B, T, V]; those at t predict token t + 1."""
     state: State
     """State after the tokens."""
 
@@ -33,11 +33,11 @@ class Answers(NamedTuple):
     """Predictions of the n supervised tokens of a batch, in no particular order."""
 
     logits: Tensor
-    """[n, V]"""
+    """Logits [n, V] of the predictions."""
     place: Tensor
-    """[n] int64, index of each token in ids.flatten()"""
+    """Index of each token in ids.flatten(), [n] int64."""
     target: Tensor
-    """[n] int64, the token itself"""
+    """Token that is to be predicted, [n] int64."""
 
     def losses(self) -> Tensor:
         """Return the cross-entropy of each token, [n], in float32 or wider."""

@@ -18,16 +18,16 @@ def _optional(name: str) -> Any:
 
 fcntl, resource = _optional("fcntl"), _optional("resource")  # Unix
 msvcrt = _optional("msvcrt")  # Windows
-BEYOND = 2**30  # place of the locked byte on Windows, where a locked byte cannot be read
+BEYOND = 2**30  # offset of the locked byte on Windows, where a locked byte cannot be read
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use, as far as the system tells."""
+    """Return the number of cores that this process may use, as far as the system reports it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_resident() -> int | None:
-    """Return the peak resident memory of this process in bytes; None if the system does not tell."""
+    """Return the peak resident memory of this process in bytes; None if the system does not report it."""
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

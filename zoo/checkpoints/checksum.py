@@ -19,7 +19,7 @@ FIELD = "zoo.sha256"
 
 
 PLAIN = {"format": "pt"}
-"""The other metadata of a file of weights."""
+"""Other metadata of a weights file."""
 
 
 def metadata(tensors: Mapping[str, Tensor], fields: Mapping[str, str] = PLAIN) -> dict[str, str]:
@@ -52,7 +52,7 @@ def verify(file: Path) -> None:
 
 
 def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file by name, each through a mapping of its own, whose memory is freed with it."""
+    """Yield the tensors of a file by name, each through a separate memory mapping that is freed with it."""
     with safe_open(file, "pt") as stored:
         names = sorted(stored.keys())
     for name in names:
@@ -61,7 +61,7 @@ def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _checksum(tensors: Iterable[tuple[str, Tensor]], fields: Mapping[str, str]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and values, and of the metadata unless it is that of a file of weights."""
+    """Return the SHA-256 of names, dtypes, shapes and values, and of the metadata unless it is that of a weights file."""
     digest = hashlib.sha256(b"" if fields == PLAIN else json.dumps(fields, sort_keys=True).encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

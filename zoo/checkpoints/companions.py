@@ -8,7 +8,7 @@ from pathlib import Path
 from zoo.errors import ZooError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model", "*.tiktoken")
-"""Files of which each is a tokenizer, or the main part of one."""
+"""Files that are each a tokenizer, or the main part of one."""
 TOKENIZER_PARTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 GENERATION = "generation_config.json"
@@ -21,7 +21,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """Return the content of every such file in a folder by its name. Raises ZooError."""
+    """Return the contents of these files in a folder, by name. Raises ZooError."""
     found = [file for pattern in COMPANIONS for file in sorted(folder.glob(pattern)) if file.is_file()]
     try:
         return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}

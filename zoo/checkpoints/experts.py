@@ -6,7 +6,7 @@ from zoo.checkpoints.family import Names, Stacked
 
 
 def one_by_one(prefix: str, router: str, up: tuple[str, ...] = ("gate_proj", "up_proj"), down: str = "down_proj") -> Names:
-    """Return the names of a router, and of experts that are stored one by one.
+    """Return the names of a router, and of experts that are stored separately.
 
     Args:
         router: name of the router's projection.

@@ -1,4 +1,4 @@
-"""Falcon-Mamba: Mamba with norms, without weights, of the step size, B and C."""
+"""Falcon-Mamba: Mamba with norms without weights on the step size, B and C."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Taps(NamedTuple):
 
 
 class FirstOf(NamedTuple):
-    """The first of our tensors that the block has."""
+    """The first of several of our names that the block has."""
 
     ours: tuple[str, ...]
 
@@ -53,12 +53,12 @@ expert: those of the first expert, then those of the second, and so on.
 
 
 def renamed(names: Names, rename: Callable[[str], str]) -> Names:
-    """Return names with `rename` applied to upstream's."""
+    """Return `names` with `rename` applied to the upstream names."""
     return {rename(name) if isinstance(name, str) else tuple(map(rename, name)): ours for name, ours in names.items()}
 
 
 def under(prefix: str, names: Names) -> Names:
-    """Return names with a prefix before upstream's."""
+    """Return `names` with a prefix before the upstream names."""
     return renamed(names, lambda name: prefix + name)
 
 
@@ -79,7 +79,7 @@ class Family:
     mlps: Mapping[str, Names] = field(default_factory=dict)
     """Names within a layer, for each kind of MLP; ours are relative to the block."""
     mlp_apart: bool = False
-    """True if the MLP of a block is a layer of its own, after that of the mixer."""
+    """True if upstream counts the MLP of a block as a separate layer, after that of the mixer."""
     forms: Mapping[str, Family] = field(default_factory=dict)
     """Other ways in which the tensors are stored, by name. A folder is written in the form it was read in."""
     stores_tied_head: bool = False
@@ -88,7 +88,7 @@ class Family:
 
 
 class Link(NamedTuple):
-    """An upstream tensor and those of our tensors that it contains, or several upstream tensors and those that they contain together."""
+    """One upstream tensor and those of our tensors that it contains, or several upstream tensors and those that they contain together."""
 
     theirs: str
     ours: tuple[str, ...]

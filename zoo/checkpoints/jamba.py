@@ -1,4 +1,4 @@
-"""Jamba: Mamba with norms of the step size, B and C, attention without positions, and experts in some layers."""
+"""Jamba: Mamba with norms on the step size, B and C, attention without positions, and experts in some layers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
 
 
 def every(found: list[bool]) -> tuple[int, int]:
-    """Return a period and an offset at which the layers that are true lie."""
+    """Return a period and an offset that give exactly the layers marked true."""
     for period in range(1, len(found) + 2):
         for offset in range(period):
             if found == [i % period == offset for i in range(len(found))]:

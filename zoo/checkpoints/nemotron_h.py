@@ -1,6 +1,6 @@
-"""Nemotron-H and Nemotron 3: Mamba-2, attention without positions, squared ReLU and experts, each a layer of its own.
+"""Nemotron-H and Nemotron 3: Mamba-2, attention without positions, squared ReLU and experts, each a separate layer.
 
-One of our blocks is a layer that mixes tokens and, if the layer after it is an MLP or a mixture of experts, that one too.
+One of our blocks stands for a layer that mixes tokens and, if the next layer is an MLP or a mixture of experts, for that one too.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_kinds(config: Mapping[str, Any]) -> list[str]:
-    """Return the kind of every layer of upstream."""
+    """Return the kind of every upstream layer."""
     if types := config.get("layers_block_type"):
         return [WORDS[expect({"layers_block_type": name}, "layers_block_type", *WORDS)] for name in types]
     pattern = config["hybrid_override_pattern"]

@@ -28,7 +28,7 @@ CONFIG = "zoo.yaml"
 
 
 def save(model: nn.Module, path: str | Path, *, format: Literal["zoo", "hf"] = "zoo") -> None:
-    """Write a model to the new folder `path`, with the tokenizer and the other files that came with its checkpoint.
+    """Write a model to the new folder `path`, together with the tokenizer and the other files that came with its checkpoint.
 
     Args:
         model: a `Model`, or one that is compiled or wrapped in DistributedDataParallel or DataParallel.
@@ -61,7 +61,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
 
     Args:
         dtype: dtype of the weights, or its name ("bfloat16"); default: as stored. Norms and decays are then float32 or wider.
-        overrides: config fields, for example `loops=4, evict="hard", window=512` for a checkpoint that is to sleep. In
+        overrides: config fields, for example `loops=4, evict="hard", window=512` to make a checkpoint sleep. In
             `layers="(attn*4 gdn)*6"`, kinds that the checkpoint lacks are inserted; they have no effect before training.
     Raises:
         ZooError: a missing or damaged file, or tensors that do not fit the config; names the file and the tensor.

@@ -33,7 +33,7 @@ def rope(config: Mapping[str, Any], theta: float = 10_000.0, part: float | None 
     elif kind != "default" or context is None:
         expect(found, "partial_rotary_factor", 1, None)  # upstream fails
     elif found.get("partial_rotary_factor", 1) not in (1, None):
-        warnings.warn(f"partial_rotary_factor: {found['partial_rotary_factor']} is ignored, as upstream does", stacklevel=2)
+        warnings.warn(f"partial_rotary_factor: {found['partial_rotary_factor']} is ignored, as it is upstream", stacklevel=2)
     return fields
 
 

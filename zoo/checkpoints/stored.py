@@ -28,7 +28,7 @@ PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 ADAPTER = "adapter_config.json"
 LARGEST_JSON = 64 * 2**20
-"""Bytes. An index of a million tensors takes about as much."""
+"""Maximum size of a JSON file in bytes; an index of a million tensors takes about as much."""
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -39,7 +39,7 @@ class Stored:
         self._device = device
         self.shapes: dict[str, list[int]] = {}
         self.dtypes: dict[str, torch.dtype | str] = {}
-        """A name as the file has it stands for a dtype that is not supported."""
+        """Dtype of each tensor; one that is not supported is given by the name that the file uses."""
         self.files: dict[str, Path] = {}
         self._sources: dict[str, Any] = {}
 
@@ -110,7 +110,7 @@ class Stored:
     def check(self, folder: Path, wanted: Mapping[str, list[int]], owner: str) -> None:
         """Raise ZooError unless exactly these tensors are stored, with these shapes, floating-point dtypes, and their checksum."""
         if missing := sorted(wanted.keys() - self.shapes.keys()):
-            raise ZooError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all of {owner})")
+            raise ZooError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} tensors of {owner} are)")
         if unexpected := sorted(self.shapes.keys() - wanted.keys()):
             name = unexpected[0]
             raise ZooError(f"{self.files[name]}: tensor '{name}' is not part of {owner} ({len(unexpected)} in all)")
@@ -131,7 +131,7 @@ def kept_dtype(dtype: torch.dtype | None, wide: bool) -> torch.dtype | None:
 
 @contextmanager
 def open_folder(folder: Path, device: str | torch.device = "cpu") -> Iterator[Stored]:
-    """Open the tensors of the first of these that is there: model.safetensors, the shards that its index names,
+    """Open the tensors of the first of these that exists: model.safetensors, the shards that its index names,
     pytorch_model.bin, its shards, the only *.safetensors, *.pth or *.bin file.
 
     Raises:
@@ -229,7 +229,7 @@ def _reading(label: str, read: Callable[[], T]) -> T:
         return read()
     except (KeyboardInterrupt, SystemExit, ZooError):
         raise
-    except BaseException as error:  # panics of safetensors are no Exception
+    except BaseException as error:  # panics of safetensors are not an Exception
         raise ZooError(f"{label} cannot be read: {one_line(error)}") from None
 
 

@@ -50,11 +50,11 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SLEEP = "sleep"
 SLEEP_FIELDS = ("loops", "evict", "window", "span", "sleep_on", "carry", "feed_back", "loop_norm")
 MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "total_ut_steps": 1_000}
-"""Bounds on counts, checked before anything is made of them."""
+"""Bounds on counts, checked before anything is allocated from them."""
 ROTARY = r".*\.rotary_emb\.inv_freq$"
 """Frequencies that old checkpoints store; the config determines them."""
 MAY_BE_ZERO = ("kernel_out.weight", "A_log", "o_proj.weight", "down_proj.weight")
-"""Matrices that may be all zero in a new model; outputs of residual branches are often initialised so."""
+"""Matrices that may be all zero in a new model; outputs of residual branches are often initialised to zero."""
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -178,7 +178,7 @@ def _family(upstream: Mapping[str, Any], label: str) -> Family:
 
 
 def _written_config(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """Return the config.json that was read, with all its other fields, as long as it still describes this model; else a new one."""
+    """Return the config.json that was read, with all its other fields, if it still describes this model; otherwise a new one."""
     try:
         read = _translate(config.upstream, config.name, config.name)
         if not _differences(read, config, (*ARCHITECTURE, *BEHAVIOUR)):

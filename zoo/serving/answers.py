@@ -1,4 +1,4 @@
-"""From a prompt to an answer: generated tokens as text, with stop strings and log-probabilities."""
+"""Answers to prompts: generated tokens as text, with stop strings and log-probabilities."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from zoo.text.tokenizers import ByteTokenizer
 
 
 class Prompt(NamedTuple):
-    """Tokens to answer."""
+    """Prompt as tokens."""
 
     ids: list[int]
-    """Everything that the stream is to hold."""
+    """All tokens that the stream must hold."""
     new: int
-    """Number of the last of them that come from the request."""
+    """Number of these, counted from the end, that come from the request."""
     ends: Ends = tuple
     """Positions after which the state is worth keeping."""
 
@@ -34,7 +34,7 @@ class Logprob(NamedTuple):
     logprob: float | None
     top: list[tuple[str, float]]
     offset: int
-    """Where its text begins in the answer."""
+    """Offset of its text in the answer."""
 
 
 class Piece(NamedTuple):
@@ -65,7 +65,7 @@ class Answer:
     ) -> None:
         self.finish_reason = "length"
         self.text = ""
-        """The text that was sent."""
+        """Text that was sent."""
         self.cached, self.tokens = 0, list[int]()
         """Number of prompt tokens that were not read again, and the generated tokens."""
         self._kept, self._tokenizer, self._metrics = kept, tokenizer, metrics

@@ -87,8 +87,8 @@ def make_app(
     """Return the server of one model as an ASGI app, with the `Server` as `app.state.server`. Closes the pool on shutdown.
 
     Args:
-        keys: API keys. If there are any, every request but those for /health and /ready needs one.
-        store: folder in which sessions outlive the process.
+        keys: API keys. If there are any, every request except those for /health and /ready needs one.
+        store: folder that keeps sessions when the process ends.
     """
     server = Server(pool, tokenizer, name, limits or Limits(), store)
 
@@ -130,7 +130,7 @@ class Server:
         self.metrics = Metrics(self.sessions, pool)
         self.created = int(time.time())
         self.draining = False
-        """True once the server is to end: requests under way are answered, others are refused."""
+        """True once the server is shutting down: requests in progress are answered, new ones are refused."""
 
     def health(self) -> dict[str, str]:
         return {"status": "ok"}
@@ -220,7 +220,7 @@ class Server:
     def _choices(
         self, kept: KeptSession, prompts: list[Prompt], body: CompletionRequest | ChatRequest, max_tokens: int, messages: Messages | None
     ) -> Generator[Choice, None, None]:
-        """Yield `n` answers to each prompt, and end each before the next one. Raises ApiError before the first."""
+        """Yield `n` answers to each prompt, closing each before the next one. Raises ApiError before the first."""
         field = "prompt" if messages is None else "messages"
         room = [self._room(kept, prompt, max_tokens, field) for prompt in prompts]
         for at, (prompt, most) in enumerate(zip(prompts, room, strict=True)):
@@ -246,7 +246,7 @@ class Server:
 
     def _check_model(self, name: str) -> None:
         if name != self.name:
-            raise ApiError(404, f"model: '{name}' does not exist; there is '{self.name}'", "model", "model_not_found")
+            raise ApiError(404, f"model: '{name}' does not exist; this server has '{self.name}'", "model", "model_not_found")
 
 
 def _remember(kept: KeptSession, messages: Messages, answer: Answer) -> None:

@@ -23,7 +23,7 @@ class Choice(NamedTuple):
     number: int
     answer: Answer
     prompt_tokens: int
-    """0 for a further answer to the same prompt."""
+    """Number of tokens in the prompt; 0 for a further answer to the same prompt."""
 
 
 class CompletionBody:
@@ -49,7 +49,7 @@ class CompletionBody:
         return {"text": text or ""}
 
     def opening(self) -> str | None:
-        """Text of an event before the first piece; None: there is no such event."""
+        """Return the text of an event before the first piece; None: there is no such event."""
         return None
 
     def logprobs(self, entries: list[Logprob]) -> dict[str, Any]:

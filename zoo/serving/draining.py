@@ -1,4 +1,4 @@
-"""Running the server, and ending it: answers under way are finished, or cut short when their time is up."""
+"""Start and shutdown of the server: answers in progress are finished, or cut short when their time is up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARGIN = 5  # seconds for responses to end after their streams have been closed
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, whose app refuses new requests from the first signal on, and closes its pool `grace` seconds later."""
+    """Server of uvicorn whose app refuses new requests from the first signal on, and closes its pool `grace` seconds later."""
 
     def __init__(self, app: FastAPI, config: uvicorn.Config, grace: float) -> None:
         super().__init__(config)

@@ -25,8 +25,8 @@ PIECE = 256  # tokens of a prompt whose logits are computed at a time
 class KeptSession:
     """A session, the tokens that its stream holds, and the conversation that they render.
 
-    The stream always holds a prefix of the tokens that a request asks for: `read` keeps what agrees with them, continues from the
-    nearest state in `prefixes` and reads the rest.
+    The stream always holds a prefix of the tokens that a request asks for: `read` continues from the stream itself,
+    or from the nearest state in `prefixes`, and reads the rest.
     """
 
     session: Session
@@ -35,11 +35,11 @@ class KeptSession:
     """A stream before its first token."""
     owner: str
     name: str | None
-    """None: the session is closed after this request."""
+    """Id of the session; None: it is closed after this request."""
     journal: Journal | None = None
-    """Its place in the store, if there is one."""
+    """The session's files in the store, if there is one."""
     tokens: list[int] = field(default_factory=list)
-    """Tokens that the stream holds, its pending one included; during a request, those that it is to hold."""
+    """Tokens that the stream holds, its pending one included; during a request, those that it will hold."""
     messages: Messages = field(default_factory=list)
     """The conversation, with the last answer."""
     used: float = field(default_factory=time.monotonic)
@@ -50,7 +50,7 @@ class KeptSession:
 
         Args:
             ends: returns positions after which the state is worth keeping; it is kept after the last token in any case.
-            sleeps: those to repeat on the way, by default those that the stream has had; see `Snapshot.sleeps`.
+            sleeps: sleeps to repeat on the way, by default those that the stream has had; see `Snapshot.sleeps`.
         """
         common = common_length(self.tokens, ids)
         if sleeps is None:
@@ -97,7 +97,7 @@ class KeptSession:
             last = logits[-1]
 
     def settle(self) -> None:
-        """Record the tokens that the stream holds: those that it was to hold, as far as it has come."""
+        """Record which of the tokens that the stream was to hold it has actually read or generated."""
         now = self.session.snapshot()
         self.tokens = self.tokens[: now.counts.tokens + now.pending.shape[1]]
         if self.tokens:
@@ -111,7 +111,7 @@ class KeptSession:
                 self.journal.write_snapshot(self.session)
 
     def recall(self) -> None:
-        """Continue from the store: from the newest state there, reading the tokens after it again. Raises ZooError."""
+        """Restore the session from the store: load the newest state there and read the tokens after it again. Raises ZooError."""
         assert self.journal is not None
         record = self.journal.stored
         if read := self.journal.restore(self.session):

@@ -24,7 +24,7 @@ class _Node:
     edge: tuple[int, ...] = ()
     parent: _Node | None = None
     children: dict[int, _Node] = field(default_factory=dict)
-    """By their first token."""
+    """Nodes below this one, by their first token."""
     kept: dict[Sleeps, _Kept] = field(default_factory=dict)
 
 
@@ -37,7 +37,7 @@ class _Kept:
 
 
 class Prefixes:
-    """A prefix tree of states for each owner, who shares nothing with others. The least recently used are dropped first.
+    """One prefix tree of states for each owner; owners share nothing. The least recently used states are dropped first.
 
     Args:
         limit: maximum size of all states together, in bytes.
@@ -47,7 +47,7 @@ class Prefixes:
         self.limit, self.bytes = limit, 0
         self._roots: dict[str, _Node] = {}
         self._order: OrderedDict[Key, None] = OrderedDict()
-        """The least recently used first."""
+        """States in order of use, the least recently used first."""
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class Prefixes:
         """Return the length of the longest prefix of `tokens` whose state is kept, and that state; 0 and None if there is none.
 
         Args:
-            sleeps: those of the stream on its way through `tokens`. The state has had the first of them, and the others are still to come.
+            sleeps: sleeps of the stream on its way through `tokens`. The state has had the first of them; the others are still to come.
             user: the session that will use it.
         """
         tokens, at = tuple(tokens), 0

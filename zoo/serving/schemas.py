@@ -69,7 +69,7 @@ class GenerationRequest(Strict):
         try:
             json.dumps(fields, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("body: lone surrogates are no text") from None
+            raise ValueError("body: lone surrogates are not text") from None
         return fields
 
     @model_validator(mode="after")
@@ -102,7 +102,7 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_prompt(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0; without echo, at least 1")
+            raise ValueError("max_tokens: 0; want at least 1 without echo")
         if self.session is not None and len(self.prompts) > 1:
             raise ValueError(f"prompt: {len(self.prompts)} prompts; a session takes one")
         return self

@@ -1,4 +1,4 @@
-"""Routes of sessions: list, look, sleep, fork, delete. A session is visible to the API key that made it."""
+"""Routes of sessions: list, inspect, sleep, fork, delete. A session is visible to the API key that created it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SessionRoutes:
 
     def fork(self, session: str, body: ForkRequest, request: Request) -> dict[str, Any]:
         if self.sessions.exists(owner_of(request), body.id):
-            raise ApiError(409, f"id: '{body.id}' exists", "id", "session_exists")
+            raise ApiError(409, f"id: '{body.id}' already exists", "id", "session_exists")
         with self._existing(request, session) as kept:
             twin = self.sessions.acquire(kept.owner, body.id)
             twin.session.restore(kept.session.snapshot())
@@ -93,7 +93,7 @@ class SessionRoutes:
 
 
 def all_sleeps(snapshot: Snapshot, limit: int | None, loops: int) -> list[tuple[int, int]]:
-    """Return position and loops of every sleep: those in `Snapshot.sleeps`, and those at full windows between them.
+    """Return the position and loops of every sleep: those in `Snapshot.sleeps`, and those at full windows between them.
 
     Args:
         limit: number of tokens in a full window.

@@ -15,12 +15,12 @@ from zoo.sessions.pool import PoolFullError, SessionPool
 
 
 class KeptSessions:
-    """Each session is bound to the API key of its owner. One request at a time uses it.
+    """Sessions of one server. Each is bound to the API key of its owner, and one request at a time uses it.
 
     Args:
         idle: seconds without a request after which a session may leave memory.
         prefixes: states that sessions of one owner share.
-        store: where sessions outlive the process, and memory.
+        store: folder that keeps sessions when they leave memory or the process ends.
     """
 
     def __init__(self, pool: SessionPool, idle: float, prefixes: Prefixes, store: Store | None = None) -> None:
@@ -86,7 +86,7 @@ class KeptSessions:
         self.failing = False
 
     def release(self, kept: KeptSession, *, forget: bool = False) -> None:
-        """End a request's use of its session: it is in the store from now on, if that works."""
+        """End a request's use of its session, and write it to the store if that works."""
         if kept.name and not forget:
             self._store(kept)
         kept.used = time.monotonic()

@@ -1,4 +1,4 @@
-"""Sessions in a folder, which outlive the process: a journal of tokens for each, snapshots of its state, and a lease."""
+"""Sessions in a folder, kept when the process ends: a journal of tokens for each, snapshots of its state, and a lease."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zoo.sessions.session import Session
 from zoo.system import lock
 
 JOURNAL, LEASE = "journal.jsonl", "lease"
-LONG_JOURNAL = 2**20  # bytes after which a journal is written anew
+LONG_JOURNAL = 2**20  # bytes after which a journal is rewritten
 
 
 class StoreError(ZooError):
@@ -30,12 +30,12 @@ class StoreError(ZooError):
 
 
 class TakenOverError(StoreError):
-    """Another process has the session now."""
+    """Another process owns the session now."""
 
 
 @dataclass
 class Record:
-    """Everything about a session but its states, which follow from it."""
+    """Everything about a session except its states, which can be recomputed from it."""
 
     tokens: list[int] = field(default_factory=list)
     sleeps: Sleeps = ()
@@ -46,7 +46,7 @@ class Record:
 class Journal:
     """The files of one session: each line of the journal holds what has changed, and is synced before a request ends.
 
-    A line counts once it is complete: its first field is a checksum of the rest.
+    A line is valid only if it is complete: its first field is a checksum of the rest.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Journal:
     size: int = 0
     """Bytes of complete lines."""
     stored: Record = field(default_factory=Record)
-    """The session as the journal has it."""
+    """The session as recorded in the journal."""
     snapshot: int = 0
     """Number of tokens after which the state is in a file; 0: there is none."""
 
@@ -167,7 +167,7 @@ class Store:
         return (self._place(owner, name) / JOURNAL).is_file()
 
     def open(self, owner: str, name: str) -> Journal:
-        """Take over a session, or make it. Raises StoreError."""
+        """Take over a session, or create it. Raises StoreError."""
         folder = self._place(owner, name)
         about = {"name": name, "owner": _digest(owner), **self.identity}
         try:
@@ -232,7 +232,7 @@ def _shared(a: list[Any], b: list[Any]) -> int:
 
 
 def write(file: IO[bytes], content: bytes) -> None:
-    """Write all of `content`: the one place at which a disk can be full."""
+    """Write all of `content`: the only place where a full disk is noticed."""
     file.write(content)
 
 
@@ -254,7 +254,7 @@ def _locked(path: Path) -> Iterator[IO[str]]:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Sync a folder, so that the names in it are durable."""
     with contextlib.suppress(PermissionError):  # Windows opens no folders
         place = os.open(folder, os.O_RDONLY)
         try:

@@ -91,7 +91,7 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
 
 
 def identity(model: SleepingModel) -> dict[str, str]:
-    """Return what must agree for a state to be of use: the model's config and its weights."""
+    """Return what must match for a state to be usable: the model's config and its weights."""
     return {"model": model.config.name, "config": config_hash(model.config), "weights": model.fingerprint}
 
 

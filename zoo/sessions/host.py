@@ -63,7 +63,7 @@ class Taken:
 Request = Slice | Token | SleepEnd | Taken
 Answer = int | Tensor | None
 Call = Coroutine[Request, Answer, T]
-"""A call in progress. Its host answers the requests that it awaits; only the host itself requests tokens and ends of sleeps."""
+"""A call in progress. Its host answers the requests that it awaits; only the host itself requests a `Token` or a `SleepEnd`."""
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class OneByOne(Generic[Name]):
-    """Up to `slots` streams by name, as `Slots`; each token is a wake pass of its own."""
+    """States of up to `slots` streams by name, with the interface of `Slots`; each token is a separate wake pass."""
 
     def __init__(self, model: SleepingModel, slots: int) -> None:
         self.model, self.slots = model, slots

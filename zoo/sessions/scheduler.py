@@ -36,7 +36,7 @@ class Scheduler:
     requests a token run as one batch.
 
     Args:
-        slots: where the states of streams are while their tokens are read.
+        slots: buffers that hold the states of streams while their tokens are read.
         streams: maximum number of open streams.
         context: maximum number of tokens in a window cache.
     """
@@ -59,7 +59,7 @@ class Scheduler:
         self._for_callers: set[PendingEach] = set()
         """Calls that wait until their last result is taken."""
         self._expected: set[PendingEach] = set()
-        """Those of them for which the next batch of tokens waits a moment."""
+        """Calls among these for which the next batch of tokens waits a moment."""
         self._in_slices: deque[Pending] = deque()
         """Calls that request a slice."""
         self._for_tokens: deque[tuple[Pending, Tensor]] = deque()
@@ -85,7 +85,7 @@ class Scheduler:
         """Number of open streams."""
         return len(self._open)
 
-    # The host: called in the threads of the callers.
+    # Methods of the host that run in the threads of the callers.
 
     def open(self, stream: Stream) -> Host:
         with self._changed:
@@ -125,13 +125,13 @@ class Scheduler:
         try:
             with self._changed:
                 if self._failure is not None:
-                    raise ZooError(f"pool: it has failed: {self._failure}") from self._failure
+                    raise ZooError(f"pool: has failed: {self._failure}") from self._failure
                 if self._closed:
-                    raise PoolClosedError("pool: it is closed")
+                    raise PoolClosedError("pool: is closed")
                 if pending.stream not in self._open:
-                    raise ZooError("stream: it is closed")
+                    raise ZooError("stream: is closed")
                 if pending.stream in self._calls:
-                    raise BusyError("stream: it is busy with another call")
+                    raise BusyError("stream: is busy with another call")
                 self._calls[pending.stream] = pending
                 self._arrived.append(pending)
                 self._changed.notify()
@@ -157,7 +157,7 @@ class Scheduler:
             self._changed.notify()
         self.thread.join()
 
-    # The host: called by calls, in the scheduler's thread.
+    # Methods of the host that calls use, in the scheduler's thread.
 
     async def wake(self, stream: Stream, ids: Tensor) -> tuple[Tensor, Snapshot]:
         if ids.shape[1] > 1:
@@ -180,14 +180,14 @@ class Scheduler:
         if not sleep.ended.is_set():
             await SleepEnd(sleep)
 
-    # The thread.
+    # The scheduler's thread.
 
     def _serve(self) -> None:
         try:
             with torch.no_grad():
                 while self._wait_for_work():
                     self._turn()
-            error: BaseException = PoolClosedError("pool: it is closed")
+            error: BaseException = PoolClosedError("pool: is closed")
         except BaseException as failure:
             self._failure = error = failure
         with self._changed:

@@ -48,7 +48,7 @@ class Stats:
 class Session:
     """`batch_size` streams that advance together. Not thread-safe: one call at a time. Sleeps may run in another thread.
 
-    Keeps the waking state, which predicts the next token, and the state at the window's start with the window's tokens, which is
+    Keeps the waking state, which predicts the next token, and the state at the window's start with the window's tokens, which are
     all a sleep needs. If the first pass of a sleep equals the wake pass (`Model.wakes_as_it_sleeps`), the hidden states are kept
     too, and a sleep runs one pass fewer.
 

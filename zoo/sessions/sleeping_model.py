@@ -77,7 +77,7 @@ class SleepingModel(Protocol):
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is neither a model nor a module that wraps one. Raises ZooError."""
+    """Refuse anything that is neither a model nor a module that wraps one. Raises ZooError."""
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
         raise ZooError(f"model: {type(model).__name__}; want a zoo.Model, or the model of a bundle")
@@ -121,7 +121,7 @@ class TorchModel:
         return await sliced.consolidate(self.model, ids, state, loops=loops, awake=awake)
 
     def slots(self, streams: int) -> Slots[int] | None:
-        # on a CPU there are no graphs to gain from, and a cache without a bound has no fixed shape
+        # a CPU gains nothing from fixed shapes, since it has no CUDA graphs, and an unbounded cache has none
         window = self.config.window
         return Slots(self.model, streams, window) if window is not None and self.model.embed.weight.is_cuda and not self._whole else None
 

@@ -32,7 +32,7 @@ def finish(work: Coroutine[object, None, T]) -> T:
 
 
 async def wake(model: Model, ids: Tensor, state: State | None = None) -> Output:
-    """`model.forward` in slices."""
+    """Run `model.forward` in slices."""
     h, state = await run(model, *model.start_wake(ids, state))
     logits = await _slices(h.shape[1], lambda first, last: model.logits(h[:, first:last]))
     return Output(logits, state)
@@ -41,7 +41,7 @@ async def wake(model: Model, ids: Tensor, state: State | None = None) -> Output:
 async def consolidate(
     model: Model, ids: Tensor, state: State | None = None, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
 ) -> State:
-    """`model.consolidate` in slices."""
+    """Run `model.consolidate` in slices."""
     _, state = await run(model, *model.start_sleep(ids, state, loops), awake)
     return model.evict(state)
 
@@ -54,7 +54,7 @@ async def run(
     passes: Passes,
     awake: tuple[Tensor, State] | None = None,
 ) -> tuple[Tensor, State]:
-    """`model.run` in slices; `model.run` defines the result."""
+    """Do what `model.run` does, in slices; `model.run` defines the result."""
     first, outputs = h, []
     fast, window = list(start.fast), list(start.window)
     if awake is not None:  # the first pass has been run

@@ -75,7 +75,7 @@ class _Row(Generic[Name]):
 
 
 class Slots(Generic[Name]):
-    """Up to `slots` streams by name, and one wake pass over a token of any of them.
+    """States of up to `slots` streams by name, and one wake pass over a token of any of them.
 
     `put` copies a stream's state in, `take` copies it out. On a GPU the pass over n streams is recorded as a CUDA graph the
     first time and replayed afterwards.

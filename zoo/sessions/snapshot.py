@@ -60,7 +60,7 @@ class Snapshot(NamedTuple):
 
 
 def opening(model: SleepingModel, batch_size: int) -> Snapshot:
-    """`batch_size` streams before their first token."""
+    """Return the snapshot of `batch_size` streams before their first token."""
     state = model.init_state(batch_size)
     device = next(leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)).device
     nothing = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
@@ -82,13 +82,13 @@ def wake(model: SleepingModel, snapshot: Snapshot, ids: Tensor) -> tuple[Tensor,
 
 
 async def wake_in_slices(model: SleepingModel, snapshot: Snapshot, ids: Tensor) -> tuple[Tensor, Snapshot]:
-    """`wake` in slices, without hidden states."""
+    """Run `wake` in slices, without hidden states."""
     logits, state = await model.wake_in_slices(ids, snapshot.state)
     return logits, after_reading(model, snapshot, ids, logits, state)
 
 
 def after_reading(model: SleepingModel, snapshot: Snapshot, ids: Tensor, logits: Tensor, state: State | None) -> Snapshot:
-    """The snapshot after a wake pass over ids that returned `logits` and `state` (None: in slots)."""
+    """Return the snapshot after a wake pass over ids that returned `logits` and `state` (None: in slots)."""
     window = snapshot.ids if model.config.window is None else torch.cat([snapshot.ids, ids], dim=1)
     counts = snapshot.counts._replace(tokens=snapshot.counts.tokens + ids.shape[1], cached=snapshot.counts.cached + ids.shape[1])
     # a clone: a slice would keep the logits of all T tokens
@@ -96,7 +96,7 @@ def after_reading(model: SleepingModel, snapshot: Snapshot, ids: Tensor, logits:
 
 
 def after_sleeping(model: SleepingModel, snapshot: Snapshot, state: State) -> Snapshot:
-    """The snapshot after a sleep on its window that returned `state`."""
+    """Return the snapshot after a sleep on its window that returned `state`."""
     nothing = snapshot.ids.new_empty(len(snapshot.ids), 0)
     counts = snapshot.counts._replace(sleeps=snapshot.counts.sleeps + 1, cached=kept(model.config, snapshot.counts.cached))
     return snapshot._replace(waking=state, start=state, ids=nothing, hidden=_no_hidden(model), counts=counts)
@@ -108,12 +108,12 @@ def kept(config: ModelConfig, tokens: int) -> int:
 
 
 def one_of(state: State, n: int) -> State:
-    """Stream n of several, sharing no memory with the others."""
+    """Return stream n of several, sharing no memory with the others."""
     return tree_map_only(Tensor, lambda tensor: tensor[n : n + 1].clone(), state)
 
 
 def together(states: Sequence[State]) -> State:
-    """Streams at the same position as one batch."""
+    """Combine streams at the same position into one batch."""
     if len(states) == 1:
         return states[0]
     return tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *states)

@@ -13,8 +13,8 @@ from zoo.tasks.task import Batch, Task, tasks
 
 @tasks.register("cycle")
 class Cycle(Task):
-    """A window shows f(0) ... f(m - 1), so the index of a token is the node whose successor it is. Prediction chunks follow:
-    each question `k x` is answered by f^k(x). As many chunks as the questions need.
+    """A window shows f(0) ... f(m - 1), so the index of a token is the node whose successor it is. Prediction chunks follow,
+    as many as the questions need: each question `k x` is answered by f^k(x).
 
     Tokens: node x is x, "k hops" is m - 1 + k; in joint questions, "k hops from x" is k m + x. All questions of a sequence
     differ. Attention no longer sees f when the questions are asked, so the model must follow the hops while it sleeps.

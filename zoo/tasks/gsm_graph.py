@@ -1,4 +1,4 @@
-"""The dependency graphs of `gsm-infinite`: which quantities there are, and what each equals.
+"""The dependency graphs of `gsm-infinite`: the quantities of a problem, and what each equals.
 
 The algorithm of iGSM (arXiv 2407.20311, appendix) as the generator of GSM-Infinite implements it
 (https://github.com/Infini-AI-Lab/gsm_infinite, forward_generator.py and reverse_generator.py, its medium setting: d = 2), line by
@@ -31,13 +31,13 @@ class Fact(NamedTuple):
     name: int
     """See `Names`."""
     operands: tuple[int, ...] = ()
-    """One is a copy, three or more are a sum."""
+    """Quantities that the fact refers to: one is a copy, three or more are a sum."""
     number: int = 0
-    """0: none."""
+    """Number in the fact; 0: there is none."""
     times: bool = False
-    """The number is a factor instead of a term."""
+    """True if the number is a factor instead of a term."""
     minus: bool = False
-    """Two operands are subtracted instead of added."""
+    """True if two operands are subtracted instead of added."""
 
 
 class Problem(NamedTuple):
@@ -48,11 +48,12 @@ class Problem(NamedTuple):
     answer: int
     operations: int
     reverse: bool
-    """The fact about the quantity asked for says only that it exists; its value follows from the last fact, which gives another."""
+    """True if the fact about the quantity asked for only says that it exists. Its value then follows from the last fact, which gives the
+    value of another quantity."""
 
 
 class _FailedError(Exception):
-    """An attempt led nowhere: upstream's generator begins again."""
+    """An attempt failed: upstream's generator starts again."""
 
 
 class Names(NamedTuple):
@@ -132,7 +133,7 @@ def _fact(dice: random.Random, name: dict[int, int], node: int, inputs: list[int
 
 
 def _evaluated(needed: list[int], inputs: dict[int, list[int]], facts: dict[int, Fact], unknown: int) -> dict[int, tuple[int, int]]:
-    """Return the value of each node, and its derivative by the unknown one. Raises for values that upstream refuses."""
+    """Return the value of each node, and its derivative with respect to the unknown one. Raises for values that upstream refuses."""
     value: dict[int, tuple[int, int]] = {}
     for node in needed:
         terms = [value[i] for i in inputs[node] if i != RNG]
@@ -223,7 +224,7 @@ class _Graph:
             raise _FailedError
 
     def order(self, totals_last: bool) -> None:
-        """Bring the quantities into an order of computation, from the last to the first, and connect them (drawNecessary2)."""
+        """Put the quantities in an order of computation, from the last to the first, and connect them (drawNecessary2)."""
         while True:
             rest = self._rest()
             ready, used = self._ready(rest), self._used(rest)
@@ -247,15 +248,15 @@ class _Graph:
         return [x for x in (*self.totals, *self.instances) if x not in self.topo]
 
     def _ready(self, rest: list[int]) -> list[int]:
-        """Return those that nothing in `rest` depends on."""
+        """Return the nodes that nothing in `rest` depends on."""
         return [x for x in rest if not self.users[x] & set(rest)]
 
     def _used(self, rest: list[int]) -> list[int]:
-        """Return those that something in the order depends on."""
+        """Return the nodes that something in the order depends on."""
         return [x for x in rest if self.users[x] & set(self.topo)]
 
     def _biased(self, nodes: list[int], used: list[int]) -> int:
-        """Choose a node: totals, and those that are used already, are likelier."""
+        """Choose a node; totals, and nodes that are already used, are more likely."""
         weights = [math.exp(((x < 0) + (x in used)) * abs(self.dice.gauss(0, 1))) for x in nodes]
         return self.dice.choices(nodes, weights)[0]
 

@@ -22,10 +22,10 @@ from zoo.tasks.gsm_graph import Fact, Problem
 from zoo.tasks.gsm_words import CORE_ANIMALS, CORE_PLACES, GROUPS, NAMES, FromFile, Text, Utf8, Words, question, sentence
 from zoo.tasks.task import Batch, Split, Task, refuse_same_file, tasks
 
-COLUMNS = 8  # of an encoded fact: name, number, times, minus, up to four operands
+COLUMNS = 8  # columns of an encoded fact: name, number, times, minus, up to four operands
 FACT = 60  # few facts have more tokens
-KINDS_PER_PLACE = 16  # of irrelevant facts
-SHARE_OF_TOTALS = 0.1  # of the irrelevant facts that depend on one relevant quantity
+KINDS_PER_PLACE = 16  # irrelevant facts about each place, one per kind
+SHARE_OF_TOTALS = 0.1  # share of totals among the irrelevant facts that depend on one relevant quantity
 
 
 class Encoded(NamedTuple):
@@ -45,7 +45,7 @@ class GsmInfinite(Task):
     `zoo.tasks.gsm_graph` draws the relevant facts as upstream does: 2 .. `operations` edges of a dependency graph, copies included,
     numbers from 1 to 4, totals that are never stated. Half of the problems are reverse: a later value is given, and the one asked
     for follows from a linear equation. Every irrelevant fact is about a place and a kind that no relevant one mentions, and
-    depends on relevant quantities. Words are ours; upstream's instructions and worked examples are absent.
+    depends on relevant quantities. The wording is ours; upstream's instructions and worked examples are absent.
 
     Problems are padded on the right to `longest` tokens. All problems of a batch end in the same window, and none in the first.
     The answer and the token that ends it are supervised.
@@ -246,7 +246,7 @@ def _answers(operations: int, quantities: int) -> list[int]:
 
 
 class Read(NamedTuple):
-    """A problem of a file."""
+    """Problem read from a file."""
 
     question: str
     text: str

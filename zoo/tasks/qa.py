@@ -1,4 +1,4 @@
-"""`qa`: questions about contexts of one's own, which are evicted before the question is read."""
+"""`qa`: your own questions about your own contexts, which are evicted before the question is read."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Qa(Task):
     """Rows `{"context": ..., "question": ..., "answer": ...}` of JSON lines. The context fills whole windows, which are slept on; the
     last window holds the question, in the chat template, and the answer, which carries the loss.
 
-    The level of a token is the number of windows that its context takes. Shorter contexts are padded at the beginning, longer ones
-    lose it.
+    The level of a token is the number of windows that its context takes. Shorter contexts are padded at the beginning; longer
+    ones lose their beginning.
     """
 
     name = "qa"
@@ -44,7 +44,7 @@ class Qa(Task):
     tokenizer: str | None = Field(None, description="folder with a tokenizer and a chat template; default: bytes")
     vocab: int = Field(256, ge=2, description="size of the vocabulary")
     width: int = Field(512, ge=2, description="window in tokens")
-    windows: int = Field(1, ge=1, description="largest number of windows of a context")
+    windows: int = Field(1, ge=1, description="largest number of windows that a context may take")
 
     @model_validator(mode="after")
     def _fits(self) -> Qa:

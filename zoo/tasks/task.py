@@ -22,11 +22,11 @@ class Batch(NamedTuple):
     """B sequences of T tokens."""
 
     ids: NDArray[np.int64]
-    """[B, T]"""
+    """Token ids [B, T]."""
     loss_mask: NDArray[np.bool_]
-    """[B, T], true for supervised tokens"""
+    """Mask [B, T], true for supervised tokens."""
     level: NDArray[np.int64]
-    """[B, T], difficulty of each supervised token (hops, steps); 0 elsewhere"""
+    """Difficulty of each supervised token (hops, steps), [B, T]; 0 elsewhere."""
 
     @property
     def tokens(self) -> int:

@@ -63,7 +63,7 @@ class Text(Task):
         return by_window(ids, self.width)
 
     def chance(self) -> float:
-        """Share of the most frequent token among the first million of the held-out file."""
+        """Return the share of the most frequent token among the first million of the held-out file."""
         tokens = self._tokens("test")[:1_000_000]
         return float(np.bincount(tokens).max() / len(tokens))
 

@@ -65,7 +65,7 @@ def choose(templates: Mapping[str, str], name: str | None, tools: object) -> str
 def render(template: str, messages: Messages, **variables: Any) -> str:
     """Render `messages` with a Jinja template, as transformers' `apply_chat_template` does.
 
-    The template runs in a process of its own, with limits on time, memory and output: it comes with the checkpoint and is not trusted.
+    The template runs in a separate process, with limits on time, memory and output: it comes with the checkpoint and is not trusted.
 
     Args:
         variables: values that are JSON, such as `add_generation_prompt`, `tools`, `documents` and special tokens.

@@ -18,7 +18,7 @@ from zoo.files import new_folder
 from zoo.text.tokenizers import ByteTokenizer, FolderTokenizer
 
 END_OF_BYTES = 0
-"""Ends a document of bytes, and an answer of a model that is trained on them."""
+"""Token that ends a document of bytes, and an answer of a model that is trained on them."""
 SUMMARY = "data.yaml"
 
 
@@ -77,7 +77,9 @@ def tokenize(
                 advance(done)
         for split, count in counts.items():
             if not count:
-                raise ZooError(f"{out}: no document of {done} in {split}.npy; change --held-out, which is {held_out}, or add documents")
+                raise ZooError(
+                    f"{out}: {split}.npy would hold none of {done} documents; change --held-out, which is {held_out}, or add documents"
+                )
             _with_header(folder / f"{split}.raw", folder / f"{split}.npy", dtype, count)
         corpus = Corpus(size, end[0], done, characters, **counts)
         (folder / SUMMARY).write_text(yaml.safe_dump(corpus._asdict(), sort_keys=False), encoding="utf-8")

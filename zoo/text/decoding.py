@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 UNFINISHED = "\ufffd"
-"""Decoding ends with it where a character lacks bytes."""
+"""Character with which a decoded text ends if its last character lacks bytes."""
 MOST_PENDING = 8
-"""Tokens without a complete character after which the bytes are no text, and are shown as such."""
+"""Number of tokens without a complete character after which their bytes are treated as invalid text, and shown as such."""
 
 MOST_CONTEXT = 32
-"""Tokens that are searched for text before those to decode."""
+"""Number of earlier tokens that are searched for text before those to decode."""
 
 
 class Decoder(Protocol):
@@ -72,7 +72,7 @@ class TokenDecoder:
         before, both = self._decode(self._before), self._decode([*self._before, *self._pending])
         if both.startswith(before.rstrip(UNFINISHED)):
             return both[len(before) :]
-        # bytes that are no text change how those before them are shown
+        # invalid bytes change how those before them are shown
         return self._decode(self._pending)
 
     def _advance(self) -> None:

@@ -1,8 +1,8 @@
 """The process that renders chat templates: one JSON request per line on stdin, one JSON reply per line on stdout.
 
-A template comes with a checkpoint and is not trusted. Here it meets nothing but its input, in Jinja's sandbox, and the kernel ends
-the process when it uses too much time. The environment equals that of transformers' `apply_chat_template`. Started as a file, so that
-nothing else is imported.
+A template comes with a checkpoint and is not trusted. Here it has access to its input only, in Jinja's sandbox, and the kernel ends
+the process when it uses too much time. The environment equals that of transformers' `apply_chat_template`. The worker is started as a
+file, so that nothing else is imported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MEMORY = 2**29
 
 
 class Generation(Extension):
-    """`{% generation %}` marks what the assistant wrote; it renders as its content."""
+    """Tag `{% generation %}`, which marks what the assistant wrote; it renders as its content."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -45,7 +45,7 @@ class Generation(Extension):
 
 
 class Dict:
-    """`dict` in a template, without the attributes of the type."""
+    """Stand-in for `dict` in a template, without the attributes of the type."""
 
     def __call__(self, *args: Any, **fields: Any) -> dict[Any, Any]:
         return dict(*args, **fields)
@@ -55,7 +55,7 @@ class Dict:
 
 
 class GuardedNamespace(Namespace):
-    """`namespace` in a template; refuses names that begin with an underscore."""
+    """Stand-in for `namespace` in a template; refuses names that begin with an underscore."""
 
     def __init__(*args: Any, **fields: Any) -> None:  # so that a field may be called self
         self, *rest = args

@@ -119,7 +119,7 @@ def load_tokenizer(folder: Path | None, vocab_size: int) -> ByteTokenizer:
 def end_tokens(folder: Path, vocab_size: int, more: Iterable[int] = ()) -> tuple[int, ...]:
     """Return the ids that end an answer: those of generation_config.json or else of the config, and `more`.
 
-    In a config they may stand under `text_config`, and in a list. Raises ZooError if a file is damaged.
+    In a config they may be under `text_config`, and in a list. Raises ZooError if a file is damaged.
     """
     configs = [_read(folder / GENERATION), _read(folder / "config.json")]
     if (folder / CONFIG).is_file():
@@ -147,7 +147,7 @@ class Backend(NamedTuple):
 
 
 def _from_transformers(folder: Path) -> Backend | None:
-    """Return None if transformers is not installed, or if tokenizer.json is all there is to read."""
+    """Return the tokenizer of transformers; None if that is not installed, or if tokenizer.json is all there is to read."""
     try:
         from transformers import AutoTokenizer
     except ImportError:

@@ -6,7 +6,7 @@ plan.yaml                            the plan; an ablation resumes only under th
 runs/<arm>-<steps>steps-seed<seed>/  one run each; see `zoo.training.run_folder`
 runs/<run>/test_loops.json           accuracy by passes per sleep at test time, if the plan asks for it
 runs.csv                             a row per matching, arm, seed and level
-table.md tokens.png flops.png        mean and range over the seeds, made from the runs
+table.md tokens.png flops.png        mean and range over the seeds, computed from the runs
 """
 
 from __future__ import annotations

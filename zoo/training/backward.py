@@ -16,13 +16,13 @@ from zoo.training.parallel import Answer, Team
 
 
 class Score(NamedTuple):
-    """Loss and hits of a training batch, over all processes."""
+    """Loss and correct answers of a training batch, over all processes."""
 
     loss: float
     right: Tensor
-    """[n] bool, one per answer."""
+    """Correctness of each answer, [n] bool."""
     level: Tensor
-    """[n] int."""
+    """Level of each answer, [n] int."""
 
 
 def backward(

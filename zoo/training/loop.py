@@ -1,4 +1,4 @@
-"""Training: one loop that can be interrupted at any time, metrics as JSON lines, the model at the end."""
+"""Training: a loop that can be interrupted at any time, metrics as JSON lines, and the final model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from zoo.training.run_folder import NotFiniteError, RunFolder
 def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metrics: None) -> dict[str, Any]:
     """Run `config` in the folder `out`, from its newest checkpoint if there is one; see `zoo.training.run_folder` for its files.
 
-    A finished run continues if `config` has more steps than it was trained for, and is the same otherwise.
+    A finished run continues if `config` has more steps than it was trained for and is otherwise the same.
 
     Weights and losses of an interrupted run are bit-identical to those of an uninterrupted one (on the same kind of CPU with
     the same number of threads).

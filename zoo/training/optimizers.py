@@ -88,7 +88,7 @@ def exempt_from_decay(model: Model, patterns: Iterable[str] = ()) -> list[str]:
     """Return the names of the parameters without weight decay.
 
     Only matrices of linear layers and embeddings decay. Norms, biases, A_log, D, dt_bias, convolutions, gates and learned
-    positions set rates, scales and places, for which zero is not a neutral value.
+    positions set rates, scales and positions, for which zero is not a neutral value.
 
     Args:
         patterns: name patterns of further parameters.

@@ -25,7 +25,7 @@ Match = Literal["tokens", "flops"]
 
 
 class Budget(BaseModel):
-    """How long arms train."""
+    """Training length of arms."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,7 +35,7 @@ class Budget(BaseModel):
 
 
 class Matching(NamedTuple):
-    """The budget at which a table of an ablation compares."""
+    """Budget at which a table of an ablation compares arms."""
 
     match: Match
     times: int = 1
@@ -55,7 +55,7 @@ class Plan(BaseModel):
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     match: tuple[Match, ...] = Field(("tokens", "flops"), min_length=1, description="budgets in which to match the arms to `reference`")
     budgets: tuple[Budget, ...] = Field((Budget(),), min_length=1, description="how much the arms get of each in `match`")
-    test_loops: tuple[int, ...] = Field((), description="passes per sleep with which to evaluate the finished runs too")
+    test_loops: tuple[int, ...] = Field((), description="further numbers of passes per sleep at which to evaluate finished runs")
     reference: str | None = Field(None, description="the arm that trains for the steps of `base`; default: the first")
 
     @model_validator(mode="after")
@@ -125,7 +125,7 @@ class Arm:
         return Costs(batch.tokens, flops, sum(p.numel() for p in model.parameters()), describe(model).flops_per_token)
 
     def flops(self, steps: int) -> int:
-        """Return the FLOPs of a run of this many steps; those of a ramp have fewer passes."""
+        """Return the FLOPs of a run of this many steps; steps of a ramp have fewer passes."""
         config, flops = self.config.model_copy(update={"steps": steps}), self.costs.flops
         return sum(flops[loops_at(step, config, max(flops))] for step in range(steps))
 

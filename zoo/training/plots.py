@@ -39,7 +39,7 @@ class Trained(NamedTuple):
     metrics: list[dict[str, Any]]
     """Lines of metrics.jsonl, with levels as numbers."""
     results: dict[str, Any] | None
-    """None if the run is not finished."""
+    """Results of the run; None if it is not finished."""
 
     @property
     def task(self) -> Task:

@@ -1,4 +1,4 @@
-"""Where the metrics of a run go besides metrics.jsonl: progress bars, TensorBoard, Weights & Biases.
+"""Destinations of metrics besides metrics.jsonl: progress bars, TensorBoard, Weights & Biases.
 
 A sink takes the config and the folder of a run.
 """

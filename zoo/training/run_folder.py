@@ -1,6 +1,6 @@
 """The folder of a training run: settings, metrics, and the checkpoints it resumes from.
 
-train.yaml                      the settings; a run resumes only under the same ones, or with more steps once it has taken all
+train.yaml                      the settings; a run resumes only with the same ones, or with more steps once it has taken them all
 metrics.jsonl                   a line per logged step
 no_decay.txt                    names of the parameters without weight decay, if there is weight decay
 checkpoints/00001000/           each written whole or not at all; the last one is of the last step
@@ -53,7 +53,7 @@ class RunFolder:
 
     Raises:
         ZooError: `path` holds something else: no run, a run with other settings, or a finished one. A run that has taken all its
-            steps may be given more.
+            steps may be extended.
     """
 
     extended = False
@@ -76,7 +76,7 @@ class RunFolder:
                 )
         if (path / RESULTS).exists() and not self.extended:
             raise ZooError(
-                f"{path}: already holds this run, finished; nothing is overwritten, choose another folder, or more steps than {now}"
+                f"{path}: already holds this run, finished; nothing is overwritten: choose another folder, or more steps than {now}"
             )
 
     def _has_taken(self, steps: int) -> bool:

@@ -34,7 +34,7 @@ class Job(NamedTuple):
     config: TrainConfig
     folder: Path
     after: Callable[[Path], None] | None = None
-    """Called with the folder when the run is finished, in the same process; must be picklable."""
+    """Function called with the folder when the run is finished, in the same process; must be picklable."""
 
 
 def train_all(jobs: Mapping[Name, Job], processes: int | None = None) -> dict[Name, str]:
@@ -82,7 +82,7 @@ class _Worker(Generic[Name]):
     """The parent's side of a worker process, which trains one job after another."""
 
     name: Name | None = None
-    """The job under way."""
+    """The job in progress."""
 
     def __init__(self, slot: int, progress: Progress) -> None:
         context = multiprocessing.get_context("spawn")

@@ -196,10 +196,10 @@ def test_the_bound():
         with pytest.raises(zoo.PoolFullError):
             first.fork()
         first.close()
-        with pytest.raises(zoo.ZooError, match="it is closed"):
+        with pytest.raises(zoo.ZooError, match="is closed"):
             first.feed(tokens(1))
         last = pool.open()
-    with pytest.raises(zoo.ZooError, match="pool: it is closed"):
+    with pytest.raises(zoo.ZooError, match="pool: is closed"):
         last.feed(tokens(1))
     last.close()
     with pytest.raises(zoo.ZooError, match="context: None; gdn4 never sleeps"):
@@ -312,11 +312,11 @@ def test_refused_and_interrupted_calls_are_closed(monkeypatch):
         with pytest.raises(zoo.sessions.pool.BusyError):
             stream.feed(tokens(1))
         other.close()
-        with pytest.raises(zoo.ZooError, match="it is closed"):
+        with pytest.raises(zoo.ZooError, match="is closed"):
             other.feed(tokens(1))
-    with pytest.raises(zoo.ZooError, match="pool: it is closed"):
+    with pytest.raises(zoo.ZooError, match="pool: is closed"):
         list(speech)
-    with pytest.raises(zoo.ZooError, match="pool: it is closed"):
+    with pytest.raises(zoo.ZooError, match="pool: is closed"):
         stream.sleep()
     gc.collect()
 
