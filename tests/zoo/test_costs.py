@@ -77,6 +77,9 @@ def test_a_sleep_costs_its_passes():
     once, thrice = (zoo.describe(f"gdn4-sleep{n}-slide24", d_model=32, span=(1, 2)).flops_per_sleep for n in (1, 3))
     half = zoo.describe("gdn4-sleep1-slide24", d_model=32, layers="gdn attn").flops_per_sleep
     assert thrice - once == 2 * half
+    block = zoo.describe("gdn4-sleep1-slide24", d_model=32, layers="gdn").flops_per_sleep
+    looped = zoo.describe("gdn4-sleep3-slide24", d_model=32, layers="gdn*3", span=(1, 1)).flops_per_sleep
+    assert looped == 5 * block, "the blocks outside the span run once"
     assert zoo.describe("gdn4").flops_per_sleep is None
     assert zoo.describe("gdn4-sleep3-hard1").window_bytes == zoo.describe("gdn4-sleep3-hard1").kv_bytes_per_token + 2 * 3 * 1024 * 4
 
