@@ -14,6 +14,7 @@ from zoo.errors import ZooError
 from zoo.files import as_path
 from zoo.loss import Recompute
 from zoo.tasks import tasks
+from zoo.training.lora import LoRA
 from zoo.training.parallel import Parallel
 from zoo.training.run_folder import SETTINGS
 
@@ -48,6 +49,7 @@ class TrainConfig(BaseModel):
     )
     lr_scale: dict[str, float] = Field({}, description="learning-rate multipliers, by parameter-name pattern")
     frozen: tuple[str, ...] = Field((), description="name patterns of parameters that are not trained")
+    lora: LoRA | None = Field(None, description="train low-rank adapters of linear layers, and freeze everything else")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of the matrices of linear layers and embeddings")
     no_decay: tuple[str, ...] = Field((), description="name patterns of further parameters without weight decay")
     warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps over which the learning rate rises")
@@ -69,6 +71,10 @@ class TrainConfig(BaseModel):
     def _fits(self) -> TrainConfig:
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate: {self.accumulate} micro-batches are more than the {self.batch_size} sequences of batch_size")
+        if self.lora is not None and self.parallel == "fsdp":
+            raise ValueError("lora: parallel: fsdp does not shard adapters; want ddp")
+        if self.lora is not None and self.muon_lr is not None and not self.lora.train:
+            raise ValueError(f"muon_lr: {self.muon_lr}: adapters are trained by `optimizer`; want lora.train, or no muon_lr")
         if not all(factor > 0 for factor in self.lr_scale.values()):
             raise ValueError(f"lr_scale: {self.lr_scale}: want factors above 0; use frozen for parameters that are not trained")
         if self.schedule is not None and not 0 <= self.schedule[0] <= self.schedule[1] - self.steps:

@@ -51,7 +51,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
         if config.batch_size < team.size * config.accumulate:
             raise ZooError(f"batch_size: {config.batch_size} sequences, fewer than {team.size} processes x accumulate {config.accumulate}")
         config = TrainConfig(**merge(config.model_dump(), absolute_paths(config.model_dump(), Path())))
-        lacking = {name for name in ("no_decay", "schedule", "ramp") if not getattr(config, name)}  # in older runs
+        lacking = {name for name in ("no_decay", "schedule", "ramp", "lora") if not getattr(config, name)}  # in older runs
         settings = config.model_dump(mode="json", exclude=lacking)
         trainer = Trainer(config, RunFolder(as_path(out, "out"), settings, team), team)
         with deferred() as stop_requested, trainer.run.locked():
@@ -64,7 +64,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run: RunFolder, team: Team) -> None:
         self.config, self.run, self.team = config, run, team
-        initial = run.newest() is None  # a checkpoint has its own weights
+        initial = run.newest() is None or config.lora is not None  # a checkpoint has its own weights
         self.task, self.model, self.answer, self.weights, self.optimizers = prepare(config, team.device, team, initial=initial)
         self.done = 0
         self.divergence = Divergence(config.diverged)
@@ -104,7 +104,7 @@ class Trainer:
                 self._stop(stopping)
         results = self.evaluate(control=True)
         self._stop(self._requested(stop_requested))
-        self.run.finish(self.model, results)
+        self.run.finish(self.model, results, config.lora)
         return results
 
     def _requested(self, stop_requested: Callable[[], int]) -> int:
@@ -154,7 +154,7 @@ class Trainer:
 
     def save(self, held_out_loss: float | None) -> Path:
         """Write a checkpoint and return its folder. Raises ZooError if a weight is not finite."""
-        tensors, numbers = state_of(self.optimizers, self.weights)
+        tensors, numbers = state_of(self.optimizers, self.weights, complete=self.config.lora is not None)
         progress = {
             "step": self.done,
             "first_losses": self.divergence.first,

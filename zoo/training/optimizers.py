@@ -87,8 +87,8 @@ def freeze(model: Model, patterns: Iterable[str]) -> None:
 def exempt_from_decay(model: Model, patterns: Iterable[str] = ()) -> list[str]:
     """Return the names of the parameters without weight decay.
 
-    Only matrices of linear layers and embeddings decay. Norms, biases, A_log, D, dt_bias, convolutions, gates and learned
-    positions set rates, scales and positions, for which zero is not a neutral value.
+    Only matrices of linear layers, embeddings and adapters decay. Norms, biases, A_log, D, dt_bias, convolutions, gates and
+    learned positions set rates, scales and positions, for which zero is not a neutral value.
 
     Args:
         patterns: name patterns of further parameters.
@@ -96,6 +96,7 @@ def exempt_from_decay(model: Model, patterns: Iterable[str] = ()) -> list[str]:
         ZooError: a pattern matches nothing.
     """
     matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+    matrices |= {name for name, _ in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
     matrices -= {"positions.weight", "exit.gate.weight"}
     matrices.difference_update(*(_matching(model, pattern, "no_decay") for pattern in patterns))
     return [name for name, _ in model.named_parameters() if name not in matrices]
@@ -150,10 +151,15 @@ def _matching(model: Model, pattern: str, field: str) -> list[str]:
     return found
 
 
-def state_of(made: list[torch.optim.Optimizer], weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimiser states as tensors and as plain numbers, each under `<entry>/<parameter>`."""
+def state_of(made: list[torch.optim.Optimizer], weights: Weights, *, complete: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the optimiser states as tensors and as plain numbers, each under `<entry>/<parameter>`.
+
+    Args:
+        complete: with all parameters that are trained, not only the copies; for adapters, which no checkpoint of a model holds.
+    """
     names: dict[Tensor, str] = {p: name for name, p in weights.wide.items()}
-    tensors: dict[str, Tensor] = {f"float32/{name}": copy.detach() for name, copy in weights.copied.items()}
+    kept = weights.wide if complete else weights.copied
+    tensors: dict[str, Tensor] = {f"float32/{name}": copy.detach() for name, copy in kept.items()}
     numbers: dict[str, Any] = {}
     for optimizer in made:
         for parameter, state in optimizer.state.items():
@@ -164,7 +170,7 @@ def state_of(made: list[torch.optim.Optimizer], weights: Weights) -> tuple[dict[
 
 @torch.no_grad()
 def restore(made: list[torch.optim.Optimizer], weights: Weights, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Restore the optimiser states that `state_of` returned."""
+    """Restore the optimiser states that `state_of` returned, and the parameters among them."""
     names = {p: name for name, p in weights.wide.items()}
     states: dict[str, dict[str, Any]] = {}
     for key, value in {**tensors, **numbers}.items():
@@ -176,6 +182,7 @@ def restore(made: list[torch.optim.Optimizer], weights: Weights, tensors: Mappin
             p.copy_(stored)
         elif name in weights.copied:
             raise KeyError(name)
+    weights.write_back()
     for optimizer in made:
         order = [names[p] for group in optimizer.param_groups for p in group["params"]]
         state = {i: states[name] for i, name in enumerate(order) if states.get(name)}

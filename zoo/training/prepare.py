@@ -14,6 +14,7 @@ from zoo.model import Model
 from zoo.tasks import Task, new_task
 from zoo.training.config import TrainConfig
 from zoo.training.evaluate import check_fit
+from zoo.training.lora import add_adapters
 from zoo.training.optimizers import Weights, exempt_from_decay, freeze, make_optimizers
 from zoo.training.parallel import Answer, Team
 
@@ -51,6 +52,8 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
     )
     model.companions = model.companions or task.companions()
     check_fit(model, task)
+    if config.lora is not None:
+        add_adapters(model, config.lora, seed=config.seed)
     freeze(model, config.frozen)
     answer = (team or Team(device)).parallelize(model, config.parallel)
     weights = Weights(model)

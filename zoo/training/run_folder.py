@@ -9,6 +9,7 @@ checkpoints/00001000/           each written whole or not at all; the last one i
     progress.json               steps done, held-out loss, numbers of the optimiser states, checksums of zoo.yaml and of this file
 checkpoints/damaged-00001000/   a checkpoint that did not match its checksums
 model.safetensors zoo.yaml results.json    after the last step
+adapter/                        instead of a model, if the run asks for adapters alone; checkpoints hold them merged
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ from zoo.errors import ZooError
 from zoo.files import new_folder, refuse_existing, remove_scratch, replacing
 from zoo.model import Model
 from zoo.system import lock
+from zoo.training.lora import LoRA, adapted, merged_tensors, write_adapter
 from zoo.training.parallel import Team, local, shard_like
 
 SETTINGS, METRICS, RESULTS = "train.yaml", "metrics.jsonl", "results.json"
-NO_DECAY = "no_decay.txt"
+NO_DECAY, ADAPTER_FOLDER = "no_decay.txt", "adapter"
 OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
 CHECKSUMS = "sha256"
 
@@ -204,7 +206,7 @@ class RunFolder:
         Raises:
             NotFiniteError: NaN or infinity, from which a run could not resume.
         """
-        weights = model.state_dict()
+        weights = merged_tensors(model)
         broken = [name for name, tensor in {**weights, **tensors}.items() if not local(tensor).isfinite().all()]
         if self.team.any(bool(broken)):
             raise NotFiniteError(f"{broken[0] if broken else 'a parameter'} is not finite after step {progress['step']}")
@@ -242,10 +244,14 @@ class RunFolder:
     @staticmethod
     @torch.no_grad()
     def load(checkpoint: Path, model: Model) -> dict[str, Tensor]:
-        """Load the weights of a checkpoint into `model`; return the optimiser states, sharded like the parameters."""
+        """Load the weights of a checkpoint into `model`; return the optimiser states, sharded like the parameters.
+
+        A model with adapters keeps its initial weights: those of the checkpoint are merged, and the states hold the adapters.
+        """
         parameters = model.state_dict()
-        with safe_open(checkpoint / WEIGHTS, "pt") as file:
-            model.load_state_dict({name: shard_like(file.get_tensor(name), parameters.get(name)) for name in file.keys()})  # noqa: SIM118
+        if not adapted(model):
+            with safe_open(checkpoint / WEIGHTS, "pt") as file:
+                model.load_state_dict({name: shard_like(file.get_tensor(name), parameters.get(name)) for name in file.keys()})  # noqa: SIM118
         with safe_open(checkpoint / OPTIMIZER, "pt") as file:
             return {key: shard_like(file.get_tensor(key), parameters.get(key.partition("/")[2])) for key in file.keys()}  # noqa: SIM118
 
@@ -284,11 +290,18 @@ class RunFolder:
                 file.write_bytes(b"".join(kept))
         return last
 
-    def finish(self, model: Model, results: dict[str, Any]) -> None:
-        """Write the final model and the results."""
-        self.team.save(model.state_dict(), self.path / WEIGHTS)
+    def finish(self, model: Model, results: dict[str, Any], lora: LoRA | None = None) -> None:
+        """Write the final model, or its adapters alone if `lora` says so, and the results."""
+        whole = lora is None or lora.output == "merged"
+        if whole:
+            self.team.save(merged_tensors(model), self.path / WEIGHTS)
         if self.team.is_main:
-            write_config(model, self.path)
+            if lora is not None and not whole:
+                weights = self.settings["weights"]
+                base = self.settings["model"] if weights in (None, "hub") else weights
+                write_adapter(model, lora, self.path / ADAPTER_FOLDER, base)
+            else:
+                write_config(model, self.path)
             with replacing(self.path / RESULTS) as file:
                 file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
