@@ -21,7 +21,7 @@ ENVIRONMENT = "ZOO_KERNELS"
 log = logging.getLogger("zoo.kernels")
 
 operators: Registry[Callable[..., Any]] = Registry("operator", "operators", "zoo.kernels.*.op")
-"""Public functions. Each is defined in a module `op`, which also registers its forms; a module `example` stands beside it."""
+"""Public functions. Each is defined in a module `op`, which also registers its forms; a module `example` is next to it."""
 
 kernels: Registry[Callable[..., Any]] = Registry("kernel", "kernels", "zoo.kernels.*.op")
 """Forms of operators, "<operator>.<form>"."""

@@ -13,7 +13,7 @@ from zoo.errors import ZooError
 
 
 def streams(batch: int, total: int, cu_seqlens: Tensor | None) -> int:
-    """Return the number of sequences, each with a state of its own. Raises ZooError if `cu_seqlens` does not fit."""
+    """Return the number of sequences, each with its own state. Raises ZooError if `cu_seqlens` does not fit."""
     if cu_seqlens is None:
         return batch
     if not isinstance(cu_seqlens, Tensor):
