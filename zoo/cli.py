@@ -156,7 +156,7 @@ def tokenize(corpus: tuple[Path, ...], out: Path, tokenizer: Path | None, field:
     """Turn text into tokens for the task `text`.
 
     CORPUS is a text file, which is one document, a .jsonl or .parquet file with a document in each row, or a folder of these. Writes
-    train.npy, test.npy and data.yaml, with the tokenizer beside them. An end token follows every document.
+    train.npy, test.npy and data.yaml, and a copy of the tokenizer. An end token follows every document.
     """
     from zoo.text.corpus import tokenize as run
 
@@ -200,12 +200,12 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
 @main.command("eval")
 @click.argument("folder", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
-@click.option("--data", type=click.Path(exists=True, path_type=Path), help="Held-out text, tokens or questions.  [default: of the run]")
-@click.option("--length", type=click.IntRange(min=2), help="Tokens per sequence of --data.  [default: of the run, else four windows]")
-@click.option("--sequences", type=click.IntRange(min=1), default=2048, show_default=True, help="Largest number of held-out sequences.")
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="Held-out text, tokens or questions.  [default: as in the run]")
+@click.option("--length", type=click.IntRange(min=2), help="Tokens per sequence of --data.  [default: as in the run, else four windows]")
+@click.option("--sequences", type=click.IntRange(min=1), default=2048, show_default=True, help="Maximum number of held-out sequences.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the sequences of the run's task.  [default: 0]")
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep.  [default: as trained]")
-@click.option("--compare", is_flag=True, help="Compare with the parent and with no sleep, in one table.")
+@click.option("--compare", is_flag=True, help="Compare with the parent and without sleep, in one table.")
 @click.option("--parent", type=PATH, help="Folder of the parent for --compare.  [default: the run's initial weights, else its own]")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @DEVICE

@@ -70,7 +70,7 @@ class ModelConfig(BaseModel):
     inject: bool | Literal["bounded"] = Field(
         False,
         description="add the span's first input, times a learned gate, before every later pass; 'bounded': mix the two with a gate "
-        "from 0 to 1, so that hidden states cannot grow from it",
+        "from 0 to 1, so that it cannot make hidden states grow",
     )
     carry: bool = Field(
         True, description="whether a pass starts from the fast weights of the previous pass, rather than from those at the chunk's start"

@@ -39,7 +39,7 @@ console = Console()
 def run(out: Path) -> None:
     """Train the same model at each N on the same tokens, export each, compare, and write everything to the folder `out`.
 
-    An interrupted demo continues.
+    An interrupted demo resumes.
 
     Raises:
         ZooError: before any work, if `out` holds something else or the exporter packages are not installed.

@@ -237,7 +237,7 @@ class Model(nn.Module):
 
         Args:
             ids: [B, T] int64.
-            loss_mask: [B, T], bool or 0 and 1: true where a token is to be predicted from the one before it.
+            loss_mask: [B, T], bool or 0 and 1: true where a token must be predicted from those before it.
         Raises:
             ZooError: as `answers`.
         """

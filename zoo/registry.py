@@ -50,7 +50,7 @@ class Registry(Generic[T]):
     Args:
         kind: the word for such an object in errors ("block", "task", ...).
         group: catalogue namespace, and the end of the name of the entry point group.
-        modules: modules of this package that register objects, imported before the first look-up: "zoo.blocks.*", or
+        modules: modules of this package that register objects, imported before the first lookup: "zoo.blocks.*", or
             "zoo.kernels.*.op" for one module in each folder. None if they are registered where the registry is created.
     """
 

@@ -37,7 +37,7 @@ class Answers(NamedTuple):
     place: Tensor
     """Index of each token in ids.flatten(), [n] int64."""
     target: Tensor
-    """Token that is to be predicted, [n] int64."""
+    """Token to predict, [n] int64."""
 
     def losses(self) -> Tensor:
         """Return the cross-entropy of each token, [n], in float32 or wider."""

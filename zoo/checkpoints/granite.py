@@ -1,4 +1,4 @@
-"""Granite 4.0: Mamba-2 and attention with four scales, and experts beside a shared MLP."""
+"""Granite 4.0: Mamba-2 and attention with four scales, and experts next to a shared MLP."""
 
 from __future__ import annotations
 

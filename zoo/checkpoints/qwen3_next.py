@@ -168,7 +168,7 @@ families.register(
 
 
 def multimodal(family: Family) -> Family:
-    """Return the names of a language model beside a vision tower."""
+    """Return the names of a language model that is stored with a vision tower."""
     top = renamed(TOP, lambda name: name.replace("model.", "model.language_model."))
     return replace(family, top=top, layer=LAYER.replace("model.", "model.language_model."))
 

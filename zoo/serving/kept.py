@@ -97,7 +97,7 @@ class KeptSession:
             last = logits[-1]
 
     def settle(self) -> None:
-        """Record which of the tokens that the stream was to hold it has actually read or generated."""
+        """Keep in `tokens` only those that the stream has actually read or generated."""
         now = self.session.snapshot()
         self.tokens = self.tokens[: now.counts.tokens + now.pending.shape[1]]
         if self.tokens:

@@ -223,7 +223,7 @@ class Session:
         return self._snapshot.ids.shape[1]
 
     def _current(self) -> Snapshot:
-        """The streams now, with a finished sleep committed and the waking state at hand."""
+        """The streams now, with a finished sleep committed and the waking state out of the slots."""
 
         async def current() -> Snapshot:
             await self._stream.collect_finished_sleep()

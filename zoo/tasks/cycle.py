@@ -80,8 +80,8 @@ class Cycle(Task):
         )
 
     def chance(self) -> float:
-        """Accuracy of a reader who never saw f, and keeps all distances that the earlier answers fix. Where these do not decide, it
-        guesses evenly among the nodes that fit. Simulated on 4,000 sequences."""
+        """Accuracy of a reader who never saw f but uses all distances that the earlier answers fix. Where these do not decide, the
+        reader guesses uniformly among the nodes that fit. Simulated on 4,000 sequences."""
         return self._reader
 
     @cached_property

@@ -16,7 +16,7 @@ import random
 from collections.abc import Iterable
 from typing import NamedTuple
 
-RNG = -1  # the node on which a quantity with a random number of its own depends
+RNG = -1  # the node that a quantity depends on if it has its own random number
 LARGEST_NUMBER = 4
 LARGEST_VALUE = 1000
 GROUP = 5  # names of a problem come from one group of this size for places, and one for kinds

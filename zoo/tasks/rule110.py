@@ -66,7 +66,7 @@ class Rule110(Task):
         return Batch(ids, supervised, np.where(supervised, steps[:, None], 0))
 
     def chance(self) -> float:
-        """Accuracy of the majority; with `all_cells`, of the likelier value of a cell given those before it."""
+        """Accuracy of the majority guess; with `all_cells`, of the more likely value of a cell given those before it."""
         if self.all_cells:
             return float(np.mean([_guess_from_earlier_cells(self.width, steps) for steps in self._asked]))
         return float(np.mean([self._majority(steps) for steps in self._asked]))
@@ -108,7 +108,7 @@ def share_of_ones(width: int, steps: int) -> float:
 
 @lru_cache
 def _guess_from_earlier_cells(width: int, steps: int) -> float:
-    """Return the accuracy of the likelier value of each cell after `steps` steps, given the cells before it: over all states up to
+    """Return the accuracy of the more likely value of each cell after `steps` steps, given the cells before it: over all states up to
     CELLS cells, else over 2^20 random ones, of which the CELLS / 2 cells before each are read."""
     if width <= CELLS:
         states, reach = np.arange(2**width, dtype=np.uint64), width - 1

@@ -46,7 +46,7 @@ class Task(BaseModel):
     loss_everywhere: ClassVar[bool] = False
     """True if every chunk carries loss, so that the model must sleep on every chunk."""
     long_answers: ClassVar[bool] = False
-    """True if supervised tokens in a row are one answer; otherwise each is an answer of its own."""
+    """True if supervised tokens in a row are one answer; otherwise each is a separate answer."""
     is_text: ClassVar[bool] = False
     """True if tokens are those of the model's tokenizer, or bytes, so that the bytes of their text can be counted."""
 

@@ -50,7 +50,7 @@ class Text(Task):
         return self.width
 
     def companions(self) -> dict[str, bytes]:
-        """See `Task.companions`: the tokenizer that `zoo tokenize` has put beside the file."""
+        """See `Task.companions`: the tokenizer that `zoo tokenize` has copied next to the file."""
         return read_companions(Path(self.train).parent)
 
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
@@ -83,7 +83,7 @@ def open_tokens(path: str | Path, label: str) -> NDArray[np.unsignedinteger]:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # damaged headers make numpy raise anything
-        raise ValueError(f"{label}: {path}: not a .npy file of numbers, which `zoo tokenize` makes of text: {error}") from None
+        raise ValueError(f"{label}: {path}: not a .npy file of numbers, which `zoo tokenize` writes for a text: {error}") from None
     if tokens.ndim != 1 or tokens.dtype.kind != "u":
         raise ValueError(f"{label}: {path}: {tokens.dtype} {list(tokens.shape)}; want one dimension of unsigned integers")
     return tokens

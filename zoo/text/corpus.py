@@ -1,4 +1,4 @@
-"""A corpus as token ids: text files, JSON lines or Parquet become train.npy and test.npy, with the tokenizer beside them."""
+"""A corpus as token ids: text files, JSON lines or Parquet become train.npy and test.npy, next to a copy of the tokenizer."""
 
 from __future__ import annotations
 

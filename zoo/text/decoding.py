@@ -46,7 +46,7 @@ class TokenDecoder:
 
     Args:
         decode: returns the text of tokens.
-        context: tokens that stand before the first one.
+        context: tokens before the first one.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int] = ()) -> None:

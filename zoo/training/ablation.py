@@ -48,7 +48,7 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None) -> str:
         The tables as Markdown.
     Raises:
         ZooError: an invalid plan, or `out` holds something else: before any work. At the end, if runs failed.
-        StoppedError: after one of the signals of `zoo.signals`; runs under way have written a checkpoint.
+        StoppedError: after one of the signals of `zoo.signals`; runs in progress have written a checkpoint.
     """
     arms = arms_of(plan)
     lacking = {name for name in ("budgets", "test_loops") if getattr(plan, name) == Plan.model_fields[name].default}  # in older folders

@@ -44,7 +44,7 @@ def backward(
 
     Args:
         answer: `model.answers`, or the result of `Team.parallelize`.
-        config: of the model.
+        config: config of the model.
         loops, recompute, backward_chunks: as in `Model.answers`.
     """
     ids, mask, level = (torch.from_numpy(x) for x in batch)

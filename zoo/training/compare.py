@@ -27,10 +27,10 @@ class Arm(NamedTuple):
 
 
 def arms(folder: Path, fields: Mapping[str, Any], parent: Path | None, loops: int | None = None) -> list[Arm]:
-    """Return what is compared.
+    """Return the arms of the comparison.
 
     Args:
-        folder, fields: of the model, with the config fields to replace.
+        folder, fields: folder of the model, and the config fields to replace.
         parent: folder of the weights that it was made from; default: its own.
         loops: passes per sleep of the last arm; default: as trained.
     Raises:
@@ -72,7 +72,7 @@ def comparison(
 
     Returns:
         For each arm its name, folder, evict, window and loops, with the loss, perplexity, bits_per_byte, accuracy and loss_by_window
-        of `evaluate`, tokens_per_second and state_bytes (of a stream at its fullest); or `refused`, why it cannot run.
+        of `evaluate`, tokens_per_second and state_bytes (the peak of one stream); or `refused`, why it cannot run.
     """
     lines = []
     for number, arm in enumerate(entries):
@@ -96,5 +96,5 @@ def comparison(
 
 
 def state_bytes(model: Model, tokens: int) -> int:
-    """Return the bytes of state of one stream of `tokens` tokens at its fullest: fast weights and window caches."""
+    """Return the peak bytes of state of one stream of `tokens` tokens: fast weights and window caches."""
     return describe(model).state_bytes + window_bytes(model, min(tokens, model.config.window or tokens))

@@ -55,7 +55,7 @@ class TrainConfig(BaseModel):
     warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps over which the learning rate rises")
     decay: float = Field(0.3, ge=0, le=1, description="fraction of the steps over which the learning rate falls to zero")
     schedule: tuple[int, int] | None = Field(
-        None, description="where the run begins in a learning-rate schedule of several runs, and the steps of all of them"
+        None, description="for a learning-rate schedule over several runs: the step at which this run begins, and the total number of steps"
     )
     ramp: float = Field(
         0.0, ge=0, le=1, description="fraction of the steps over which the passes per sleep rise from 1 to those of the model"

@@ -19,7 +19,7 @@ from zoo.tasks import Task
 from zoo.text.tokenizers import ByteTokenizer
 from zoo.training.parallel import Team
 
-LARGEST = 2**28  # logits that are held at once
+LARGEST = 2**28  # maximum number of logits that are held at once
 
 
 @torch.no_grad()

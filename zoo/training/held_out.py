@@ -22,11 +22,11 @@ from zoo.text.corpus import documents
 from zoo.text.tokenizers import load_tokenizer
 from zoo.training.config import TrainConfig
 
-WIDTH = 512  # of the windows that results are shown for, where the model has none
+WIDTH = 512  # width of the windows by which results are shown, where the model has none
 
 
 class Excerpts(Task):
-    """Consecutive sequences of a held-out text, each a stream of its own. Every token but the first of a sequence is supervised."""
+    """Consecutive sequences of a held-out text, each a separate stream. Every token but the first of a sequence is supervised."""
 
     name = "text"
     level_name = "window"
@@ -51,7 +51,7 @@ class Excerpts(Task):
 
     @cached_property
     def tokens(self) -> NDArray[np.integer[Any]]:
-        """All tokens, with an end token after every document. Raises ZooError."""
+        """Tokens of the whole file, with an end token after every document. Raises ZooError."""
         if self.file.endswith(".npy"):
             try:
                 tokens: NDArray[np.integer[Any]] = open_tokens(self.file, "--data")
@@ -83,7 +83,7 @@ def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig
 
     Args:
         file: .jsonl of questions as the task `qa` reads them, token ids, or text.
-        folder: of the model, with its tokenizer.
+        folder: folder of the model, with its tokenizer.
         run: the run that trained the model; its layout of sequences is kept if it trains on such data.
         length: number of tokens in a sequence of text; default: of the run, else four windows.
     Raises:
@@ -93,7 +93,7 @@ def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig
     trained = {} if run is None else run.task
     if _has_questions(file):
         if length is not None:
-            raise ZooError(f"--length: {length}; {file} holds questions, whose length is their own")
+            raise ZooError(f"--length: {length}; {file} holds questions, which have their own lengths")
         fields: dict[str, Any] = {"train": str(file), "test": str(file), "vocab": model.vocab_size, "width": width}
         fields["tokenizer"] = str(folder) if has_tokenizer(folder) else None
         windows = trained.get("windows", 1) if trained.get("name") == "qa" else 2**20  # all of every context

@@ -54,7 +54,7 @@ class Plan(BaseModel):
     arms: dict[str, dict[str, Any]] = Field({}, description="further arms by name: dotted paths of fields with their values")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     match: tuple[Match, ...] = Field(("tokens", "flops"), min_length=1, description="budgets in which to match the arms to `reference`")
-    budgets: tuple[Budget, ...] = Field((Budget(),), min_length=1, description="how much the arms get of each in `match`")
+    budgets: tuple[Budget, ...] = Field((Budget(),), min_length=1, description="how many tokens or FLOPs, as in `match`, the arms get")
     test_loops: tuple[int, ...] = Field((), description="further numbers of passes per sleep at which to evaluate finished runs")
     reference: str | None = Field(None, description="the arm that trains for the steps of `base`; default: the first")
 

@@ -46,7 +46,7 @@ def train_all(jobs: Mapping[Name, Job], processes: int | None = None) -> dict[Na
     Returns:
         The jobs that failed, and why.
     Raises:
-        StoppedError: after one of the signals of `zoo.signals`; runs under way have written a checkpoint.
+        StoppedError: after one of the signals of `zoo.signals`; runs in progress have written a checkpoint.
     """
     pending = list(jobs)
     slots = min(processes or torch.cuda.device_count() or cores(), len(pending))
