@@ -1,6 +1,7 @@
 """The direction of imports: each layer imports only from those below it, and no module imports itself through others."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -70,15 +71,18 @@ def imported(node):
             yield name
 
 
+@functools.cache
 def imports(name):
     """What a module imports: (module, whether it happens when this one is imported, whether it is for types alone)."""
+    found = []
     tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
     for node in tree.body:
         typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         lazy = isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
         for inner in ast.walk(node):
             for other in imported(inner):
-                yield other, not lazy, typing_only
+                found.append((other, not lazy, typing_only))
+    return found
 
 
 def layer(name):

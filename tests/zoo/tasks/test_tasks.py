@@ -78,7 +78,7 @@ def test_cycle_answers_are_even():
 def brute_force_rule110(cells, steps):
     table = {(1, 1, 1): 0, (1, 1, 0): 1, (1, 0, 1): 1, (1, 0, 0): 0, (0, 1, 1): 1, (0, 1, 0): 1, (0, 0, 1): 1, (0, 0, 0): 0}
     for _ in range(steps):
-        cells = [table[cells[i - 1], cells[i], cells[(i + 1) % len(cells)]] for i in range(len(cells))]
+        cells = [table[seen] for seen in zip(cells[-1:] + cells[:-1], cells, cells[1:] + cells[:1], strict=True)]
     return cells
 
 
@@ -104,8 +104,8 @@ def test_rule110_baseline():
 
 
 def test_rule110_baseline_by_simulation():
-    """On 65,536 sequences the standard error is .0012."""
-    answers = new_task({"name": "rule110"}).batch(5, 0, 65_536).ids[:, -4:]
+    """On 16,384 sequences the standard error is .0023."""
+    answers = new_task({"name": "rule110"}).batch(5, 0, 16_384).ids[:, -4:]
     assert answers.all(axis=1).mean() == pytest.approx(0.0995, abs=0.005)
 
 
@@ -199,14 +199,16 @@ def test_every_task_is_here():
 @pytest.mark.parametrize("name", SMALL)
 def test_batches_are_reproducible_and_held_out(name):
     task = new_task({"name": name, **SMALL[name]})
-    first, again, other = task.batch(3, 7, 64), task.batch(3, 7, 64), task.batch(3, 8, 64)
+    few = 8 if name == "gsm-infinite" else 64
+    first, again, other = (task.batch(3, step, few) for step in (7, 7, 8))
     for a, b in zip(first, again, strict=True):
         assert np.array_equal(a, b)
     assert not np.array_equal(first.ids, other.ids)
     contexts = {}
     shown = first.ids.shape[1] // task.window * task.window
     for split in ("train", "test"):
-        ids = np.concatenate([task.batch(0, step, 64 if name == "depo" else 256, split).ids[:, :shown] for step in range(20)])
+        count = {"depo": 64, "gsm-infinite": 8}.get(name, 256)
+        ids = np.concatenate([task.batch(0, step, count, split).ids[:, :shown] for step in range(20)])
         contexts[split] = {row.tobytes() for row in ids}
     assert contexts["train"]
     assert contexts["test"]
@@ -325,7 +327,7 @@ def test_depo_cycles_are_whole_and_the_largest_when_held_out():
 
 def test_depo_chance_by_simulation():
     task = new_task({"name": "depo"})
-    ids, mask, _ = task.batch(0, 0, 2000, "test")
+    ids, mask, _ = task.batch(0, 0, 500, "test")
     after, before = ids[mask], ids[:, :-1][mask[:, 1:]]
     right = sum(np.bincount(after[before == token]).max() for token in np.unique(before))
     assert right / mask.sum() == pytest.approx(task.chance(), abs=0.01)
@@ -359,7 +361,7 @@ def test_passkey_labels():
 def test_the_answer_cannot_be_read_from_the_prediction_chunk(fields):
     """A table of what followed the same prediction chunk elsewhere is right no more often than chance."""
     task = new_task(fields)
-    few = 5 if task.name == "gsm-infinite" else 1  # slow
+    few = 10 if task.name == "gsm-infinite" else 1  # slow
     (ids, mask, _), (asked, asked_mask, _) = task.batch(0, 0, 10_000 // few), task.batch(0, 1, 2000 // few)
     shown = (ids.shape[1] - 1) // task.window * task.window
     table, letters = defaultdict(Counter), defaultdict(Counter)
