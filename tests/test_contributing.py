@@ -1,5 +1,6 @@
 """The examples of CONTRIBUTING.md as an installed package, registered by decorators and entry points at once."""
 
+import json
 import os
 import re
 import subprocess
@@ -46,15 +47,56 @@ def command(line):
 """
 
 
-@pytest.fixture
-def run(site, tmp_path):
-    """Run Python in an empty folder, beside the installed package. Returns what it prints."""
+# Runs each program that arrives in a fork, beside which torch is imported already.
+SERVER = """
+import json, os, sys, traceback
+import torch, zoo.cli
+zoo.create
 
-    def run(*arguments):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+for line in sys.stdin:
+    folder, code = json.loads(line)
+    if os.fork() == 0:
+        os.chdir(folder)
+        file = os.open("output", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        status = 1
+        try:
+            exec(code, {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(site):
+    """The environment of a process in which the package is installed."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def server(environment):
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """Run a program in an empty folder, beside the installed package. Returns what it prints."""
+
+    def run(code):
+        server.stdin.write(json.dumps([str(tmp_path), code]) + "\n")
+        server.stdin.flush()
+        status, output = server.stdout.readline(), (tmp_path / "output").read_text()
+        assert status == "0\n", output
+        (tmp_path / "output").unlink()
+        return output
 
     return run
 
@@ -68,10 +110,13 @@ def test_every_kind_has_an_example():
     assert named == set(FILES) - {"toyzoo/leaky_sum/example.py"}
 
 
-def test_listing_models_imports_neither_torch_nor_plugins(run):
+def test_listing_models_imports_neither_torch_nor_plugins(environment):
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-c", *arguments], env=environment, capture_output=True, text=True, check=True).stdout
+
     code = "import sys; from zoo.cli import main; main(sys.argv[1:], standalone_mode=False); print({'torch', 'toyzoo'} & set(sys.modules))"
-    assert run("-c", code, "list", "toy*").split() == ["toy4", "set()"]
-    assert "set()" in run("-c", code, "--help")
+    assert run(code, "list", "toy*").split() == ["toy4", "set()"]
+    assert "set()" in run(code, "--help")
 
 
 @pytest.mark.parametrize("imported", [False, True])
@@ -96,14 +141,13 @@ for group, points in {GROUPS}.items():
         assert name in registry.names()
         assert registry.get(name) is registry.get(name) is pkgutil.resolve_name(value)
 """
-    run("-c", EVERY_MODULE * imported + code)
+    run(EVERY_MODULE * imported + code)
 
 
 def test_a_block(run):
     """The conformance suite, on the mixer that only the environment adds."""
-    output = run(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "decay", "--rootdir", ROOT, ROOT / "tests/blocks/test_conformance.py"
-    )
+    options = ["-q", "-p", "no:cacheprovider", "-k", "decay", "--rootdir", str(ROOT), str(ROOT / "tests/blocks/test_conformance.py")]
+    output = run(f"import pytest; assert pytest.main({options}) == 0")
     assert int(re.search(r"(\d+) passed", output)[1]) >= 24
 
 
@@ -128,7 +172,7 @@ for form in forms:
 operators.names = lambda: ["leaky_sum"]  # the others have tests of their own
 assert doctor.run()
 """
-    output = run("-c", code)
+    output = run(code)
     assert output.count("ok    leaky_sum: ") == 2
 
 
@@ -159,7 +203,7 @@ except zoo.ZooError as error:
 else:
     raise AssertionError
 """
-    assert "toy4-sleep2" in run("-c", COMMAND + code)
+    assert "toy4-sleep2" in run(COMMAND + code)
 
 
 def test_a_task_and_an_optimiser(run, tmp_path):
@@ -180,7 +224,7 @@ for wrong in ("task.length=0", "optimizer=sdg"):
     else:
         raise AssertionError
 """
-    output = run("-c", COMMAND + code)
+    output = run(COMMAND + code)
     first, last = map(float, re.findall(r"loss ([\d.]+)", output))
     assert last < first - 0.05
     assert "copy length=4" in output
@@ -213,7 +257,7 @@ session = zoo.Session(zoo.load("ours"))
 session.feed(torch.arange(10)[None])
 assert session.stats().sleeps == 2
 """
-    run("-c", COMMAND + code)
+    run(COMMAND + code)
 
 
 def test_an_export_target_and_a_provider(run, tmp_path):
@@ -225,10 +269,10 @@ session.feed(torch.arange(6)[None])
 assert session.stats().sleeps == 1
 assert session.model._graphs["consolidation.onnx"].runs == 1
 """
-    run("-c", COMMAND + code)
+    run(COMMAND + code)
     assert (tmp_path / "bundle/LABEL").read_text().split() == ["prediction.onnx", "consolidation.onnx"]
 
 
 def test_the_example_of_the_readme(run):
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    run("-c", code)
+    run(code)
