@@ -223,7 +223,7 @@ class OnnxRuntime:
         if provider not in onnxruntime.get_available_providers():
             raise ZooError(f"provider: {provider} is not in this onnxruntime; allowed: {', '.join(onnxruntime.get_available_providers())}")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns that states, which are never written in place, are copied
+        options.log_severity_level = 4  # errors are raised, and warnings tell that states, which are never written in place, are copied
         options.intra_op_num_threads = torch.get_num_threads()
         # by default, products with integer weights also round the activations to 8 bits
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")

@@ -22,8 +22,12 @@ def as_path(value: Any, name: str = "path") -> Path:
     if not isinstance(value, str | os.PathLike):
         raise ZooError(f"{name}: {reprlib.repr(value)}; want text or a pathlib.Path")
     path = Path(value)
-    if "\0" in str(path) or len(os.fsencode(path)) > 4095 or any(len(os.fsencode(part)) > 255 for part in path.parts):
-        raise ZooError(f"{name}: {str(path)[:80]!r} is not a path: too long, or with a null character")
+    try:
+        fits = len(os.fsencode(path)) <= 4095 and all(len(os.fsencode(part)) <= 255 for part in path.parts)
+    except UnicodeEncodeError:  # a lone surrogate
+        fits = False
+    if not fits or "\0" in str(path):
+        raise ZooError(f"{name}: {str(path)[:80]!r} is not a path: too long, or with a character that no path can have")
     return path
 
 

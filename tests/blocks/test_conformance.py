@@ -260,6 +260,44 @@ def test_an_adapter_on_every_linear_gets_a_gradient(variant: str) -> None:
     assert all(layer.weight.grad.count_nonzero() > 0 for adapter in adapters for layer in (adapter.down, adapter.up))
 
 
+class UInt8Linear(nn.Module):
+    """A Linear whose weight is stored in 8 bits, as a buffer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        weight = base.weight.detach()
+        self.register_buffer("scale", weight.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("weight", (weight / self.scale).round().add(128).to(torch.uint8))
+        self.bias = base.bias
+
+    def dequantised(self) -> torch.Tensor:
+        return (self.weight.to(self.scale.dtype) - 128) * self.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.dequantised(), self.bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_linears_run_in_sessions_and_pools(kind: str) -> None:
+    """A model with 8-bit weights equals one with the same weights, rounded; its window caches have the dtype of its activations."""
+    config = {"name": kind, "vocab_size": 17, "d_model": D, "d_ff": D, "layers": f"{kind} gdn", "evict": "hard", "window": 8, "loops": 2}
+    quantised, rounded = (zoo.create(config, dtype=torch.bfloat16, seed=0) for _ in range(2))
+    linears = [name for name, module in rounded.named_modules() if isinstance(module, nn.Linear)]
+    for name in linears:
+        quantised.set_submodule(name, replaced := UInt8Linear(rounded.get_submodule(name)))
+        rounded.get_submodule(name).weight.copy_(replaced.dequantised())
+    assert any(name.startswith("blocks.0.mixer") for name in linears)
+    ids = torch.randint(17, (1, 20), generator=torch.Generator().manual_seed(0))
+    state = quantised.consolidate(ids[:, :8])
+    assert {x.dtype for cache in state.window if cache for x in cache} == {torch.bfloat16}
+    assert {fast.dtype for fast in state.fast if fast is not None} == {torch.float32}
+    alone = list(zoo.Session(rounded).generate(ids, tokens=6))
+    assert list(zoo.Session(quantised).generate(ids, tokens=6)) == alone
+    with zoo.SessionPool(quantised) as pool:
+        assert list(pool.open().generate(ids, tokens=6)) == alone
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("valid", [1, 2, 5, 8])
 def test_padding_changes_nothing(mixer: Mixer, valid: int) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -49,23 +48,6 @@ class Adapter(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-class UInt8Linear(nn.Module):
-    """A Linear whose weight is stored in 8 bits, as a buffer."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        weight = base.weight.detach()
-        self.register_buffer("scale", weight.abs().amax(1, keepdim=True) / 127)
-        self.register_buffer("weight", (weight / self.scale).round().add(128).to(torch.uint8))
-        self.bias = getattr(base, "bias", None)
-
-    def dequantised(self) -> Tensor:
-        return (self.weight.to(self.scale.dtype) - 128) * self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantised(), self.bias)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_submodule_is_called(tied: bool) -> None:
     model, called = small(tie_embeddings=tied), set()
@@ -87,24 +69,6 @@ def test_an_adapter_on_every_linear_is_trained(tied: bool) -> None:
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     assert len(adapters) > 40
     assert all(part.weight.grad is not None and part.weight.grad.any() for adapter in adapters for part in (adapter.down, adapter.up))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantised_linears_run_in_sessions_and_pools(dtype: torch.dtype) -> None:
-    model = small().to(dtype)
-    quantised, rounded = copy.deepcopy(model), copy.deepcopy(model)
-    replace_linears(quantised, UInt8Linear)
-    for name, module in rounded.named_modules():
-        if isinstance(module, nn.Linear):
-            module.weight.copy_(quantised.get_submodule(name).dequantised())
-    state = quantised.consolidate(IDS[:, :8])
-    assert {x.dtype for cache in state.window for x in cache} == {dtype}
-    assert {fast.dtype for fast in state.fast if fast is not None} == {torch.float32}
-    alone = list(zoo.Session(rounded).generate(IDS, tokens=6))
-    assert list(zoo.Session(quantised).generate(IDS, tokens=6)) == alone
-    with zoo.SessionPool(quantised) as pool:
-        assert list(pool.open().generate(IDS, tokens=6)) == alone
 
 
 def by_torch(model: zoo.Model) -> None:

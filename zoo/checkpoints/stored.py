@@ -19,6 +19,7 @@ from zoo.checkpoints.checksum import verify
 from zoo.checkpoints.plain import one_line
 from zoo.dtypes import DTYPES
 from zoo.errors import ZooError
+from zoo.files import as_path
 
 T = TypeVar("T")
 
@@ -206,6 +207,7 @@ def _places(index: Path) -> dict[str, str]:
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise ZooError(f"{index}: weight_map: want the shard of every tensor")
     for shard in set(places.values()):
+        as_path(shard, f"{index}: weight_map")
         if Path(shard).name != shard or "\\" in shard or "\0" in shard:
             raise ZooError(f"{index}: weight_map: {shard!r} lies outside the folder; want the name of a file beside the index")
     return places

@@ -164,7 +164,7 @@ def _translate(content: dict[str, Any], label: str, name: str) -> ModelConfig:
         raise ZooError(f"{label}: {error.args[0]}: is missing") from None
     except ZooError as error:
         raise ZooError(f"{label}: {error}") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
         raise ZooError(f"{label}: a field has the wrong type or size: {one_line(error)}") from None
     return validate(ModelConfig, {"name": name, "upstream": upstream, **fields, **sleep}, label)
 

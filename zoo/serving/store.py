@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from zoo.checkpoints.plain import one_line
 from zoo.errors import ZooError
 from zoo.files import replacing
 from zoo.serving.prefixes import Sleeps
@@ -126,6 +127,7 @@ class Journal:
         with self._ours(), (self.folder / JOURNAL).open("r+b") as file:
             line = _line(fields)
             file.seek(self.size)
+            file.truncate()  # what a kill left of a line
             try:
                 write(file, line)
                 file.flush()
@@ -141,7 +143,7 @@ class Journal:
         """Hold the session's lock. Raises StoreError if another process has taken it over, or if the store fails."""
         try:
             with _locked(self.folder / LEASE) as file:
-                if int(file.read() or 0) != self.lease:
+                if _number(file) != self.lease:
                     raise TakenOverError(f"session: another process has taken over {self.folder.name}")
                 yield
         except OSError as error:
@@ -161,7 +163,7 @@ class Store:
     def names(self, owner: str) -> list[str]:
         """Return the ids of all sessions of an owner."""
         found = [_read_json(file) for file in self.folder.glob("*/session.json")]
-        return sorted(fields["name"] for fields in found if fields.get("owner") == _digest(owner))
+        return sorted(str(fields.get("name")) for fields in found if fields.get("owner") == _digest(owner))
 
     def exists(self, owner: str, name: str) -> bool:
         return (self._place(owner, name) / JOURNAL).is_file()
@@ -178,11 +180,11 @@ class Store:
                 (folder / JOURNAL).touch()
                 _sync(folder)
                 _sync(self.folder)
-            for key, value in _read_json(folder / "session.json").items():
+            for key, value in {**dict.fromkeys(about), **_read_json(folder / "session.json")}.items():
                 if about.get(key) != value:
                     raise StoreError(f"session: '{name}': {key}: it was stored for {value!r}; this server has {about.get(key)!r}")
             with _locked(folder / LEASE) as file:
-                lease = int(file.read() or 0) + 1
+                lease = _number(file) + 1
                 file.truncate(0)
                 file.write(str(lease))
                 file.flush()
@@ -198,10 +200,13 @@ class Store:
 
 
 def _replay(journal: Journal) -> None:
-    """Read the complete lines of a journal."""
-    record, content = journal.stored, (journal.folder / JOURNAL).read_bytes()
-    for line in content.splitlines(keepends=True):
+    """Read the complete lines of a journal, of which a kill can cut the last. Raises StoreError if another one is damaged."""
+    record, file = journal.stored, journal.folder / JOURNAL
+    lines = file.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         fields = _fields(line)
+        if fields is None and (number < len(lines) or line.endswith(b"\n")):
+            raise StoreError(f"store: {file}: line {number} is damaged")
         if fields is None:
             break
         journal.size += len(line)
@@ -253,6 +258,14 @@ def _locked(path: Path) -> Iterator[IO[str]]:
         yield file
 
 
+def _number(lease: IO[str]) -> int:
+    """Read the number in a lease. Raises StoreError."""
+    try:
+        return int(lease.read() or 0)
+    except ValueError as error:
+        raise StoreError(f"store: {lease.name}: damaged: {one_line(error)}") from None
+
+
 def _sync(folder: Path) -> None:
     """Sync a folder, so that the names in it are durable."""
     with contextlib.suppress(PermissionError):  # Windows opens no folders
@@ -266,8 +279,8 @@ def _sync(folder: Path) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"store: {file}: cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"store: {file}: cannot be read: {one_line(error)}") from None
     return fields if isinstance(fields, dict) else {}
 
 

@@ -104,8 +104,11 @@ class Qa(Task):
         """Return the tokens of every row, read once."""
         if split not in self._read:
             file = Path(self.test if split == "test" else self.train)
-            with file.open(encoding="utf-8") as lines:
-                self._read[split] = [self._row(line, f"{file}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+            try:
+                lines = file.read_text(encoding="utf-8").split("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ZooError(f"{file}: cannot be read: {error}") from None
+            self._read[split] = [self._row(line, f"{file}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
             if not self._read[split]:
                 raise ZooError(f"{file}: no rows")
         return self._read[split]
@@ -116,7 +119,7 @@ class Qa(Task):
             context, question, answer = (fields[name] for name in ("context", "question", "answer"))
             asked = self._text.chat([{"role": "user", "content": question}])
             row = Row(self._text.encode(context)[-self.windows * self.width :], asked, self._text.encode(answer, special=False))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ZooError(f"{label}: want an object with the texts context, question and answer: {error}") from None
         row = row._replace(answer=[*row.answer, *(self._text.stop[:1] or [END_OF_BYTES])])
         if len(row.question) + len(row.answer) > self.width:

@@ -57,10 +57,10 @@ class Text(Task):
         """See `Task.batch`. Raises ZooError: a token is outside the vocabulary."""
         tokens = self._tokens(split)
         starts = np.random.default_rng([seed, step, split == "test"]).integers(0, len(tokens) - self.length + 1, size)
-        ids = np.stack([tokens[start : start + self.length] for start in starts]).astype(np.int64)
+        ids = np.stack([tokens[start : start + self.length] for start in starts])
         if ids.max() >= self.vocab:
             raise ZooError(f"task {self}: token {ids.max()} in the {split} file; vocab says that ids are less than {self.vocab}")
-        return by_window(ids, self.width)
+        return by_window(ids.astype(np.int64), self.width)
 
     def chance(self) -> float:
         """Return the share of the most frequent token among the first million of the held-out file."""

@@ -120,7 +120,7 @@ def _rows(file: Path, field: str) -> Iterator[str]:
                     yield row[field]
     except ZooError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ZooError(f"{file}: cannot be read as JSON lines: {error}") from None
 
 
