@@ -247,6 +247,7 @@ CALLS = {
     "load: a number": lambda place, new, model: zoo.load(5),
     "load: a very long name": lambda place, new, model: zoo.load("x" * 5000),
     "load: a null character": lambda place, new, model: zoo.load("a\0b"),
+    "load: a lone surrogate": lambda place, new, model: zoo.load("a\ud800b"),
     "save: to nothing": lambda place, new, model: zoo.save(model, None),
     "describe: a list": lambda place, new, model: zoo.describe(["gdn4"]),
     "train: into a number": lambda place, new, model: train(read_config(place / "run.yaml"), 5),

@@ -51,8 +51,8 @@ class Qa(Task):
         refuse_same_file(self.train, self.test)
         try:
             for split in (self.train, self.test):
-                with Path(split).open(encoding="utf-8") as lines:
-                    lines.readline()
+                with Path(split).open("rb") as file:
+                    file.read(1)
             self._text  # noqa: B018  (the tokenizer can be read)
         except (OSError, ZooError) as error:
             raise ValueError(str(error)) from None

@@ -101,6 +101,8 @@ def test_index_of_another_form(jet: Path) -> None:
     shard(jet)
     (jet / INDEX).write_text("[]")
     refuses(jet, INDEX, "want an object")
+    (jet / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "x" * 300}}))
+    refuses(jet, INDEX, "weight_map", "is not a path")
     (jet / INDEX).write_text('{"weight_map": 3}')
     refuses(jet, INDEX, "weight_map")
 

@@ -23,7 +23,7 @@ import zoo
 from tests.zoo.serving.local import local
 from zoo.serving import store as store_module
 from zoo.serving.prefixes import common_length
-from zoo.serving.store import Record, Store, TakenOverError
+from zoo.serving.store import Record, Store, StoreError, TakenOverError
 from zoo.text.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer(256)
@@ -157,6 +157,27 @@ def test_torn_lines(tmp_path):
         if cut % 10 == 0:
             journal.write(Record([9]))
             assert store.open("me", "s").stored.tokens == [9]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("journal.jsonl", lambda text: text.replace("[2]", "[7]"), "journal.jsonl: line 2 is damaged"),
+        ("journal.jsonl", lambda text: text.replace("[3]", "[7]"), "journal.jsonl: line 3 is damaged"),
+        ("lease", lambda text: "x", "lease: damaged: invalid literal"),
+        ("session.json", lambda text: text.replace("weights", "heights"), "weights: it was stored for None"),
+        ("session.json", lambda text: "[" * 100_000, "session.json: cannot be read"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, name, change, message):
+    store = Store(tmp_path, {"weights": "0"})
+    journal = store.open("me", "s")
+    for end in (2, 3, 4):
+        journal.write(Record(list(range(1, end))))
+    file = journal.folder / name
+    file.write_text(change(file.read_text()))
+    with pytest.raises(StoreError, match=message):
+        store.open("me", "s")
 
 
 def test_routes(model, tmp_path):

@@ -59,10 +59,12 @@ def test_damaged_rows_are_refused(rows, tmp_path):
     for line, message in (
         ('{"context": "a"}', "line 1: want an object with the texts context, question and answer: 'question'"),
         ("[", "line 1: want an object"),
+        ("[" * 100_000, "line 1: want an object"),
+        ("\ud800", "bad.jsonl: cannot be read: 'utf-8' codec"),
         (json.dumps({"context": "", "question": "x" * 40, "answer": "y"}), "line 1: question and answer take .* tokens; width: 32"),
         ("", "no rows"),
     ):
-        (tmp_path / "bad.jsonl").write_text(line + "\n")
+        (tmp_path / "bad.jsonl").write_text(line + "\n", errors="surrogatepass")
         with pytest.raises(zoo.ZooError, match=message):
             new_task({**fields(rows), "train": str(tmp_path / "bad.jsonl"), "test": str(good)}).batch(0, 0, 2)
     with pytest.raises(zoo.ZooError, match="is also the file to train on"):

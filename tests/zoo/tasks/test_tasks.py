@@ -400,6 +400,9 @@ def test_text_refuses(text, tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
     with pytest.raises(zoo.ZooError, match=r"train: .*objects.npy: not a .npy file of numbers"):
         new_task({**text, "train": str(tmp_path / "objects.npy")})
+    np.save(tmp_path / "large.npy", np.full(100, 2**63, dtype=np.uint64))
+    with pytest.raises(zoo.ZooError, match=f"token {2**63} in the train file"):
+        new_task({**text, "train": str(tmp_path / "large.npy")}).batch(0, 0, 4)
 
 
 def test_text_trains_and_sleeps_on_every_window(text, tmp_path):
