@@ -88,8 +88,8 @@ class ExportedModel:
         zeros = {name: torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device) for name, tensor in pack(like, PAST).items()}
         return unpack(zeros, PAST, like)
 
-    def __call__(self, ids: Tensor, state: State) -> Output:
-        """Run one wake pass over ids [B, T] int64.
+    def __call__(self, ids: Tensor, state: State, *, logits_to_keep: int | None = None) -> Output:
+        """Run one wake pass over ids [B, T] int64. Returns the logits of all tokens, or of the last `logits_to_keep`.
 
         Long inputs go through the prefill graph if the bundle has one; otherwise tokens run one at a time.
 
@@ -102,6 +102,7 @@ class ExportedModel:
                 f"ids: {ids.shape[1]} tokens do not fit into a window of {self._slots} that holds {state.position}"
                 + ("; consolidate it first" if self._eviction.uses_window else "")
             )
+        unread = 0 if logits_to_keep is None else ids.shape[1] - logits_to_keep
         logits = []
         prefill = self.bundle.plan.prefill
         while ids.shape[1]:
@@ -117,7 +118,7 @@ class ExportedModel:
             logits.append(out["logits"][:, : piece.shape[1]])
             state = unpack(out, PRESENT, state)._replace(position=state.position + piece.shape[1])
             ids = ids[:, piece.shape[1] :]
-        return Output(torch.cat(logits, dim=1), state)
+        return Output(torch.cat(logits, dim=1)[:, unread:], state)
 
     def consolidate(self, ids: Tensor, state: State, *, loops: int | None = None) -> State:
         """Sleep on one whole chunk, then evict.
@@ -132,13 +133,13 @@ class ExportedModel:
         """
         return finish(self.consolidate_in_slices(ids, state, loops=loops))
 
-    def wake_pass(self, ids: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
+    def wake_pass(self, ids: Tensor, state: State, keep: int) -> tuple[Tensor, State, Tensor | None]:
         """Run one wake pass, without hidden states."""
-        return *self(ids, state), None
+        return *self(ids, state, logits_to_keep=keep), None
 
-    async def wake_in_slices(self, ids: Tensor, state: State) -> Output:
+    async def wake_in_slices(self, ids: Tensor, state: State, keep: int) -> Output:
         """Run one wake pass in a single slice."""
-        return self(ids, state)
+        return self(ids, state, logits_to_keep=keep)
 
     async def consolidate_in_slices(
         self, ids: Tensor, state: State, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None

@@ -51,6 +51,15 @@ def check_ids(ids: Any) -> None:
         raise ZooError(f"ids: {list(ids.shape)} {ids.dtype}; want [B, T] torch.int64 with at least one row and at least one token")
 
 
+def check_kept(ids: Tensor, logits_to_keep: Any) -> None:
+    """Refuse a number of logits that is neither None nor an integer from 0 to the number of tokens of ids [B, T]."""
+    if logits_to_keep is None or torch.compiler.is_compiling():
+        return
+    check_ids(ids)
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, Integral) or not 0 <= int(logits_to_keep) <= ids.shape[1]:
+        raise ZooError(f"logits_to_keep: {logits_to_keep!r}; want an integer from 0 to the number of tokens, {ids.shape[1]}")
+
+
 def count_streams(ids: Any, cu_seqlens: Any) -> int:
     """Return the number of streams that ids [B, T] continue: B, or the number of packed sequences."""
     check_ids(ids)

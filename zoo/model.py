@@ -18,7 +18,7 @@ from zoo.blocks.tied_head import TiedHead
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 from zoo.eviction import evictions
-from zoo.inputs import StateForms, check_awake, check_count, check_flag, checked_state, count_streams, longest, look_up
+from zoo.inputs import StateForms, check_awake, check_count, check_flag, check_kept, checked_state, count_streams, longest, look_up
 from zoo.loss import Recompute, answers
 from zoo.stack import build_blocks
 from zoo.state import Answers, Output, State
@@ -74,15 +74,21 @@ class Model(nn.Module):
         window = tuple(m.new_window(batch_size) for _ in range(self.config.wake_loops) for m in layers)
         return State(tuple(m.new_fast(batch_size) for m in layers), window, 0)
 
-    def forward(self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None) -> Output:
+    def forward(
+        self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None, logits_to_keep: int | None = None
+    ) -> Output:
         """Run one wake pass over ids: [B, T] int64, continuing the stream at `state` (default: a new stream).
 
         Args:
             cu_seqlens: [S + 1] int32 or int64, offsets of S sequences packed into ids: [1, total], each continuing its own stream.
+            logits_to_keep: number of last tokens whose logits are computed and returned, 0 to T; default: all.
         Raises:
-            ZooError: ids, a state or `cu_seqlens` that do not fit the model or each other, or more tokens than the window has room for.
+            ZooError: ids, a state or `cu_seqlens` that do not fit the model or each other, more tokens than the window has room for,
+                or a `logits_to_keep` out of range.
         """
+        check_kept(ids, logits_to_keep)
         h, state = self.wake(ids, state, cu_seqlens=cu_seqlens)
+        h = h if logits_to_keep is None else h[:, h.shape[1] - logits_to_keep :]
         return Output(self.logits(h), state)
 
     def wake(
@@ -97,6 +103,8 @@ class Model(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """Apply the final norm and the head: h [..., D] ([..., loops, D] with wake loops) -> [..., V]."""
+        if not h.numel():  # a quantised head may not run without rows
+            return h.new_zeros(*h.shape[: -2 if self.config.wake_loops > 1 else -1], self.config.vocab_size, dtype=self.dtype)
         h = self.norm(h).to(self.dtype)
         if self.config.wake_loops > 1:
             h = h[..., -1, :] if self.exit is None else self.exit(h)

@@ -100,7 +100,7 @@ class KeptSession:
         """Keep in `tokens` only those that the stream has actually read or generated."""
         now = self.session.snapshot()
         self.tokens = self.tokens[: now.counts.tokens + now.pending.shape[1]]
-        if self.tokens:
+        if self.tokens and now.logits is not None:
             self.prefixes.keep(self.owner, self.tokens, now, self.name)
 
     def store(self, *, state: bool = False) -> None:

@@ -43,6 +43,8 @@ def write_file(path: Path, model: SleepingModel, snapshot: Snapshot) -> None:
         "hidden": json.dumps(bool(snapshot.hidden)),
         "sleeps": json.dumps(snapshot.sleeps),
     }
+    if snapshot.logits is None and snapshot.counts.tokens:  # a call was interrupted
+        header["logits"] = "none"
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     with replacing(path) as file:
         file.write_bytes(save(tensors, metadata(tensors, header)))
@@ -78,7 +80,7 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
         state = model.ringed(_unpack("state", tensors, like)._replace(position=positions[0]))
         start = model.ringed(_unpack("start", tensors, like)._replace(position=positions[1])) if _has("start", tensors) else state
         ids, pending, logits = _tensor("ids", tensors, fresh.ids), _tensor("said", tensors, fresh.ids), None
-        if counts.tokens:
+        if counts.tokens and header.get("logits") != "none":
             logits = _tensor("logits", tensors, tensors["logits"].new_zeros(len(ids), model.config.vocab_size))
         hidden = None if ids.shape[1] else fresh.hidden
         if json.loads(header["hidden"]) and fresh.hidden is not None:

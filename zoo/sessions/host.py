@@ -132,8 +132,11 @@ class Host(Protocol):
         """Run calls one after the other, each after the result of the previous one was taken. Yields their results."""
         ...
 
-    async def wake(self, stream: Stream, ids: Tensor) -> tuple[Tensor, Snapshot]:
-        """Run one wake pass over ids: [B, T], or over the first of them. Returns logits and the snapshot afterwards."""
+    async def wake(self, stream: Stream, ids: Tensor, keep: int) -> tuple[Tensor, Snapshot]:
+        """Run one wake pass over ids: [B, T], or over the first of them.
+
+        Returns the logits of those that it has read and that are among the last `keep` of ids, and the snapshot afterwards.
+        """
         ...
 
     def reclaim(self, stream: Stream) -> None:
@@ -180,7 +183,7 @@ class Alone:
         for call in calls:
             yield self.run(stream, call)
 
-    async def wake(self, stream: Stream, ids: Tensor) -> tuple[Tensor, Snapshot]:
+    async def wake(self, stream: Stream, ids: Tensor, keep: int) -> tuple[Tensor, Snapshot]:
         if ids.shape[1] == 1:
             if self._slots is None or self._slots.slots != len(ids):
                 self.reclaim(stream)
@@ -188,7 +191,7 @@ class Alone:
             if self._slots is not None:
                 return self._decode(stream, self._slots, ids)
         self.reclaim(stream)
-        return wake(stream.model, stream.snapshot, ids)
+        return wake(stream.model, stream.snapshot, ids, keep)
 
     def _decode(self, stream: Stream, slots: Slots[int], ids: Tensor) -> tuple[Tensor, Snapshot]:
         """Run one wake pass over a token of each stream in slots."""

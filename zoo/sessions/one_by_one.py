@@ -41,6 +41,6 @@ class OneByOne(Generic[Name]):
 
         If it raises, every stream is as it was.
         """
-        passes = [self.model.wake_pass(ids[n : n + 1], self._states[name]) for n, name in enumerate(names)]
+        passes = [self.model.wake_pass(ids[n : n + 1], self._states[name], 1) for n, name in enumerate(names)]
         self._states |= {name: state for name, (_, state, _) in zip(names, passes, strict=True)}
         return torch.cat([logits for logits, _, _ in passes])

@@ -159,10 +159,11 @@ class Scheduler:
 
     # Methods of the host that calls use, in the scheduler's thread.
 
-    async def wake(self, stream: Stream, ids: Tensor) -> tuple[Tensor, Snapshot]:
-        if ids.shape[1] > 1:
+    async def wake(self, stream: Stream, ids: Tensor, keep: int) -> tuple[Tensor, Snapshot]:
+        if (tokens := ids.shape[1]) > 1:
             self.reclaim(stream)
-            return await wake_in_slices(stream.model, stream.snapshot, ids[:, :LONG_SLICE])
+            piece = ids[:, :LONG_SLICE]
+            return await wake_in_slices(stream.model, stream.snapshot, piece, max(0, keep - tokens + piece.shape[1]))
         logits = await Token(ids)
         return logits, after_reading(stream.model, stream.snapshot, ids, logits, None)
 

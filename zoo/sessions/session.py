@@ -159,7 +159,8 @@ class Session:
         started = self._snapshot.logits is not None
         if prompt is None:
             if not started:
-                raise ZooError("prompt: None; nothing has been read yet, so there is nothing to continue")
+                why = "the last call was interrupted" if self._snapshot.counts.tokens else "nothing has been read yet"
+                raise ZooError(f"prompt: None; {why}, so there is nothing to continue")
             prompt = self._snapshot.ids[:, :0]
         self._check(prompt, least=0 if started else 1)
         sampler = Sampler(sampling, prompt if seen is None else torch.cat([seen, prompt], dim=1), self.model.config.vocab_size)
@@ -252,17 +253,21 @@ class Session:
         return token
 
     async def _read(self, ids: Tensor, logits: list[Tensor] | None = None) -> None:
-        """Read the pending token, then ids, in pieces with sleeps between them. Appends the logits of each piece to `logits`."""
+        """Read the pending token, then ids, in pieces with sleeps between them.
+
+        Appends the logits of each piece to `logits`; without it, only those of the last token are computed.
+        """
         await self._cancel_idle_sleep()
         ids = torch.cat([self._snapshot.pending, ids], dim=1)
         await self._check_room(ids.shape[1])
         while ids.shape[1]:
             room = (await self._room()) or ids.shape[1]
-            started = time.perf_counter()
-            out, snapshot = await self._host.wake(self._stream, ids[:, :room])
+            started, piece, before = time.perf_counter(), ids[:, :room], self._snapshot.counts.tokens
+            keep = piece.shape[1] if logits is not None else int(piece.shape[1] == ids.shape[1])
+            out, snapshot = await self._host.wake(self._stream, piece, keep)
             counts = snapshot.counts._replace(awake=snapshot.counts.awake + time.perf_counter() - started)
             self._stream.advance(snapshot._replace(pending=snapshot.pending[:, :0], counts=counts))
-            ids = ids[:, out.shape[1] :]
+            ids = ids[:, counts.tokens - before :]
             if logits is not None:
                 logits.append(out)
         if self.schedule.pause is not None and self._stream.sleep is None and self._window_length:

@@ -70,7 +70,7 @@ class Sleep:
         """Read again, from the state after the sleep, the tokens that the stream has read in the meantime."""
         after = after_sleeping(self.model, self.before, state)._replace(sleeps=self.before.sleeps + self.event)
         while (missed := self._missed(after)).shape[1]:
-            _, after = await wake_in_slices(self.model, after, missed)
+            _, after = await wake_in_slices(self.model, after, missed, 1)
         self.after = after
 
     @property
@@ -87,7 +87,7 @@ class Sleep:
         assert self.after is not None
         after = self.after
         if (missed := self._missed(after)).shape[1]:
-            _, after = await wake_in_slices(self.model, after, missed)
+            _, after = await wake_in_slices(self.model, after, missed, 1)
         now = self.latest
         if not after.ids.shape[1]:
             after = after._replace(logits=now.logits)

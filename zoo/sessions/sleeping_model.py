@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
@@ -41,15 +42,16 @@ class SleepingModel(Protocol):
         """The state of `batch_size` streams before their first token."""
         ...
 
-    def wake_pass(self, ids: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
+    def wake_pass(self, ids: Tensor, state: State, keep: int) -> tuple[Tensor, State, Tensor | None]:
         """Run one wake pass over ids: [B, T].
 
-        Returns logits [B, T, V], the state, and with `keeps_hidden` the hidden states [B, T, D] after the last block.
+        Returns the logits of the last `keep` tokens, [B, keep, V], the state, and with `keeps_hidden` the hidden states [B, T, D]
+        after the last block.
         """
         ...
 
-    def wake_in_slices(self, ids: Tensor, state: State) -> Coroutine[Slice, int | None, Output]:
-        """Run one wake pass over ids: [B, T], interruptible at every `Slice` that it awaits."""
+    def wake_in_slices(self, ids: Tensor, state: State, keep: int) -> Coroutine[Slice, int | None, Output]:
+        """Run one wake pass over ids: [B, T], interruptible at every `Slice` that it awaits; logits of the last `keep` tokens."""
         ...
 
     def consolidate_in_slices(
@@ -98,6 +100,8 @@ class TorchModel:
         # torch.compile and other wrappers replace the call as a whole, so its parts must not be called one by one
         self._whole = not isinstance(model, Model) or model._compiled_call_impl is not None
         self.keeps_hidden = model.wakes_as_it_sleeps and model.config.window is not None and not self._whole
+        parameters = inspect.signature(model.forward).parameters.values()  # of a wrapper, which may not take all that a model does
+        self._keeps = any(parameter.name == "logits_to_keep" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     @property
     def fingerprint(self) -> str:
@@ -106,14 +110,18 @@ class TorchModel:
     def init_state(self, batch_size: int = 1) -> State:
         return self.model.init_state(batch_size)
 
-    def wake_pass(self, ids: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
-        if not self.keeps_hidden:
-            return *self.model(ids, state), None
-        h, state = self.model.wake(ids, state)
-        return self.model.logits(h), state, h
+    def wake_pass(self, ids: Tensor, state: State, keep: int) -> tuple[Tensor, State, Tensor | None]:
+        unread = ids.shape[1] - keep
+        if self.keeps_hidden:
+            h, state = self.model.wake(ids, state)
+            return self.model.logits(h[:, unread:]), state, h
+        if unread and self._keeps:
+            return *self.model(ids, state, logits_to_keep=keep), None
+        logits, state = self.model(ids, state)
+        return logits[:, unread:], state, None
 
-    async def wake_in_slices(self, ids: Tensor, state: State) -> Output:
-        return await sliced.wake(self.model, ids, state)
+    async def wake_in_slices(self, ids: Tensor, state: State, keep: int) -> Output:
+        return await sliced.wake(self.model, ids, state, logits_to_keep=keep)
 
     async def consolidate_in_slices(
         self, ids: Tensor, state: State, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None

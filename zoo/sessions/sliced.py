@@ -31,9 +31,10 @@ def finish(work: Coroutine[object, None, T]) -> T:
             return done.value
 
 
-async def wake(model: Model, ids: Tensor, state: State | None = None) -> Output:
+async def wake(model: Model, ids: Tensor, state: State | None = None, *, logits_to_keep: int | None = None) -> Output:
     """Run `model.forward` in slices."""
     h, state = await run(model, *model.start_wake(ids, state))
+    h = h if logits_to_keep is None else h[:, h.shape[1] - logits_to_keep :]
     logits = await _slices(h.shape[1], lambda first, last: model.logits(h[:, first:last]))
     return Output(logits, state)
 
@@ -85,6 +86,8 @@ async def run(
 
 async def _slices(tokens: int, compute: Callable[[int, int], Tensor]) -> Tensor:
     """Call `compute(begin, end)` until all tokens are covered; concatenates the results, [B, T, ...]."""
+    if not tokens:
+        return compute(0, 0)
     results, end = [], 0
     while end < tokens:
         most = await Slice()

@@ -38,7 +38,7 @@ class Snapshot(NamedTuple):
     ids: Tensor
     """Tokens of the window, [B, n] int64; empty for a model that never sleeps."""
     logits: Tensor | None
-    """Logits of the next token, [B, V]; None before the first."""
+    """Logits of the next token, [B, V]; None before the first, and where a call was interrupted between two pieces of a prompt."""
     pending: Tensor
     """Pending tokens, generated but not read yet, [B, 0 or 1] int64."""
     hidden: tuple[Tensor, ...] | None = None
@@ -72,18 +72,21 @@ def _no_hidden(model: SleepingModel) -> tuple[Tensor, ...] | None:
     return () if model.keeps_hidden else None
 
 
-def wake(model: SleepingModel, snapshot: Snapshot, ids: Tensor) -> tuple[Tensor, Snapshot]:
-    """Run one wake pass over ids: [B, T], which fit into the window. Returns logits [B, T, V] and the snapshot afterwards."""
-    logits, state, h = model.wake_pass(ids, snapshot.state)
+def wake(model: SleepingModel, snapshot: Snapshot, ids: Tensor, keep: int) -> tuple[Tensor, Snapshot]:
+    """Run one wake pass over ids: [B, T], which fit into the window.
+
+    Returns the logits of the last `keep` tokens, [B, keep, V], and the snapshot afterwards.
+    """
+    logits, state, h = model.wake_pass(ids, snapshot.state, keep)
     after = after_reading(model, snapshot, ids, logits, state)
     if h is not None and snapshot.hidden is not None:
         after = after._replace(hidden=(*snapshot.hidden, h))
     return logits, after
 
 
-async def wake_in_slices(model: SleepingModel, snapshot: Snapshot, ids: Tensor) -> tuple[Tensor, Snapshot]:
+async def wake_in_slices(model: SleepingModel, snapshot: Snapshot, ids: Tensor, keep: int) -> tuple[Tensor, Snapshot]:
     """Run `wake` in slices, without hidden states."""
-    logits, state = await model.wake_in_slices(ids, snapshot.state)
+    logits, state = await model.wake_in_slices(ids, snapshot.state, keep)
     return logits, after_reading(model, snapshot, ids, logits, state)
 
 
@@ -91,8 +94,8 @@ def after_reading(model: SleepingModel, snapshot: Snapshot, ids: Tensor, logits:
     """Return the snapshot after a wake pass over ids that returned `logits` and `state` (None: in slots)."""
     window = snapshot.ids if model.config.window is None else torch.cat([snapshot.ids, ids], dim=1)
     counts = snapshot.counts._replace(tokens=snapshot.counts.tokens + ids.shape[1], cached=snapshot.counts.cached + ids.shape[1])
-    # a clone: a slice would keep the logits of all T tokens
-    return snapshot._replace(waking=state, ids=window, logits=logits[:, -1].clone(), hidden=None, counts=counts)
+    last = logits[:, -1].clone() if logits.shape[1] else None  # a clone: a slice would keep the logits of all tokens
+    return snapshot._replace(waking=state, ids=window, logits=last, hidden=None, counts=counts)
 
 
 def after_sleeping(model: SleepingModel, snapshot: Snapshot, state: State) -> Snapshot:
