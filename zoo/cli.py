@@ -191,7 +191,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
     if out is None:
         out = Path(config) if Path(config, "train.yaml").is_file() else Path("runs") / Path(config).stem
     with all_sinks(plan, out, wandb) as report:
-        results = run(plan, out, report=report)
+        results = run(plan, out, report=report, measure_products=True)
     if is_main_process():
         print_results(results)
         click.echo(f"written to {out}")
@@ -312,11 +312,12 @@ def chat(
     MODEL is the folder of a model or of an exported bundle, or a name. FIELD=VALUE replaces a field of its config, such as
     window=512. Ctrl-C ends an answer, Ctrl-D the conversation.
     """
+    from zoo.products import fast_products
     from zoo.serving.chat import converse
     from zoo.sessions.session import Session
 
     opened, tokenizer = _open(model, overrides, device, dtype)
-    with interruptible():
+    with interruptible(), fast_products(opened.config.d_model, device):
         converse(Session(opened), tokenizer, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
 
 
@@ -377,6 +378,7 @@ def serve(
     window=512. The endpoints are OpenAI-compatible. Requests with the same "session": "some-id" continue one stream.
     On SIGTERM or Ctrl-C, requests in progress are answered and new ones refused.
     """
+    from zoo.products import fast_products
     from zoo.serving.app import Limits, check_address, make_app  # raises a ZooError that names what to install
     from zoo.serving.draining import run
     from zoo.sessions.pool import SessionPool
@@ -385,7 +387,8 @@ def serve(
     opened, tokenizer = _open(model, overrides, device, dtype)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
     limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle, prefixes=prefix_bytes)
-    run(make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys, store=store), host, port, grace)
+    with fast_products(opened.config.d_model, device):
+        run(make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys, store=store), host, port, grace)
 
 
 @main.command()

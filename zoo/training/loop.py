@@ -17,6 +17,7 @@ from zoo.costs import peak_flops, training_flops
 from zoo.errors import ZooError
 from zoo.files import as_path
 from zoo.model import Model
+from zoo.products import announced, matmul_precision, set_precision
 from zoo.signals import StoppedError, deferred
 from zoo.system import peak_resident
 from zoo.tasks import Batch
@@ -30,7 +31,7 @@ from zoo.training.prepare import prepare
 from zoo.training.run_folder import NotFiniteError, RunFolder
 
 
-def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metrics: None) -> dict[str, Any]:
+def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metrics: None, measure_products: bool = False) -> dict[str, Any]:
     """Run `config` in the folder `out`, from its newest checkpoint if there is one; see `zoo.training.run_folder` for its files.
 
     A finished run continues if `config` has more steps than it was trained for and is otherwise the same.
@@ -40,6 +41,8 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
 
     Args:
         report: called with each line of metrics.
+        measure_products: begin a run on a CPU under the precision that `zoo.matmul_precision` finds, as `zoo train` does; default: the
+            present one. A run resumes under the one that it began with.
     Returns:
         The result of `evaluate` on the test split.
     Raises:
@@ -55,8 +58,9 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
         settings = config.model_dump(mode="json", exclude=lacking)
         trainer = Trainer(config, RunFolder(as_path(out, "out"), settings, team), team)
         with deferred() as stop_requested, trainer.run.locked():
-            trainer.resume()
-            return trainer.train(stop_requested, report)
+            trainer.resume(measure_products)
+            with set_precision(trainer.precision):
+                return trainer.train(stop_requested, report)
 
 
 class Trainer:
@@ -68,9 +72,11 @@ class Trainer:
         self.task, self.model, self.answer, self.weights, self.optimizers = prepare(config, team.device, team, initial=initial)
         self.done = 0
         self.divergence = Divergence(config.diverged)
+        self.precision = torch.get_float32_matmul_precision()
 
-    def resume(self) -> None:
+    def resume(self, measure_products: bool) -> None:
         """Load the newest checkpoint, if there is one. Raises ZooError if the run began under different weight-decay rules."""
+        on_cpu = self.team.device.type == "cpu"
         if self.config.weight_decay:
             self.run.record_exempt(exempt_from_decay(self.model, self.config.no_decay))
         if checkpoint := self.run.newest_whole():
@@ -79,6 +85,10 @@ class Trainer:
             restore(self.optimizers, self.weights, self.run.load(checkpoint, self.model), progress["numbers"])
             self.done = progress["step"]
             self.divergence = Divergence(self.config.diverged, progress.get("first_losses", ()), progress.get("steps_above", 0))
+            self.precision = progress.get("matmul_precision", self.precision) if on_cpu else self.precision
+        elif measure_products and on_cpu:
+            measured = announced(matmul_precision(self.model.config.d_model)) if self.team.is_main else None
+            self.precision = self.team.broadcast(measured)
 
     def train(self, stop_requested: Callable[[], int], report: Report) -> dict[str, Any]:
         """Take the remaining steps, evaluate, and write the final model. Raises StoppedError.
@@ -160,6 +170,7 @@ class Trainer:
             "first_losses": self.divergence.first,
             "steps_above": self.divergence.above,
             "held_out_loss": held_out_loss,
+            "matmul_precision": self.precision,
             "numbers": numbers,
         }
         try:

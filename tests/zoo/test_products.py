@@ -1,0 +1,99 @@
+"""The precision of float32 products: chosen by measurement, recorded in a run, restored afterwards, never set on import."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import zoo
+from tests.zoo.training.tiny import tiny
+from zoo import products
+from zoo.cli import main
+from zoo.signals import StoppedError
+from zoo.training.loop import train
+
+
+@pytest.fixture(autouse=True)
+def unchanged():
+    assert torch.get_float32_matmul_precision() == "highest"
+    yield
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("faster", "exact", "expected"), [(0.0, 1.0, "medium"), (0.0, 0.0, "highest"), (1e9, 1.0, "highest")])
+def test_medium_must_be_faster_and_exact(faster, exact, expected, monkeypatch):
+    monkeypatch.setattr(products, "FASTER", faster)
+    monkeypatch.setattr(products, "EXACT", exact)
+    assert zoo.matmul_precision(64) == expected
+
+
+def test_medium_that_rounds_is_refused(monkeypatch):
+    """As on a CPU that multiplies bfloat16 under "medium"."""
+    linear = torch.nn.functional.linear
+
+    def rounding(x, weight):
+        medium = torch.get_float32_matmul_precision() == "medium"
+        return linear(x.bfloat16(), weight.bfloat16()).float() if medium else linear(x, weight)
+
+    monkeypatch.setattr(products, "FASTER", 0.0)
+    monkeypatch.setattr(products.F, "linear", rounding)
+    assert zoo.matmul_precision(64) == "highest"
+
+
+def test_a_setting_of_the_process_stays():
+    with products.set_precision("high"):
+        assert zoo.matmul_precision() == "high"
+
+
+def measured(precision, monkeypatch):
+    monkeypatch.setattr("zoo.products.matmul_precision", lambda width: precision)
+    monkeypatch.setattr("zoo.training.loop.matmul_precision", lambda width: precision)
+
+
+def recorded(run):
+    return [json.loads(file.read_text())["matmul_precision"] for file in sorted(run.glob("checkpoints/*/progress.json"))]
+
+
+def test_a_run_keeps_the_precision_that_it_began_with(tmp_path, monkeypatch, capsys):
+    config, seen = tiny(steps=3, checkpoint_every=1, log_every=1, eval_sequences=8), []
+
+    def stop(metrics):
+        seen.append(torch.get_float32_matmul_precision())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    measured("medium", monkeypatch)
+    with pytest.raises(StoppedError):
+        train(config, tmp_path / "run", report=stop, measure_products=True)
+    assert "float32 matmul precision: medium" in capsys.readouterr().err
+    measured("highest", monkeypatch)
+    train(config, tmp_path / "run", report=lambda _: seen.append(torch.get_float32_matmul_precision()), measure_products=True)
+    assert seen == ["medium"] * 3
+    assert set(recorded(tmp_path / "run")) == {"medium"}
+
+
+def test_a_run_without_a_measurement_keeps_that_of_the_process(tmp_path, monkeypatch):
+    measured("medium", monkeypatch)
+    config = tiny(steps=1, eval_sequences=8)
+    train(config, tmp_path / "plain")
+    with products.set_precision("high"):
+        train(config, tmp_path / "high")
+    assert (recorded(tmp_path / "plain"), recorded(tmp_path / "high")) == (["highest"], ["high"])
+
+
+def test_commands_measure(tmp_path, monkeypatch):
+    """`zoo train`, `eval` and `chat` run their products under what was measured. `zoo serve` shares the code of `chat`."""
+    seen = []
+    one_pass = zoo.Model._pass
+    monkeypatch.setattr(zoo.Model, "_pass", lambda *args: seen.append(torch.get_float32_matmul_precision()) or one_pass(*args))
+    monkeypatch.chdir(tmp_path)
+    measured("medium", monkeypatch)
+    zoo.save(zoo.create("gdn4", layers="gdn", d_model=16, d_ff=16, vocab_size=256), "model")
+    (tmp_path / "tiny.yaml").write_text(json.dumps(tiny(steps=1, eval_sequences=8).model_dump(mode="json")))
+    for arguments in (["train", "tiny.yaml", "--out", "run"], ["eval", "run", "--sequences", "8"], ["chat", "model", "--tokens", "1"]):
+        seen.clear()
+        result = CliRunner().invoke(main, arguments, input="hi\n")
+        assert result.exit_code == 0, result.output
+        assert set(seen) == {"medium"}, arguments
