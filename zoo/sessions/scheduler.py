@@ -162,8 +162,7 @@ class Scheduler:
     async def wake(self, stream: Stream, ids: Tensor, keep: int) -> tuple[Tensor, Snapshot]:
         if (tokens := ids.shape[1]) > 1:
             self.reclaim(stream)
-            piece = ids[:, :LONG_SLICE]
-            return await wake_in_slices(stream.model, stream.snapshot, piece, max(0, keep - tokens + piece.shape[1]))
+            return await wake_in_slices(stream.model, stream.snapshot, ids[:, :LONG_SLICE], max(0, keep - max(0, tokens - LONG_SLICE)))
         logits = await Token(ids)
         return logits, after_reading(stream.model, stream.snapshot, ids, logits, None)
 
