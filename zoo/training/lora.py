@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): adapters of low rank beside frozen linear layers, y = W x + alpha / rank * B A x."""
+"""LoRA (arXiv 2106.09685): low-rank adapters alongside frozen linear layers, y = W x + alpha / rank * B A x."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LoRA(BaseModel):
 
 
 class _Adapt:
-    """Forward hook that adds the output of the adapter to that of its layer, of any kind: quantised ones too."""
+    """Forward hook that adds the output of the adapter to that of its layer, which may be quantised."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
