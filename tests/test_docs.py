@@ -91,7 +91,7 @@ ARCHITECTURE = Path("docs/architecture.md")
 def test_the_architecture_names_every_folder_and_every_top_file():
     text = (ROOT / ARCHITECTURE).read_text(encoding="utf-8")
     folders = {f"{folder}/" for file in files() for folder in file.parents if folder != Path(".")}
-    folders = {re.sub(r"^tests/data/oracles/.+", "tests/data/oracles/*/", folder) for folder in folders}
+    folders = {re.sub(r"^(tests/data/oracles|zoo/weights)/.+", r"\1/*/", folder) for folder in folders}
     parents = {"configs/", "tests/data/", "tests/data/oracles/"}  # they hold folders only
     assert [folder for folder in sorted(folders - parents) if f"[`{folder}`](" not in text] == []
     assert [file.name for file in files() if len(file.parts) == 1 and f"](../{file})" not in text] == []

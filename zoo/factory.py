@@ -19,6 +19,8 @@ from zoo.files import as_path
 from zoo.initialise import initialise
 from zoo.model import Model
 
+WEIGHTS = Path(__file__).parent / "weights"
+"""Models that come with the package, each in a folder of its full name."""
 DOWNLOADED = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 """Files of a repository that hold a model in one format; its tokenizer and other companions come with them."""
 
@@ -40,15 +42,15 @@ def create(
         dtype: dtype of the weights and activations, or its name ("bfloat16"). Norms, decays and fast weights are float32 or wider.
         seed: seed of the weights, which are the same on every run of one device type.
         pretrained: a folder to take the weights from. It may hold an upstream checkpoint (inserted blocks keep their initial
-            weights), or a model written by `zoo.save` or `zoo train`, whose sleep settings may differ. True: download the
-            weights that the config names.
+            weights), or a model written by `zoo.save` or `zoo train`, whose sleep settings may differ. True: the weights that
+            come with the package under this name, such as "cycle2-sleep4", or else a download of those that the config names.
         overrides: config fields, for example `layers="attn gdn", d_model=128, blocks={"gdn": {"heads": 2}}`.
     Raises:
         ZooError: an unknown name or field, a value that does not fit, or a checkpoint of another architecture.
     """
     dtype = parse_dtype(dtype)
     config = resolve(model, overrides)
-    checkpoint = _download(config) if pretrained is True else as_path(pretrained, "pretrained") if pretrained else None
+    checkpoint = _published(config) if pretrained is True else as_path(pretrained, "pretrained") if pretrained else None
     device = usable_device(device)
     made = cast(empty_model(config), dtype)
     if checkpoint is not None:
@@ -62,10 +64,20 @@ def create(
     return made
 
 
+def _published(config: ModelConfig) -> Path:
+    """Return the folder of the weights that a name stands for: in the package, or downloaded."""
+    if (folder := WEIGHTS / config.name).is_dir():
+        return folder
+    if config.hub is not None:
+        return _download(config)
+    relatives = sorted(each.name for each in WEIGHTS.iterdir() if config.name.startswith(each.name.partition("-")[0]))
+    if relatives:
+        raise ZooError(f"{config.name}: pretrained: there are weights for {', '.join(relatives)}; `loops` changes the passes of each")
+    raise ZooError(f"{config.name}: pretrained: no published weights are known; give the path of a folder instead")
+
+
 def _download(config: ModelConfig) -> Path:
     """Download the config's repository; returns its folder in the cache of huggingface_hub: config.json and one format of the weights."""
-    if config.hub is None:
-        raise ZooError(f"{config.name}: pretrained: no published weights are known; give the path of a folder instead")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
