@@ -69,24 +69,24 @@ def _published(config: ModelConfig) -> Path:
     if (folder := WEIGHTS / config.name).is_dir():
         return folder
     if config.hub is not None:
-        return _download(config)
+        return _download(config.name, config.hub)
     relatives = sorted(each.name for each in WEIGHTS.iterdir() if config.name.startswith(each.name.partition("-")[0]))
     if relatives:
         raise ZooError(f"{config.name}: pretrained: there are weights for {', '.join(relatives)}; `loops` changes the passes of each")
     raise ZooError(f"{config.name}: pretrained: no published weights are known; give the path of a folder instead")
 
 
-def _download(config: ModelConfig) -> Path:
-    """Download the config's repository; returns its folder in the cache of huggingface_hub: config.json and one format of the weights."""
+def _download(name: str, hub: str) -> Path:
+    """Download a repository; returns its folder in the cache of huggingface_hub: config.json and one format of the weights."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ZooError(f"{config.name}: pretrained: downloading {config.hub} needs huggingface_hub; install it, or give a folder") from None
+        raise ZooError(f"{name}: pretrained: downloading {hub} needs huggingface_hub; install it, or give a folder") from None
     try:
-        folder = Path(snapshot_download(config.hub, allow_patterns=[*DOWNLOADED, *COMPANIONS]))
+        folder = Path(snapshot_download(hub, allow_patterns=[*DOWNLOADED, *COMPANIONS]))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(config.hub, allow_patterns=["pytorch_model.bin"])
+            snapshot_download(hub, allow_patterns=["pytorch_model.bin"])
     except Exception as error:  # whichever exception the network or the hub raises
         why = str(error).strip().partition("\n")[0]
-        raise ZooError(f"{config.name}: pretrained: {config.hub} cannot be downloaded: {why}; give the path of a folder instead") from None
+        raise ZooError(f"{name}: pretrained: {hub} cannot be downloaded: {why}; give the path of a folder instead") from None
     return folder
