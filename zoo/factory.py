@@ -66,12 +66,12 @@ def create(
 
 def _published(config: ModelConfig) -> Path:
     """Return the folder of the weights that a name stands for: in the package, or downloaded."""
-    if (folder := WEIGHTS / config.name).is_dir():
-        return folder
+    known = sorted(folder.name for folder in WEIGHTS.iterdir())
+    if config.name in known:
+        return WEIGHTS / config.name
     if config.hub is not None:
         return _download(config.name, config.hub)
-    relatives = sorted(each.name for each in WEIGHTS.iterdir() if config.name.startswith(each.name.partition("-")[0]))
-    if relatives:
+    if relatives := [name for name in known if config.name.startswith(name.partition("-")[0])]:
         raise ZooError(f"{config.name}: pretrained: there are weights for {', '.join(relatives)}; `loops` changes the passes of each")
     raise ZooError(f"{config.name}: pretrained: no published weights are known; give the path of a folder instead")
 
