@@ -2,7 +2,8 @@
 
     python -m benchmarks.decode [--all]
 
-"weights alone" is the lower bound: only the products of the model's matrices with one row per stream.
+"weights alone" is the lower bound: only the products of the model's matrices with one row per stream. As in `zoo chat`, our weights
+are laid out as `zoo.arrange_weights` finds; all contenders run under the precision that `zoo.matmul_precision` finds.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def _rows(batch: int, width: int) -> Tensor:
 @torch.no_grad()
 def main(large: bool) -> None:
     rows = []
+    torch.set_float32_matmul_precision(zoo.matmul_precision())
     for name, model, theirs in pairs(large):
+        zoo.arrange_weights(model)
         for batch in (1, 16):
             prompt = torch.randint(WORDS, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
             contenders = {

@@ -10,6 +10,7 @@ from zoo.costs import describe as describe
 from zoo.errors import ZooError as ZooError
 from zoo.factory import create as create
 from zoo.model import Model as Model
+from zoo.products import arrange_weights as arrange_weights
 from zoo.products import matmul_precision as matmul_precision
 from zoo.sessions.pool import PoolFullError as PoolFullError
 from zoo.sessions.pool import SessionPool as SessionPool

@@ -312,12 +312,12 @@ def chat(
     MODEL is the folder of a model or of an exported bundle, or a name. FIELD=VALUE replaces a field of its config, such as
     window=512. Ctrl-C ends an answer, Ctrl-D the conversation.
     """
-    from zoo.products import fast_products
+    from zoo.products import fast_decoding
     from zoo.serving.chat import converse
     from zoo.sessions.session import Session
 
     opened, tokenizer = _open(model, overrides, device, dtype)
-    with interruptible(), fast_products(opened.config.d_model, device):
+    with interruptible(), fast_decoding(opened):
         converse(Session(opened), tokenizer, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
 
 
@@ -378,7 +378,7 @@ def serve(
     window=512. The endpoints are OpenAI-compatible. Requests with the same "session": "some-id" continue one stream.
     On SIGTERM or Ctrl-C, requests in progress are answered and new ones refused.
     """
-    from zoo.products import fast_products
+    from zoo.products import fast_decoding
     from zoo.serving.app import Limits, check_address, make_app  # raises a ZooError that names what to install
     from zoo.serving.draining import run
     from zoo.sessions.pool import SessionPool
@@ -387,7 +387,7 @@ def serve(
     opened, tokenizer = _open(model, overrides, device, dtype)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
     limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle, prefixes=prefix_bytes)
-    with fast_products(opened.config.d_model, device):
+    with fast_decoding(opened):
         run(make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys, store=store), host, port, grace)
 
 

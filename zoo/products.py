@@ -1,7 +1,8 @@
-"""Products of float32 matrices on a CPU by the faster library of torch, found by measurement."""
+"""Products of float32 matrices on a CPU: the faster library of torch and the faster layout of weights, found by measurement."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -9,8 +10,13 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from zoo.blocks.tied_head import TiedHead
+from zoo.model import Model
 
 FASTER = 1.3  # least speedup for which the precision is changed
+BY_COLUMNS = 1.1  # least speedup of one row for which weights are stored by columns
 EXACT = 1e-6  # largest error, relative to the largest entry in float64
 ROUNDS = 10
 
@@ -46,6 +52,44 @@ def matmul_precision(width: int = 512) -> str:
     return "medium" if faster >= FASTER and error < EXACT else before
 
 
+def arrange_weights(model: nn.Module) -> bool:
+    """Store the weights of linear layers and of the head by columns, if this CPU multiplies one row faster that way. In place.
+
+    Decoding multiplies one row per stream, which takes as long as reading the weights: MKL reads them by columns up to twice as
+    fast. Only strides change. Names, shapes, values and files stay as they are, and nothing is stored twice; training, hooks and
+    later changes of the weights work as before. Weights of other modules, quantised, parametrised or not float32 are not touched.
+
+    Returns:
+        True if the weights are stored by columns now. Both layouts are timed for a few milliseconds.
+    """
+    if not by_columns_is_faster():
+        return False
+    for module in model.modules():
+        if type(module) in (nn.Linear, TiedHead):
+            weight = module.weight
+            if type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32 and weight.is_contiguous():
+                weight.data = weight.data.t().contiguous().t()
+    return True
+
+
+@torch.no_grad()
+def by_columns_is_faster() -> bool:
+    """Return True if one row is multiplied faster with a weight that is stored by columns, and many rows are not slower."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4096, 512, generator=generator, device="cpu")
+    layouts = weight, weight.t().contiguous().t()
+    faster = {}
+    for rows in (1, 64):
+        x, seconds = torch.ones(rows, 512, device="cpu"), ([math.inf], [math.inf])
+        for _ in range(ROUNDS // 2):
+            for layout, taken in zip(layouts, seconds, strict=True):
+                started = time.perf_counter()
+                F.linear(x, layout)
+                taken.append(time.perf_counter() - started)
+        faster[rows] = min(seconds[0]) / min(seconds[1])
+    return faster[1] >= BY_COLUMNS and faster[64] >= 1 / BY_COLUMNS
+
+
 @contextmanager
 def set_precision(precision: str) -> Iterator[None]:
     """Set torch's float32 matmul precision for the whole process until the context ends."""
@@ -61,6 +105,17 @@ def set_precision(precision: str) -> Iterator[None]:
 def fast_products(width: int, device: str) -> Iterator[None]:
     """Set what `matmul_precision(width)` finds until the context ends, if `device` is the CPU."""
     with set_precision(announced(matmul_precision(width))) if device == "cpu" else nullcontext():
+        yield
+
+
+@contextmanager
+def fast_decoding(model: object) -> Iterator[None]:
+    """Run a session or a pool of `zoo.Model` on a CPU under `fast_products` and with `arrange_weights`; change nothing for others."""
+    if not isinstance(model, Model) or not model.embed.weight.is_cpu:
+        yield
+        return
+    with fast_products(model.config.d_model, "cpu"):
+        arrange_weights(model)
         yield
 
 

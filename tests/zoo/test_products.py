@@ -85,9 +85,16 @@ def test_a_run_without_a_measurement_keeps_that_of_the_process(tmp_path, monkeyp
 
 def test_commands_measure(tmp_path, monkeypatch):
     """`zoo train`, `eval` and `chat` run their products under what was measured. `zoo serve` shares the code of `chat`."""
-    seen = []
+    seen, layouts = [], []
     one_pass = zoo.Model._pass
-    monkeypatch.setattr(zoo.Model, "_pass", lambda *args: seen.append(torch.get_float32_matmul_precision()) or one_pass(*args))
+
+    def watched(model, *args):
+        seen.append(torch.get_float32_matmul_precision())
+        layouts.append(model.head.weight.is_contiguous())
+        return one_pass(model, *args)
+
+    monkeypatch.setattr(zoo.Model, "_pass", watched)
+    monkeypatch.setattr(products, "by_columns_is_faster", lambda: True)
     monkeypatch.chdir(tmp_path)
     measured("medium", monkeypatch)
     zoo.save(zoo.create("gdn4", layers="gdn", d_model=16, d_ff=16, vocab_size=256), "model")
@@ -97,3 +104,5 @@ def test_commands_measure(tmp_path, monkeypatch):
         result = CliRunner().invoke(main, arguments, input="hi\n")
         assert result.exit_code == 0, result.output
         assert set(seen) == {"medium"}, arguments
+    assert not layouts[-1]  # of chat, and of no other command
+    assert layouts[0]

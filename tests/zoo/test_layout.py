@@ -1,0 +1,117 @@
+"""Weights stored by columns: nothing but strides and rounding changes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from zoo import products
+
+IDS = torch.randint(11, (1, 20), generator=torch.Generator().manual_seed(0))
+BLOCKS = {"attn": {"heads": 2}, "gdn": {"heads": 2}, "mamba2": {"head_dim": 8, "state_dim": 8, "bias": True}}
+
+
+@pytest.fixture(autouse=True)
+def by_columns(monkeypatch):
+    monkeypatch.setattr(products, "by_columns_is_faster", lambda: True)
+
+
+def small(**fields):
+    layers = {"layers": "attn gdn mamba2", "blocks": BLOCKS, "d_model": 32, "d_ff": 16, "vocab_size": 11}
+    return zoo.create("gdn4-sleep2-hard8", **{**layers, **fields})
+
+
+def arranged(model):
+    twin = copy.deepcopy(model)
+    assert zoo.arrange_weights(twin)
+    return twin
+
+
+def strided(model):
+    return {name for name, weight in model.named_parameters() if not weight.is_contiguous()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_sessions_and_pools_compute_the_same(tied):
+    plain = small(tie_embeddings=tied)
+    ours, exact = arranged(plain), copy.deepcopy(plain).double()
+    linears = {f"{name}.weight" for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+    assert strided(ours) == linears | ({"embed.weight"} if tied else set())
+    want = zoo.Session(exact).feed(IDS)
+    error = [(zoo.Session(model).feed(IDS) - want).norm() / want.norm() for model in (plain, ours)]
+    assert error[1] < 2 * error[0] + 1e-6
+    answer = list(zoo.Session(plain).generate(IDS, 12))
+    assert list(zoo.Session(ours).generate(IDS, 12)) == answer
+    with zoo.SessionPool(ours) as pool:
+        assert list(pool.open().generate(IDS, 12)) == answer
+
+
+def test_weights_are_held_once_and_files_are_plain(tmp_path):
+    plain = small()
+    ours = arranged(plain)
+    assert sum(p.untyped_storage().nbytes() for p in ours.parameters()) == sum(p.nbytes for p in plain.parameters())
+    assert all(torch.equal(ours.get_parameter(name), weight) for name, weight in plain.named_parameters())
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    for name, model in {"plain": plain, "ours": ours}.items():
+        zoo.save(model, tmp_path / name)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "ours")]
+    assert files[0] == files[1]
+    zoo.Session(ours).save(tmp_path / "stream")
+    zoo.Session(plain).load(tmp_path / "stream")  # which compares fingerprints
+
+
+@torch.no_grad()
+def test_changed_replaced_and_hooked_modules_take_effect():
+    plain = small()
+    ours = arranged(plain)
+    for model in (plain, ours):
+        model.blocks[0].mixer.q_proj.weight.mul_(2)
+        model.blocks[1].mixer.o_proj.load_state_dict({"weight": torch.eye(model.blocks[1].mixer.o_proj.in_features)[:32]})
+        model.blocks[2].mlp.up_proj = nn.Linear(32, 16, bias=False).requires_grad_(False)
+        model.blocks[2].mlp.up_proj.weight.fill_(0.1)
+        model.blocks[0].mlp.down_proj.register_forward_hook(lambda module, args, out: 3 * out)
+    torch.testing.assert_close(zoo.Session(ours).feed(IDS), zoo.Session(plain).feed(IDS))
+
+
+def test_training_computes_the_same_gradients():
+    plain = small()
+    ours, mask = arranged(plain), torch.arange(20).expand(1, 20) >= 8
+    for model in (plain, ours):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model.loss(IDS, mask).backward()
+        optimizer.step()
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, weight.grad, rtol=1e-4, atol=1e-6)
+    assert strided(ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.bfloat16(),
+        lambda model: [nn.utils.parametrizations.weight_norm(m) for m in list(model.modules()) if isinstance(m, nn.Linear)],
+        lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True),
+    ],
+    ids=["bfloat16", "parametrised", "quantised"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_other_weights_stay_as_they_are(change):
+    model = small()
+    nn.init.normal_(model.blocks[1].mixer.b_proj.weight)
+    change(model)
+    want = zoo.Session(model).feed(IDS)
+    zoo.arrange_weights(model)
+    assert not strided(model)
+    assert torch.equal(zoo.Session(model).feed(IDS), want)
+
+
+def test_layouts_are_measured(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(products, "BY_COLUMNS", 1e9)
+    model = small()
+    assert not zoo.arrange_weights(model)
+    assert not strided(model)
