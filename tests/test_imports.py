@@ -27,7 +27,7 @@ LAYERS = (
     ),
     ("zoo.config", "zoo.state"),
     ("zoo.inputs", "zoo.loss", "zoo.model", "zoo.stack"),
-    ("zoo.initialise",),
+    ("zoo.initialise", "zoo.products"),
     ("zoo.checkpoints", "zoo.factory"),
     ("zoo.costs",),
     ("zoo.text",),
