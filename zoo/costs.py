@@ -113,12 +113,13 @@ def training_flops(model: Model, loss_mask: Tensor, *, loops: int | None = None)
     forward = int(predicted(loss_mask, plan).sum()) * _head(model)
     for chunk in plan:
         tokens, past = chunk.read - chunk.start, 0 if model.eviction.restarts else chunk.start
+        streams = len(chunk.of(loss_mask))
         if chunk.awake:
-            forward += len(loss_mask) * _blocks(model, model.passes(config.wake_loops), tokens, past)
+            forward += streams * _blocks(model, model.passes(config.wake_loops), tokens, past)
         if chunk.asleep:
             passes = model.passes((loops or config.loops) * config.wake_loops, asleep=True)
             done = 1 if chunk.awake and model.wakes_as_it_sleeps else 0
-            forward += len(loss_mask) * _blocks(model, passes[done:], tokens, past)
+            forward += streams * _blocks(model, passes[done:], tokens, past)
     return 3 * forward
 
 

@@ -240,16 +240,17 @@ class Model(nn.Module):
         window = tuple(None if cache is None else self.eviction.evict(cache) for cache in state.window)
         return State(state.fast, window, 0 if self.eviction.restarts else state.position)
 
-    def loss(self, ids: Tensor, loss_mask: Tensor) -> Tensor:
+    def loss(self, ids: Tensor, loss_mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy of the supervised tokens, with sleep between the chunks (Algorithm 1 of arXiv 2605.26099).
 
         Args:
             ids: [B, T] int64.
             loss_mask: [B, T], bool or 0 and 1: true where a token must be predicted from those before it.
+            cu_seqlens: as in `answers`.
         Raises:
             ZooError: as `answers`.
         """
-        return self.answers(ids, loss_mask).losses().mean()
+        return self.answers(ids, loss_mask, cu_seqlens=cu_seqlens).losses().mean()
 
     def answers(
         self,
@@ -259,6 +260,7 @@ class Model(nn.Module):
         loops: int | None = None,
         recompute: Recompute = "nothing",
         backward_chunks: int | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Answers:
         """Return the predictions of the supervised tokens, which `loss` averages. `zoo.loss.chunks` says which chunks sleep.
 
@@ -270,11 +272,13 @@ class Model(nn.Module):
             recompute: activations to recompute in the backward pass. "passes" stores hidden states between passes and the
                 activations of one pass; "chunks" stores the state at the start of each chunk, at the cost of two more forward passes.
             backward_chunks: truncate gradients to groups of this many chunks, counted from the last; default: no truncation.
+            cu_seqlens: [S + 1] int32 or int64, offsets of S sequences packed into ids: [1, total]. Each is a stream of its own, cut at
+                multiples of the window from its own first token.
         Raises:
-            ZooError: shapes that differ, a mask that is not bool or 0 and 1, negative ids, no token that can be predicted, rows that
-                disagree on which chunks carry loss, or a model with several loops that would never sleep.
+            ZooError: shapes that differ, a mask that is not bool or 0 and 1, negative ids, no token that can be predicted, `cu_seqlens`
+                that does not fit, or a model with several loops that would never sleep.
         """
-        return answers(self, ids, loss_mask, loops=loops, recompute=recompute, backward_chunks=backward_chunks)
+        return answers(self, ids, loss_mask, loops=loops, recompute=recompute, backward_chunks=backward_chunks, cu_seqlens=cu_seqlens)
 
     def embedded(self, ids: Tensor, positions: Positions, *, asleep: bool = False) -> Tensor:
         """Embed tokens and, where the model has them, their learned positions: ids [B, T] -> [B, T, D]."""
