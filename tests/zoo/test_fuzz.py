@@ -97,7 +97,7 @@ DRAWN = given(configs(), st.integers(1, 12), st.integers(1, 5), st.integers(0, 1
 HOW: dict[str, Any] = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=80, **HOW)
+@settings(max_examples=50, **HOW)
 @DRAWN
 def test_contract(config: dict[str, Any], length: int, pieces: int, seed: int) -> None:
     check(config, length, pieces, seed)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import zoo
+from zoo.config import resolve
 
 PARAMETERS = {
     "jet2b": 1_964_806_208,
@@ -65,10 +66,15 @@ LARGER |= {"lfm2-700m", "lfm2-1.2b"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.extended) if name in LARGER else name for name in zoo.list_models()])
-def test_every_model_sleeps(name: str) -> None:
-    model = zoo.create(f"{name}-sleep2", device="meta")
-    assert model.config.loops == 2
-    assert model.config.window is not None
+@pytest.mark.parametrize("depth", ["a layer of each kind", pytest.param("all layers", marks=pytest.mark.extended)])
+def test_every_model_sleeps(name: str, depth: str) -> None:
+    config = resolve(f"{name}-sleep2")
+    assert config.loops == 2
+    assert config.window is not None
+    if depth == "a layer of each kind":
+        kinds, mlps = zip(*dict.fromkeys(zip(config.pattern, config.mlp_pattern, strict=True)), strict=True)
+        config = resolve(config, {"layers": " ".join(kinds), "mlp": " ".join(mlps), "span": None})
+    model = zoo.create(config, device="meta")
     state = model.consolidate(torch.zeros(1, 4, dtype=torch.int64, device="meta"))
     assert len(state.fast) == len(model.blocks)
 
