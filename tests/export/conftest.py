@@ -87,7 +87,6 @@ FORMS = {
     "int8": ({"layers": "gdn", "d_model": 32, "d_ff": 32}, {"weights": "int8"}),
     "int4": ({"layers": "gdn", "d_model": 32, "d_ff": 32}, {"weights": "int4"}),
     "half": ({"layers": "gdn attn", "dtype": torch.float16}, {}),
-    "gdn4": ({"name": "gdn4-sleep4"}, {"prefill": 8}),
 }
 OUROJET = {
     "layers": "attn*2 jet attn jet",
@@ -103,6 +102,7 @@ MORE = {
     "jet": ({"layers": "jet"}, PREFILL),
     "mamba": ({"layers": "mamba"}, PREFILL),
     "mamba2": ({"layers": "mamba2", "blocks": {"mamba2": {"groups": 2}}}, PREFILL),
+    "gdn4": ({"name": "gdn4-sleep4"}, {"prefill": 8}),
     "ort-gdn4": ({"layers": "(attn gdn)*2"}, {"dialect": "ort", **PREFILL}),
     "ort-mix": ({"layers": "mamba2 swa jet gdn attn mamba", "evict": "sliding", "span": [1, 4]}, {"dialect": "ort"}),
     "jets": ({"layers": "jet attn jet swa jet", "span": [1, 3], "norm": "wide", "tie_embeddings": True}, PREFILL),
