@@ -20,6 +20,7 @@ import zoo
 from tests.zoo.training.tiny import TINY
 from zoo.costs import training_flops
 from zoo.training.ablation import ablate
+from zoo.training.loop import train
 from zoo.training.plan import arms_of, read_plan, runs_of
 from zoo.training.plots import read_run
 from zoo.training.prepare import prepare
@@ -191,8 +192,21 @@ def test_shipped_plans_fit_together(name):
     assert plan.reference in (None, *(arm.name for arm in arms))
 
 
-def test_a_folder_becomes_a_table(planned, tmp_path):
+def in_this_process(jobs, processes):
+    """Train every job here. Stands for the pool of workers, which takes seconds to start and has tests of its own."""
+    failed = {}
+    for name, job in jobs.items():
+        try:
+            train(job.config, job.folder)
+            job.after(job.folder)
+        except zoo.ZooError as error:
+            failed[name] = str(error)
+    return failed
+
+
+def test_a_folder_becomes_a_table(planned, tmp_path, monkeypatch):
     """The files repeat what the folders of the runs hold, and nothing is trained twice."""
+    monkeypatch.setattr("zoo.training.ablation.train_all", in_this_process)
     plan, out = planned(test_loops=[1, 3], arms={"wild": {"lr": 1e30, "clip": 1e30, "overrides.loops": 1}}), tmp_path / "out"
     with pytest.raises(zoo.ZooError, match=r"2 runs failed: wild, 4 steps, seed 3: .*try a lower lr"):
         ablate(plan, out, processes=1)
@@ -244,26 +258,31 @@ def test_other_files_in_the_folder_are_not_touched(planned, tmp_path):
 
 @pytest.mark.parametrize("blow", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.extended)])
 def test_an_interrupted_ablation_resumes(planned, tmp_path, blow):
-    """No process survives, the run under way resumes from its checkpoint, and no run is lost."""
+    """No process survives, the run under way resumes from its checkpoint, and it ends as a run that was not interrupted."""
     plan, out = (
-        planned({"base": {"steps": 300, "checkpoint_every": 5}}, grid={"lr": [0.001]}, seeds=[0], match=["tokens"]),
+        planned({"base": {"steps": 100, "checkpoint_every": 5}}, grid={"lr": [0.001]}, seeds=[0], match=["tokens"]),
         tmp_path / "out",
     )
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")))
     command = [sys.executable, "-c", "from zoo.cli import main; main()", "ablate", tmp_path / "plan.yaml", "--out", out, "--processes", "1"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    folder = out / "runs" / "lr=0.001-300steps-seed0"
+    folder = out / "runs" / "lr=0.001-100steps-seed0"
     wait_for(lambda: list(folder.glob("checkpoints/[0-9]*")))
     running.send_signal(blow)
     _, errors = running.communicate(timeout=600)
+    assert running.returncode == (128 + blow if blow == signal.SIGTERM else -blow)
     assert ("the same command resumes" in errors) == (blow == signal.SIGTERM)
     wait_for(lambda: not held(folder))  # after SIGKILL the worker stops by itself
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     reached = int(max(path.name for path in folder.glob("checkpoints/[0-9]*")))
-    assert 5 <= reached == lines[-1]["step"] < 300
+    assert 5 <= reached == lines[-1]["step"] < 100
     assert "| lr=0.001 |" in ablate(plan, out, processes=1)
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 301))
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 101))
     assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][: len(lines)] == lines
+    ((run,),) = runs_of(plan, arms_of(plan)).values()
+    train(run.config, tmp_path / "whole")
+    interrupted, whole = (zoo.load(path).state_dict() for path in (folder, tmp_path / "whole"))
+    assert all(torch.equal(interrupted[name], whole[name]) for name in whole)
 
 
 def held(folder):
