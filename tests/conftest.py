@@ -6,15 +6,44 @@ import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+# Scopes that take long, the longest first: they begin first, so that the workers end together.
+EXPORT = "tests/export"
+LONG = (
+    EXPORT,
+    "tests/kernels/test_convolutions.py",
+    "tests/test_contributing.py",
+    "tests/zoo/training/test_parallel.py",
+    "tests/zoo/training/test_interruptions.py",
+    "tests/test_docs.py",
+    "tests/zoo/training/test_ablation.py",
+    "tests/test_packaging.py",
+    "tests/test_examples.py",
+    "tests/blocks/test_conformance.py",
+    "tests/zoo/training/test_resume.py",
+    "tests/zoo/test_models.py",
+    "tests/zoo/tasks/test_tasks.py",
+)
+
+
+def scope(nodeid):
+    """Return the file of a test. The tests that read exported bundles are one scope, since a process traces equal blocks once."""
+    file = nodeid.split("::")[0]
+    return EXPORT if file.startswith(f"{EXPORT}/") else file
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(scope(item.nodeid), len(LONG)))
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Run each file in one worker, which builds its fixtures once, and all of tests/export in one, which share bundles."""
+    """Run each scope in one worker, which builds its fixtures once."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFile(LoadScopeScheduling):
+    class ByScope(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.split("::")[0]
-            return "tests/export" if file.startswith("tests/export/") else file
+            return scope(nodeid)
 
-    return ByFile(config, log)
+    config.option.loadscopereorder = False  # otherwise the scopes of most tests begin first
+    return ByScope(config, log)
