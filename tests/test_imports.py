@@ -29,7 +29,7 @@ LAYERS = (
     ("zoo.inputs", "zoo.loss", "zoo.model", "zoo.stack"),
     ("zoo.initialise", "zoo.products"),
     ("zoo.checkpoints", "zoo.factory"),
-    ("zoo.costs",),
+    ("zoo.costs", "zoo.facets"),
     ("zoo.text",),
     ("zoo.tasks",),
     ("zoo.sessions",),

@@ -5,9 +5,9 @@ from zoo import kernels as kernels
 from zoo.checkpoints.own import load as load
 from zoo.checkpoints.own import save as save
 from zoo.config import ModelConfig as ModelConfig
-from zoo.config import list_models as list_models
 from zoo.costs import describe as describe
 from zoo.errors import ZooError as ZooError
+from zoo.facets import list_models as list_models
 from zoo.factory import create as create
 from zoo.model import Model as Model
 from zoo.products import arrange_weights as arrange_weights

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from zoo.config import list_models, parse_overrides
+from zoo.config import parse_overrides
 from zoo.errors import ZooError
+from zoo.facets import list_models
 from zoo.files import as_path
 from zoo.options import DEVICE, DTYPE, PATH, Number
 from zoo.signals import StoppedError, interruptible
@@ -69,13 +70,19 @@ def main() -> None:
 
 @main.command("list")
 @click.argument("wildcard", default="*")
-def list_(wildcard: str) -> None:
-    """List the models whose names match WILDCARD, such as 'jet*'.
+@click.option("--sleeps", is_flag=True, help="Only models with fast weights, into which a sleep consolidates.")
+@click.option("--family", metavar="TYPE", help="Only models of this checkpoint family, the model_type in config.json, such as bamba.")
+@click.option("--params", metavar="RANGE", help="Only models with this number of parameters, such as 1b..3b, 3b.. or ..500m.")
+@click.option("--mixer", metavar="KIND", help="Only models with a layer of this kind, such as mamba2.")
+def list_(wildcard: str, sleeps: bool, family: str | None, params: str | None, mixer: str | None) -> None:
+    """List the models whose names match WILDCARD, such as 'jet*', and that match every option.
 
     Suffixes may be added to a name, in this order: -sleep<N> for N passes per sleep, then -hard<L>, -slide<L> or -full for what
     happens to the window cache when a window of L tokens is full.
     """
-    names = list_models(wildcard)
+    names = list_models(wildcard, sleeps=sleeps, family=family, params=params, mixer=mixer)
+    if not names and (named := list_models(wildcard)):
+        raise ZooError(f"no model matches '{wildcard}' with these options; without them: {', '.join(named)}")
     if not names:
         raise ZooError(f"no model matches '{wildcard}'; allowed: {', '.join(list_models())}")
     click.echo("\n".join(names))

@@ -5,7 +5,6 @@ A model file may have one key that is not a field of the config: `sleep:` holds 
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -319,8 +318,3 @@ def _form_in(annotation: Any) -> Any:
     if hasattr(annotation, "model_fields"):
         return annotation
     return next(filter(None, map(_form_in, get_args(annotation))), None)
-
-
-def list_models(wildcard: str = "*") -> list[str]:
-    """Return the base names that match, such as "jet*", sorted. Suffixes such as `-sleep<N>` may be added to each."""
-    return [name for name in models.names() if fnmatch.fnmatchcase(name, wildcard)]

@@ -45,6 +45,25 @@ def config(tmp_path):
 
 def test_list():
     assert run("list", "gdn*").output.split() == zoo.list_models("gdn*")
+    facets = ("--sleeps", "--family", "granitemoehybrid", "--mixer", "attn", "--params", "..1b")
+    assert run("list", *facets).output.split() == ["granite4-h-350m"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing*"], "no model matches 'nothing*'; allowed: "),
+        (["lfm2*", "--sleeps"], "no model matches 'lfm2*' with these options; without them: lfm2-1.2b, "),
+        (["--family", "llama"], "no model matches '*' with these options; without them: "),
+        (["--family", "bambi"], "family: 'bambi' is unknown; did you mean 'bamba'? allowed: bamba, "),
+        (["--mixer", "gnd"], "mixer: 'gnd' is unknown; did you mean 'gdn'? allowed: attn, "),
+        (["--params", "3b"], "params: '3b'; want a range such as 1b..3b, 3b.. or ..500m"),
+    ],
+)
+def test_list_nothing(arguments, message):
+    output = run("list", *arguments, status=2).output
+    assert output.startswith(f"Error: {message}")
+    assert output.count("\n") == 1
 
 
 def test_describe_prints_a_table_or_yaml(tmp_path):
@@ -163,7 +182,12 @@ def test_bad_input_is_one_line_and_status_2(config, arguments, message):
 
 @pytest.mark.parametrize(
     ("module", "arguments"),
-    [("zoo.cli", ["--help"]), ("zoo.cli", ["list"]), ("zoo.cli", ["train", "--help"]), ("zoo.export.cli", ["--help"])],
+    [
+        ("zoo.cli", ["--help"]),
+        ("zoo.cli", ["list", "--family", "bamba", "--mixer", "mamba2"]),
+        ("zoo.cli", ["train", "--help"]),
+        ("zoo.export.cli", ["--help"]),
+    ],
 )
 def test_names_and_help_do_not_import_torch(module, arguments):
     code = f"import sys; from {module} import main; main({arguments}, standalone_mode=False); sys.exit('torch' in sys.modules)"

@@ -209,12 +209,6 @@ def test_wrong_file(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_list_models():
-    assert "gdn4" in zoo.list_models()
-    assert zoo.list_models("gdn*") == [name for name in zoo.list_models() if name.startswith("gdn")]
-    assert zoo.list_models("nothing*") == []
-
-
 @pytest.mark.parametrize("name", zoo.list_models())
 def test_every_model_in_the_zoo(name):
     """Every shipped config is valid, also with sleep, and has a description."""
