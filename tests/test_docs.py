@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 import zoo
+from docs.families import PAGE, page
+from zoo.config import resolve
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,6 +85,30 @@ def test_every_model_block_task_and_family_is_described():
     text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
     names = [*zoo.list_models(), *mixers.names(), *tasks.names(), *families.names()]
     assert [name for name in names if not re.search(rf"`{re.escape(name)}`", text)] == []
+
+
+def test_the_families_are_not_stale():
+    """`python -m docs.families` has been run since the last change of a config, an oracle or docs/families.yaml."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text) == text
+
+
+def test_the_families_have_the_published_costs():
+    """Bytes of fast weights and of KV per token, by hand from the shapes: heads, N and P of each layer in float32, K and V in bfloat16."""
+    cells = [line.strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.count("|") == 8]
+    rows = {row[1].strip(" `"): [cell.strip() for cell in row] for row in cells if "`" in row[1]}
+    assert sorted(rows) == zoo.list_models()
+    fast = {"granite4-h-tiny": 36 * 48 * 128 * 64 * 4, "falcon-mamba-7b": 64 * 8192 * 16 * 4, "qwen3-next-80b-a3b": 36 * 32 * 128 * 128 * 4}
+    assert {name: rows[name][4] for name in fast} == {name: f"{number / 2**20:.3g} MiB" for name, number in fast.items()}
+    cached = {"granite4-h-tiny": 4 * 2 * 4 * 128 * 2, "ouro1.4b": 4 * 24 * 2 * 16 * 128 * 2, "lfm2-1.2b": 6 * 2 * 8 * 64 * 2}
+    assert {name: rows[name][5] for name in cached} == {name: f"{number / 2**10:.3g} KiB" for name, number in cached.items()}
+    assert (rows["falcon-mamba-7b"][5], rows["ouro1.4b"][4]) == ("none", "none")
+    assert {name for name in rows if "Unconfirmed" in resolve(name).about} == {name for name in rows if rows[name][6]}
+
+
+def test_every_oracle_is_named():
+    text = PAGE.read_text(encoding="utf-8")
+    assert [folder.name for folder in (ROOT / "tests/data/oracles").iterdir() if f"`{folder.name}`" not in text] == []
 
 
 ARCHITECTURE = Path("docs/architecture.md")

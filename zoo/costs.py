@@ -48,14 +48,14 @@ class Description:
             ("layers", f"{len(config.pattern)}: {config.layers}"),
             (
                 "parameters",
-                f"{count(self.parameters)} ({_bytes(self.weight_bytes)})"
+                f"{count(self.parameters)} ({size(self.weight_bytes)})"
                 + (f", {count(self.active_parameters)} active" if self.active_parameters < self.parameters else ""),
             ),
-            ("fast weights", f"{_bytes(self.state_bytes)} per stream"),
+            ("fast weights", f"{size(self.state_bytes)} per stream"),
             (
                 "window cache",
-                f"{_bytes(self.kv_bytes_per_token)} per token"
-                + (f", {_bytes(self.window_bytes)} when full" if self.window_bytes is not None else ""),
+                f"{size(self.kv_bytes_per_token)} per token"
+                + (f", {size(self.window_bytes)} when full" if self.window_bytes is not None else ""),
             ),
             ("awake", f"{count(self.flops_per_token)} FLOPs per token"),
         ]
@@ -166,12 +166,13 @@ def count(number: float) -> str:
     return f"{number:,.0f} T"
 
 
-def _bytes(size: float) -> str:
+def size(number: float) -> str:
+    """Return a number of bytes with three significant digits, such as "54 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1000 or unit == "GiB":
+        if number < 1000 or unit == "GiB":
             break
-        size /= 1024
-    return f"{size:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} {unit}"
 
 
 PEAKS = {
