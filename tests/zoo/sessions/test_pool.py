@@ -32,6 +32,25 @@ def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_slots_attend_over_the_tokens_that_are_there(monkeypatch):
+    """Not over the whole ring: as many keys as the longest of the streams in the batch has tokens."""
+    whole, keys = model("gdn4-full", layers="attn gdn"), []
+    slots: Slots[int] = Slots(whole, 3, 100)
+    for n in (2, 5, 9):
+        slots.put(n, whole(tokens(n)).state)
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, **how):
+        keys.append(k.shape[2])
+        return attention(q, k, v, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for names in ([5, 2], [2], [9, 2, 5]):
+        slots.read(names, tokens(len(names)).T)
+    assert keys == [6, 4, 10]
+
+
 @pytest.mark.parametrize("evict", ["hard9", "slide9", "full"])
 @pytest.mark.parametrize("kind", [*mixers.names(), "learned positions"])
 @torch.no_grad()
