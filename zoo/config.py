@@ -109,6 +109,10 @@ class ModelConfig(BaseModel):
         """Return YAML from which `zoo.create` builds the same model."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=100)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, with the one that peft reads when it merges adapters."""
+        return {**self.model_dump(mode="json"), "tie_word_embeddings": self.tie_embeddings}
+
 
 def shipped(folder: str) -> dict[str, Traversable]:
     """Return the YAML files of `configs/<folder>` by name."""
