@@ -75,6 +75,12 @@ def test_damaged_or_mismatched_files(folder):
         load_tokenizer(folder, 1000)
 
 
+def test_a_vocabulary_without_the_unknown_token(tmp_path):
+    Tokenizer(models.WordLevel({"hi": 0}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(zoo.ZooError, match="the tokenizer cannot encode: WordLevel error"):
+        load_tokenizer(tmp_path, 10).encode("other")
+
+
 def test_end_tokens_are_found_in_every_usual_place(folder):
     places = {"generation_config.json": {"eos_token_id": [1, 2]}, "config.json": {"text_config": {"eos_token_id": 3}}}
     for file, content in places.items():
