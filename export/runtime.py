@@ -230,7 +230,7 @@ class OnnxRuntime:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.device = torch.device("cpu")
         self._file = file
-        self._session = self._calling(lambda: onnxruntime.InferenceSession(str(file), options, providers=[provider]))
+        self._session = self._calling(lambda: onnxruntime.InferenceSession(str(file), options, providers=[provider], enable_fallback=0))
         self._inputs = [value.name for value in self._session.get_inputs()]
         self._outputs = [value.name for value in self._session.get_outputs()]
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def outcome(kind: Kind, place: Path, whole: Any) -> str:
     """Read a damaged folder; returns the problem, or "" if there is none."""
     problem = ""
     with tempfile.TemporaryFile("w+", errors="replace") as said:
-        with bounded() as exceeded, stderr_to(said.fileno()), redirect_stderr(said), warnings.catch_warnings():
+        with bounded() as exceeded, stderr_to(said.fileno()), redirect_stderr(said), redirect_stdout(said), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 content = kind.read(place)
