@@ -33,6 +33,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "prediction_cost": (),
     "sleep": (),
     "export": (),
+    "integers": (),
     "scaling": (),
     "throughput": (),
     "training_memory": (),

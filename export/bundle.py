@@ -17,11 +17,25 @@ from zoo.errors import ZooError
 from zoo.eviction import evictions
 from zoo.export import graphs, trace
 from zoo.export.genai import GENAI, genai_config
-from zoo.export.manifest import CODA, CONSOLIDATION, PASS, PREDICTION, PREFILL, PRELUDE, WEIGHTS, Bundle, GraphSpec, TensorSpec, digest
+from zoo.export.manifest import (
+    CODA,
+    CONSOLIDATION,
+    HEAD,
+    PASS,
+    PREDICTION,
+    PREFILL,
+    PRELUDE,
+    WEIGHTS,
+    Bundle,
+    GraphSpec,
+    TensorSpec,
+    digest,
+)
 from zoo.export.plan import PRECISIONS, Plan, check, slots
-from zoo.export.quantise import dequantise_in, linear_weights, quantised
+from zoo.export.products import store_transposed
+from zoo.export.quantise import linear_weights, quantised, store_integers
 from zoo.export.runtime import ExportedModel
-from zoo.export.target import targets
+from zoo.export.target import Target, targets
 from zoo.export.verify import Parity, verify
 from zoo.files import as_path, new_folder
 from zoo.model import Model
@@ -65,7 +79,7 @@ def export(
         raise ZooError(f"{model.config.name}: the weights are on {model.embed.weight.device}; allowed: cpu")
     goal.check(PRECISIONS[model.embed.weight.dtype], plan)
     with new_folder(out) as folder:
-        bundle = write_onnx(model, folder, plan, report)
+        bundle = write_onnx(model, folder, plan, report, goal)
         bundle.write(folder)
         write_companions(model.companions, folder)
         parity = None
@@ -83,10 +97,17 @@ def export(
         return parity
 
 
-def write_onnx(model: Model, folder: Path, plan: Plan = Plan(), report: Report = lambda *_: None) -> Bundle:  # noqa: B008
+def write_onnx(
+    model: Model,
+    folder: Path,
+    plan: Plan = Plan(),  # noqa: B008
+    report: Report = lambda *_: None,
+    target: Target = Target(),  # noqa: B008
+) -> Bundle:
     """Write the graphs and their weights to an empty folder."""
     made: dict[str, Any] = {}
     config, window = model.config, slots(model, plan)
+    plan = plan.cut(window)
     for name, graph in _graphs(model, plan, window).items():
         started = time.perf_counter()
         made[name] = graphs.build(graph, plan.dialect)
@@ -95,11 +116,12 @@ def write_onnx(model: Model, folder: Path, plan: Plan = Plan(), report: Report =
     parameters: dict[str, Any] = {
         name: ir.tensor_adapters.TorchTensor(tensor.detach(), name=name) for name, tensor in model.state_dict().items()
     }
-    if plan.weights is not None:
-        integers = {name: quantised(weight, plan.weights) for name, weight in linear_weights(model).items()}
-        for graph in made.values():
-            dequantise_in(graph.graph, integers)
-        parameters |= {part: tensor for name, weight in integers.items() for part, tensor in weight.tensors(name).items()}
+    linear = linear_weights(model)
+    if plan.bits is None:
+        store_transposed(made, linear)
+    else:
+        integers = {name: quantised(weight, plan.bits) for name, weight in linear.items()}
+        store_integers(made, integers, plan.accuracy_level, whole_tables=not target.gathers_integers)
     trace.save(made, parameters, folder, WEIGHTS)
     if plan.dialect == "ort":
         (folder / GENAI).write_text(genai_config(config, window), encoding="utf-8")
@@ -126,6 +148,7 @@ def _graphs(model: Model, plan: Plan, window: int) -> dict[str, Any]:
     wanted: dict[str, Any] = {PREDICTION: graphs.Wake(model, window, 1, position_ids=genai)}
     if plan.prefill is not None:
         wanted[PREFILL] = graphs.Wake(model, window, plan.prefill, position_ids=genai)
+        wanted[HEAD] = graphs.Head(model, window, plan.prefill)
     if not evictions.get(model.config.evict).uses_window:
         return wanted
     if plan.sleep != "per-pass":

@@ -10,7 +10,7 @@ import click
 
 from zoo.cli import CONTEXT, exit_status
 from zoo.files import as_path
-from zoo.options import PATH
+from zoo.options import PATH, THREADS
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -23,13 +23,20 @@ if TYPE_CHECKING:
 @click.option("--out", type=PATH, help="New folder for the bundle.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Weights and activations.  [default: as stored]")
 @click.option("--dialect", type=click.Choice(["portable", "ort"]), default="portable", show_default=True, help="Operators of the graphs.")
-@click.option("--prefill", type=int, metavar="T", help="Also write prefill.onnx, which reads up to T tokens at once.")
+@click.option(
+    "--prefill",
+    type=int,
+    metavar="T",
+    help="Largest piece of a prompt, read at once; 0: none.  [default: 128, at most a window]",
+)
 @click.option("--loops", type=int, metavar="N", help="Passes per sleep.  [default: as in the model]")
 @click.option("--unroll", is_flag=True, help="Unroll the passes of a sleep instead of writing a Loop.")
 @click.option("--per-pass", is_flag=True, help="Write a pass as a separate graph, for hosts that stop between passes.")
 @click.option("--max-length", type=int, metavar="T", help="Maximum number of tokens in a stream, for models that never evict.")
-@click.option("--weights-only-int8", is_flag=True, help="Store linear layers in 8 bits, one scale per output.")
-@click.option("--weights-only-int4", is_flag=True, help="Store linear layers in 4 bits, one scale per 32 inputs.")
+@click.option("--int8", is_flag=True, help="Linear layers in 8 bits, their inputs rounded to 8 bits: fastest on a CPU.")
+@click.option("--int4", is_flag=True, help="Linear layers in 4 bits, their inputs rounded to 8 bits: fastest on a CPU.")
+@click.option("--weights-only-int8", is_flag=True, help="Linear layers in 8 bits, their inputs as they are.")
+@click.option("--weights-only-int4", is_flag=True, help="Linear layers in 4 bits, their inputs as they are.")
 @click.option("--device", default="cpu", show_default=True, help="Device that PyTorch uses in the comparison, such as cuda.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with PyTorch.")
 @click.option("--verify-only", type=PATH, metavar="DIR", help="Only compare the bundle in DIR with the model.")
@@ -40,6 +47,7 @@ if TYPE_CHECKING:
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of random weights, if the model is given by name."
 )
+@THREADS
 def main(
     model: str,
     overrides: tuple[str, ...],
@@ -51,8 +59,11 @@ def main(
     compute_capability: str | None,
     unroll: bool,
     per_pass: bool,
+    int8: bool,
+    int4: bool,
     weights_only_int8: bool,
     weights_only_int4: bool,
+    prefill: int | None,
     **asked: Any,
 ) -> None:
     """Export a model as ONNX graphs or TensorRT engines, and verify them against PyTorch.
@@ -64,15 +75,20 @@ def main(
         raise click.UsageError("want either --out DIR or --verify-only DIR")
     if unroll and per_pass:
         raise click.UsageError("--unroll and --per-pass are mutually exclusive")
-    if weights_only_int8 and weights_only_int4:
-        raise click.UsageError("--weights-only-int8 and --weights-only-int4 are mutually exclusive")
+    forms = {"--int8": int8, "--int4": int4, "--weights-only-int8": weights_only_int8, "--weights-only-int4": weights_only_int4}
+    chosen = [flag for flag, given in forms.items() if given]
+    if len(chosen) > 1:
+        raise click.UsageError(f"{' and '.join(chosen)} are mutually exclusive")
     asked["sleep"] = "unroll" if unroll else "per-pass" if per_pass else None
-    asked["weights"] = "int8" if weights_only_int8 else "int4" if weights_only_int4 else None
+    asked["weights"] = chosen[0][-4:] if chosen else None
+    asked["exact_activations"] = True if weights_only_int8 or weights_only_int4 else None
     asked["compute_capability"] = compute_capability and compute_capability.split(",")
     overrides += () if loops is None else (f"loops={loops}",)
     with exit_status():
         if out is not None:
-            _write(model, overrides, seed, device, out, **{name: value for name, value in asked.items() if value is not None})
+            given = {name: value for name, value in asked.items() if value is not None}
+            given |= {} if prefill is None else {"prefill": prefill or None}
+            _write(model, overrides, seed, device, out, **given)
         elif verify_only is not None:
             _compare(model, overrides, seed, device, verify_only)
 

@@ -116,8 +116,9 @@ class Graph(nn.Module):
 
 
 class Wake(Graph):
-    """Wake pass: input_ids [B, T], position, all states -> logits [B, T, V], all states.
+    """Wake pass: input_ids [B, T], position, all states -> logits [B, 1, V] of the last valid token, all states.
 
+    A piece of several tokens also returns the hidden states of all, [B, T, D] ([B, T, loops, D] with wake loops), for `Head`.
     With `position_ids` [B, T], which some runtimes require, only the first entry is read: streams advance together.
     """
 
@@ -142,7 +143,26 @@ class Wake(Graph):
         for loop in range(model.config.wake_loops):
             h, state = self.run(range(len(model.blocks)), model.between_passes(h, first) if loop else h, state, inputs, loop)
             after.append(h)
-        return {"logits": model.logits(torch.stack(after, dim=-2) if len(after) > 1 else h), **pack(state, PRESENT)}
+        h = torch.stack(after, dim=-2) if len(after) > 1 else h
+        if not self.tokens.padded:
+            return {"logits": model.logits(h[:, 0])[:, None], **pack(state, PRESENT)}
+        last = h.index_select(1, inputs["n_valid"].reshape(1) - 1)
+        return {"logits": model.logits(last[:, 0])[:, None], "hidden": h, **pack(state, PRESENT)}
+
+
+class Head(Graph):
+    """Logits of a whole piece: hidden [B, T, D] ([B, T, loops, D] with wake loops) of a piece of T tokens -> logits [B, T, V]."""
+
+    def __init__(self, model: Model, slots: int, tokens: int) -> None:
+        super().__init__(model, slots)
+        self.tokens = Tokens(tokens, padded=False, fresh=False)
+
+    def example(self) -> dict[str, Tensor]:
+        loops, h = self.model.config.wake_loops, self.h()
+        return {"hidden": torch.stack([h] * loops, dim=-2) if loops > 1 else h}
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": self.model.logits(inputs["hidden"])}
 
 
 class Asleep(Graph):
@@ -193,7 +213,10 @@ class Pass(Asleep):
 
 
 class Sleep(Asleep):
-    """Whole sleep: input_ids [B, L], position, all states -> all states, evicted. The passes are one Loop, or `unrolled`."""
+    """Whole sleep: input_ids [B, L], position, all states -> all states, evicted. The passes are one Loop, or `unrolled`.
+
+    The last pass follows the Loop where a part of it is dead: what no output reads is not in the graph.
+    """
 
     def __init__(self, model: Model, slots: int, unrolled: bool) -> None:
         super().__init__(model, slots)
@@ -204,17 +227,25 @@ class Sleep(Asleep):
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = inputs["input_ids"].shape[0]
-        h, state = self.run(self.model.prelude, self.embedded(inputs), self.start(inputs, batch), inputs)
-        h, state = self._unrolled(h, state, inputs) if self.unrolled else self._loop(h, state, inputs)
+        first, start = self.run(self.model.prelude, self.embedded(inputs), self.start(inputs, batch), inputs)
+        h, state, looped = first, start, self.looped
+        if looped:
+            h, state = self._loop(h, state, inputs)
+        for n in range(looped, self.model.config.loops):
+            h = self.model.between_passes(h, first) if n else h
+            h, state = self.run(self.model.span, h, start._replace(fast=state.fast), inputs)
         h, state = self.run(self.model.coda, h, state, inputs)
         return self.evicted(state, range(len(self.model.blocks)), batch)
 
-    def _unrolled(self, h: Tensor, state: State, inputs: Mapping[str, Tensor]) -> tuple[Tensor, State]:
-        first, start = h, state
-        for n in range(self.model.config.loops):
-            h = self.model.between_passes(h, first) if n else h
-            h, state = self.run(self.model.span, h, start._replace(fast=state.fast), inputs)
-        return h, state
+    @property
+    def looped(self) -> int:
+        """Passes inside the Loop."""
+        if self.unrolled:
+            return 0
+        loops = self.model.config.loops
+        last, mlp = self.model.passes(loops, asleep=True)[-1][-1]
+        whole = last not in self.model.span or (last == self.model.span.stop - 1 and (mlp or self.model.blocks[last].mlp is None))
+        return loops if whole else loops - 1
 
     def _loop(self, h: Tensor, state: State, inputs: Mapping[str, Tensor]) -> tuple[Tensor, State]:
         """Insert a placeholder for the loop, with the inputs and outputs of `Pass` except `pass` and `first`."""
@@ -257,7 +288,7 @@ class Coda(Asleep):
 _blocks: dict[object, ir.Graph] = {}  # traced blocks; small, since they hold no weights
 
 
-def build(graph: Wake | Pass | Sleep | Prelude | Coda, dialect: str) -> ir.Model:
+def build(graph: Wake | Head | Pass | Sleep | Prelude | Coda, dialect: str) -> ir.Model:
     """Return the complete ONNX form of a graph, in a dialect of `zoo.export.operators`."""
     scans: Scans = {}
     with use(DIALECTS[dialect](scans)):
@@ -270,7 +301,8 @@ def build(graph: Wake | Pass | Sleep | Prelude | Coda, dialect: str) -> ir.Model
     for node in list(made.graph):
         if (node.domain, node.op_type) == (DOMAIN, "Loop"):
             body = build(Pass(graph.model, graph.slots), dialect).graph
-            _put_loop(made.graph, node, body, graph.model.config.loops)
+            assert isinstance(graph, Sleep)
+            _put_loop(made.graph, node, body, graph.looped)
     tidy(made, outputs)
     return made
 

@@ -13,8 +13,10 @@ from zoo.config import ModelConfig, validate
 from zoo.errors import ZooError
 from zoo.export.plan import Plan
 
+FORMAT: Literal[2] = 2  # 1 stored linear layers as [out, in], and its prefill.onnx returned the logits of all tokens
 MANIFEST, WEIGHTS = "bundle.json", "weights.bin"
 PREDICTION, PREFILL, CONSOLIDATION = "prediction.onnx", "prefill.onnx", "consolidation.onnx"
+HEAD = "head.onnx"  # logits of all tokens of a piece, which prefill.onnx does not compute
 PRELUDE, PASS, CODA = "prelude.onnx", "pass.onnx", "coda.onnx"  # a sleep for hosts that stop between passes
 
 
@@ -56,7 +58,7 @@ class Bundle(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT
     config: ModelConfig
     window: int
     loops: int
@@ -91,6 +93,8 @@ class Bundle(BaseModel):
             raise ZooError(f"{file}: not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ZooError(f"{file}: want a mapping of fields")
+        if (written := fields.get("format", FORMAT)) != FORMAT:
+            raise ZooError(f"{file}: format: {written}; want {FORMAT}: export the model again")
         bundle = validate(Bundle, fields, str(file))
         for name in {*bundle.graphs, WEIGHTS, *bundle.sha256}:
             if not (folder / name).is_file():

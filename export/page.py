@@ -6,11 +6,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from zoo.export.manifest import CODA, CONSOLIDATION, PASS, PREDICTION, PREFILL, PRELUDE, WEIGHTS, Bundle, GraphSpec, TensorSpec
+from zoo.export.manifest import CODA, CONSOLIDATION, HEAD, PASS, PREDICTION, PREFILL, PRELUDE, WEIGHTS, Bundle, GraphSpec, TensorSpec
 
 PURPOSE = {
     PREDICTION: "one wake pass over one token",
     PREFILL: "one wake pass over up to {prefill} tokens",
+    HEAD: "logits of all tokens of a piece, from `hidden` of `prefill.onnx`, for hosts that need more than those of the last",
     CONSOLIDATION: "one whole sleep: {loops} passes over a window of up to {window} tokens, then eviction",
     PRELUDE: "start of a sleep, run once before the passes",
     PASS: "one of the {loops} passes of a sleep",
@@ -21,7 +22,8 @@ MEANING = {
     "position": ("position of the first token, in the window under `hard`, otherwise in the stream", "one call"),
     "position_ids": ("position of each token; only the first is read", "one call"),
     "n_valid": ("number of valid tokens; the rest is padding at the end, of any value", "one call"),
-    "logits": ("logits of the token that follows each", "one call"),
+    "logits": ("logits of the token that follows the last valid one; of `head.onnx`, of those that follow each", "one call"),
+    "hidden": ("hidden states after the last block", "one call"),
     "h": ("hidden states after the previous pass", "one sleep"),
     "h_out": ("hidden states, `h` of the next pass", "one sleep"),
     "first": ("hidden states before the first pass", "one sleep"),
@@ -101,7 +103,7 @@ def _lines(bundle: Bundle) -> Iterator[str]:
         yield "        piece = next token"
         yield "        logits, states = prediction(input_ids = piece, position, states)"
     yield "        position += length(piece)" + ("; window += piece" if sleeps else "")
-    yield "    choose the next token from the logits of the last one"
+    yield "    choose the next token from the last logits"
     if not sleeps:
         return
     position = "" if bundle.evict == "hard" else ", position = start_position"

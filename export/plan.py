@@ -27,12 +27,41 @@ class Plan(BaseModel):
     dialect: Literal["portable", "ort"] = Field(
         default="portable", description="standard operators only, or onnxruntime's own where they exist"
     )
-    prefill: int | None = Field(default=None, ge=2, description="also write a prediction graph that reads this many tokens at once")
+    prefill: int | None = Field(
+        default=128, ge=2, description="largest piece of a prompt, read at once in a graph of its own; default: 128, at most a window"
+    )
     sleep: Literal["loop", "unroll", "per-pass"] = Field(
         default="loop", description="passes of a sleep: one Loop, unrolled, or a graph each"
     )
     max_length: int | None = Field(default=None, ge=1, description="maximum number of tokens in a stream, for models that never evict")
-    weights: Literal["int8", "int4"] | None = Field(default=None, description="storage of linear layers; activations keep their precision")
+    weights: Literal["int8", "int4"] | None = Field(default=None, description="storage of linear layers, in groups of 32 inputs")
+    exact_activations: bool = Field(
+        default=False, description="products with integer weights use activations as they are, in place of rounding them to 8 bits"
+    )
+
+    def cut(self, window: int) -> Plan:
+        """Return the plan for windows of this many tokens: pieces of a prompt are not longer, unless asked for.
+
+        Raises:
+            ZooError: `prefill` was given, and is more than a window.
+        """
+        if self.prefill is None or self.prefill <= window:
+            return self
+        if "prefill" in self.model_fields_set:
+            raise ZooError(f"prefill: {self.prefill} tokens are more than a window of {window}")
+        return self.model_copy(update={"prefill": window if window > 1 else None})
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a stored weight of a linear layer, if it is an integer."""
+        return None if self.weights is None else int(self.weights.removeprefix("int"))
+
+    @property
+    def accuracy_level(self) -> int | None:
+        """Level of the MatMulNBits nodes, if products with integer weights are written as such."""
+        if self.dialect == "portable" or (self.exact_activations and self.bits == 8):  # onnxruntime's 8 bits are slow at level 1
+            return None
+        return 1 if self.exact_activations else 4
 
 
 def slots(model: Model, plan: Plan) -> int:
@@ -66,9 +95,7 @@ def check(model: Model, plan: Plan, out: Path, verified: bool) -> None:
         raise ZooError(f"{config.name}: carry: False is not supported by graphs, which carry fast weights from pass to pass; allowed: True")
     if not config.feed_back:
         raise ZooError(f"{config.name}: feed_back: False is not supported by graphs, which carry hidden states too; allowed: True")
-    window = slots(model, plan)
-    if plan.prefill is not None and plan.prefill > window:
-        raise ZooError(f"prefill: {plan.prefill} tokens are more than a window of {window}")
+    plan.cut(slots(model, plan))
     if not evictions.get(config.evict).uses_window and plan.sleep != "loop":
         raise ZooError(f"sleep: '{plan.sleep}'; {config.name} never sleeps (evict 'none')")
     for kind, cache in zip(config.pattern, model.init_state().window, strict=False):

@@ -1,84 +1,220 @@
-"""Linear layers stored in 8 or 4 bits. The graph dequantises them first; activations and arithmetic keep the model's precision."""
+"""Linear layers stored in 8 or 4 bits, in the forms that runtimes fuse with their products.
+
+`portable`: integers [in, out], and a DequantizeLinear before each product. `ort`: MatMulNBits of com.microsoft.
+"""
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.export.trace import PARAMETER
+from zoo.blocks.tied_head import TiedHead
+from zoo.export.operators import MICROSOFT
+from zoo.export.products import Use, uses
+from zoo.export.trace import PARAMETER, replace
 from zoo.model import Model
 
 import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
+from onnx_ir.passes import common  # isort: skip
 
-GROUP = 32  # inputs per scale in 4 bits; layers with other widths are stored in 8 bits
+GROUPS = 32, 16  # inputs per scale: the first that divides a width, which TensorRT requires, else the first
 
 
 class Quantised(NamedTuple):
-    """A weight as integers times scales, quantised symmetrically and rounded to nearest."""
+    """A weight [out, in] as integers times scales, rounded to nearest. The last group is filled up with zeros."""
 
     integers: Tensor
-    """Integers [out, in] int8; from -7 to 7 in 4 bits."""
+    """Integers [out, groups, inputs per scale] int8; from -127 to 127, or in 4 bits from -8 to 7."""
     scale: Tensor
-    """Scales [out], or [out, in / GROUP] in 4 bits."""
+    """Scales [out, groups]."""
     bits: int
+    inputs: int
+
+    @property
+    def group(self) -> int:
+        """Inputs per scale."""
+        return self.integers.shape[2]
 
     def dequantised(self) -> Tensor:
-        scale = self.scale[:, None] if self.bits == 8 else self.scale.repeat_interleave(GROUP, dim=1)
-        return self.integers.to(scale.dtype) * scale
-
-    def tensors(self, name: str) -> dict[str, ir.TensorProtocol]:
-        """Return the stored tensors of the weight `name`, by name."""
-        return {
-            f"{name}_integers": self._stored(f"{name}_integers"),
-            f"{name}_scale": ir.tensor_adapters.TorchTensor(self.scale, name=f"{name}_scale"),
-        }
-
-    def _stored(self, name: str) -> ir.TensorProtocol:
-        if self.bits == 8:
-            return ir.tensor(self.integers.numpy(), name=name)
-        pairs = (self.integers & 0xF).to(torch.uint8).reshape(-1, 2)
-        return ir.PackedTensor((pairs[:, 0] | pairs[:, 1] << 4).numpy(), ir.DataType.INT4, shape=self.integers.shape, name=name)
+        """Return the weight, [out, in]."""
+        return (self.integers.to(self.scale.dtype) * self.scale[..., None]).flatten(1)[:, : self.inputs]
 
 
-def quantised(weight: Tensor, how: str) -> Quantised:
-    """Quantise weight [out, in] to "int8", with a scale per output channel, or "int4", with a scale per group of inputs."""
-    bits = 4 if how == "int4" and weight.shape[1] % GROUP == 0 else 8
-    groups = weight.detach().float().unflatten(1, (-1, GROUP if bits == 4 else weight.shape[1]))
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-8) / (2 ** (bits - 1) - 1)
-    scale = scale.to(weight.dtype)
-    integers = (groups / scale.float()).round().to(torch.int8).flatten(1)
-    return Quantised(integers, scale.squeeze(-1) if bits == 4 else scale.flatten(), bits)
+def quantised(weight: Tensor, bits: int) -> Quantised:
+    """Quantise weight [out, in] in groups of inputs.
+
+    In 4 bits the value of largest magnitude in a group becomes -8, so that the whole range is used.
+    """
+    wide = weight.detach().float()
+    group = next((size for size in GROUPS if wide.shape[1] % size == 0), GROUPS[0])
+    groups = F.pad(wide, (0, -wide.shape[1] % group)).unflatten(1, (-1, group))
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scale = (largest / -8 if bits == 4 else largest.abs() / 127).to(weight.dtype)
+    scale = torch.where(scale == 0, 1, scale)
+    most = 2 ** (bits - 1) - 1
+    integers = (groups / scale.float()).round().clamp(-8 if bits == 4 else -127, most).to(torch.int8)
+    return Quantised(integers, scale.squeeze(-1), bits, weight.shape[1])
 
 
 def linear_weights(model: Model) -> dict[str, Tensor]:
-    """Return the weights of all linear layers by name."""
-    return {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Return the weights of all linear layers by name. A tied head's is `embed.weight`."""
+    found = {f"{name}.weight": module.weight for name, module in model.named_modules() if type(module) is nn.Linear}
+    return found | ({"embed.weight": model.head.weight} if isinstance(model.head, TiedHead) else {})
 
 
 @torch.no_grad()
-def rounded(model: Model, how: str) -> Model:
+def rounded(model: Model, bits: int) -> Model:
     """Return a copy of the model whose linear layers hold the dequantised weights."""
     model = copy.deepcopy(model)
     for weight in linear_weights(model).values():
-        weight.copy_(quantised(weight, how).dequantised())
+        weight.copy_(quantised(weight, bits).dequantised())
     return model
 
 
-def dequantise_in(graph: ir.Graph, weights: dict[str, Quantised]) -> None:
-    """Replace these weights in a graph with their integers and scales, followed by dequantisation."""
+def store_integers(
+    models: Mapping[str, ir.Model], weights: Mapping[str, Quantised], accuracy_level: int | None, *, whole_tables: bool = False
+) -> None:
+    """Replace weights in the graphs of a bundle by their integers and scales; all graphs share the stored tensors.
+
+    Args:
+        accuracy_level: write MatMulNBits of this level: 1 computes in float32, 4 rounds activations to 8 bits in groups. Default:
+            DequantizeLinear and MatMul.
+        whole_tables: dequantise a whole table before rows are looked up, for runtimes that gather no integers.
+    """
     for name, weight in weights.items():
-        value = graph.initializers.get(PARAMETER + name)
-        if value is None:
-            continue
-        stored = [ir.val(PARAMETER + part, tensor.dtype, tensor.shape.numpy()) for part, tensor in weight.tensors(name).items()]
-        blocks = {"axis": 1, "block_size": GROUP} if weight.bits == 4 else {"axis": 0}
-        node = ir.node("DequantizeLinear", stored, blocks, name=f"{name.removesuffix('.weight').replace('.', '/')}/DequantizeLinear")
-        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = f"{node.name}:0", value.type, value.shape
-        ir.convenience.replace_all_uses_with(value, node.outputs[0])
-        del graph.initializers[PARAMETER + name]
-        for part in stored:
-            graph.initializers[str(part.name)] = part
-        graph.insert_before(graph[0], node)
+        stored = _transposed(name, weight) if accuracy_level is None else _packed(name, weight)
+        for model in models.values():
+            value = model.graph.initializers.get(PARAMETER + name)
+            if value is None:
+                continue
+            for number, use in enumerate(uses(value)):
+                if accuracy_level is None:
+                    _dequantise(use, weight, stored, number, whole_tables)
+                else:
+                    _fuse(model.graph, use, weight, stored, accuracy_level)
+                    model.opset_imports[MICROSOFT] = 1
+    for model in models.values():
+        common.RemoveUnusedNodesPass()(model)
+
+
+class _Stored(NamedTuple):
+    integers: ir.TensorProtocol
+    scale: ir.TensorProtocol
+
+    def values(self, graph: ir.Graph, number: int = 0) -> tuple[ir.Value, ir.Value]:
+        """Return the two as initializers of `graph`; other numbers make other initializers of the same tensors."""
+        return tuple(_initializer(graph, tensor, number) for tensor in self)  # type: ignore[return-value]
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol, number: int) -> ir.Value:
+    name = PARAMETER + str(tensor.name) + (f"_{number}" if number else "")
+    if name not in graph.initializers:
+        value = ir.val(name, tensor.dtype, tensor.shape.numpy())
+        value.const_value = tensor
+        graph.initializers[name] = value
+    return graph.initializers[name]
+
+
+def _transposed(name: str, weight: Quantised) -> _Stored:
+    """Integers [in, out] int8 or int4, scales [groups, out]."""
+    integers = weight.integers.flatten(1)[:, : weight.inputs].T.contiguous()
+    scale = ir.tensor_adapters.TorchTensor(weight.scale.T.contiguous(), name=f"{name}_scale")
+    if weight.bits == 8:
+        return _Stored(ir.tensor(integers.numpy(), name=f"{name}_integers"), scale)
+    flat = integers.flatten()
+    packed = _pairs(F.pad(flat, (0, len(flat) % 2)) & 0xF)
+    return _Stored(ir.PackedTensor(packed, ir.DataType.INT4, shape=ir.Shape(integers.shape), name=f"{name}_integers"), scale)
+
+
+def _packed(name: str, weight: Quantised) -> _Stored:
+    """Integers [out, groups, bytes] uint8 around a zero point of 128 or 8, scales [out, groups]."""
+    raised = weight.integers.short() + 2 ** (weight.bits - 1)
+    integers = raised.to(torch.uint8).numpy() if weight.bits == 8 else _pairs(raised)
+    scale = ir.tensor_adapters.TorchTensor(weight.scale, name=f"{name}_scale")
+    return _Stored(ir.tensor(integers, name=f"{name}_integers"), scale)
+
+
+def _pairs(values: Tensor) -> Any:
+    """Pack two 4-bit values into a byte, the first in the lower half: [..., 2 n] -> uint8 [..., n]."""
+    values = values.to(torch.uint8)
+    return (values[..., 0::2] | values[..., 1::2] << 4).numpy()
+
+
+def _dequantise(use: Use, weight: Quantised, stored: _Stored, number: int, whole_tables: bool) -> None:
+    """Put a DequantizeLinear next to a product or a lookup.
+
+    onnxruntime fuses the two if the integers are initializers of the graph around them, a Loop's body for example, and no other
+    node reads these.
+    """
+    graph = use.node.graph
+    assert isinstance(graph, ir.Graph)
+    integers, scale = stored.values(graph, number)
+    write = _Writer(graph, use.node)
+    blocks = {"axis": 0, "block_size": weight.group}
+    if not use.lookup:
+        use.node.replace_input_with(1, write("DequantizeLinear", [integers, scale], **blocks))
+        if use.node.op_type == "Gemm":
+            use.node.attributes["transB"] = ir.AttrInt64("transB", 0)
+        return
+    ids = use.node.inputs[1]
+    if whole_tables:
+        columns = write("Gather", [write("DequantizeLinear", [integers, scale], **blocks), ids], axis=1)
+    else:
+        if weight.bits == 4:  # Gather has no 4-bit form
+            integers = write("Cast", [integers], to=ir.DataType.INT8)
+        columns = write("DequantizeLinear", [write("Gather", [source, ids], axis=1) for source in (integers, scale)], **blocks)
+    replace(graph, use.node, ir.node("Transpose", [columns], {"perm": [1, 2, 0]}, name=use.node.name))
+
+
+def _fuse(outer: ir.Graph, use: Use, weight: Quantised, stored: _Stored, accuracy_level: int) -> None:
+    """Replace a product by MatMulNBits, or a lookup by one in the same integers."""
+    graph = use.node.graph
+    assert isinstance(graph, ir.Graph)
+    integers, scale = stored.values(outer)
+    if not use.lookup:
+        sizes = {"N": len(weight.scale), "K": weight.inputs, "bits": weight.bits, "block_size": weight.group}
+        bias = [None, None, use.node.inputs[2]] if len(use.node.inputs) == 3 else []
+        product = ir.node(
+            "MatMulNBits",
+            [use.node.inputs[0], integers, scale, *bias],
+            {**sizes, "accuracy_level": accuracy_level},
+            domain=MICROSOFT,
+            name=use.node.name,
+        )
+        replace(graph, use.node, product)
+        return
+    write = _Writer(graph, use.node)
+    ids = use.node.inputs[1]
+    rows, steps = (write("Gather", [source, ids], axis=0) for source in (integers, scale))
+    if weight.bits == 4:
+        low = write("BitwiseAnd", [rows, write.constant(15, torch.uint8)])
+        high = write("BitShift", [rows, write.constant(4, torch.uint8)], direction="RIGHT")
+        pairs = write("Concat", [write("Unsqueeze", [half, write.constant([-1])]) for half in (low, high)], axis=-1)
+        rows = write("Reshape", [pairs, write.constant([0, 0, 0, weight.group])])
+    centred = write("Sub", [write("Cast", [rows], to=scale.dtype), write.constant(2 ** (weight.bits - 1), weight.scale.dtype)])
+    scaled = write("Mul", [centred, write("Unsqueeze", [steps, write.constant([-1])])])
+    flat = write("Reshape", [scaled, write.constant([0, 0, -1])])
+    ends = [write.constant([at]) for at in (0, weight.inputs, -1)]
+    replace(graph, use.node, ir.node("Slice", [flat, *ends], name=use.node.name))
+
+
+class _Writer:
+    """Writer of nodes before a node, which are named after it."""
+
+    def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
+        self._graph, self._before, self._count = graph, before, 0
+
+    def __call__(self, operator: str, inputs: list[Any], **attributes: Any) -> ir.Value:
+        node = ir.node(operator, inputs, attributes, name=f"{self._before.name}/{operator}_{self._count}")
+        node.outputs[0].name = f"{node.name}:0"
+        self._graph.insert_before(self._before, node)
+        self._count += 1
+        return node.outputs[0]
+
+    def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> ir.Value:
+        return self("Constant", [], value=ir.tensor_adapters.TorchTensor(torch.tensor(value, dtype=dtype)))

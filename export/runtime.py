@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,8 @@ from torch import Tensor
 from zoo.blocks.attention import KV
 from zoo.errors import ZooError
 from zoo.eviction import evictions
-from zoo.export.manifest import CODA, CONSOLIDATION, PASS, PREDICTION, PREFILL, PRELUDE, Bundle
+from zoo.export.manifest import CODA, CONSOLIDATION, HEAD, PASS, PREDICTION, PREFILL, PRELUDE, Bundle
+from zoo.export.plan import Plan
 from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_rings
 from zoo.factory import create
 from zoo.files import as_path
@@ -31,7 +33,7 @@ except ImportError:
     raise ZooError("export: needs pip install 'sleep-zoo[onnx]'") from None
 
 
-WORTH_A_PREFILL = 8  # fewer tokens run one at a time through the prediction graph
+STEP = 14  # the prefill graph of T tokens takes about as long as 1 + T / STEP tokens one at a time
 
 
 class Runner(Protocol):
@@ -64,23 +66,35 @@ def load(path: str | Path, *, provider: str = "cpu", batch_size: int = 1) -> Ses
 class ExportedModel:
     """The graphs of a bundle with the interface of the PyTorch model; a `SleepingModel`. States are never modified in place.
 
+    Args:
+        exact_activations: compute products with integer weights from activations as they are, as `zoo.export.plan.Plan` can ask for
+            too. This is slow for bundles that were not exported so.
     Raises:
         ZooError: as in `load`.
     """
 
     keeps_hidden = False
 
-    def __init__(self, folder: Path, provider: str = "cpu") -> None:
-        self.bundle = Bundle.read(folder)
+    def __init__(self, folder: Path, provider: str = "cpu", *, exact_activations: bool = False) -> None:
+        self.folder, self.provider = folder, provider
+        bundle = Bundle.read(folder)
+        plan = bundle.plan.model_copy(update={"exact_activations": exact_activations or bundle.plan.exact_activations})
+        self.bundle = bundle.model_copy(update={"plan": plan})
         self.config = self.bundle.config
         self.fingerprint = self.bundle.fingerprint
         self._slots = self.bundle.window
         self._eviction = evictions.get(self.config.evict)
         self._shapes = create(self.config, device="meta", dtype=getattr(torch, self.bundle.precision))
         self._form = StateForm.of(with_rings(self._shapes.init_state(), self._slots))
-        opened = providers.get(provider)
-        self._graphs = {name: opened(folder, self.bundle, name) for name in self.bundle.graphs}
+        self._graphs = {name: self._open(name) for name in self.bundle.graphs if name != HEAD}
         self.device = self._graphs[PREDICTION].device
+
+    def _open(self, graph: str) -> Runner:
+        return providers.get(self.provider)(self.folder, self.bundle, graph)
+
+    @functools.cached_property
+    def _head(self) -> Runner:
+        return self._open(HEAD)  # few callers want the logits of all tokens
 
     def init_state(self, batch_size: int = 1) -> State:
         """Return the state of `batch_size` streams before their first token."""
@@ -102,12 +116,12 @@ class ExportedModel:
                 f"ids: {ids.shape[1]} tokens do not fit into a window of {self._slots} that holds {state.position}"
                 + ("; consolidate it first" if self._eviction.uses_window else "")
             )
-        unread = 0 if logits_to_keep is None else ids.shape[1] - logits_to_keep
-        logits = []
+        kept = ids.shape[1] if logits_to_keep is None else logits_to_keep
+        logits = [torch.empty(ids.shape[0], 0, self.config.vocab_size, dtype=self._shapes.dtype, device=self.device)]
         prefill = self.bundle.plan.prefill
         while ids.shape[1]:
             position = torch.tensor(state.position, device=self.device)
-            if prefill is None or ids.shape[1] < min(prefill, WORTH_A_PREFILL):
+            if prefill is None or ids.shape[1] <= 1 + prefill // STEP:
                 piece, name = ids[:, :1], PREDICTION
                 given = {"input_ids": piece}
             else:
@@ -115,10 +129,14 @@ class ExportedModel:
                 given = self._padded(piece, prefill)
             given |= {"position": position, "position_ids": position.expand_as(given["input_ids"])}
             out = self._graphs[name](given | pack(state, PAST))
-            logits.append(out["logits"][:, : piece.shape[1]])
-            state = unpack(out, PRESENT, state)._replace(position=state.position + piece.shape[1])
-            ids = ids[:, piece.shape[1] :]
-        return Output(torch.cat(logits, dim=1)[:, unread:], state)
+            n, ids = piece.shape[1], ids[:, piece.shape[1] :]
+            state = unpack(out, PRESENT, state)._replace(position=state.position + n)
+            read = kept - ids.shape[1]  # tokens of this piece whose logits are kept
+            if read == 1 or (read > 1 and name == PREDICTION):
+                logits.append(out["logits"])
+            elif read > 1:
+                logits.append(self._head(out)["logits"][:, max(0, n - read) : n])
+        return Output(torch.cat(logits, dim=1), state)
 
     def consolidate(self, ids: Tensor, state: State, *, loops: int | None = None) -> State:
         """Sleep on one whole chunk, then evict.
@@ -215,6 +233,44 @@ class ExportedModel:
         self._form.check(state, ids.shape[0])
 
 
+def session_options(bundle: Bundle, graph: str) -> Any:
+    """Return onnxruntime's options for a graph of a bundle."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised, and warnings tell that states, which are never written in place, are copied
+    options.intra_op_num_threads = torch.get_num_threads()
+    # threads of graphs that rest would spin against those of the others; a pool shared by all graphs would make onnxruntime
+    # refuse the sessions that other code opens in this process
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if graph != PREDICTION and bundle.plan.bits is None:
+        # a packed copy of every weight saves 8 to 13 % of the time of many tokens; without it, the mapped file is read
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    for name, value in _integer_products(bundle.plan).items():
+        options.add_session_config_entry(name, value)
+    return options
+
+
+def _integer_products(plan: Plan) -> dict[str, str]:
+    """Return the settings of a session that choose how products with integer weights are computed."""
+    if plan.bits is None:
+        return {}
+    if not plan.exact_activations:
+        return {"session.qdq_matmulnbits_accuracy_level": "4"}
+    exact = {"session.qdq_matmulnbits_accuracy_level": "1"}
+    # fused products of 8 bits would dequantise every weight in every call; now this is done once, when a graph is opened
+    return exact | ({"session.disable_quant_qdq": "1"} if plan.bits == 8 else {})
+
+
+def _exact(file: Path) -> bytes:
+    """Return the graph in `file` with products that do not round activations."""
+    import onnx_ir as ir  # not needed to run a bundle
+
+    model = ir.load(file)
+    for node in model.graph.all_nodes():
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    return ir.to_proto(model).SerializeToString()
+
+
 class OnnxRuntime:
     """One graph on onnxruntime, with `torch.get_num_threads()` threads."""
 
@@ -223,14 +279,14 @@ class OnnxRuntime:
             raise ZooError("provider: onnxruntime has no bfloat16 kernels on a CPU, and numpy no bfloat16; allowed: tensorrt")
         if provider not in onnxruntime.get_available_providers():
             raise ZooError(f"provider: {provider} is not in this onnxruntime; allowed: {', '.join(onnxruntime.get_available_providers())}")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors are raised, and warnings tell that states, which are never written in place, are copied
-        options.intra_op_num_threads = torch.get_num_threads()
-        # by default, products with integer weights also round the activations to 8 bits
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        options = session_options(bundle, file.name)
         self.device = torch.device("cpu")
         self._file = file
-        self._session = self._calling(lambda: onnxruntime.InferenceSession(str(file), options, providers=[provider], enable_fallback=0))
+        graph: str | bytes = str(file)
+        if bundle.plan.exact_activations and bundle.plan.dialect == "ort":
+            graph = _exact(file)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+        self._session = self._calling(lambda: onnxruntime.InferenceSession(graph, options, providers=[provider], enable_fallback=0))
         self._inputs = [value.name for value in self._session.get_inputs()]
         self._outputs = [value.name for value in self._session.get_outputs()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,6 +16,8 @@ class Target(BaseModel):
     """The target `onnx`, the graphs alone, and the base class of all targets. Fields are the options of the target."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    gathers_integers: ClassVar[bool] = True
+    """True if the rows of a table of integers can be looked up before they are dequantised."""
 
     def check(self, precision: str, plan: Plan) -> None:
         """Raise a ZooError, before any work starts, for anything that this target cannot do on this machine."""

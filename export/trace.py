@@ -223,7 +223,7 @@ def replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     ir.convenience.replace_all_uses_with(old.outputs, new.outputs, replace_graph_outputs=True)
     for before, after in zip(old.outputs, new.outputs, strict=True):
         after.name, after.type, after.shape = before.name, before.type, before.shape
-    graph.remove(old)
+    graph.remove(old, safe=True)
 
 
 def reads(node: ir.Node) -> Iterable[ir.Value | None]:
@@ -241,12 +241,19 @@ def is_parameter(value: ir.Value) -> bool:
 
 
 def save(models: Mapping[str, ir.Model], parameters: Mapping[str, ir.TensorProtocol], folder: Path, weights: str) -> None:
-    """Write each graph to the file of its name, and every parameter once to the file `weights`, which all graphs share."""
-    values: list[Any] = [value for model in models.values() for value in model.graph.initializers.values() if is_parameter(value)]
-    used = {value.name: parameters[value.name.removeprefix(PARAMETER)] for value in values}
+    """Write each graph to the file of its name, and every parameter once to the file `weights`, which all graphs share.
+
+    A parameter whose value is not in the form of `parameters` has it already.
+    """
+    graphs = [graph for model in models.values() for graph in model.graphs()]
+    values: list[Any] = [value for graph in graphs for value in graph.initializers.values() if is_parameter(value)]
+    for value in values:
+        value.name = value.name.removeprefix(PARAMETER)
+        if value.const_value is None:
+            value.const_value = parameters[value.name]
+    used = {id(value.const_value): value.const_value for value in values}
     stored = dict(zip(used, ir.external_data.convert_tensors_to_external(list(used.values()), folder, weights), strict=True))
     for value in values:
-        value.const_value = stored[value.name]
-        value.name = value.name.removeprefix(PARAMETER)
+        value.const_value = stored[id(value.const_value)]
     for name, model in models.items():
         ir.save(model, folder / name)

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
@@ -39,14 +40,33 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """Error of the logits of a bundle with integer weights, as it runs, compared with PyTorch and the original weights."""
+
+    stored: str
+    """How weights and activations enter the products."""
+    divergence: float
+    """Mean Kullback-Leibler divergence of the predicted distributions, in nats per token."""
+    difference: Difference
+    agreement: float
+    """Rate of equal greedy tokens."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stored} vs the original weights: KL divergence {self.divergence:.1e}, logits differ by at most "
+            f"{self.difference.maximum:.1e}, {self.difference.mean:.1e} on average; same greedy token {self.agreement:.2%}"
+        )
+
+
+@dataclass(frozen=True)
 class Parity:
     """Result of a comparison: differences by (stage, name of an output or state), and the rate of equal greedy tokens."""
 
     differences: dict[tuple[str, str], Difference]
     agreement: float
     tokens: int
-    loss: tuple[str, Difference, float] | None = None
-    """Cost of integer weights: storage type, difference of the logits from the original weights' logits, rate of equal greedy tokens."""
+    loss: Loss | None = None
+    """Error of integer weights."""
 
     def table(self) -> Table:
         """Return a table with one row per stage and kind of tensor: the layer with the largest difference, and the mean over layers."""
@@ -60,12 +80,7 @@ class Parity:
             layer = name.split(".")[1] if "." in name else ""
             table.add_row(stage, kind, f"{worst.maximum:.1e}", layer, f"{mean:.1e}")
         table.caption = f"{BATCH} streams; same greedy token {self.agreement:.2%} of {self.tokens}"
-        if self.loss is not None:
-            how, difference, agreement = self.loss
-            table.caption += (
-                f"\n{how} weights vs the original ones, in PyTorch: logits differ by at most {difference.maximum:.1e}, "
-                f"{difference.mean:.1e} on average; same greedy token {agreement:.2%}"
-            )
+        table.caption += "" if self.loss is None else f"\n{self.loss}"
         return table
 
 
@@ -98,7 +113,8 @@ def verify(model: Model, exported: ExportedModel, device: str | torch.device = "
     """Run both over the same stream of windows, with a sleep after each; one window repeats a token, the last one is short.
 
     Each side keeps its own states from sleep to sleep. Both read every window as whole chunks and token by token; in the
-    middle of long windows, the graphs start from PyTorch's state.
+    middle of long windows, the graphs start from PyTorch's state. With integer weights, PyTorch has the same rounded weights, and
+    the graphs do not round activations; the error of the bundle as it runs is measured apart.
 
     Args:
         device: where PyTorch runs.
@@ -106,11 +122,14 @@ def verify(model: Model, exported: ExportedModel, device: str | torch.device = "
         ZooError: they differ by more than `TOLERANCE`, or there is no such device.
     """
     device = usable_device(device, meta=False)
-    stored = exported.bundle.plan.weights
-    reference = model if stored is None else rounded(model, stored)
+    bits = exported.bundle.plan.bits
+    reference = model if bits is None else rounded(model, bits)
     if model.embed.weight.dtype != torch.float32 or model.embed.weight.device != device:
         reference = copy.deepcopy(reference).to(device, torch.float32)
     ids, length = stream(model, exported.bundle.window).to(device), exported.bundle.window
+    as_run = exported
+    if bits is not None and not exported.bundle.plan.exact_activations:
+        exported = ExportedModel(exported.folder, exported.provider, exact_activations=True)
     found = _Findings()
     wanted, state = reference.init_state(BATCH), exported.init_state(BATCH)
     for number, chunk in enumerate(ids.split(length, dim=1)):
@@ -119,8 +138,8 @@ def verify(model: Model, exported: ExportedModel, device: str | torch.device = "
             wanted, state = reference.consolidate(chunk, wanted), exported.consolidate(chunk.to(exported.device), state)
             found.states(STRESS if number == REPEATED else SLEEP, exported.plain(state), wanted)
     parity = found.parity()
-    if stored is not None:
-        parity = replace(parity, loss=(stored, *_loss(copy.deepcopy(model).to(device, torch.float32), reference, ids[:, :length])))
+    if bits is not None:
+        parity = replace(parity, loss=_loss(copy.deepcopy(model).to(device, torch.float32), as_run, ids[:, :length]))
     allowed = TOLERANCE[exported.bundle.precision]
     for (stage, name), difference in parity.differences.items():
         if not difference.maximum <= allowed:
@@ -139,10 +158,16 @@ def stream(model: Model, window: int) -> Tensor:
     return ids
 
 
-def _loss(model: Model, rounded: Model, ids: Tensor) -> tuple[Difference, float]:
-    wanted, logits = model(ids).logits, rounded(ids).logits
+def _loss(model: Model, exported: ExportedModel, ids: Tensor) -> Loss:
+    wanted = model(ids).logits
+    logits = exported(ids.to(exported.device), exported.init_state(len(ids))).logits.to(wanted)
     apart = (logits - wanted).abs() / wanted.std().clamp(min=1)
-    return Difference(apart.max().item(), apart.mean().item()), (logits.argmax(-1) == wanted.argmax(-1)).float().mean().item()
+    truth = wanted.log_softmax(-1)
+    divergence = F.kl_div(logits.log_softmax(-1), truth, log_target=True, reduction="none").sum(-1).mean()
+    plan = exported.bundle.plan
+    stored = f"{plan.weights} weights, {'exact' if plan.exact_activations else 'int8'} activations"
+    agreement = (logits.argmax(-1) == wanted.argmax(-1)).float().mean()
+    return Loss(stored, divergence.item(), Difference(apart.max().item(), apart.mean().item()), agreement.item())
 
 
 def _awake(found: _Findings, reference: Model, exported: ExportedModel, chunk: Tensor, wanted: State, state: State) -> None:

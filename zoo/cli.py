@@ -15,7 +15,7 @@ from zoo.config import parse_overrides
 from zoo.errors import ZooError
 from zoo.facets import list_models
 from zoo.files import as_path
-from zoo.options import DEVICE, DTYPE, PATH, Number
+from zoo.options import DEVICE, DTYPE, PATH, THREADS, Number
 from zoo.signals import StoppedError, interruptible
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ def tokenize(corpus: tuple[Path, ...], out: Path, tokenizer: Path | None, field:
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=PATH, help="Folder for the run.  [default: runs/<name of CONFIG>]")
 @click.option("--wandb", metavar="PROJECT", help="Also send metrics to this project of Weights & Biases.")
+@THREADS
 def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str | None) -> None:
     """Train a model, or resume a run.
 
@@ -217,6 +218,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @DEVICE
 @DTYPE
+@THREADS
 def eval_(folder: Path, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Evaluate a model on held-out sequences.
 
@@ -277,6 +279,7 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
 
 @main.command()
 @click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="Folder for the results.")
+@THREADS
 def demo(out: Path) -> None:
     """Train and compare a small model at N = 1, 2, 4. Exports each model too; takes about eight minutes on two cores.
 
@@ -303,6 +306,7 @@ def demo(out: Path) -> None:
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep between turns.  [default: as in the model]")
 @DEVICE
 @DTYPE
+@THREADS
 def chat(
     model: str,
     overrides: tuple[str, ...],
@@ -357,6 +361,7 @@ def chat(
 @click.option("--grace", type=Number(min=0), default=30.0, show_default=True, help="Seconds to finish answers after SIGTERM or Ctrl-C.")
 @DEVICE
 @DTYPE
+@THREADS
 def serve(
     model: str,
     overrides: tuple[str, ...],
@@ -401,6 +406,7 @@ def serve(
 @main.command()
 @click.option("--check/--no-check", default=True, help="Check every form of every operator; takes a minute at most.")
 @click.option("--device", help="Device to check, such as cuda:1.  [default: cuda if available, else cpu]")
+@THREADS
 def doctor(check: bool, device: str | None) -> None:
     """Check the operators on this machine.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import click
@@ -32,4 +34,20 @@ PATH = FilePath()
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Device to run on, such as cuda or cuda:1.")
 DTYPE = click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Weights and activations.  [default: as stored]"
+)
+
+
+def _use_threads(ctx: click.Context, param: click.Parameter, threads: int | None) -> None:
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)  # PyTorch reads them when it is imported
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(threads)
+
+
+THREADS = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    expose_value=False,
+    callback=_use_threads,
+    help="CPU threads of PyTorch and of exported graphs.  [default: one per core]",
 )

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
@@ -47,6 +47,8 @@ class Toolkit(NamedTuple):
 class TensorRT(Target):
     """Write an engine for every graph. Fields are the options of the build."""
 
+    gathers_integers: ClassVar[bool] = False
+
     batch: tuple[int, int, int] = Field((1, 1, 8), description="minimum, optimal and maximum number of streams")
     compute_capability: tuple[str, ...] = Field(
         (), description='GPUs that one engine is built for, such as "8.0"; empty: the local GPU, or the default of tensorrt_rtx'
@@ -64,8 +66,6 @@ class TensorRT(Target):
     def check(self, precision: str, plan: Plan) -> None:
         if plan.dialect != "portable":
             raise ZooError(f"dialect: TensorRT does not support '{plan.dialect}', which is specific to onnxruntime; allowed: portable")
-        if plan.weights == "int8":
-            raise ZooError("weights: TensorRT-RTX 1.7 cannot build a Loop that reads int8 weights; allowed: int4, or none")
         self.toolkit(precision)
 
     def build(self, folder: Path, bundle: Bundle) -> Bundle:

@@ -22,6 +22,8 @@ from zoo.errors import ZooError
 from zoo.export import bundle as making
 from zoo.export.cli import main
 from zoo.export.manifest import Bundle
+from zoo.export.plan import Plan
+from zoo.export.runtime import ExportedModel, session_options
 
 FILES = ["bundle.json", "consolidation.onnx", "prediction.onnx", "weights.bin"]
 
@@ -66,7 +68,8 @@ def test_the_span_is_one_loop_of_constant_length(bundle):
     graph = load(bundle, "consolidation.onnx").graph
     loop = next(node for node in graph.node if node.op_type == "Loop")
     constants = {node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t) for node in graph.node if node.op_type == "Constant"}
-    assert constants[loop.input[0]] == bundle.model.config.loops
+    apart = bundle.folder.name == "hard"  # nothing reads the last MLP of the last pass, which therefore follows the Loop
+    assert constants[loop.input[0]] == bundle.model.config.loops - apart
     assert constants[loop.input[1]]
     body = loop.attribute[0].g
     assert not body.initializer
@@ -77,15 +80,47 @@ def test_size_does_not_depend_on_loops(bundles, tmp_path):
     model, folder, _ = bundles("hard")
     more = zoo.create(model.config, device="meta", loops=model.config.loops + 4)
     more.load_state_dict(model.state_dict(), assign=True)
-    making.write_onnx(more, tmp_path)
+    making.write_onnx(more, tmp_path, Plan(prefill=None))
     few, many = (onnx.load(where / "consolidation.onnx", load_external_data=False) for where in (folder, tmp_path))
     assert len(list(nodes(few.graph))) == len(list(nodes(many.graph)))
     assert few.ByteSize() == many.ByteSize()
     assert few != many
 
 
+@pytest.mark.parametrize("case", ["hard", "late"])
+def test_dead_blocks_of_the_last_pass_are_not_there(bundles, case):
+    """After the Loop, the last pass ends with the mixer of the last block that has fast weights."""
+    _, folder, _ = bundles(case)
+    graph = onnx.load(folder / "consolidation.onnx", load_external_data=False).graph
+    inside = {node.name for node in next(node for node in graph.node if node.op_type == "Loop").attribute[0].g.node}
+    last = {node.name for node in graph.node if node.name.startswith("blocks.")}
+    assert any("mlp/down_proj" in name for name in inside)
+    assert any(name.startswith("blocks.1/mixer/k_proj") for name in last)
+    assert not any(name.startswith(("blocks.1/mlp", "blocks.1/mixer/o_proj", "blocks.2")) for name in last)
+
+
+def test_a_piece_returns_the_logits_of_its_last_token(bundles):
+    """The head of the others is a graph of its own, which is opened when a caller asks for their logits."""
+    _, folder, _ = bundles("sliding")
+    manifest = json.loads((folder / "bundle.json").read_text())["graphs"]
+    outputs = {file: {tensor["name"]: tensor["shape"] for tensor in spec["outputs"]} for file, spec in manifest.items()}
+    assert outputs["prefill.onnx"]["logits"] == ["batch", 1, 11]
+    assert outputs["prefill.onnx"]["hidden"] == ["batch", 4, 16]
+    assert outputs["head.onnx"] == {"logits": ["batch", 4, 11]}
+    exported = ExportedModel(folder)
+    ids = torch.arange(10)[None] % 11
+    for kept in (0, 1):
+        assert exported(ids, exported.init_state(), logits_to_keep=kept).logits.shape == (1, kept, 11)
+    assert "_head" not in vars(exported)
+    wanted = exported(ids, exported.init_state()).logits
+    for kept in (1, 2, 3, 7):
+        found = exported(ids, exported.init_state(), logits_to_keep=kept).logits
+        torch.testing.assert_close(found, wanted[:, -kept:], rtol=0, atol=1e-5)
+
+
 def test_every_parameter_is_stored_once(bundle):
     parameters = dict(bundle.model.named_parameters())
+    linear = {f"{name}.weight" for name, module in bundle.model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert (bundle.folder / "weights.bin").stat().st_size == sum(4 * tensor.numel() for tensor in parameters.values())
     places = {}
     for file in ("prediction.onnx", "consolidation.onnx"):
@@ -95,7 +130,8 @@ def test_every_parameter_is_stored_once(bundle):
                 assert place["location"] == "weights.bin"
                 assert places.setdefault(tensor.name, place) == place
                 stored = onnx.numpy_helper.to_array(tensor, str(bundle.folder))
-                assert torch.equal(torch.tensor(stored), parameters[tensor.name])
+                layout = parameters[tensor.name].T if tensor.name in linear else parameters[tensor.name]
+                assert torch.equal(torch.tensor(stored), layout)
             else:
                 assert tensor.ByteSize() < 4096
     assert places.keys() == parameters.keys()
@@ -148,6 +184,18 @@ def test_a_window_that_restarts_is_not_read_asleep(bundles):
         assert ("recurrent" in name) == bool(dirty[name].any())
 
 
+def test_graphs_disturb_no_other_sessions(bundles):
+    """Threads of a graph that rests do not spin, and other code of the process may open sessions of its own."""
+    folder = bundles("hard").folder
+    bundle = ExportedModel(folder).bundle
+    options = {file: session_options(bundle, file) for file in bundle.graphs}
+    assert all(each.get_session_config_entry("session.force_spinning_stop") == "1" for each in options.values())
+    assert options["consolidation.onnx"].get_session_config_entry("session.disable_prepacking") == "1"
+    with pytest.raises(RuntimeError, match="does not have configuration"):
+        options["prediction.onnx"].get_session_config_entry("session.disable_prepacking")
+    onnxruntime.InferenceSession(str(folder / "prediction.onnx"), providers=["CPUExecutionProvider"])
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_a_changed_file_is_refused(bundles, tmp_path, file):
     folder = shutil.copytree(bundles("hard").folder, tmp_path / "bundle")
@@ -178,6 +226,14 @@ def test_a_broken_manifest(tmp_path, content, message):
         (tmp_path / "bundle.json").write_text(content)
     with pytest.raises(ZooError, match=message):
         zoo.export.load(tmp_path)
+
+
+def test_another_format_is_refused(bundles, tmp_path):
+    folder = shutil.copytree(bundles("hard").folder, tmp_path / "bundle")
+    manifest = json.loads((folder / "bundle.json").read_text())
+    (folder / "bundle.json").write_text(json.dumps(manifest | {"format": 1}))
+    with pytest.raises(ZooError, match=r"bundle.json: format: 1; want 2: export the model again"):
+        zoo.export.load(folder)
 
 
 def copy_of(folder):
@@ -217,6 +273,11 @@ def test_bad_input_is_one_line(tmp_path, arguments, message):
     assert result.stderr.count("\n") == 1
     assert re.search(message, result.stderr)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("window", "prefill"), [(4096, 128), (24, 24), (1, None)])
+def test_pieces_of_a_prompt_fit_into_a_window(window, prefill):
+    assert Plan().cut(window).prefill == prefill
 
 
 def test_an_existing_folder_is_untouched(tmp_path):

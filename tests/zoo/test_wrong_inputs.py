@@ -16,6 +16,7 @@ import zoo
 from zoo.cli import main as zoo_main
 from zoo.config import validate
 from zoo.export.cli import main as export_main
+from zoo.export.plan import Plan
 from zoo.export.runtime import ExportedModel
 from zoo.state import State
 from zoo.training.config import read_config
@@ -429,7 +430,7 @@ class Entrances(NamedTuple):
 @pytest.fixture(scope="module")
 def entrances(tmp_path_factory):
     model, folder = small(), tmp_path_factory.mktemp("bundle") / "bundle"
-    zoo.export.export(model, folder, verified=False)
+    zoo.export.export(model, folder, plan=Plan(prefill=None), verified=False)
     with zoo.SessionPool(model, 1, streams=20) as pool:
         yield Entrances(model, pool, ExportedModel(folder))
 

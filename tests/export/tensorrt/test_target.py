@@ -67,7 +67,7 @@ def embedding(folder):
 
 
 def test_every_graph_has_an_engine(engines):
-    graphs = ["prediction", "prefill", "consolidation"]
+    graphs = ["prediction", "prefill", "head", "consolidation"]
     files = ["bundle.json", "weights.bin", *(f"{name}.{kind}" for name in graphs for kind in ("onnx", "engine"))]
     assert sorted(file.name for file in engines.folder.iterdir()) == sorted(files)
     manifest = json.loads((engines.folder / "bundle.json").read_text())
@@ -75,7 +75,7 @@ def test_every_graph_has_an_engine(engines):
     for name, spec in manifest["engines"].items():
         assert spec["built_by"].startswith("tensorrt_rtx ")
         assert (spec["compute_capability"], spec["batch"]) == (["8.0", "12.0"], [1, 2, 4])
-        assert spec["layers"] > 100
+        assert spec["layers"] > (1 if name == "head.engine" else 100)
         assert manifest["sha256"][name] == digest(engines.folder / name)
 
 
@@ -109,14 +109,20 @@ def test_the_command(rtx, tmp_path, precision):
         assert f"{name}: {spec.layers} layers in " in result.output
 
 
+@pytest.mark.parametrize("flag", ["--int4", pytest.param("--int8", marks=pytest.mark.extended)])
+def test_engines_of_integers(rtx, tmp_path, flag):
+    """In a Loop and in a tied embedding too."""
+    small = ["layers=gdn", "d_model=16", "d_ff=16", "blocks.gdn.heads=2", "tie_embeddings=true"]  # whose block other tests trace, too
+    asked = ["--target", "tensorrt", flag, "--no-verify", "--out", str(tmp_path / "bundle")]
+    result = CliRunner().invoke(main, ["gdn4-sleep4-hard6", *small, *asked])
+    assert result.exit_code == 0, result.output
+    assert Bundle.read(tmp_path / "bundle").engines.keys() == {"prediction.engine", "consolidation.engine"}
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         (["--target", "tensorrt", "--dialect", "ort"], "dialect: TensorRT does not support 'ort'"),
-        (
-            ["--target", "tensorrt", "--weights-only-int8"],
-            "weights: TensorRT-RTX 1.7 cannot build a Loop that reads int8 weights; allowed: int4",
-        ),
         (["--target", "tensorrt", "--compute-capability", "9.0"], "compute-capability: '9.0' is not supported by tensorrt_rtx"),
         (["--target", "onnx", "--workspace", "1"], "target onnx: workspace: unknown field"),
     ],

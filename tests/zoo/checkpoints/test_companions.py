@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import zoo
 from zoo.cli import main
+from zoo.export.plan import Plan
 from zoo.text.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.extended  # the checkpoints are written by transformers
@@ -106,7 +107,7 @@ def test_train_and_export_keep_the_whole_model(source: Path, tmp_path: Path) -> 
         elsewhere.chdir(source)
         assert "window" in zoo_command("eval", run, "--sequences", 2)
     zoo.save(zoo.load(source, evict="sliding", window=8), tmp_path / "sleeps")
-    zoo.export.export(zoo.load(tmp_path / "sleeps"), tmp_path / "bundle", verified=False)
+    zoo.export.export(zoo.load(tmp_path / "sleeps"), tmp_path / "bundle", plan=Plan(prefill=None), verified=False)
     assert carries(tmp_path / "bundle", source)
     assert answer(tmp_path / "bundle") == answer(tmp_path / "sleeps")
     result = CliRunner().invoke(main, ["chat", str(tmp_path / "bundle"), "loops=2"])

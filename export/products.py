@@ -1,0 +1,60 @@
+"""Where graphs use the weights of linear layers, and their storage as [in, out]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from zoo.export.trace import PARAMETER
+
+import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
+from onnx_ir.passes import common  # isort: skip
+
+
+class Use(NamedTuple):
+    """A node that reads a weight [out, in]: a product with its transpose, or a lookup of its rows."""
+
+    node: ir.Node
+    lookup: bool
+
+
+def uses(weight: ir.Value) -> Iterator[Use]:
+    """Yield every use of a linear layer's weight in a graph and in the graphs inside it; Transposes between are passed over."""
+    for node, _ in list(weight.uses()):
+        if node.op_type == "Transpose":
+            yield from (Use(product, lookup=False) for product, _ in list(node.outputs[0].uses()))
+        else:
+            yield Use(node, lookup=node.op_type == "Gather")
+
+
+def store_transposed(models: Mapping[str, ir.Model], weights: Mapping[str, Tensor]) -> None:
+    """Store weights [out, in] as [in, out] in all graphs of a bundle, except where rows are looked up, as in a tied embedding.
+
+    Runtimes then multiply by the mapped file itself, and keep no transposed copies.
+    """
+    for name, weight in weights.items():
+        values = [model.graph.initializers[PARAMETER + name] for model in models.values() if PARAMETER + name in model.graph.initializers]
+        found = [(value, use) for value in values for use in uses(value)]
+        if any(use.lookup for _, use in found):
+            continue
+        stored = _transposed(name, weight.detach())
+        for value in values:
+            value.const_value, value.shape = stored, stored.shape
+        for value, use in found:
+            use.node.replace_input_with(1, value)
+            if use.node.op_type == "Gemm":
+                use.node.attributes["transB"] = ir.AttrInt64("transB", 0)
+    for model in models.values():
+        common.RemoveUnusedNodesPass()(model)
+
+
+def _transposed(name: str, weight: Tensor) -> ir.LazyTensor:
+    """Transpose a weight when it is written, so that no second copy of all weights is held."""
+
+    def tensor() -> ir.TensorProtocol:
+        return ir.tensor_adapters.TorchTensor(weight.T.contiguous(), name=name)
+
+    dtype = ir.tensor_adapters.from_torch_dtype(weight.dtype)
+    return ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(weight.T.shape), name=name)
