@@ -108,7 +108,7 @@ def write_onnx(
     made: dict[str, Any] = {}
     config, window = model.config, slots(model, plan)
     plan = plan.cut(window)
-    for name, graph in _graphs(model, plan, window).items():
+    for name, graph in _graphs(model, plan, window, target).items():
         started = time.perf_counter()
         made[name] = graphs.build(graph, plan.dialect)
         report(f"trace {name}", f"{sum(1 for _ in made[name].graph.all_nodes()):,} nodes", time.perf_counter() - started)
@@ -142,7 +142,7 @@ def write_onnx(
     )
 
 
-def _graphs(model: Model, plan: Plan, window: int) -> dict[str, Any]:
+def _graphs(model: Model, plan: Plan, window: int, target: Target) -> dict[str, Any]:
     """Return the graphs of a bundle by file name."""
     genai = plan.dialect == "ort"
     wanted: dict[str, Any] = {PREDICTION: graphs.Wake(model, window, 1, position_ids=genai)}
@@ -152,7 +152,8 @@ def _graphs(model: Model, plan: Plan, window: int) -> dict[str, Any]:
     if not evictions.get(model.config.evict).uses_window:
         return wanted
     if plan.sleep != "per-pass":
-        return wanted | {CONSOLIDATION: graphs.Sleep(model, window, unrolled=plan.sleep == "unroll")}
+        whole = plan.bits is not None and not target.shares_integers
+        return wanted | {CONSOLIDATION: graphs.Sleep(model, window, plan.sleep == "unroll", whole)}
     coda = {CODA: graphs.Coda(model, window)} if model.coda else {}
     return wanted | {PRELUDE: graphs.Prelude(model, window), PASS: graphs.Pass(model, window)} | coda
 

@@ -218,9 +218,11 @@ class Sleep(Asleep):
     The last pass follows the Loop where a part of it is dead: what no output reads is not in the graph.
     """
 
-    def __init__(self, model: Model, slots: int, unrolled: bool) -> None:
+    def __init__(self, model: Model, slots: int, unrolled: bool, whole: bool = False) -> None:
         super().__init__(model, slots)
         self.unrolled = unrolled
+        self.whole = whole
+        """True if the last pass stays in the Loop, with its dead part."""
 
     def example(self) -> dict[str, Tensor]:
         return {**self.ids(), **self.example_states(range(len(self.model.blocks)))}
@@ -243,6 +245,8 @@ class Sleep(Asleep):
         if self.unrolled:
             return 0
         loops = self.model.config.loops
+        if self.whole:
+            return loops
         last, mlp = self.model.passes(loops, asleep=True)[-1][-1]
         whole = last not in self.model.span or (last == self.model.span.stop - 1 and (mlp or self.model.blocks[last].mlp is None))
         return loops if whole else loops - 1

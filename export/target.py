@@ -18,6 +18,8 @@ class Target(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     gathers_integers: ClassVar[bool] = True
     """True if the rows of a table of integers can be looked up before they are dequantised."""
+    shares_integers: ClassVar[bool] = True
+    """True if a Loop and the nodes after it may read the same integers."""
 
     def check(self, precision: str, plan: Plan) -> None:
         """Raise a ZooError, before any work starts, for anything that this target cannot do on this machine."""

@@ -225,7 +225,7 @@ for wrong in ("task.length=0", "optimizer=sdg"):
         raise AssertionError
 """
     output = run(COMMAND + code)
-    first, last = map(float, re.findall(r"loss ([\d.]+)", output))
+    first, last = map(float, re.findall(r"step \d+/\d+ loss ([\d.]+)", output))
     assert last < first - 0.05
     assert "copy length=4" in output
     assert not (tmp_path / "refused").exists()
@@ -270,7 +270,7 @@ assert session.stats().sleeps == 1
 assert session.model._graphs["consolidation.onnx"].runs == 1
 """
     run(COMMAND + code)
-    assert (tmp_path / "bundle/LABEL").read_text().split() == ["prediction.onnx", "consolidation.onnx"]
+    assert (tmp_path / "bundle/LABEL").read_text().split() == ["prediction.onnx", "prefill.onnx", "head.onnx", "consolidation.onnx"]
 
 
 def test_the_example_of_the_readme(run):

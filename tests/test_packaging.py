@@ -74,7 +74,7 @@ for line in (
     main(line.split(), standalone_mode=False)
 """
     run(environment, "python", "-c", code)
-    run(environment, "zoo-export", "run", "--target", "onnx", "--out", "bundle")
+    run(environment, "zoo-export", "run", "--target", "onnx", "--prefill", "0", "--out", "bundle")
     assert {p.name for p in (environment / "bundle").iterdir()} == {"bundle.json", "prediction.onnx", "consolidation.onnx", "weights.bin"}
 
 

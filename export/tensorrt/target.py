@@ -48,6 +48,7 @@ class TensorRT(Target):
     """Write an engine for every graph. Fields are the options of the build."""
 
     gathers_integers: ClassVar[bool] = False
+    shares_integers: ClassVar[bool] = False  # tensorrt_rtx 1.7 crashes
 
     batch: tuple[int, int, int] = Field((1, 1, 8), description="minimum, optimal and maximum number of streams")
     compute_capability: tuple[str, ...] = Field(

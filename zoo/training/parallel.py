@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -181,10 +183,19 @@ def join(device: str | None) -> Iterator[Team]:
         kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(kind)
     if started := not dist.is_initialized():
+        if dist.is_torchelastic_launched():
+            threading.Thread(target=_end_with_launcher, args=[os.getppid()], daemon=True).start()
         dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
     yield Team(kind, dist.get_rank(), dist.get_world_size())
     if started:  # not after an error: the other ranks may never reach this collective
         dist.destroy_process_group()
+
+
+def _end_with_launcher(launcher: int) -> None:
+    """End this rank when torchrun has been killed, which leaves the other ranks without a rendezvous."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os._exit(1)
 
 
 def reshard(model: Model) -> None:

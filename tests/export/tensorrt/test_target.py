@@ -95,7 +95,7 @@ def test_the_weights_are_in_the_engine(engines, name):
 def test_the_command(rtx, tmp_path, precision):
     out = tmp_path / "bundle"
     asked = ["--target", "tensorrt", "--dtype", precision, "--compute-capability", "8.0,12.0", "--no-verify", "--out", str(out)]
-    small = ["layers=gdn", "d_model=16", "d_ff=16", "blocks.gdn.heads=2"]  # whose block other tests trace, too
+    small = ["--prefill", "0", "layers=gdn", "d_model=16", "d_ff=16", "blocks.gdn.heads=2"]  # whose block other tests trace, too
     result = CliRunner().invoke(main, ["gdn4-sleep4-hard6", *small, *asked])
     assert result.exit_code == 0, result.output
     bundle = Bundle.read(out)
@@ -113,7 +113,7 @@ def test_the_command(rtx, tmp_path, precision):
 def test_engines_of_integers(rtx, tmp_path, flag):
     """In a Loop and in a tied embedding too."""
     small = ["layers=gdn", "d_model=16", "d_ff=16", "blocks.gdn.heads=2", "tie_embeddings=true"]  # whose block other tests trace, too
-    asked = ["--target", "tensorrt", flag, "--no-verify", "--out", str(tmp_path / "bundle")]
+    asked = ["--target", "tensorrt", flag, "--prefill", "0", "--no-verify", "--out", str(tmp_path / "bundle")]
     result = CliRunner().invoke(main, ["gdn4-sleep4-hard6", *small, *asked])
     assert result.exit_code == 0, result.output
     assert Bundle.read(tmp_path / "bundle").engines.keys() == {"prediction.engine", "consolidation.engine"}

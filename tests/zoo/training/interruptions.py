@@ -92,25 +92,26 @@ def wait(pid, seconds=300):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def members(session):
-    """Return the living processes of a session."""
+def members(session, out):
+    """Return the living processes of a session, and those of the ranks of torchrun, which have sessions of their own."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, its = stat.read_text().rpartition(")")[2].split()[:4]
+            arguments = (stat.parent / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if state != "Z" and int(its) == session:
+        if state != "Z" and (int(its) == session or os.fsencode(out) in arguments):
             found.append(int(stat.parent.name))
     return found
 
 
-def send(kind, pid, number):
+def send(kind, pid, number, out):
     """Send a signal the way a terminal, a batch system or the kernel does."""
     if number == signal.SIGINT or (kind == "torchrun" and number == signal.SIGKILL):
         os.killpg(pid, number)
     elif kind == "torchrun" and number in (signal.SIGUSR1, signal.SIGUSR2):
-        ranks = [member for member in members(pid) if member != pid]
+        ranks = [member for member in members(pid, out) if member != pid]
         os.kill(ranks[-1] if ranks else pid, number)
     else:
         os.kill(pid, number)
@@ -146,7 +147,7 @@ def interrupt(kind, out, chance, duration):
         time.sleep(moment)
         interrupted = not ended(pid)
         if interrupted:
-            send(kind, pid, number)
+            send(kind, pid, number, out)
             count += 1
         status, log = wait(pid), (out.parent / "log").read_text()
         what = f"{out.parent.name}: {number.name} after {moment:.2f} s of {duration:.2f}"
@@ -158,11 +159,11 @@ def interrupt(kind, out, chance, duration):
         if not interrupted and status:
             problems.append(f"{what}: not interrupted, status {status}: {log[-1500:]}")
         end = time.monotonic() + 60
-        while members(pid) and time.monotonic() < end:
+        while members(pid, out) and time.monotonic() < end:
             time.sleep(0.02)
-        if left := members(pid):
-            problems.append(f"{what}: processes {left} are left")
-            os.killpg(pid, signal.SIGKILL)
+        for left in members(pid, out):
+            problems.append(f"{what}: process {left} is left")
+            os.kill(left, signal.SIGKILL)
         after = metrics(out)
         for name, text in before.items():
             if not after[name].startswith(text[: text.rfind(b"\n") + 1]):
