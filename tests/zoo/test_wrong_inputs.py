@@ -196,7 +196,7 @@ EXPORTS = [
     *(("{place}/model", "--out", "{new}", "--device", device) for device in (DEVICE, "gpu", "meta")),
     ("{place}/model", "--out", "{new}", "--dialect", "dutch"),
     ("{place}/model", "--out", "{new}", "--loops", "0"),
-    ("{place}/model", "--out", "{new}", "--prefill", "0"),
+    ("{place}/model", "--out", "{new}", "--prefill", "-1"),
     ("{place}/model", "--out", "{new}", "--prefill", "17"),
     ("{place}/model", "--out", "{new}", "--max-length", "0"),
     ("{place}/model", "--out", "{new}", "--weights-only-int8", "--weights-only-int4"),
