@@ -82,6 +82,19 @@ def run(stream, steps, file=None, phase=None):
         yield logits, (stream.stats().tokens, stream.stats().sleeps)
 
 
+def _stop_in(child, wanted, phase, chance):
+    """Stop the process at a random point of a phase; a busy machine may let it run on into the next one meanwhile."""
+    while True:
+        while phase[0] != wanted:
+            pass
+        time.sleep(0.002 * chance.random())
+        os.kill(child, signal.SIGSTOP)
+        assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+        if phase[0] == wanted:
+            return
+        os.kill(child, signal.SIGCONT)
+
+
 def kill_and_replay(folder, kills):
     """Fork processes and kill them; `test_killed` runs this in a process of its own."""
     sleeping, file, steps, chance = model("slide24"), folder / "stream", list(program()), random.Random(0)
@@ -95,9 +108,7 @@ def kill_and_replay(folder, kills):
                 list(run(zoo.Session(sleeping), steps, file, phase))
             os._exit(1)
         time.sleep(0.2 * chance.random())
-        while phase[0] != kill % 3:
-            pass
-        time.sleep(0.002 * chance.random())
+        _stop_in(child, kill % 3, phase, chance)
         reached[phase[0]] += 1
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
