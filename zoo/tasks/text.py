@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,12 +64,16 @@ class Text(Task):
         return by_window(ids.astype(np.int64), self.width)
 
     def chance(self) -> float:
-        """Return the share of the most frequent token among the first million of the held-out file."""
-        tokens = self._tokens("test")[:1_000_000]
-        return float(np.bincount(tokens).max() / len(tokens))
+        return majority(self._tokens("test"))
 
     def _tokens(self, split: Split) -> NDArray[np.unsignedinteger]:
         return open_tokens(self.test if split == "test" else self.train, split)
+
+
+def majority(tokens: NDArray[np.integer[Any]]) -> float:
+    """Return the share of the most frequent token among the first million."""
+    some = np.asarray(tokens[:1_000_000])
+    return float(np.bincount(some).max() / len(some))
 
 
 def by_window(ids: NDArray[np.int64], width: int) -> Batch:

@@ -17,7 +17,7 @@ from zoo.errors import ZooError
 from zoo.tasks import Batch, Task
 from zoo.tasks.qa import Qa
 from zoo.tasks.task import Split
-from zoo.tasks.text import by_window, open_tokens
+from zoo.tasks.text import by_window, majority, open_tokens
 from zoo.text.corpus import documents
 from zoo.text.tokenizers import load_tokenizer
 from zoo.training.config import TrainConfig
@@ -73,9 +73,7 @@ class Excerpts(Task):
         return by_window(ids, self.width)
 
     def chance(self) -> float:
-        """Return the share of the most frequent token among the first million."""
-        tokens = np.asarray(self.tokens[:1_000_000])
-        return float(np.bincount(tokens).max() / len(tokens))
+        return majority(self.tokens)
 
 
 def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig | None, length: int | None) -> tuple[Task, int]:
@@ -97,9 +95,10 @@ def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig
         fields: dict[str, Any] = {"train": str(file), "test": str(file), "vocab": model.vocab_size, "width": width}
         fields["tokenizer"] = str(folder) if has_tokenizer(folder) else None
         windows = trained.get("windows", 1) if trained.get("name") == "qa" else 2**20  # all of every context
-        rows = Qa.model_construct(**fields, windows=windows)._rows("test")
+        questions = Qa.model_construct(**fields, windows=windows)
+        rows = questions._rows("test")
         longest = max(-(-len(row.context) // width) for row in rows)
-        return Qa.model_construct(**fields, windows=max(1, min(windows, longest))), len(rows)
+        return questions.model_copy(update={"windows": max(1, min(windows, longest))}), len(rows)  # with the rows that were read
     if length is None:
         length = trained.get("length", 2048) if trained.get("name") == "text" else 4 * width
     text: dict[str, Any] = {"file": str(file), "folder": str(folder), "vocab": model.vocab_size, "width": width}
