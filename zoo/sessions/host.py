@@ -53,14 +53,14 @@ class SleepEnd:
 
 
 @dataclass(frozen=True, eq=False)
-class Taken:
-    """Request to wait until the caller has taken the last result, or has left. The answer is None."""
+class Wanted:
+    """Request to wait until the caller wants another result, or has left. The answer is None."""
 
-    def __await__(self) -> Generator[Taken, None, None]:
+    def __await__(self) -> Generator[Wanted, None, None]:
         yield self
 
 
-Request = Slice | Token | SleepEnd | Taken
+Request = Slice | Token | SleepEnd | Wanted
 Answer = int | Tensor | None
 Call = Coroutine[Request, Answer, T]
 """A call in progress. Its host answers the requests that it awaits; only the host itself requests a `Token` or a `SleepEnd`."""

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
-from zoo.sessions.host import Call, Stream, Taken
+from zoo.sessions.host import Call, Stream, Wanted
 
 
 class Pending:
@@ -21,22 +21,32 @@ class Pending:
 class PendingEach(Pending):
     """Calls one after the other, whose results are in `results`; None follows the last one.
 
-    Each waits until the previous result was taken: a stream holds the tokens that its caller has seen, and no others.
+    Each waits until the caller wants it: a stream holds the tokens that its caller has seen, and no others, of which the last one is
+    pending.
     """
 
     def __init__(self, stream: Stream, calls: Iterator[Call[Any]]) -> None:
         super().__init__(stream, self._run(calls))
         self.results: SimpleQueue[tuple[Any] | None] = SimpleQueue()
-        self.untaken = 0
-        """Number of results that the caller has not taken."""
+        self.made = self.taken = self.wanted = 0
+        """Number of results, of those that the caller has taken, and of those after which it wanted another."""
         self.left = False
         """True if the caller takes no more results."""
         self.result.add_done_callback(lambda _: self.results.put(None))
 
     async def _run(self, calls: Iterator[Call[Any]]) -> None:
-        for call in calls:
-            self.results.put((await call,))
-            await Taken()
-            if self.untaken:
-                self.stream.retract()
-                return
+        call = next(calls, None)
+        try:
+            while call is not None:
+                result = await call
+                call = next(calls, None)
+                self.made += 1
+                self.results.put((result,))
+                if call is None:  # the stream is idle as soon as the last result is there
+                    return
+                await Wanted()
+                if self.left:
+                    return
+        finally:
+            if call is not None:
+                call.close()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.sessions.host import Answer, BusyError, Call, Host, PoolClosedError, PoolFullError, SleepEnd, Stream, Taken, Token
+from zoo.sessions.host import Answer, BusyError, Call, Host, PoolClosedError, PoolFullError, SleepEnd, Stream, Token, Wanted
 from zoo.sessions.one_by_one import OneByOne
 from zoo.sessions.pending import Pending, PendingEach
 from zoo.sessions.sleeping import Sleep, batch_key, consolidate_together
@@ -110,16 +110,22 @@ class Scheduler:
         return pending.result.result()
 
     def run_each(self, stream: Stream, calls: Iterator[Call[T]]) -> Iterator[T]:
+        async def retract() -> None:
+            stream.retract()
+
         self._submit(pending := PendingEach(stream, calls))
         try:
             while (result := pending.results.get()) is not None:
-                self._resume(pending, taken=1)
+                pending.taken += 1
                 yield result[0]
+                self._resume(pending, wanted=1)
         finally:
             pending.left = True
             self._resume(pending)
             if threading.current_thread() is not self.thread:  # the garbage collector may run in any thread
                 pending.result.result()
+                if pending.taken < pending.made:  # the caller was interrupted while it waited
+                    self.run(stream, retract())
 
     def _submit(self, pending: Pending) -> None:
         try:
@@ -139,10 +145,10 @@ class Scheduler:
             pending.call.close()
             raise
 
-    def _resume(self, pending: PendingEach, taken: int = 0) -> None:
+    def _resume(self, pending: PendingEach, wanted: int = 0) -> None:
         """Continue a call that waits for its caller."""
         with self._changed:
-            pending.untaken -= taken
+            pending.wanted += wanted
             if pending in self._for_callers:
                 self._for_callers.remove(pending)
                 self._expected.discard(pending)
@@ -282,11 +288,10 @@ class Scheduler:
             return self._return(pending, done.value)
         except BaseException as raised:
             return self._return(pending, error=raised)
-        if isinstance(request, Taken):
+        if isinstance(request, Wanted):
             assert isinstance(pending, PendingEach)
             with self._changed:
-                pending.untaken += 1
-                if pending.untaken > 0 and not pending.left:
+                if pending.wanted < pending.made and not pending.left:
                     self._for_callers.add(pending)
                     self._expected.add(pending)
                 else:

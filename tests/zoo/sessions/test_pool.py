@@ -4,6 +4,8 @@ import copy
 import gc
 import itertools
 import threading
+import time
+import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -320,6 +322,45 @@ def test_a_scheduler_that_fails_is_reported(monkeypatch):
         assert not any(
             thread.name == "zoo-pool" and thread.is_alive() for thread in threading.enumerate() if thread is pool._scheduler.thread
         )
+
+
+@pytest.mark.parametrize("pause", [0, 0.02])
+def test_a_generation_that_is_left_equals_that_of_a_session(pause):
+    """The last token that the caller took is pending, and is not slept on, however long the caller takes for a token."""
+
+    def used(stream, taken):
+        for number, _ in enumerate(stream.generate(tokens(3), 9, temperature=1.0, seed=0), 1):
+            time.sleep(pause)
+            if number == taken:
+                break
+        stream.sleep()
+        return stream.stats().tokens, stream.feed(tokens(2, seed=1))
+
+    with zoo.SessionPool(model(), slots=2, streams=9) as pool, ThreadPoolExecutor(9) as threads:
+        results = list(threads.map(lambda taken: used(pool.open(), taken), range(1, 10)))
+    for taken, (count, logits) in enumerate(results, 1):
+        wanted, expected = used(zoo.Session(model()), taken)
+        assert count == wanted
+        close(logits, expected)
+
+
+def test_a_caller_interrupted_while_it_waits_leaves_no_unseen_token():
+    with zoo.SessionPool(model()) as pool:
+        stream, plain = pool.open(), zoo.Session(model())
+        speech = stream.generate(tokens(3), 9)
+        seen = next(speech)
+        (pending,) = pool._scheduler._calls.values()
+        results = pending.results
+
+        def interrupted():
+            results.get()
+            raise KeyboardInterrupt
+
+        pending.results = types.SimpleNamespace(get=interrupted, put=results.put)
+        with pytest.raises(KeyboardInterrupt):
+            next(speech)
+        plain.feed(tokens(3))
+        close(stream.feed(tokens(1)), plain.feed(torch.cat([seen[:, None], tokens(1)], 1))[:, -1:])
 
 
 def test_refused_and_interrupted_calls_are_closed(monkeypatch):
