@@ -54,8 +54,6 @@ class Mixer(nn.Module):
     Options: ClassVar[type[Options]] = Options
     packs: ClassVar[bool] = False
     """True if the mixer keeps packed sequences (`positions.cu_seqlens`) separate."""
-    unrolls: ClassVar[bool] = False
-    """True if `forward` loops over tokens in Python; torch.compile then makes one graph for each length."""
     wide: ClassVar[tuple[str, ...]] = ()
     """Parameters that stay float32 in a 16-bit model, such as rates of decay."""
 
