@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic_multi_out
 
+from zoo.blocks.attention import KV
 from zoo.blocks.block import Block
 from zoo.blocks.positions import Positions
 from zoo.export.operators import DIALECTS, DOMAIN, Scans
@@ -315,12 +316,13 @@ def _block(graph: Graph, layer: int, dialect: str, scans: Scans) -> ir.Graph:
     """Return the traced graph of a block; blocks of the same kind share one."""
     config = graph.model.config
     kind, mlp = config.pattern[layer], config.mlp_pattern[layer]
-    made_of = (config.d_model, config.mlp_width, config.norm, config.norm_eps, graph.model.eviction.reach)
+    made_of = (config.d_model, config.mlp_width, config.norm, config.norm_eps)
     dtypes = (graph.model.residual_dtype, *(parameter.dtype for parameter in graph.model.blocks[layer].parameters()))
     options = json.dumps([config.blocks.get(kind), config.mlps.get(mlp)])
-    key = (kind, mlp, options, *made_of, *dtypes, graph.tokens, graph.slots, dialect)
+    block: Any = graph.model.blocks[layer]
+    ring = (graph.slots, graph.model.eviction.reach) if isinstance(block.mixer.new_window(1), KV) else ()
+    key = (kind, mlp, options, *made_of, *dtypes, graph.tokens, *ring, dialect)
     if key not in _blocks:
-        block: Any = graph.model.blocks[layer]
         part = BlockPart(block, graph.model.residual_dtype, graph.tokens, graph.slots)
         _blocks[key] = trace(part, part.example(), scans).graph
     return _blocks[key]

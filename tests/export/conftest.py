@@ -61,9 +61,9 @@ FORMS = {
     ),
     "ouro": (
         {"layers": "attn*2", "evict": "none", "window": None, "loops": 1, "wake_loops": 3, "loop_norm": True, "exit": {}},
-        {"max_length": 12},
+        {"max_length": 6},
     ),
-    "full": ({"layers": "gdn swa", "evict": "none", "window": None, "loops": 1}, {"max_length": 12, **PREFILL}),
+    "full": ({"layers": "gdn swa", "evict": "none", "window": None, "loops": 1}, {"max_length": 6, **PREFILL}),
     "late": ({"layers": "attn gdn attn", "loops": 2}, {}),
     "chunks": ({"layers": "gdn", "window": 70}, {}),
     "scan": ({"layers": "gdn", "window": 530}, {}),

@@ -429,7 +429,8 @@ class Entrances(NamedTuple):
 
 @pytest.fixture(scope="module")
 def entrances(tmp_path_factory):
-    model, folder = small(), tmp_path_factory.mktemp("bundle") / "bundle"
+    blocks = {"attn": {"heads": 2}, "gdn": {"heads": 2}}  # as in the bundles of tests/export, which trace the same blocks
+    model, folder = zoo.create("gdn4-sleep2-hard6", **MODEL, blocks=blocks), tmp_path_factory.mktemp("bundle") / "bundle"
     zoo.export.export(model, folder, plan=Plan(prefill=None), verified=False)
     with zoo.SessionPool(model, 1, streams=20) as pool:
         yield Entrances(model, pool, ExportedModel(folder))
