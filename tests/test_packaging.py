@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -16,12 +17,12 @@ FLOORS = ("blocks", "configs", "export", "kernels")
 def environment(tmp_path_factory):
     """A fresh environment with the wheel and Hugging Face's `kernels`, which can import our dependencies."""
     home = tmp_path_factory.mktemp("environment")
-    venv.create(home, with_pip=True)
+    venv.create(home)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(home)}))
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch is too large to install twice
     for arguments in (["--no-deps", str(ROOT)], ["kernels"]):
         subprocess.run(
-            [home / "bin/python", "-m", "pip", "install", "--quiet", "--no-warn-script-location", *arguments],
+            [sys.executable, "-m", "pip", "--python", home / "bin/python", "install", "--quiet", "--no-warn-script-location", *arguments],
             check=True,
             cwd=home,
             env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
@@ -74,8 +75,8 @@ for line in (
     main(line.split(), standalone_mode=False)
 """
     run(environment, "python", "-c", code)
-    run(environment, "zoo-export", "run", "--target", "onnx", "--prefill", "0", "--out", "bundle")
-    assert {p.name for p in (environment / "bundle").iterdir()} == {"bundle.json", "prediction.onnx", "consolidation.onnx", "weights.bin"}
+    run(environment, "zoo-export", "gdn4", "layers=gdn", "d_model=16", "--max-length", "5", "--prefill", "0", "--out", "bundle")
+    assert {p.name for p in (environment / "bundle").iterdir()} == {"bundle.json", "prediction.onnx", "weights.bin"}
 
 
 @pytest.mark.parametrize("floor", FLOORS)
