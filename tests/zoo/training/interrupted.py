@@ -53,8 +53,7 @@ def outcome(out):
     return {"steps": [m["step"] for m in lines], "losses": [m["loss"] for m in lines], "weights": digest.hexdigest(), "left": left}
 
 
-def main(folder, dtype, count):
-    torch.set_num_threads(1)
+def interrupt(folder, dtype, count):
     config = tiny(**CONFIG, dtype=dtype)
     chosen = random.Random(0).sample(range(1, config.steps), count)
     cases = {f"{number.name} at {step}": partial(send, number, step) for number in (signal.SIGTERM, signal.SIGKILL) for step in chosen}
@@ -64,8 +63,10 @@ def main(folder, dtype, count):
     train(config, folder / "uninterrupted")
     for name in cases:
         train(config, folder / name)
-    print(json.dumps({name: outcome(folder / name) for name in ["uninterrupted", *cases]}))
+    return {name: outcome(folder / name) for name in ["uninterrupted", *cases]}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    torch.set_num_threads(1)
+    counts = dict(argument.split("=") for argument in sys.argv[2:])
+    print(json.dumps({dtype: interrupt(Path(sys.argv[1]) / dtype, dtype, int(count)) for dtype, count in counts.items()}))

@@ -19,7 +19,7 @@ from zoo.training.loop import StoppedError, train
 BASE = {
     **TINY,
     "task": {"name": "cycle", "nodes": 6, "hops": 2},
-    "steps": 10,
+    "steps": 6,
     "batch_size": 6,
     "lr": 0.01,
     "eval_sequences": 9,
