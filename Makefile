@@ -46,5 +46,5 @@ bench: .venv/bench  ## run every benchmark that this machine's CPU can run
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,onnx,serve,tensorrt-rtx,triton]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,docs,onnx,serve,tensorrt-rtx,triton]'
 	touch $@
