@@ -376,6 +376,11 @@ def test_too_short_for_a_problem():
         (json.dumps({**UPSTREAM, "solution": "no"}), "no 'Answer"),
         (json.dumps([1]), "line 2: not a problem"),
         (json.dumps({"problem": "x"}), "line 2: not a problem.*question"),
+        (json.dumps({**UPSTREAM, "problem": 1}), "line 2: not a problem.*want texts"),
+        (json.dumps({**UPSTREAM, "question": {}}), "line 2: not a problem.*want texts"),
+        (json.dumps({**UPSTREAM, "op": None}), "line 2: not a problem"),
+        (json.dumps({**UPSTREAM, "op": 0}), "line 2: not a problem.*op: 0"),
+        (json.dumps({**UPSTREAM, "op": 10**30}), "line 2: not a problem.*op: 1000"),
     ],
 )
 def test_broken_files(tmp_path, line, message):
