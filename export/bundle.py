@@ -25,6 +25,7 @@ from zoo.export.manifest import (
     PREDICTION,
     PREFILL,
     PRELUDE,
+    SLEEPING,
     WEIGHTS,
     Bundle,
     GraphSpec,
@@ -35,6 +36,7 @@ from zoo.export.plan import PRECISIONS, Plan, check, slots
 from zoo.export.products import store_transposed
 from zoo.export.quantise import linear_weights, quantised, store_integers
 from zoo.export.runtime import ExportedModel
+from zoo.export.sleeping import SelfSleeping
 from zoo.export.target import Target, targets
 from zoo.export.verify import Parity, verify
 from zoo.files import as_path, new_folder
@@ -112,6 +114,8 @@ def write_onnx(
         started = time.perf_counter()
         made[name] = graphs.build(graph, plan.dialect)
         report(f"trace {name}", f"{sum(1 for _ in made[name].graph.all_nodes()):,} nodes", time.perf_counter() - started)
+    if plan.self_sleeping:
+        made[SLEEPING] = SelfSleeping(made, window).model()
     started = time.perf_counter()
     parameters: dict[str, Any] = {
         name: ir.tensor_adapters.TorchTensor(tensor.detach(), name=name) for name, tensor in model.state_dict().items()

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 @click.argument("overrides", metavar="[FIELD=VALUE]...", nargs=-1)
 @click.option("--target", default="onnx", show_default=True, help="Format of the bundle.")
 @click.option("--out", type=PATH, help="New folder for the bundle.")
+@click.option(
+    "--triton-server",
+    type=PATH,
+    metavar="DIR",
+    help="Model repository of Triton Inference Server to which the bundle is added, with --self-sleeping and a config.pbtxt.",
+)
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Weights and activations.  [default: as stored]")
 @click.option("--dialect", type=click.Choice(["portable", "ort"]), default="portable", show_default=True, help="Operators of the graphs.")
 @click.option(
@@ -32,6 +38,9 @@ if TYPE_CHECKING:
 @click.option("--loops", type=int, metavar="N", help="Passes per sleep.  [default: as in the model]")
 @click.option("--unroll", is_flag=True, help="Unroll the passes of a sleep instead of writing a Loop.")
 @click.option("--per-pass", is_flag=True, help="Write a pass as a separate graph, for hosts that stop between passes.")
+@click.option(
+    "--self-sleeping", is_flag=True, help="Add sleeping.onnx, a graph that sleeps by itself, for hosts that only carry its states."
+)
 @click.option("--max-length", type=int, metavar="T", help="Maximum number of tokens in a stream, for models that never evict.")
 @click.option("--int8", is_flag=True, help="Linear layers in 8 bits, their inputs rounded to 8 bits: fastest on a CPU.")
 @click.option("--int4", is_flag=True, help="Linear layers in 4 bits, their inputs rounded to 8 bits: fastest on a CPU.")
@@ -52,6 +61,7 @@ def main(
     model: str,
     overrides: tuple[str, ...],
     out: Path | None,
+    triton_server: Path | None,
     verify_only: Path | None,
     seed: int,
     device: str,
@@ -59,6 +69,7 @@ def main(
     compute_capability: str | None,
     unroll: bool,
     per_pass: bool,
+    self_sleeping: bool,
     int8: bool,
     int4: bool,
     weights_only_int8: bool,
@@ -71,8 +82,8 @@ def main(
     RUN_OR_NAME is the folder of a model, of a training run or of an upstream checkpoint, or the name of a model (random weights).
     FIELD=VALUE replaces a field of its config, for example loops=4.
     """
-    if (out is None) == (verify_only is None):
-        raise click.UsageError("want either --out DIR or --verify-only DIR")
+    if sum(folder is not None for folder in (out, triton_server, verify_only)) != 1:
+        raise click.UsageError("want one of --out DIR, --triton-server DIR and --verify-only DIR")
     if unroll and per_pass:
         raise click.UsageError("--unroll and --per-pass are mutually exclusive")
     forms = {"--int8": int8, "--int4": int4, "--weights-only-int8": weights_only_int8, "--weights-only-int4": weights_only_int4}
@@ -80,15 +91,16 @@ def main(
     if len(chosen) > 1:
         raise click.UsageError(f"{' and '.join(chosen)} are mutually exclusive")
     asked["sleep"] = "unroll" if unroll else "per-pass" if per_pass else None
+    asked["self_sleeping"] = True if self_sleeping or triton_server else None
     asked["weights"] = chosen[0][-4:] if chosen else None
     asked["exact_activations"] = True if weights_only_int8 or weights_only_int4 else None
     asked["compute_capability"] = compute_capability and compute_capability.split(",")
     overrides += () if loops is None else (f"loops={loops}",)
     with exit_status():
-        if out is not None:
+        if (place := out or triton_server) is not None:
             given = {name: value for name, value in asked.items() if value is not None}
             given |= {} if prefill is None else {"prefill": prefill or None}
-            _write(model, overrides, seed, device, out, **given)
+            _write(model, overrides, seed, device, place, repository=triton_server is not None, **given)
         elif verify_only is not None:
             _compare(model, overrides, seed, device, verify_only)
 
@@ -100,6 +112,7 @@ def _write(
     device: str,
     out: Path,
     *,
+    repository: bool,
     target: str,
     no_verify: bool,
     dtype: str | None = None,
@@ -115,12 +128,14 @@ def _write(
     from zoo.export.manifest import Bundle
     from zoo.export.plan import Plan, check, state_bytes
     from zoo.export.target import targets
+    from zoo.export.triton_server import VERSION, export_to_repository, model_folder
     from zoo.files import refuse_existing
 
     plan = validate(Plan, {field: value for field, value in asked.items() if field in Plan.model_fields}, "zoo-export")
     options = {field: value for field, value in asked.items() if field not in Plan.model_fields}
     validate(targets.get(target), options, f"target {target}").check(dtype or "float32", plan)
-    refuse_existing(out)
+    if not repository:
+        refuse_existing(out)
     usable_device(device, meta=False)
     console = Console()
     started = time.perf_counter()
@@ -129,22 +144,23 @@ def _write(
         console.print(f"{stage}: {result}, {seconds:.1f} s", highlight=False, soft_wrap=True)
 
     shape = _model(name, overrides, seed, dtype, device="meta")
-    check(shape, plan, out, verified=not no_verify)
+    place, write = (model_folder(shape, out), export_to_repository) if repository else (out, export)
+    check(shape, plan, place, verified=not no_verify)
     made = _model(name, overrides, seed, dtype)
     weights = sum(tensor.nbytes for tensor in made.parameters())
     report(
         made.config.name, f"{weights:,} bytes of weights, {state_bytes(made, plan):,} of states per stream", time.perf_counter() - started
     )
     with spinner(f"exporting {made.config.name}"):
-        parity = export(made, out, plan=plan, target=target, verified=not no_verify, device=device, report=report, **options)
+        parity = write(made, out, plan=plan, target=target, verified=not no_verify, device=device, report=report, **options)
     if parity is not None:
         console.print(parity.table())
     table = Table("file", "bytes")
-    for file in sorted(out.iterdir()):
-        table.add_row(file.name, f"{file.stat().st_size:,}")
+    for file in sorted(file for file in place.rglob("*") if file.is_file()):
+        table.add_row(str(file.relative_to(place)), f"{file.stat().st_size:,}")
     console.print(table)
-    console.print(f"{out}: written in {time.perf_counter() - started:.1f} s", highlight=False, soft_wrap=True)
-    for engine, spec in Bundle.read(out).engines.items():
+    console.print(f"{place}: written in {time.perf_counter() - started:.1f} s", highlight=False, soft_wrap=True)
+    for engine, spec in Bundle.read(place / VERSION if repository else place).engines.items():
         console.print(f"{engine}: {spec}", highlight=False, soft_wrap=True)
 
 

@@ -17,6 +17,7 @@ FORMAT: Literal[2] = 2  # 1 stored linear layers as [out, in], and its prefill.o
 MANIFEST, WEIGHTS = "bundle.json", "weights.bin"
 PREDICTION, PREFILL, CONSOLIDATION = "prediction.onnx", "prefill.onnx", "consolidation.onnx"
 HEAD = "head.onnx"  # logits of all tokens of a piece, which prefill.onnx does not compute
+SLEEPING = "sleeping.onnx"  # all of them in one, for hosts that only carry its states
 PRELUDE, PASS, CODA = "prelude.onnx", "pass.onnx", "coda.onnx"  # a sleep for hosts that stop between passes
 
 

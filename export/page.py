@@ -6,13 +6,27 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from zoo.export.manifest import CODA, CONSOLIDATION, HEAD, PASS, PREDICTION, PREFILL, PRELUDE, WEIGHTS, Bundle, GraphSpec, TensorSpec
+from zoo.export.manifest import (
+    CODA,
+    CONSOLIDATION,
+    HEAD,
+    PASS,
+    PREDICTION,
+    PREFILL,
+    PRELUDE,
+    SLEEPING,
+    WEIGHTS,
+    Bundle,
+    GraphSpec,
+    TensorSpec,
+)
 
 PURPOSE = {
     PREDICTION: "one wake pass over one token",
     PREFILL: "one wake pass over up to {prefill} tokens",
     HEAD: "logits of all tokens of a piece, from `hidden` of `prefill.onnx`, for hosts that need more than those of the last",
     CONSOLIDATION: "one whole sleep: {loops} passes over a window of up to {window} tokens, then eviction",
+    SLEEPING: "all of these for one stream, of any number of `tokens`: it sleeps by itself, and the host only carries its states",
     PRELUDE: "start of a sleep, run once before the passes",
     PASS: "one of the {loops} passes of a sleep",
     CODA: "end of a sleep, run once after the passes",
@@ -30,6 +44,9 @@ MEANING = {
     "pass": ("index of the pass, from 0", "one call"),
     "recurrent_state": ("fast weights", "the stream"),
     "conv_state": ("latest inputs of a short convolution", "until a sleep evicts it"),
+    "ids": ("token ids of the window", "until a sleep"),
+    "length": ("number of tokens in the window", "until a sleep"),
+    "offset": ("position of the first token of the window in the stream", "until a sleep"),
     "key": ("ring: position p is stored in slot p mod {window}", "until a sleep evicts it"),
     "value": ("ring, as `key`", "until a sleep evicts it"),
 }
@@ -75,6 +92,7 @@ def _tensors(spec: GraphSpec, words: dict[str, int | None]) -> str:
 
 def _row(tensor: TensorSpec, before: str, after: str, words: dict[str, int | None]) -> str:
     what, lives = MEANING[tensor.name.rpartition(".")[2]]
+    what, lives = (f"{what}, at the start of the window", "until a sleep") if ".start." in tensor.name else (what, lives)
     return f"| {before} | {after} | {tensor.shape} | {tensor.dtype} | {what.format(**words)} | {lives} |".replace("'", "")
 
 
@@ -121,6 +139,10 @@ def _lines(bundle: Bundle) -> Iterator[str]:
             yield f"    states of the coda = coda(h, {given}, start_states)"
     yield "    position = " + ("0" if bundle.evict == "hard" else "start_position + length(window)")
     yield "    start_states = states; start_position = position; window = []"
+    if SLEEPING in bundle.graphs:
+        yield ""
+        yield "or, from zero states:"
+        yield "    logits, states = sleeping(input_ids = tokens, states)"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Plan(BaseModel):
     sleep: Literal["loop", "unroll", "per-pass"] = Field(
         default="loop", description="passes of a sleep: one Loop, unrolled, or a graph each"
     )
+    self_sleeping: bool = Field(default=False, description="add a graph that sleeps by itself, for hosts that only carry its states")
     max_length: int | None = Field(default=None, ge=1, description="maximum number of tokens in a stream, for models that never evict")
     weights: Literal["int8", "int4"] | None = Field(default=None, description="storage of linear layers, in groups of 32 inputs")
     exact_activations: bool = Field(
@@ -98,6 +99,9 @@ def check(model: Model, plan: Plan, out: Path, verified: bool) -> None:
     plan.cut(slots(model, plan))
     if not evictions.get(config.evict).uses_window and plan.sleep != "loop":
         raise ZooError(f"sleep: '{plan.sleep}'; {config.name} never sleeps (evict 'none')")
+    if plan.self_sleeping and (plan.sleep == "per-pass" or not evictions.get(config.evict).uses_window):
+        why = "sleeps pass by pass" if plan.sleep == "per-pass" else "never sleeps (evict 'none')"
+        raise ZooError(f"self_sleeping: {config.name} {why}; allowed for models whose sleep is one graph")
     for kind, cache in zip(config.pattern, model.init_state().window, strict=False):
         if cache is not None and not isinstance(cache, KV) and not all(tensor.numel() for tensor in cache):
             raise ZooError(f"{config.name}: block '{kind}' keeps a growing cache, which no graph can hold; allowed: KV, or a fixed size")

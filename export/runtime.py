@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo.blocks.attention import KV
 from zoo.errors import ZooError
 from zoo.eviction import evictions
-from zoo.export.manifest import CODA, CONSOLIDATION, HEAD, PASS, PREDICTION, PREFILL, PRELUDE, Bundle
+from zoo.export.manifest import CODA, CONSOLIDATION, HEAD, PASS, PREDICTION, PREFILL, PRELUDE, SLEEPING, Bundle
 from zoo.export.plan import Plan
 from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_rings
 from zoo.factory import create
@@ -86,7 +86,7 @@ class ExportedModel:
         self._eviction = evictions.get(self.config.evict)
         self._shapes = create(self.config, device="meta", dtype=getattr(torch, self.bundle.precision))
         self._form = StateForm.of(with_rings(self._shapes.init_state(), self._slots))
-        self._graphs = {name: self._open(name) for name in self.bundle.graphs if name != HEAD}
+        self._graphs = {name: self._open(name) for name in self.bundle.graphs if name not in (HEAD, SLEEPING)}
         self.device = self._graphs[PREDICTION].device
 
     def _open(self, graph: str) -> Runner:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from zoo.devices import usable_device
 from zoo.errors import ZooError
+from zoo.export.manifest import SLEEPING
 from zoo.export.quantise import rounded
-from zoo.export.ring import PAST, pack
-from zoo.export.runtime import ExportedModel
+from zoo.export.ring import PAST, PRESENT, pack
+from zoo.export.runtime import ExportedModel, providers
 from zoo.model import Model
 from zoo.state import State
 
@@ -26,6 +27,7 @@ BATCH = 2
 STEPPED = 64  # windows up to this length are read token by token; longer ones only at the start, middle and end
 
 CHUNK, TOKEN, SLEEP, STRESS = "awake, chunk by chunk", "awake, token by token", "after sleep", "after sleep on one repeated token"
+ALONE = "sleeping by itself"
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,14 @@ def verify(model: Model, exported: ExportedModel, device: str | torch.device = "
     if bits is not None and not exported.bundle.plan.exact_activations:
         exported = ExportedModel(exported.folder, exported.provider, exact_activations=True)
     found = _Findings()
-    wanted, state = reference.init_state(BATCH), exported.init_state(BATCH)
+    wanted, state, answers = reference.init_state(BATCH), exported.init_state(BATCH), []
     for number, chunk in enumerate(ids.split(length, dim=1)):
-        _awake(found, reference, exported, chunk, wanted, state)
+        answers.append(_awake(found, reference, exported, chunk, wanted, state)[:1])
         if model.config.window is not None:
             wanted, state = reference.consolidate(chunk, wanted), exported.consolidate(chunk.to(exported.device), state)
             found.states(STRESS if number == REPEATED else SLEEP, exported.plain(state), wanted)
+    if SLEEPING in exported.bundle.graphs:
+        _alone(found, exported, ids[:1], torch.cat(answers, dim=1))
     parity = found.parity()
     if bits is not None:
         parity = replace(parity, loss=_loss(copy.deepcopy(model).to(device, torch.float32), as_run, ids[:, :length]))
@@ -170,7 +174,8 @@ def _loss(model: Model, exported: ExportedModel, ids: Tensor) -> Loss:
     return Loss(stored, divergence.item(), Difference(apart.max().item(), apart.mean().item()), agreement.item())
 
 
-def _awake(found: _Findings, reference: Model, exported: ExportedModel, chunk: Tensor, wanted: State, state: State) -> None:
+def _awake(found: _Findings, reference: Model, exported: ExportedModel, chunk: Tensor, wanted: State, state: State) -> Tensor:
+    """Compare the wake passes over one window. Returns PyTorch's logits."""
     T = chunk.shape[1]
     whole, after = reference(chunk, wanted)
     if T <= STEPPED or exported.bundle.plan.prefill:
@@ -186,6 +191,22 @@ def _awake(found: _Findings, reference: Model, exported: ExportedModel, chunk: T
             logits, mine = exported(token.to(exported.device), mine)
             found.logits(TOKEN, logits, want)
         found.states(TOKEN, exported.plain(mine), there)
+    return whole
+
+
+def _alone(found: _Findings, exported: ExportedModel, ids: Tensor, wanted: Tensor) -> None:
+    """Compare the graph that sleeps by itself on ids [1, T]: half a window, a token, then pieces of a window, which cross its end."""
+    run = providers.get(exported.provider)(exported.folder, exported.bundle, SLEEPING)
+    _, *states = exported.bundle.graphs[SLEEPING].inputs
+    carried = {spec.name: torch.zeros([int(size) for size in spec.shape], dtype=getattr(torch, spec.dtype)) for spec in states}
+    window, read = exported.bundle.window, 0
+    for piece in (*ids[:, : window // 2 + 1].tensor_split([window // 2], dim=1), *ids[:, window // 2 + 1 :].split(window, dim=1)):
+        if not piece.numel():
+            continue
+        out = run({"input_ids": piece.to(exported.device), **carried})
+        read += piece.shape[1]
+        found.logits(ALONE, out["logits"], wanted[:, read - 1 : read])
+        carried = {name: out[name.replace(PAST, PRESENT)] for name in carried}
 
 
 def _like(state: State, graph: State) -> State:

@@ -67,6 +67,8 @@ class TensorRT(Target):
     def check(self, precision: str, plan: Plan) -> None:
         if plan.dialect != "portable":
             raise ZooError(f"dialect: TensorRT does not support '{plan.dialect}', which is specific to onnxruntime; allowed: portable")
+        if plan.self_sleeping:
+            raise ZooError("self_sleeping: not supported by TensorRT, whose engines do not sleep by themselves; allowed: onnx")
         self.toolkit(precision)
 
     def build(self, folder: Path, bundle: Bundle) -> Bundle:

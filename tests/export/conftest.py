@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import zoo
+from zoo.export import graphs
 from zoo.export.plan import Plan
 from zoo.export.verify import Parity
 
@@ -140,6 +141,20 @@ def small(loud: float | None = None, **fields) -> zoo.Model:
     return model
 
 
+def remembering(build):
+    """Return `graphs.build` that traces every graph of a model once: a second bundle of the same model gets copies."""
+    built = {}
+
+    def remembered(graph, dialect):
+        options = {name: value for name, value in vars(graph).items() if name[0] != "_"}
+        key = (type(graph), id(graph.model), dialect, str(options))
+        if key not in built:
+            built[key] = build(graph, dialect), graph.model  # the id is the model's as long as it lives
+        return built[key][0].clone()
+
+    return remembered
+
+
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory):
     """Export each case when a test first needs it."""
@@ -151,7 +166,9 @@ def bundles(tmp_path_factory):
         few = {"prefill": None} | plan  # tracing is what takes time
         return Exported(model, folder, zoo.export.export(model, folder, plan=Plan(**few)))
 
-    return bundle
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "build", remembering(graphs.build))
+        yield bundle
 
 
 @pytest.fixture(params=CASES)
