@@ -200,7 +200,7 @@ def test_the_states_of_the_config_are_those_of_the_graph(repositories, case):
 
 
 REFUSED = {
-    "never sleeps": (["evict=none", "window=none", "loops=1"], ["--max-length", "8"], "self_sleeping: .* never sleeps"),
+    "never sleeps": (["evict=none", "window=null", "loops=1"], ["--max-length", "8"], "self_sleeping: .* never sleeps"),
     "pass by pass": ([], ["--per-pass"], "self_sleeping: .* pass by pass"),
     "an engine": ([], ["--target", "tensorrt"], "self_sleeping: not supported by TensorRT"),
 }
