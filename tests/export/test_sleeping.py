@@ -85,9 +85,8 @@ def test_500_tokens_are_those_of_pytorch(repositories, case):
     assert host.states["past_key_values.window.length"] == (read - 1) % window + 1
 
 
-@pytest.mark.parametrize(
-    "case", ["hard", *(pytest.param(case, marks=pytest.mark.extended) for case in ("half", "int8", "int4", "ort", "ort-int8", "scan"))]
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("case", ["int4", "ort-int8", "ort"])
 def test_every_form_is_compared_with_pytorch(repositories, case):
     model, folder = repositories(case)
     parity = verify(model, ExportedModel(folder / "1"))
