@@ -141,18 +141,16 @@ def small(loud: float | None = None, **fields) -> zoo.Model:
     return model
 
 
-def remembering(build):
-    """Return `graphs.build` that traces every graph of a model once: a second bundle of the same model gets copies."""
-    built = {}
+_build, _traced = graphs.build, {}
 
-    def remembered(graph, dialect):
-        options = {name: value for name, value in vars(graph).items() if name[0] != "_"}
-        key = (type(graph), id(graph.model), dialect, str(options))
-        if key not in built:
-            built[key] = build(graph, dialect), graph.model  # the id is the model's as long as it lives
-        return built[key][0].clone()
 
-    return remembered
+def build(graph, dialect):
+    """Build a graph as `graphs.build` does, but trace it once for all bundles of the same model."""
+    options = {name: value for name, value in vars(graph).items() if name[0] != "_"}
+    key = (type(graph), id(graph.model), dialect, str(options))
+    if key not in _traced:
+        _traced[key] = _build(graph, dialect), graph.model  # the id is the model's as long as it lives
+    return _traced[key][0].clone()
 
 
 @pytest.fixture(scope="session")
@@ -164,11 +162,11 @@ def bundles(tmp_path_factory):
         fields, plan = ALL[case]
         model, folder = small(**fields), tmp_path_factory.mktemp("bundle") / case
         few = {"prefill": None} | plan  # tracing is what takes time
-        return Exported(model, folder, zoo.export.export(model, folder, plan=Plan(**few)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graphs, "build", build)
+            return Exported(model, folder, zoo.export.export(model, folder, plan=Plan(**few)))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "build", remembering(graphs.build))
-        yield bundle
+    return bundle
 
 
 @pytest.fixture(params=CASES)

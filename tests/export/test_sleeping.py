@@ -15,13 +15,15 @@ from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 
 import zoo
-from tests.export.conftest import ALL
-from zoo.export import cli
+from tests.export.conftest import ALL, build
+from zoo.export import cli, graphs
 from zoo.export.manifest import Bundle
 from zoo.export.page import page
 from zoo.export.plan import Plan
 from zoo.export.runtime import ExportedModel
 from zoo.export.verify import ALONE, TOLERANCE, verify
+
+FLAGS = {"prefill": "--prefill {}", "dialect": "--dialect {}", "weights": "--{}"}
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,9 @@ def repositories(bundles, tmp_path_factory):
         model, place = bundles(case).model, tmp_path_factory.mktemp(case)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cli, "_model", lambda *_, **__: model)
-            flags = {"float16": ["--dtype", "float16"]}.get(case, [])
-            for name, value in ({"prefill": 0} | ALL[case][1]).items():
-                flags += {
-                    "prefill": ["--prefill", str(value)], "dialect": ["--dialect", str(value)], "weights": [f"--{value}"],
-                }.get(name, [])  # fmt: skip
+            patch.setattr(graphs, "build", build)
+            plan = {"prefill": 0} | ALL[case][1]
+            flags = [part for name, value in plan.items() for part in FLAGS[name].format(value).split()]
             result = CliRunner().invoke(cli.main, ["tiny", "--triton-server", str(place), *flags])
         assert result.exit_code == 0, result.output
         return model, place / model.config.name
@@ -94,6 +94,7 @@ def test_every_form_is_compared_with_pytorch(repositories, case):
 
 
 def test_a_graph_that_does_not_sleep_is_refused(bundles, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "build", build)
     monkeypatch.setattr("zoo.export.sleeping.SelfSleeping._slept", lambda self, write, full, now: {})
     plan = Plan(prefill=None, self_sleeping=True)
     with pytest.raises(zoo.ZooError, match="sleeping by itself: the graph differs"):
