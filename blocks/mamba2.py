@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,12 @@ class Mamba2Options(mixer.Options):
     conv_size: int = Field(4, ge=2, description="taps of the short convolution")
     conv_bias: bool = True
     bias: bool = Field(False, description="bias of the input and output projections")
+    o_bias: bool | None = Field(None, description="bias of the output projection; default: bias")
+    scales: tuple[float, float, float, float, float] = Field(
+        (1.0, 1.0, 1.0, 1.0, 1.0), description="factors of what the input projection returns: gate, inputs, B, C, step size"
+    )
     dt_limit: tuple[float, float] = Field((0.0, math.inf), description="step sizes are clamped to this range")
+    norm: Literal["after_gate", "before_gate"] | None = Field("after_gate", description="output norm of each group; null: only the gate")
     norm_eps: float = Field(1e-5, gt=0, description="eps of the output norm")
     decay_init: float = Field(
         16.0, gt=0, description="exp(A_log) is initialised uniformly in (decay_init / 16, decay_init); smaller: longer memory"
@@ -64,9 +70,10 @@ class Mamba2(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
-        self.norm_weight = nn.Parameter(torch.empty(self.inner))
-        self.norm_eps, self.decay_init = options.norm_eps, options.decay_init
-        self.o_proj = nn.Linear(self.inner, d_model, bias=options.bias)
+        self.norm_weight = nn.Parameter(torch.empty(self.inner)) if options.norm else None
+        self.gate_first, self.norm_eps = options.norm == "after_gate", options.norm_eps
+        self.scales, self.decay_init = options.scales, options.decay_init
+        self.o_proj = nn.Linear(self.inner, d_model, bias=options.bias if options.o_bias is None else options.o_bias)
 
     def init_weights(self, generator: torch.Generator) -> None:
         mixer.init_conv(self.conv_weight, self.taps, generator)
@@ -75,7 +82,8 @@ class Mamba2(Mixer):
         nn.init.uniform_(self.A_log, self.decay_init / 16, self.decay_init, generator=generator).log_()
         mixer.init_step_bias(self.dt_bias, generator)
         nn.init.ones_(self.D)
-        nn.init.ones_(self.norm_weight)
+        if self.norm_weight is not None:
+            nn.init.ones_(self.norm_weight)
 
     def new_fast(self, batch: int) -> Tensor:
         return self.zeros(batch, self.heads, self.state_dim, self.inner // self.heads, fast=True)
@@ -88,9 +96,13 @@ class Mamba2(Mixer):
         return super().flops(tokens, past) + tokens * (2 * self.convolved * self.taps + 4 * self.inner * self.state_dim)
 
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, positions: Positions) -> tuple[Tensor, Tensor, ConvTail]:
-        gate, mixed, dt = self.in_proj(x).split([self.inner, self.convolved, self.heads], dim=-1)
-        convolved, window = window.convolve(mixed, self.conv_weight, self.conv_bias, positions)
         grouped = self.groups * self.state_dim
+        projected = self.in_proj(x)
+        if set(self.scales) != {1}:
+            sections = projected.split([self.inner, self.inner, grouped, grouped, self.heads], dim=-1)
+            projected = torch.cat([section * scale for section, scale in zip(sections, self.scales, strict=True)], dim=-1)
+        gate, mixed, dt = projected.split([self.inner, self.convolved, self.heads], dim=-1)
+        convolved, window = window.convolve(mixed, self.conv_weight, self.conv_bias, positions)
         u, B, C = convolved.to(fast.dtype).split([self.inner, grouped, grouped], dim=-1)
         u, B, C = u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
         # padding has a step size of zero: it neither decays nor writes
@@ -100,6 +112,11 @@ class Mamba2(Mixer):
         )
         assert final is not None
         y = (y + self.D[:, None] * u).flatten(2)
+        return self.o_proj(self._gated(y, gate)), final, window
+
+    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        """Apply the gate, in its dtype, and the output norm. y, gate: [B, T, inner]."""
+        if self.norm_weight is None:
+            return (y * F.silu(gate.to(y.dtype))).to(gate.dtype)
         y, gate, weight = (part.unflatten(-1, (self.groups, -1)) for part in (y, gate, self.norm_weight))
-        normed = gated_rmsnorm(y, gate, weight, eps=self.norm_eps, gate_first=True).flatten(2)
-        return self.o_proj(normed), final, window
+        return gated_rmsnorm(y, gate, weight, eps=self.norm_eps, gate_first=self.gate_first).flatten(2)

@@ -31,7 +31,7 @@ class Options(BaseModel):
 
 
 class WindowCache(Protocol):
-    """A mixer's cache of the current window: a NamedTuple of tensors with these methods."""
+    """A mixer's cache of the current window: a NamedTuple of tensors, or of such caches, with these methods."""
 
     def empty(self) -> Self:
         """Return the cache of an empty window."""
@@ -40,6 +40,20 @@ class WindowCache(Protocol):
     def keep(self, tokens: int) -> Self:
         """Return the cache of at most the newest `tokens` tokens."""
         ...
+
+
+def parts(cache: Any) -> tuple[Any, ...]:
+    """Return the NamedTuples of tensors in a window cache: itself, or those of which it is made; none for None."""
+    if cache is None:
+        return ()
+    return (cache,) if isinstance(cache[0], Tensor) else tuple(cache)
+
+
+def replace_parts(cache: Any, replace: Callable[[Any], Any]) -> Any:
+    """Return the window cache with `replace` applied to each of its `parts`."""
+    if cache is None:
+        return None
+    return replace(cache) if isinstance(cache[0], Tensor) else cache._make(map(replace, cache))
 
 
 class Mixer(nn.Module):

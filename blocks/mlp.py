@@ -53,11 +53,19 @@ class MLP(nn.Module):
 mlps: Registry[type[MLP]] = Registry("MLP", "mlps", "zoo.blocks.*")
 
 
+class GatedOptions(Options):
+    gate_scale: float = Field(1.0, description="factor of the gate, before its activation")
+    scale: float = Field(1.0, description="factor of the output")
+
+
 class GatedMLP(MLP):
     """Gated MLP: down(activation(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-    def __init__(self, d_model: int, d_ff: int, options: Options) -> None:
+    Options = GatedOptions
+
+    def __init__(self, d_model: int, d_ff: int, options: GatedOptions) -> None:
         super().__init__(d_model, d_ff, options)
+        self.gate_scale, self.scale = options.gate_scale, options.scale
         self.gate_proj = nn.Linear(d_model, self.width, bias=options.bias)
         self.up_proj = nn.Linear(d_model, self.width, bias=options.bias)
         self.down_proj = nn.Linear(self.width, d_model, bias=options.bias)
@@ -66,9 +74,10 @@ class GatedMLP(MLP):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.activation(self.gate_proj(x)), self.up_proj(x)
+        gate: Tensor = self.gate_proj(x)
+        gate, up = self.activation(gate if self.gate_scale == 1 else gate * self.gate_scale), self.up_proj(x)
         y: Tensor = self.down_proj(gate * up if recorded(gate, up) else gate.mul_(up))
-        return y
+        return y if self.scale == 1 else y * self.scale
 
 
 @mlps.register("swiglu")

@@ -127,8 +127,8 @@ class MoE(MLP):
         self.experts = Experts(options.experts, inside, self.width, options.expert == "swiglu")
         self.latent_in = nn.Linear(d_model, inside, bias=options.bias) if options.latent else nn.Identity()
         self.latent_out = nn.Linear(inside, d_model, bias=options.bias) if options.latent else nn.Identity()
-        kind = SwiGLU if options.expert == "swiglu" else ReLU2
-        self.shared = kind(d_model, options.shared, mlp.Options(width=options.shared, bias=options.bias)) if options.shared else None
+        kind: type[MLP] = SwiGLU if options.expert == "swiglu" else ReLU2
+        self.shared = kind(d_model, options.shared, kind.Options(width=options.shared, bias=options.bias)) if options.shared else None
         self.shared_gate = nn.Linear(d_model, 1, bias=False) if options.shared_gate else None
 
     def forward(self, x: Tensor) -> Tensor:

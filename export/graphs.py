@@ -15,6 +15,7 @@ from torch.onnx.ops import symbolic_multi_out
 
 from zoo.blocks.attention import KV
 from zoo.blocks.block import Block
+from zoo.blocks.mixer import parts
 from zoo.blocks.positions import Positions
 from zoo.export.operators import DIALECTS, DOMAIN, Scans
 from zoo.export.ring import PAST, PRESENT, pack, unpack, with_rings
@@ -320,7 +321,8 @@ def _block(graph: Graph, layer: int, dialect: str, scans: Scans) -> ir.Graph:
     dtypes = (graph.model.residual_dtype, *(parameter.dtype for parameter in graph.model.blocks[layer].parameters()))
     options = json.dumps([config.blocks.get(kind), config.mlps.get(mlp)])
     block: Any = graph.model.blocks[layer]
-    ring = (graph.slots, graph.model.eviction.reach) if isinstance(block.mixer.new_window(1), KV) else ()
+    rings = any(isinstance(part, KV) for part in parts(block.mixer.new_window(1)))
+    ring = (graph.slots, graph.model.eviction.reach) if rings else ()
     key = (kind, mlp, options, *made_of, *dtypes, graph.tokens, *ring, dialect)
     if key not in _blocks:
         part = BlockPart(block, graph.model.residual_dtype, graph.tokens, graph.slots)

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from zoo.blocks.attention import KV
+from zoo.blocks.mixer import parts
 from zoo.errors import ZooError
 from zoo.eviction import evictions
 from zoo.export.ring import PAST, pack, with_rings
@@ -103,7 +104,7 @@ def check(model: Model, plan: Plan, out: Path, verified: bool) -> None:
         why = "sleeps pass by pass" if plan.sleep == "per-pass" else "never sleeps (evict 'none')"
         raise ZooError(f"self_sleeping: {config.name} {why}; allowed for models whose sleep is one graph")
     for kind, cache in zip(config.pattern, model.init_state().window, strict=False):
-        if cache is not None and not isinstance(cache, KV) and not all(tensor.numel() for tensor in cache):
+        if not all(isinstance(part, KV) or all(tensor.numel() for tensor in part) for part in parts(cache)):
             raise ZooError(f"{config.name}: block '{kind}' keeps a growing cache, which no graph can hold; allowed: KV, or a fixed size")
     for name, tensor in model.named_parameters():
         if tensor.dtype not in PRECISIONS:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zoo.blocks.attention import KV
+from zoo.blocks.mixer import parts, replace_parts
 from zoo.blocks.positions import Positions
 from zoo.state import State
 
@@ -113,7 +115,12 @@ def with_rings(state: State, slots: int) -> State:
         B, Hkv, _, D = cache.key.shape
         return RingKV(cache.key.new_zeros(B, Hkv, slots, D), cache.value.new_zeros(B, Hkv, slots, D))
 
-    return state._replace(window=tuple(ring(cache) if isinstance(cache, KV) else cache for cache in state.window))
+    return with_caches(state, lambda i, cache: ring(cache) if isinstance(cache, KV) else cache)
+
+
+def with_caches(state: State, replace: Callable[[int, Any], Any]) -> State:
+    """Return the state with `replace(layer, cache)` for every KV cache, convolution tail and so on; see `replace_parts`."""
+    return state._replace(window=tuple(replace_parts(cache, partial(replace, i)) for i, cache in enumerate(state.window)))
 
 
 def pack(state: State, prefix: str, *, layers: range | None = None, window: bool = True) -> dict[str, Tensor]:
@@ -129,14 +136,14 @@ def pack(state: State, prefix: str, *, layers: range | None = None, window: bool
     chosen = range(depth) if layers is None else layers
     named = {f"{prefix}.{i}.recurrent_state": fast for i, fast in enumerate(state.fast) if fast is not None and i in chosen}
     caches = [(i, cache) for i, cache in enumerate(state.window) if window and cache is not None and i % depth in chosen]
-    return named | {f"{prefix}.{i}.{field}": x for i, cache in caches for field, x in cache._asdict().items()}
+    return named | {f"{prefix}.{i}.{field}": x for i, cache in caches for part in parts(cache) for field, x in part._asdict().items()}
 
 
 def unpack(named: Mapping[str, Tensor], prefix: str, like: State) -> State:
     """Return the state with the tensors of `named`; missing ones, and the position, come from `like`."""
     fast = tuple(named.get(f"{prefix}.{i}.recurrent_state", fast) for i, fast in enumerate(like.fast))
-    window = tuple(
-        None if cache is None else cache._make(named.get(f"{prefix}.{i}.{field}", own) for field, own in cache._asdict().items())
-        for i, cache in enumerate(like.window)
-    )
-    return State(fast, window, like.position)
+
+    def read(i: int, cache: Any) -> Any:
+        return cache._make(named.get(f"{prefix}.{i}.{field}", own) for field, own in cache._asdict().items())
+
+    return with_caches(like, read)._replace(fast=fast)

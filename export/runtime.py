@@ -17,7 +17,7 @@ from zoo.errors import ZooError
 from zoo.eviction import evictions
 from zoo.export.manifest import CODA, CONSOLIDATION, HEAD, PASS, PREDICTION, PREFILL, PRELUDE, SLEEPING, Bundle
 from zoo.export.plan import Plan
-from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_rings
+from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_caches, with_rings
 from zoo.factory import create
 from zoo.files import as_path
 from zoo.inputs import StateForm, check_count, check_ids, check_range
@@ -209,13 +209,16 @@ class ExportedModel:
             reach = self._mixer(i).reach
             return cache.ordered(position, position if reach is None else min(position, reach - 1))
 
-        return State(state.fast, tuple(ordered(i, cache) for i, cache in enumerate(state.window)), position)
+        return with_caches(state, ordered)._replace(position=position)
 
     def ringed(self, state: State) -> State:
         """Convert a state of the PyTorch model to the graphs' form, with ring caches."""
         position = int(state.position)
-        caches = (RingKV.of(cache, position, self._slots) if isinstance(cache, KV) else cache for cache in state.window)
-        return State(state.fast, tuple(caches), position)
+
+        def ring(i: int, cache: Any) -> Any:
+            return RingKV.of(cache, position, self._slots) if isinstance(cache, KV) else cache
+
+        return with_caches(state, ring)._replace(position=position)
 
     def _mixer(self, i: int) -> Any:
         return self._shapes.blocks[i % len(self._shapes.blocks)].mixer

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from zoo.devices import usable_device
 from zoo.errors import ZooError
@@ -211,9 +212,7 @@ def _alone(found: _Findings, exported: ExportedModel, ids: Tensor, wanted: Tenso
 
 def _like(state: State, graph: State) -> State:
     """Move a float32 state to the device and the precision of the graph's."""
-    fast = tuple(None if s is None or like is None else s.to(like) for s, like in zip(state.fast, graph.fast, strict=True))
-    window = tuple(
-        cache if cache is None else cache._make(x.to(own) for x, own in zip(cache, like, strict=True))
-        for cache, like in zip(state.window, graph.window, strict=True)
-    )
-    return State(fast, window, state.position)
+    leaves, form = tree_flatten(state)
+    pairs = zip(leaves, tree_leaves(graph), strict=True)
+    moved: State = tree_unflatten([x.to(own) if isinstance(x, Tensor) else x for x, own in pairs], form)
+    return moved

@@ -34,7 +34,7 @@ def attention(x, p, o, cache, start, reach, centred):
         q, k, v = (linear(p, f"{name}_proj", row) for name in "qkv")
         if o.get("qk_norm_whole"):
             q, k = norm("q_norm", q), norm("k_norm", k)
-        q, k, v = q.view(heads, -1), k.view(kv_heads, -1) * o.get("key_scale", 1.0), v.view(kv_heads, -1)
+        q, k, v = q.view(heads, -1), k.view(kv_heads, -1), v.view(kv_heads, -1)
         if o.get("qk_norm") and not o.get("qk_norm_whole"):
             q, k = norm("q_norm", q), norm("k_norm", k)
         q, k = (rotated(y, start + t, o.get("rope_theta", 10_000.0), o.get("rotary", 1.0)) for y in (q, k))
@@ -198,7 +198,7 @@ class NaiveFamily(NaiveStream):
                 self.S[i] = None
             elif fast is not None:
                 S = torch.zeros_like(fast[0], dtype=torch.float64)
-                self.S[i] = S.mT.contiguous() if kind == "mamba2" else S
+                self.S[i] = S.mT.contiguous() if kind in ("mamba2", "parallel") else S
 
     def clear(self):
         self.cache = {}
@@ -207,9 +207,10 @@ class NaiveFamily(NaiveStream):
             if kind == "gdn":
                 shapes = [p[f"blocks.{i}.mixer.{n}_conv"].shape for n in "qkv"]
                 self.cache[i] = [torch.zeros(sum(s[0] for s in shapes), dtype=torch.float64)] * (shapes[0][1] - 1)
-            elif f"blocks.{i}.mixer.conv_weight" in p:
-                channels, taps = p[f"blocks.{i}.mixer.conv_weight"].shape
-                self.cache[i] = [torch.zeros(channels, dtype=torch.float64)] * (taps - 1)
+            elif weight := [x for name, x in p.items() if name.endswith(".conv_weight")]:
+                channels, taps = weight[0].shape
+                tail = [torch.zeros(channels, dtype=torch.float64)] * (taps - 1)
+                self.cache[i] = ({}, tail) if kind == "parallel" else tail
             else:
                 self.cache[i] = {}
 
@@ -225,12 +226,20 @@ class NaiveFamily(NaiveStream):
         kind, kind_of_mlp = self.c.pattern[i], self.c.mlp_pattern[i]
         o = {"norm_eps": 1e-5, **self.options[kind]} if kind == "mamba2" else self.options[kind]
         normed = self.norm(p, "mixer_norm", x)
-        if kind in RECURRENT:
+        sliding = self.c.window if self.c.evict == "sliding" else None
+        if kind == "parallel":
+            parts = [{n.removeprefix(f"{half}."): t for n, t in own.items() if n.startswith(f"{half}.")} for half in ("attn", "mamba2")]
+            keys, tail = self.cache[i]
+            a, keys = attention(o.get("attn_in_scale", 1.0) * normed, parts[0], o["attn"], keys, self.position, sliding, False)
+            given = o.get("mamba2_in_scale", 1.0) * normed
+            m, self.S[i], tail = mamba2(given, parts[1], {"norm_eps": 1e-5, **o["mamba2"]}, self.S[i], tail)
+            y, window[i] = o.get("attn_out_scale", 1.0) * a + o.get("mamba2_out_scale", 1.0) * m, (keys, tail)
+        elif kind in RECURRENT:
             y, S, window[i] = RECURRENT[kind](normed, own, o, self.S.get(i), self.cache[i])
             if i in self.S:
                 self.S[i] = S
         else:
-            reach = [r for r in (self.c.window if self.c.evict == "sliding" else None, o.get("window")) if r]
+            reach = [r for r in (sliding, o.get("window")) if r]
             y, window[i] = attention(normed, own, o, self.cache[i], self.position, min(reach, default=None), False)
         x = x + o.get("residual_scale", 1.0) * self.norm(p, "mixer_post_norm", y)
         inside = {n.removeprefix("mlp."): t for n, t in p.items() if n.startswith("mlp.")}
@@ -253,7 +262,9 @@ class NaiveFamily(NaiveStream):
             self.clear()
             self.position = 0
         else:
-            self.cache = {
-                i: {at: kv for at, kv in cache.items() if at > self.position - self.c.window} if isinstance(cache, dict) else cache
-                for i, cache in self.cache.items()
-            }
+            self.cache = {i: self.kept(cache) for i, cache in self.cache.items()}
+
+    def kept(self, cache):
+        if isinstance(cache, tuple):
+            return tuple(map(self.kept, cache))
+        return {at: kv for at, kv in cache.items() if at > self.position - self.c.window} if isinstance(cache, dict) else cache

@@ -43,8 +43,9 @@ def init_weights(model: Model, generator: torch.Generator, added: Collection[Blo
     for name, module in reversed([named for part in chosen for named in part.named_modules()]):
         if isinstance(module, Block):
             if module.inserted:
-                for output in ("mixer.o_proj.weight", "mlp.down_proj.weight")[: 1 if module.mlp is None else 2]:
-                    nn.init.zeros_(module.get_parameter(output))
+                outputs = [weight for own, weight in module.named_parameters() if own.endswith(".o_proj.weight")]
+                for weight in outputs if module.mlp is None else [*outputs, module.get_parameter("mlp.down_proj.weight")]:
+                    nn.init.zeros_(weight)
         elif isinstance(module, Mixer):
             module.init_weights(generator)
         elif isinstance(module, Experts):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral
-from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from zoo.blocks.mixer import parts
 from zoo.errors import ZooError
 from zoo.kernels.common import packed
 from zoo.state import State
@@ -122,14 +122,15 @@ class StateForm(NamedTuple):
     """Shape and dtype of each tensor of a state, without the batch dimension. A size of 0 stands for any size."""
 
     fast: tuple[tuple[Shape, torch.dtype] | None, ...]
-    window: tuple[tuple[type, list[tuple[Shape, torch.dtype]]] | None, ...]
+    window: tuple[tuple[list[type], list[tuple[Shape, torch.dtype]]], ...]
+    """Types of each window cache and of its parts, and the form of its tensors."""
 
     @staticmethod
     def of(state: State) -> StateForm:
         """Return the form of the states that grow from `state`, the state of new streams."""
         return StateForm(
             tuple(None if s is None else (tuple(s.shape[1:]), s.dtype) for s in state.fast),
-            tuple(None if cache is None else (type(cache), [(tuple(x.shape[1:]), x.dtype) for x in cache]) for cache in state.window),
+            tuple((_types(cache), [(tuple(x.shape[1:]), x.dtype) for part in parts(cache) for x in part]) for cache in state.window),
         )
 
     def check(self, state: Any, streams: int, computes_in: Callable[[], torch.dtype] | None = None) -> None:
@@ -149,13 +150,10 @@ class StateForm(NamedTuple):
                 raise ZooError(f"state: of another model: layer {i} has {'no ' if fast is None else ''}fast weights")
             if not _fits(fast, *want, streams):
                 raise _misfit(f"state: fast weights of layer {i}", fast, *want, streams)
-        for i, (cache, form) in enumerate(zip(state.window, self.window, strict=True)):
-            found: type = type(cache)
-            if found is not (NoneType if form is None else form[0]):
-                raise ZooError(f"state: of another model: the window cache of layer {i} is a {found.__name__}")
-            if cache is None or form is None:
-                continue
-            for x, (shape, dtype) in zip(cache, form[1], strict=True):
+        for i, (cache, (types, form)) in enumerate(zip(state.window, self.window, strict=True)):
+            if type(cache) is not types[0] or _types(cache) != types:
+                raise ZooError(f"state: of another model: the window cache of layer {i} is a {type(cache).__name__}")
+            for x, (shape, dtype) in zip((x for part in parts(cache) for x in part), form, strict=True):
                 if x.dtype != dtype and computes_in is not None and not x.is_meta:
                     dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else computes_in()
                 if not _fits(x, shape, dtype, streams):
@@ -164,6 +162,10 @@ class StateForm(NamedTuple):
 
 StateForms = dict[tuple[torch.dtype, ...], StateForm]
 """The form of a model's states for the dtypes of its mixers."""
+
+
+def _types(cache: Any) -> list[type]:
+    return [type(cache), *map(type, parts(cache))]
 
 
 def _fits(x: Tensor, shape: Shape, dtype: torch.dtype, streams: int) -> bool:

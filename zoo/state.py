@@ -15,7 +15,7 @@ class State(NamedTuple):
     fast: tuple[Tensor | None, ...]
     """Fast weights S of each layer, float32 (float64 in a float64 model); None where the mixer has none."""
     window: tuple[Any, ...]
-    """Window cache of each layer, a NamedTuple of tensors; with wake loops, one for each layer of each loop in turn."""
+    """Window cache of each layer, a NamedTuple of tensors or of such caches; with wake loops, one for each layer of each loop in turn."""
     position: int | Tensor
     """Position of the next token: in the window under `hard`, in the stream otherwise. int64 [S] after S packed sequences."""
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.blocks.attention import KV
-from zoo.blocks.mixer import Mixer, mixers
+from zoo.blocks.mixer import Mixer, mixers, parts
 from zoo.blocks.positions import Positions
 
 CPU = torch.device("cpu")
@@ -43,6 +43,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "conv of 2": ("conv", {"conv_size": 2, "bias": True}),
     "mamba odd": ("mamba", {"expand": 3, "state_dim": 5, "dt_rank": 3, "conv_size": 3, "conv_bias": False, "bias": True}),
     "mamba2 grouped": ("mamba2", {"head_dim": 8, "state_dim": 5, "groups": 4, "conv_size": 3, "bias": True, "dt_limit": [0.01, 0.5]}),
+    "mamba2 scaled": ("mamba2", {"heads": 3, "head_dim": 6, "groups": 3, "norm": "before_gate", "scales": [0.5, 0.8, 1.2, 0.7, 1.5]}),
+    "parallel scaled": (
+        "parallel",
+        {
+            **{"attn": {"kv_heads": 2, "head_dim": 12, "bias": True}, "attn_in_scale": 0.7, "attn_out_scale": 1.3},
+            **{"mamba2": {"heads": 3, "head_dim": 6, "state_dim": 5, "norm": None, "o_bias": True}, "mamba2_in_scale": 1.4},
+            "mamba2_out_scale": 0.6,
+        },
+    ),
 }
 
 
@@ -73,6 +82,10 @@ def run(mixer: Mixer, x: torch.Tensor, pieces: list[int] | None = None) -> tuple
         at += piece.shape[1]
         outputs.append(y)
     return torch.cat(outputs, dim=1), fast, window
+
+
+def tensors(cache: Any) -> list[torch.Tensor]:
+    return [x for part in parts(cache) for x in part]
 
 
 def assert_same(got: Any, want: Any) -> None:
@@ -120,12 +133,13 @@ def test_state_size(mixer: Mixer) -> None:
     _, fast, window = run(mixer, tokens(1, 20))
     for length in (0, 1, 7, 20):
         cache = run(mixer, tokens(1, length))[2] if length else mixer.new_window(1)
-        assert mixer.window_bytes(length) == sum(x.nbytes for x in cache or ())
-    if isinstance(window, KV):
-        kept = 20 if mixer.reach is None else min(20, mixer.reach - 1)
-        assert window.key.shape[2] == window.value.shape[2] == kept
-    else:
-        assert [x.shape for x in window or ()] == [x.shape for x in mixer.new_window(1) or ()]
+        assert mixer.window_bytes(length) == sum(x.nbytes for x in tensors(cache))
+    for part, new in zip(parts(window), parts(mixer.new_window(1)), strict=True):
+        if isinstance(part, KV):
+            kept = 20 if mixer.reach is None else min(20, mixer.reach - 1)
+            assert part.key.shape[2] == part.value.shape[2] == kept
+        else:
+            assert [x.shape for x in part] == [x.shape for x in new]
     if fast is not None:
         assert fast.shape == mixer.new_fast(1).shape
         assert fast.count_nonzero() > 0
@@ -138,7 +152,7 @@ def test_a_state_holds_no_memory_but_its_own(mixer: Mixer, pieces: list[int]) ->
     _, fast, window = run(mixer, tokens(2, sum(pieces)), pieces)
     assert fast is None or fast.untyped_storage().nbytes() == fast.nbytes
     for cache in () if window is None else (window, window.empty(), window.keep(6), window.keep(3).keep(2)):
-        assert [x.untyped_storage().nbytes() for x in cache] == [x.nbytes for x in cache]
+        assert [x.untyped_storage().nbytes() for x in tensors(cache)] == [x.nbytes for x in tensors(cache)]
 
 
 @torch.no_grad()
@@ -163,10 +177,10 @@ ADDCMUL = {torch.ops.aten.addcmul: multiply_adds, torch.ops.aten.addcmul_: multi
 def test_inputs_are_not_changed(mixer: Mixer) -> None:
     x = tokens(2, 5)
     _, fast, window = run(mixer, x)
-    before = [x.clone() for x in (*(window or ()), *([] if fast is None else [fast]))]
+    before = [x.clone() for x in (*tensors(window), *([] if fast is None else [fast]))]
     with torch.no_grad():
         mixer(x, fast, window, Positions(5, 5, CPU))
-    assert_same([*(window or ()), *([] if fast is None else [fast])], before)
+    assert_same([*tensors(window), *([] if fast is None else [fast])], before)
 
 
 def test_gradients(mixer: Mixer) -> None:
@@ -290,7 +304,7 @@ def test_quantised_linears_run_in_sessions_and_pools(kind: str) -> None:
     assert any(name.startswith("blocks.0.mixer") for name in linears)
     ids = torch.randint(17, (1, 20), generator=torch.Generator().manual_seed(0))
     state = quantised.consolidate(ids[:, :8])
-    assert {x.dtype for cache in state.window if cache for x in cache} == {torch.bfloat16}
+    assert {x.dtype for cache in state.window for x in tensors(cache)} == {torch.bfloat16}
     assert {fast.dtype for fast in state.fast if fast is not None} == {torch.float32}
     alone = list(zoo.Session(rounded).generate(ids, tokens=6))
     assert list(zoo.Session(quantised).generate(ids, tokens=6)) == alone
@@ -306,8 +320,10 @@ def test_padding_changes_nothing(mixer: Mixer, valid: int) -> None:
     want, want_fast, want_window = mixer(x[:, :valid], fast, window, Positions(3, valid, CPU))
     got, got_fast, got_window = mixer(x, fast, window, Positions(3, 8, CPU, valid=torch.tensor(valid)))
     assert_same(got[:, :valid], want)
-    if fast is not None:  # a KV cache is cut by whoever padded it
-        assert_same((got_fast, got_window), (want_fast, want_window))
+    assert_same(got_fast, want_fast)
+    for part, other in zip(parts(got_window), parts(want_window), strict=True):
+        if not isinstance(part, KV):  # a KV cache is cut by whoever padded it
+            assert_same(part, other)
 
 
 @torch.no_grad()
@@ -317,7 +333,7 @@ def test_fast_weights_stay_float32(variant: str) -> None:
     assert out.logits.dtype == torch.bfloat16
     assert out.logits.isfinite().all()
     assert all(fast is None or fast.dtype == torch.float32 for fast in out.state.fast)
-    assert all(x.dtype == torch.bfloat16 for cache in out.state.window for x in cache or ())
+    assert all(x.dtype == torch.bfloat16 for cache in out.state.window for x in tensors(cache))
 
 
 @torch.no_grad()
@@ -343,7 +359,7 @@ def test_consolidate_in_prelude_span_and_coda(variant: str, place: int) -> None:
         if a is not None:
             assert torch.equal(a, b) == (layer < place)  # the prelude runs once for any number of loops
     for got, want in zip(thrice.window, model.init_state(2).window, strict=True):
-        assert_same(tuple(got or ()), tuple(want or ()))
+        assert_same(tensors(got), tensors(want))
     assert awake.position == once.position == thrice.position == 0
 
 
@@ -359,7 +375,8 @@ LENGTHS = (5, 1, 12, 3)
 
 def unpacked(cache: Any, stream: int, tokens: int) -> list[torch.Tensor]:
     """Return one stream's row of a window cache; shorter KV caches are padded at the start."""
-    return [x[stream : stream + 1, :, x.shape[2] - tokens :] if isinstance(cache, KV) else x[stream : stream + 1] for x in cache]
+    rows = lambda x, part: x[stream : stream + 1, :, x.shape[2] - tokens :] if isinstance(part, KV) else x[stream : stream + 1]  # noqa: E731
+    return [rows(x, part) for part in parts(cache) for x in part]
 
 
 @pytest.fixture
@@ -380,18 +397,18 @@ def test_packed_sequences_are_apart(mixer: Mixer) -> None:
     token, *state = mixer(last, *state, Positions(after.end, 1, CPU))
     alone = {}
     for s in range(streams):
-        parts = first[:, ends[s] : ends[s + 1]], second[:, turned[s] : turned[s + 1]], last[s : s + 1]
-        whole = torch.cat(parts, dim=1)
-        y, own_fast, own_window = run(mixer, whole, [part.shape[1] for part in parts])
-        want = y.split([part.shape[1] for part in parts], dim=1)
+        cut = first[:, ends[s] : ends[s + 1]], second[:, turned[s] : turned[s + 1]], last[s : s + 1]
+        whole = torch.cat(cut, dim=1)
+        y, own_fast, own_window = run(mixer, whole, [part.shape[1] for part in cut])
+        want = y.split([part.shape[1] for part in cut], dim=1)
         assert_same(once[:, ends[s] : ends[s + 1]], want[0])
         assert_same(twice[:, turned[s] : turned[s + 1]], want[1])
         assert_same(token[s : s + 1], want[2])
         if own_fast is not None:
             assert_same(state[0][s : s + 1], own_fast)
         if own_window is not None:
-            held = own_window.key.shape[2] if isinstance(own_window, KV) else 0
-            assert_same(unpacked(state[1], s, held), list(own_window))
+            held = max(part.key.shape[2] if isinstance(part, KV) else 0 for part in parts(own_window))
+            assert_same(unpacked(state[1], s, held), tensors(own_window))
         alone[s] = y
     weights = [*mixer.parameters(), first, second]
     packed = torch.autograd.grad(sum(y.square().sum() for y in (once, twice, token)), weights)

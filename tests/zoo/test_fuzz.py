@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import zoo
+from zoo.blocks.attention import KV
+from zoo.blocks.mixer import parts
 from zoo.blocks.positions import Positions
 
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -19,8 +21,9 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 8, "state_dim": 4, "mlp": False},
     "conv": {},
     "rglru": {"heads": 2},
+    "parallel": {"attn": {"heads": 2}, "mamba2": {"head_dim": 4, "state_dim": 3}, "attn_out_scale": 0.5},
 }
-RECURRENT = {"gdn", "jet", "mamba", "mamba2", "rglru"}
+RECURRENT = {"gdn", "jet", "mamba", "mamba2", "rglru", "parallel"}
 
 
 @st.composite
@@ -137,11 +140,12 @@ def check(config: dict[str, Any], length: int, pieces: int, seed: int) -> None:
 
     # what each policy keeps
     for kind, cache in zip(model.config.pattern, asleep.window, strict=True):
-        if kind in ("attn", "swa"):
-            bound = {"none": length, "hard": 0, "sliding": (window or 0) - 1}[config["evict"]]
-            assert cache.key.shape[2] <= min(bound, 2 if kind == "swa" else bound)
-        elif config["evict"] == "hard":
-            assert not cache.conv_state.any()
+        for part in parts(cache):
+            if isinstance(part, KV):
+                bound = {"none": length, "hard": 0, "sliding": (window or 0) - 1}[config["evict"]]
+                assert part.key.shape[2] <= min(bound, 2 if kind == "swa" else bound)
+            elif config["evict"] == "hard":
+                assert not part.conv_state.any()
     assert asleep.position == (0 if config["evict"] == "hard" else length)
 
     # loops change the fast weights of the span, never those of the prelude

@@ -28,6 +28,13 @@ PARAMETERS = {
     "granite4-h-small": 32_207_337_984,
     "granite4-micro": 3_402_836_480,
     "falcon-mamba-7b": 7_272_665_088,
+    "falcon-h1-tiny-90m": 91_131_072,
+    "falcon-h1-0.5b": 521_411_104,
+    "falcon-h1-1.5b": 1_554_789_760,
+    "falcon-h1-1.5b-deep": 1_554_773_392,
+    "falcon-h1-3b": 3_149_261_312,
+    "falcon-h1-7b": 7_585_654_880,
+    "falcon-h1-34b": 33_642_516_224,
     "jamba-3b": 3_029_337_472,
     "jamba-52b": 51_570_323_328,
     "olmo-hybrid-7b": 7_430_870_688,
@@ -62,7 +69,7 @@ def test_inserted_blocks_are_less_than_a_tenth_of_ouro() -> None:
 # larger sizes of models that are tested beside them
 LARGER = {"gdn1.3b", "jet4b", "mamba370m", "mamba790m", "mamba1.4b", "mamba2.8b", "ouro2.6b", "samba1.3b", "samba1.7b", "samba3.8b"}
 LARGER |= {"mamba2-370m", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b", "granite4-h-1b", "granite4-h-micro", "granite4-h-small"}
-LARGER |= {"lfm2-700m", "lfm2-1.2b"}
+LARGER |= {"lfm2-700m", "lfm2-1.2b", "falcon-h1-0.5b", "falcon-h1-1.5b", "falcon-h1-1.5b-deep", "falcon-h1-3b", "falcon-h1-7b"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.extended) if name in LARGER else name for name in zoo.list_models()])

@@ -75,8 +75,9 @@ def write_size(config: ModelConfig, model_type: str, architecture: str) -> dict[
     }
 
 
-def write_heads(config: ModelConfig) -> dict[str, Any]:
-    attention = options(config, "attn" if "attn" in config.pattern else "swa")
+def write_heads(config: ModelConfig, attention: Any = None) -> dict[str, Any]:
+    """Write the options of attention; default: those of the kind in the pattern."""
+    attention = attention or options(config, "attn" if "attn" in config.pattern else "swa")
     return {
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads or attention.heads,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zoo.blocks.mixer import mixers
+from zoo.blocks.mixer import Options, mixers
 from zoo.blocks.mlp import mlps
 from zoo.checkpoints.checksum import metadata
 from zoo.checkpoints.companions import write_companions
@@ -224,13 +224,24 @@ def _comparable(config: ModelConfig, fields: tuple[str, ...]) -> dict[str, Any]:
     values = {field: stated[field] for field in fields if field in stated}
     ignored = {"inserted", "decay_init", "conv_init", *BEHAVIOUR} - set(fields)
     for kind in sorted({kind for kind, _ in layers}):
-        for name, value in options[kind].model_dump(exclude=ignored).items():
-            values[f"blocks.{kind}.{name}"] = _default(config, options[kind], name) if value is None else value
+        values |= _stated(config, options[kind], f"blocks.{kind}", ignored)
     for kind in sorted(set(kinds) - {"none"}):
         for name, value in mlps.get(kind).Options(**config.mlps.get(kind, {})).model_dump().items():
             values[f"mlps.{kind}.{name}"] = config.mlp_width if name == "width" and value is None else value
     # upstream rounds ratios such as 8/3
     return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _stated(config: ModelConfig, options: Options, prefix: str, ignored: set[str]) -> dict[str, Any]:
+    """Return every option by name, with the values that omitted ones stand for; options of parts follow one by one."""
+    values: dict[str, Any] = {}
+    for name, value in options.model_dump(exclude=ignored).items():
+        part = getattr(options, name)
+        if isinstance(part, Options):
+            values |= _stated(config, part, f"{prefix}.{name}", ignored)
+        else:
+            values[f"{prefix}.{name}"] = _default(config, options, name) if value is None else value
+    return values
 
 
 def _default(config: ModelConfig, options: Any, name: str) -> Any:
@@ -239,6 +250,8 @@ def _default(config: ModelConfig, options: Any, name: str) -> Any:
         return config.d_model // options.heads
     if name in ("kv_heads", "value_heads"):
         return options.heads
+    if name == "o_bias":
+        return options.bias
     return -(-config.d_model // 16) if name == "dt_rank" else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from zoo.blocks.mixer import parts, replace_parts
 from zoo.checkpoints.checksum import metadata, verify
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
@@ -111,8 +113,9 @@ def _named(prefix: str, state: State) -> Iterator[tuple[str, Tensor | None]]:
     for i, fast in enumerate(state.fast):
         yield f"{prefix}.fast.{i}", fast
     for i, cache in enumerate(state.window):
-        for field, tensor in ({} if cache is None else cache._asdict()).items():
-            yield f"{prefix}.window.{i}.{field}", tensor
+        for part in parts(cache):
+            for field, tensor in part._asdict().items():
+                yield f"{prefix}.window.{i}.{field}", tensor
 
 
 def _has(prefix: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -122,11 +125,12 @@ def _has(prefix: str, tensors: Mapping[str, Tensor]) -> bool:
 def _unpack(prefix: str, tensors: Mapping[str, Tensor], like: State) -> State:
     """Read a state from `tensors`, with the layout of `like`, a new stream's state."""
     fast = tuple(None if s is None else _tensor(f"{prefix}.fast.{i}", tensors, s) for i, s in enumerate(like.fast))
-    window: list[Any] = []
-    for i, cache in enumerate(like.window):
-        fields = {} if cache is None else cache._asdict()
-        window.append(cache and cache._make(_tensor(f"{prefix}.window.{i}.{field}", tensors, tensor) for field, tensor in fields.items()))
-    return State(fast, tuple(window), like.position)
+
+    def read(i: int, part: Any) -> Any:
+        return part._make(_tensor(f"{prefix}.window.{i}.{field}", tensors, tensor) for field, tensor in part._asdict().items())
+
+    window = tuple(replace_parts(cache, partial(read, i)) for i, cache in enumerate(like.window))
+    return State(fast, window, like.position)
 
 
 def _tensor(name: str, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:

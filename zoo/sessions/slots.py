@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.blocks.attention import KV
+from zoo.blocks.mixer import parts, replace_parts
 from zoo.blocks.positions import Positions
 from zoo.errors import ZooError
 from zoo.model import Model
@@ -93,7 +94,7 @@ class Slots(Generic[Name]):
         self._reach: list[int | None] = [getattr(mixer, "reach", None) for mixer in mixers]
         self._fast: tuple[Any, ...] = fresh.fast
         self._window: tuple[Any, ...] = tuple(
-            self._ring(cache, reach) if isinstance(cache, KV) else cache for cache, reach in zip(fresh.window, self._reach, strict=True)
+            replace_parts(cache, partial(self._ring, reach=reach)) for cache, reach in zip(fresh.window, self._reach, strict=True)
         )
         self.ids = torch.zeros(slots, 1, dtype=torch.int64, device=model.embed.weight.device)
         """Input of `token`, [slots, 1]."""
@@ -110,7 +111,10 @@ class Slots(Generic[Name]):
     def _index(self, name: Name) -> int | None:
         return next((i for i, row in enumerate(self._rows) if row.name == name), None)
 
-    def _ring(self, cache: KV, reach: int | None) -> SlotKV:
+    def _ring(self, cache: Any, reach: int | None) -> Any:
+        """Return empty rings in place of a KV cache, and anything else as it is."""
+        if not isinstance(cache, KV):
+            return cache
         slots, heads, _, dim = cache.key.shape
         shape = slots, heads, min(self.context, reach or self.context), dim
         return SlotKV(cache.key.new_zeros(shape), cache.value.new_zeros(shape))
@@ -119,7 +123,9 @@ class Slots(Generic[Name]):
     def _buffers(self) -> list[Tensor]:
         """All tensors with a row per stream."""
         return (
-            [s for s in self._fast if s is not None] + [x for cache in self._window if cache is not None for x in cache] + [self._position]
+            [s for s in self._fast if s is not None]
+            + [x for cache in self._window for part in parts(cache) for x in part]
+            + [self._position]
         )
 
     def put(self, name: Name, state: State) -> None:
@@ -131,13 +137,13 @@ class Slots(Generic[Name]):
         for ours, fast in zip(self._fast, state.fast, strict=True):
             if fast is not None:
                 ours[i] = fast[0]
-        for ours, cache in zip(self._window, state.window, strict=True):
+        for ours, cache in _pairs(self._window, state.window):
             if isinstance(ours, SlotKV):
                 cached.append(cache.key.shape[2])
                 at = torch.arange(position - cached[-1], position, device=cache.key.device) % ours.key.shape[2]
                 for ring, kept in zip(ours, cache, strict=True):
                     ring[i, :, at] = kept[0]
-            elif ours is not None:
+            else:
                 for tail, kept in zip(ours, cache, strict=True):
                     tail[i] = kept[0]
         self._position[i] = position
@@ -151,15 +157,16 @@ class Slots(Generic[Name]):
         row = self._rows.pop()
         position, cached = row.position, iter(row.cached)
         fast = tuple(None if s is None else s[last : last + 1].clone() for s in self._fast)
-        window: list[Any] = []
-        for cache, reach in zip(self._window, self._reach, strict=True):
-            if isinstance(cache, SlotKV):
-                tokens = next(cached) + row.read
-                tokens = tokens if reach is None else min(tokens, reach - 1)
-                at = torch.arange(position - tokens, position, device=cache.key.device) % cache.key.shape[2]
-                window.append(KV(cache.key[last : last + 1, :, at], cache.value[last : last + 1, :, at]))
-            else:
-                window.append(cache and cache._make(tail[last : last + 1].clone() for tail in cache))
+
+        def own(cache: Any, reach: int | None) -> Any:
+            if not isinstance(cache, SlotKV):
+                return cache._make(tail[last : last + 1].clone() for tail in cache)
+            tokens = next(cached) + row.read
+            tokens = tokens if reach is None else min(tokens, reach - 1)
+            at = torch.arange(position - tokens, position, device=cache.key.device) % cache.key.shape[2]
+            return KV(cache.key[last : last + 1, :, at], cache.value[last : last + 1, :, at])
+
+        window = (replace_parts(cache, partial(own, reach=reach)) for cache, reach in zip(self._window, self._reach, strict=True))
         return State(fast, tuple(window), position)
 
     def read(self, names: Sequence[Name], ids: Tensor) -> Tensor:
@@ -194,7 +201,9 @@ class Slots(Generic[Name]):
         position = self._position[:n]
         positions = SlotPositions(position, longest)
         fast: tuple[Any, ...] = tuple(None if s is None else s[:n] for s in self._fast)
-        window: tuple[Any, ...] = tuple(c and c._make(tensor[:n] for tensor in c) for c in self._window)
+        window: tuple[Any, ...] = tuple(
+            replace_parts(cache, lambda part: part._make(tensor[:n] for tensor in part)) for cache in self._window
+        )
         h, after = self.model.run(
             self.model.embedded(self.ids[:n], positions), State(fast, window, 0), positions, self.model.passes(self.model.config.wake_loops)
         )
@@ -202,8 +211,8 @@ class Slots(Generic[Name]):
         for old, new in zip(fast, after.fast, strict=True):
             if new is not None:
                 old.copy_(new)
-        for cache, changed in zip(window, after.window, strict=True):
-            if cache is not None and not isinstance(cache, SlotKV):
+        for cache, changed in _pairs(window, after.window):
+            if not isinstance(cache, SlotKV):
                 for old, new in zip(cache, changed, strict=True):
                     old.copy_(new)
         position.add_(1)
@@ -215,6 +224,11 @@ class Slots(Generic[Name]):
         self._rows[a], self._rows[b] = self._rows[b], self._rows[a]
         for tensor in self._buffers:
             tensor[[a, b]] = tensor[[b, a]]
+
+
+def _pairs(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+    """Return the parts of two tuples of window caches, side by side."""
+    return [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(parts(a), parts(b), strict=True)]
 
 
 def _record(step: Callable[[], Tensor], buffers: list[Tensor]) -> Callable[[], Tensor]:

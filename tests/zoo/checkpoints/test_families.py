@@ -15,8 +15,8 @@ from tests.zoo.checkpoints.test_upstream import ORACLES, tolerance
 from zoo.blocks.moe import Router
 
 NAMES = (
-    *("bamba-a", "falcon-mamba-a", "gdn-olmo-hybrid-a", "gdn-qwen3_5-moe-a", "gdn-qwen3next-moe-a", "granite-a", "jamba-a", "lfm2-a"),
-    *("lfm2-moe-a", "nemotron-h-a", "recurrent-gemma-a"),
+    *("bamba-a", "falcon-h1-a", "falcon-mamba-a", "gdn-olmo-hybrid-a", "gdn-qwen3_5-moe-a", "gdn-qwen3next-moe-a", "granite-a"),
+    *("jamba-a", "lfm2-a", "lfm2-moe-a", "nemotron-h-a", "recurrent-gemma-a"),
 )
 WITHOUT_FAST_WEIGHTS = ("lfm2-a", "lfm2-moe-a")
 
@@ -54,7 +54,7 @@ def test_fast_weights_and_routes(name: str) -> None:
     if "recurrent_state" in io:
         want = io["recurrent_state"]
         layers = [(kind, fast) for kind, fast in zip(model.config.pattern, state.fast, strict=True) if fast is not None]
-        errors = [((fast.mT if kind == "mamba2" else fast) - want).abs().max().item() for kind, fast in layers]
+        errors = [((fast.mT if kind in ("mamba2", "parallel") else fast) - want).abs().max().item() for kind, fast in layers]
         assert min(errors) < tolerance(name, want)
     if "router_indices" in io:
         weights, indices = (torch.stack(parts) for parts in zip(*routes, strict=True))
@@ -98,6 +98,12 @@ GRANITE: dict[str, Any] = {
     **{"embedding_multiplier": 3.0, "logits_scaling": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.2},
     **{"shared_intermediate_size": 40, "layer_types": ["mamba", "attention", "mamba"]},
 }
+FALCON_H1: dict[str, Any] = {
+    **{"num_hidden_layers": 3, "mamba_n_heads": 6, "mamba_d_ssm": 48, "mamba_d_state": 8, "mamba_d_conv": 3},
+    **{"embedding_multiplier": 2.5, "lm_head_multiplier": 0.4, "key_multiplier": 0.6, "attention_in_multiplier": 0.8},
+    **{"attention_out_multiplier": 0.9, "ssm_in_multiplier": 1.3, "ssm_out_multiplier": 0.3, "mlp_multipliers": [0.7, 0.5]},
+    "ssm_multipliers": [0.4, 0.3, 0.6, 0.5, 1.2],
+}
 MADE: dict[str, tuple[str, dict[str, Any]]] = {
     "granite dense": ("granitemoehybrid", {**MAMBA2, **GRANITE, "num_local_experts": 0, "time_step_limit": [0.1, 0.5]}),
     "granite of attention": (
@@ -112,6 +118,23 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
         "bamba",
         {**MAMBA2, "attn_layer_indices": [1], "mamba_n_groups": 2, "mamba_proj_bias": True, "attention_bias": True, "mlp_bias": True},
     ),
+    "falcon-h1 with norm and biases": (
+        "falcon_h1",
+        {
+            **FALCON_H1,
+            **{"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_groups": 2, "mamba_proj_bias": True, "mlp_bias": True},
+            **{"attention_bias": True, "head_dim": 12, "rope_theta": 1e11, "tie_word_embeddings": True, "time_step_limit": [0.1, 0.5]},
+        },
+    ),
+    "falcon-h1 with norm before the gate": (
+        "falcon_h1",
+        {
+            **FALCON_H1,
+            **{"mamba_rms_norm": True, "mamba_norm_before_gate": True, "mamba_d_ssm": None, "mamba_n_heads": 8},
+            **{"projectors_bias": True, "mamba_conv_bias": False, "head_dim": 12},
+        },
+    ),
+    "falcon-h1 without factors": ("falcon_h1", {"num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_ssm": 24, "mamba_d_state": 8}),
     "falcon-mamba with biases": (
         "falcon_mamba",
         {"num_hidden_layers": 2, "intermediate_size": 64, "state_size": 8, "use_bias": True, "use_conv_bias": False, "mixer_rms_eps": 1e-5},
@@ -154,7 +177,7 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
 def randomised(made: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(0)
     for name, x in [*made.named_parameters(), *made.named_buffers()]:
-        if x.is_floating_point() and x.ndim and "inv_freq" not in name:
+        if x.is_floating_point() and x.ndim and not name.endswith(("inv_freq", "mup_vector")):
             x.data.copy_(torch.randn(x.shape, generator=generator) * (0.3 if x.ndim == 1 else x.shape[-1] ** -0.5))
             if name.endswith("norm.weight") and "Qwen" not in type(made).__name__:
                 x.data.add_(1)
