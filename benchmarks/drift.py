@@ -84,8 +84,8 @@ def draw(curves: dict[str, Curves]) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (policy, found) in zip(figure.subplots(1, 2, sharey=True), curves.items(), strict=True):
         for name, label in (("stream", "stream: rounding since the first token"), ("window", "rounding of this window alone")):
-            axes.semilogy(WINDOW * np.arange(1, len(found[name]) + 1), found[name], linewidth=0.6, label=label)
-        axes.set(title=policy, xlabel="tokens read", ylabel="largest difference of logits")
+            axes.semilogy(WINDOW / 1000 * np.arange(1, len(found[name]) + 1), found[name], linewidth=0.6, label=label)
+        axes.set(title=policy, xlabel="thousands of tokens read", ylabel="largest difference of logits")
         axes.label_outer()
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
