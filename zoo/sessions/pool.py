@@ -72,7 +72,7 @@ class SessionPool:
         self._scheduler = Scheduler(places, streams, self.context)
 
     def open(self) -> Session:
-        """Open a new stream: a `Session` that may be used from any thread, one call at a time. Raises PoolFullError.
+        """Open a new stream: a `Session` that may be used from any thread, one call at a time. Raises PoolFullError, PoolClosedError.
 
         A call raises BusyError while another one of the same session is running.
         """

@@ -89,6 +89,7 @@ class Scheduler:
 
     def open(self, stream: Stream) -> Host:
         with self._changed:
+            self._check_running()
             if len(self._open) >= self.streams:
                 raise PoolFullError(f"streams: {self.streams} are open, and no more are allowed; close one first")
             self._open.add(stream)
@@ -101,6 +102,9 @@ class Scheduler:
                 self._slots.take(stream)
 
         with contextlib.suppress(ZooError):  # the pool is closed
+            if isinstance(generation := self._calls.get(stream), PendingEach):
+                self._leave(generation)
+                generation.result.result()
             self.run(stream, release())
         with self._changed:
             self._open.discard(stream)
@@ -119,31 +123,42 @@ class Scheduler:
                 pending.taken += 1
                 yield result[0]
                 self._resume(pending, wanted=1)
+            if pending.left:
+                raise ZooError("stream: is closed")
+            pending.result.result()
         finally:
-            pending.left = True
-            self._resume(pending)
+            self._leave(pending)
             if threading.current_thread() is not self.thread:  # the garbage collector may run in any thread
-                pending.result.result()
-                if pending.taken < pending.made:  # the caller was interrupted while it waited
-                    self.run(stream, retract())
+                with contextlib.suppress(ZooError):  # the caller has it already, or has left
+                    pending.result.result()
+                    if pending.taken < pending.made:  # the caller was interrupted while it waited
+                        self.run(stream, retract())
 
     def _submit(self, pending: Pending) -> None:
         try:
             with self._changed:
-                if self._failure is not None:
-                    raise ZooError(f"pool: has failed: {self._failure}") from self._failure
-                if self._closed:
-                    raise PoolClosedError("pool: is closed")
+                self._check_running()
                 if pending.stream not in self._open:
                     raise ZooError("stream: is closed")
                 if pending.stream in self._calls:
-                    raise BusyError("stream: is busy with another call")
+                    raise BusyError("stream: is busy with another call, or with a generation that was neither ended nor closed")
                 self._calls[pending.stream] = pending
                 self._arrived.append(pending)
                 self._changed.notify()
         except ZooError:
             pending.call.close()
             raise
+
+    def _check_running(self) -> None:
+        if self._failure is not None:
+            raise ZooError(f"pool: has failed: {self._failure}") from self._failure
+        if self._closed:
+            raise PoolClosedError("pool: is closed")
+
+    def _leave(self, pending: PendingEach) -> None:
+        """End a call whose results are no longer taken."""
+        pending.left = True
+        self._resume(pending)
 
     def _resume(self, pending: PendingEach, wanted: int = 0) -> None:
         """Continue a call that waits for its caller."""

@@ -363,6 +363,32 @@ def test_a_caller_interrupted_while_it_waits_leaves_no_unseen_token():
         close(stream.feed(tokens(1)), plain.feed(torch.cat([seen[:, None], tokens(1)], 1))[:, -1:])
 
 
+def test_a_stream_that_is_closed_generates_no_more():
+    with zoo.SessionPool(model(), slots=1) as pool:
+        stream = pool.open()
+        speech = stream.generate(tokens(3), 9)
+        next(speech)
+        stream.close()
+        with pytest.raises(zoo.ZooError, match="stream: is closed"):
+            next(speech)
+        assert (len(pool), len(pool._scheduler._slots)) == (0, 0)
+        twin, plain = pool.open(), zoo.Session(model())
+        close(twin.feed(tokens(4)), plain.feed(tokens(4)))
+
+
+def test_a_pool_that_is_closed_opens_no_stream_and_ends_generations_quietly():
+    pool = zoo.SessionPool(model())
+    stream = pool.open()
+    left, speech = pool.open().generate(tokens(3), 9), stream.generate(tokens(3), 9)
+    next(left), next(speech)
+    pool.close()
+    left.close()  # an error here would be printed when the generator is collected
+    with pytest.raises(zoo.ZooError, match="pool: is closed"):
+        next(speech)
+    with pytest.raises(zoo.ZooError, match="pool: is closed"):
+        pool.open()
+
+
 def test_refused_and_interrupted_calls_are_closed(monkeypatch):
     """Busy, closed, failed: no coroutine is left behind unawaited, which Python would report here as an error."""
     with zoo.SessionPool(model(), streams=2) as pool:
