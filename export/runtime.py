@@ -172,12 +172,16 @@ class ExportedModel:
         if self._eviction.restarts and state.position:
             raise ZooError(f"state: at position {state.position}; a sleep starts from the state at the start of its window")
         loops = self.config.loops if loops is None else loops
-        check_count("loops", loops)
-        if loops != self.config.loops and CONSOLIDATION in self._graphs:
-            raise ZooError(f"loops: {loops}; this bundle was exported with {self.config.loops}; --per-pass allows any number")
+        self.check_loops(loops)
         given = self._padded(ids, self._slots) | {"position": torch.tensor(state.position, device=self.device)} | pack(state, PAST)
         out = self._graphs[CONSOLIDATION](given) if CONSOLIDATION in self._graphs else (await self._pass_by_pass(given, loops))
         return unpack(out, PRESENT, state)._replace(position=0 if self._eviction.restarts else state.position + T)
+
+    def check_loops(self, loops: int) -> None:
+        """Refuse a number of passes that the graph of a sleep does not make. Raises ZooError."""
+        check_count("loops", loops)
+        if loops != self.config.loops and CONSOLIDATION in self._graphs:
+            raise ZooError(f"loops: {loops}; this bundle was exported with {self.config.loops}; --per-pass allows any number")
 
     async def _pass_by_pass(self, given: dict[str, Tensor], loops: int) -> dict[str, Tensor]:
         out = dict(self._graphs[PRELUDE](given))

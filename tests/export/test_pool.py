@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 
 import zoo
-from tests.zoo.serving.local import local
+from tests.zoo.serving.local import local, post
 from zoo.cli import main
 from zoo.export.runtime import ExportedModel
 from zoo.text.tokenizers import ByteTokenizer
@@ -62,6 +62,8 @@ def test_commands_take_bundles(tmp_path, monkeypatch):
     assert said[0] == said[1]
     result = CliRunner().invoke(main, ["chat", str(tmp_path / "bundle"), "--dtype", "float16"])
     assert (result.exit_code, "dtype float16" in result.output) == (2, True)
+    result = CliRunner().invoke(main, ["chat", str(tmp_path / "bundle"), "--loops", "5"], input="")
+    assert (result.exit_code, "loops: 5; this bundle was exported with 2" in result.output) == (2, True)
     served = []
     monkeypatch.setattr("zoo.serving.draining.run", lambda app, *_: served.append(app))
     assert CliRunner().invoke(main, ["serve", str(tmp_path / "bundle"), "--port", "0"]).exit_code == 0
@@ -73,6 +75,9 @@ def test_commands_take_bundles(tmp_path, monkeypatch):
             first = server.chat(messages, session="s", logprobs=True)["choices"][0]
             again = server.chat(messages, session="s")
             assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == again["usage"]["prompt_tokens"]
+            status, body = post(server, "/v1/sessions/s/sleep", {"loops": 5})
+            assert (status, body.get("error", {}).get("param")) == ((200, None) if opened is model else (400, "loops"))
+            assert post(server, "/v1/sessions/s/sleep")[0] == 200
             logprobs = [entry["logprob"] for entry in first["logprobs"]["content"]]
             answers.append((first["message"]["content"], again["choices"][0]["message"]["content"], logprobs))
     assert answers[0][:2] == answers[1][:2]

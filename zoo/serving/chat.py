@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.text import Text
 
+from zoo.errors import ZooError
 from zoo.sessions.session import Session
+from zoo.sessions.sleeping_model import sleeping_model
 from zoo.text.tokenizers import ByteTokenizer
 
 
@@ -33,6 +35,10 @@ def converse(
         seed: seed of the first answer; each later answer uses the next integer.
         sampling: options of `Session.generate`.
     """
+    if loops is not None:
+        if (config := session.model.config).window is None:
+            raise ZooError(f"loops: {loops}; {config.name} never sleeps (evict: {config.evict})")
+        sleeping_model(session.model).check_loops(loops)
     console = console or Console()
     prompt = "[bold]you: [/]" if sys.stdin.isatty() else ""
     for turn in itertools.count(seed or 0):

@@ -9,12 +9,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import Field
 
+from zoo.errors import ZooError
 from zoo.serving.kept import KeptSession
 from zoo.serving.owners import owner_of
 from zoo.serving.schemas import ApiError, Name, Strict
 from zoo.serving.sessions import KeptSessions
 from zoo.serving.store import StoreError
-from zoo.sessions.pool import SessionPool
+from zoo.sessions.pool import PoolClosedError, SessionPool
 from zoo.sessions.snapshot import Snapshot
 
 
@@ -44,9 +45,14 @@ class SessionRoutes:
         with self._existing(request, session) as kept:
             return self._about(kept)
 
-    def sleep(self, session: str, body: SleepRequest, request: Request) -> dict[str, Any]:
+    def sleep(self, session: str, request: Request, body: SleepRequest | None = None) -> dict[str, Any]:
         with self._existing(request, session) as kept:
-            kept.session.sleep(body.loops)
+            try:
+                kept.session.sleep(None if body is None else body.loops)
+            except PoolClosedError:
+                raise
+            except ZooError as error:
+                raise ApiError(400, str(error), "loops") from None
             return self._about(kept)
 
     def fork(self, session: str, body: ForkRequest, request: Request) -> dict[str, Any]:

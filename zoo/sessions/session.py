@@ -104,13 +104,15 @@ class Session:
     def sleep(self, loops: int | None = None, *, wait: bool = True) -> None:
         """Consolidate the window's tokens and evict them. Does nothing if there are none.
 
+        The last token of a generation is pending: it has not been read, and is not slept on. `read` of no token reads it.
+
         Args:
             loops: passes of the span; default: as in the model's config.
             wait: if False, sleep in the background. The session continues from its waking state; the first call after the sleep
                 has ended commits its result, as if the sleep had happened at once.
         """
         if loops is not None:
-            check_count("loops", loops)
+            self._model.check_loops(loops)
         check_flag("wait", wait)
         self._host.run(self._stream, self._consolidate(loops, wait))
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
+from zoo.inputs import check_count
 from zoo.model import Model
 from zoo.sessions import sliced
 from zoo.sessions.sliced import Slice
@@ -63,6 +64,10 @@ class SleepingModel(Protocol):
             loops: passes of the span, default `config.loops`.
             awake: with `keeps_hidden`, the hidden states [B, n, D] and the state after the wake passes over ids.
         """
+        ...
+
+    def check_loops(self, loops: int) -> None:
+        """Refuse a number of passes that a sleep cannot make. Raises ZooError."""
         ...
 
     def slots(self, streams: int) -> Slots[int] | None:
@@ -127,6 +132,9 @@ class TorchModel:
         self, ids: Tensor, state: State, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
     ) -> State:
         return await sliced.consolidate(self.model, ids, state, loops=loops, awake=awake)
+
+    def check_loops(self, loops: int) -> None:
+        check_count("loops", loops)
 
     def slots(self, streams: int) -> Slots[int] | None:
         # a CPU gains nothing from fixed shapes, since it has no CUDA graphs, and an unbounded cache has none

@@ -77,6 +77,17 @@ class Local:
         raise AssertionError(f"{session} is busy")
 
 
+def post(server, path, body=None):
+    """Status and body of a response to a request without a model."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, data, {"content-type": "application/json"}, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
 @contextlib.contextmanager
 def local(*args, **options):
     server = Local(*args, **options)

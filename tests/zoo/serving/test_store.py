@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import zoo
-from tests.zoo.serving.local import local
+from tests.zoo.serving.local import local, post
 from zoo.serving import store as store_module
 from zoo.serving.prefixes import common_length
 from zoo.serving.store import Record, Store, StoreError, TakenOverError
@@ -200,16 +200,6 @@ def test_routes(model, tmp_path):
         assert server.ask("/v1/sessions/none")[0] == 404
         assert [each["id"] for each in server.ask("/v1/sessions")[1]["data"]] == ["s", "t"]
         assert answers(server, "s", "more") == answers(server, "t", "more")
-
-
-def post(server, path, body):
-    """Status and body of a response to a request without a model."""
-    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), {"content-type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
 
 
 class FullDisk:
