@@ -90,11 +90,15 @@ def configure(folder: Path, overrides: Mapping[str, Any]) -> ModelConfig:
 
 def read_config(folder: Path) -> ModelConfig:
     """Return the config of a folder that `load` accepts, without reading its weights. Raises ZooError."""
+    if not folder.is_dir():
+        raise ZooError(f"{folder}: {'a file; want a folder' if folder.exists() else 'no such folder'}")
     refuse_adapter(folder)
     if (folder / CONFIG).is_file():
         return resolve(folder / CONFIG)
     if (folder / upstream.CONFIG).is_file():
         return upstream.read_config(folder)
+    if (folder / "bundle.json").is_file():
+        raise ZooError(f"{folder}: an exported bundle; want the folder of the model that it was exported from")
     raise ZooError(f"{folder}: no {CONFIG} and no upstream {upstream.CONFIG}; want a folder written by zoo.save, zoo train or upstream")
 
 

@@ -75,6 +75,8 @@ def tokenize(
                 counts[split] += len(ids)
                 characters += len(text)
                 advance(done)
+        if done < 2:
+            raise ZooError(f"{out}: {done} document{'' if done == 1 else 's'}; want at least 2, of which some are held out")
         for split, count in counts.items():
             if not count:
                 raise ZooError(

@@ -47,6 +47,7 @@ def evaluate_folder(
     """
     usable_device(device, meta=False)
     trained = find(path)
+    config = configure(trained.folder, fields)
     if data is None and trained.run is None:
         raise ZooError(f"{path}: not a training run, whose task names held-out data; give --data")
     for option, value, wants, there in (
@@ -56,7 +57,6 @@ def evaluate_folder(
     ):
         if value is not None and not there:
             raise ZooError(f"--{option}: {value}: needs {wants}")
-    config = configure(trained.folder, fields)
     if loops is not None and config.window is None:
         raise ZooError(f"--loops: {loops}; {config.name} never sleeps (evict: {config.evict})")
     if data is not None:

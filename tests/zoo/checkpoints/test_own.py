@@ -71,6 +71,8 @@ def test_tensors_that_do_not_fit(saved, change, message):
 
 
 def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(zoo.ZooError, match="nowhere: no such folder"):
+        zoo.load(tmp_path / "nowhere")
     with pytest.raises(zoo.ZooError, match=r"no zoo\.yaml and no upstream config\.json"):
         zoo.load(tmp_path)
     (tmp_path / "zoo.yaml").write_text("name: x\nvocab_size: 3\nd_model: 8\nlayers: gdn\n")

@@ -69,7 +69,7 @@ def test_bad_input_is_refused_and_nothing_is_left(tmp_path):
     for file, message in (
         ("a", "line 2: no text under 'text'; see --field"),
         ("b", "cannot be read as text"),
-        ("c", "would hold none of 1 documents"),
+        ("c", "1 document; want at least 2"),
     ):
         source = tmp_path / (f"{file}.jsonl" if file == "a" else f"{file}.txt")
         with pytest.raises(zoo.ZooError, match=message):
