@@ -153,7 +153,7 @@ def test_bad_config(jet: Path, fields: dict, words: tuple[str, ...]) -> None:
 
 
 def test_folder_without_files(tmp_path: Path, jet: Path) -> None:
-    refuses(tmp_path / "nothing", "config.json")
+    refuses(tmp_path / "nothing", "nothing: no such folder")
     (jet / "model.safetensors").unlink()
     refuses(jet, "model.safetensors: cannot be read")
     (jet / "config.json").write_text("{")
