@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
+import onnx
 import pytest
 import torch
 
@@ -117,6 +118,15 @@ MORE = {
     "samba": ({"layers": "(mamba swa)*2", "tie_embeddings": True}, PREFILL),
 }
 ALL = CASES | FORMS | MORE
+
+
+def graphs_in(graph):
+    """A graph of an ONNX file, and those inside it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from graphs_in(attribute.g)
 
 
 class Exported(NamedTuple):

@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import AttributeProto
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+
+from tests.export.conftest import graphs_in
 
 B = 2
 PORTABLE = ["hard", "sliding", "per-pass", "scan"]
@@ -76,14 +77,6 @@ def session(file, **fixed):
     for name, size in fixed.items():
         options.add_free_dimension_override_by_name(name, size)
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
-def graphs_in(graph):
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                yield from graphs_in(attribute.g)
 
 
 @pytest.mark.parametrize("case", [*PORTABLE, "ort"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import zoo
+from tests.export.conftest import graphs_in
 from zoo.export import graphs
 from zoo.export.bundle import write_onnx
 from zoo.export.manifest import Bundle
@@ -49,14 +50,6 @@ def test_half_precision_scales():
 
 
 INTEGER = ["int8", "int4", "exact", "ort-int8", "ort-int4"]
-
-
-def graphs_in(graph):
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from graphs_in(attribute.g)
 
 
 def whole(name):

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 
 import zoo
-from tests.export.conftest import ALL, build
+from tests.export.conftest import ALL, build, graphs_in
 from zoo.export import cli, graphs
 from zoo.export.manifest import Bundle
 from zoo.export.page import page
@@ -122,14 +122,6 @@ def test_standard_operators_and_unique_names(repositories, case):
     assert len(set(names)) == len(names)
     stored = {tensor.name for tensor in model.graph.initializer if tensor.data_location == tensor.EXTERNAL}
     assert stored == {name for name, _ in repositories(case)[0].named_parameters()}
-
-
-def graphs_in(graph):
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from graphs_in(attribute.g)
 
 
 def test_the_reference_evaluator_computes_the_same(repositories):
