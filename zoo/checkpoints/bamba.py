@@ -50,6 +50,13 @@ def ssm(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "expand": expand,
         "head_dim": head_dim,
+        **within_heads(config),
+    }
+
+
+def within_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the options of Mamba-2 that do not depend on its number of channels."""
+    return {
         "state_dim": config.get("mamba_d_state", 256),
         "groups": config.get("mamba_n_groups", 1),
         "conv_size": config.get("mamba_d_conv", 4),

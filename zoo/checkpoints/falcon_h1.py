@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.checkpoints.bamba import BLOCK, SSM, TOP
+from zoo.checkpoints.bamba import BLOCK, SSM, TOP, within_heads
 from zoo.checkpoints.family import Family, Names, Taps, compact, expect, families, options
 from zoo.checkpoints.llama import ATTENTION, LAYER, heads, read_bias, size, write_heads, write_size
-from zoo.checkpoints.mamba import step_limit
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 
@@ -54,16 +53,10 @@ def ssm(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "heads": count,
         "head_dim": head_dim,
-        "state_dim": config.get("mamba_d_state", 256),
-        "groups": config.get("mamba_n_groups", 1),
-        "conv_size": config.get("mamba_d_conv", 4),
-        "conv_bias": config.get("mamba_conv_bias", True),
-        "bias": config.get("mamba_proj_bias", False),
+        **within_heads(config),
         "o_bias": config.get("projectors_bias", False),
         "scales": factors(config, "ssm_multipliers", 5),
         "norm": norm if config.get("mamba_rms_norm", False) else None,
-        "norm_eps": config.get("rms_norm_eps", 1e-5),
-        **step_limit(config),
     }
 
 
