@@ -106,3 +106,53 @@ def test_commands_measure(tmp_path, monkeypatch):
         assert set(seen) == {"medium"}, arguments
     assert not layouts[-1]  # of chat, and of no other command
     assert layouts[0]
+
+
+def in_float64(x, weight, bias, upstream):
+    y = torch.addmm(bias.double(), x.double(), weight.double().t())
+    return y, upstream.double() @ weight.double(), upstream.double().t() @ x.double()
+
+
+def test_bfloat16_is_multiplied_in_float32_and_rounded_once():
+    """The output and both gradients of a linear layer, and batched products, are those of float64 to half a unit of bfloat16."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(96, 64).bfloat16(), torch.randn(32, 64).bfloat16(), torch.randn(32).bfloat16()
+    upstream, linear = torch.randn(96, 32).bfloat16(), torch.nn.Linear(64, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias)
+    x.requires_grad_()
+    dtypes = []
+    linear.register_forward_hook(lambda module, args, y: dtypes.append(y.dtype))
+    with products.Float32Products():
+        y = linear(x)
+        y.backward(upstream)
+        batched = torch.bmm(x.detach().view(4, 24, 64), weight.view(4, 8, 64).transpose(1, 2))
+    exact = in_float64(x.detach(), weight, bias, upstream)
+    for ours, wanted in zip((y, x.grad, linear.weight.grad), exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert ((ours.double() - wanted).abs() <= wanted.abs() * 2**-8 + 1e-4).all()
+    wanted = x.detach().double().view(4, 24, 64) @ weight.double().view(4, 8, 64).transpose(1, 2)
+    assert ((batched.double() - wanted).abs() <= wanted.abs() * 2**-8 + 1e-4).all()
+    assert dtypes == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(("faster", "expected"), [(0.0, "float32"), (1e9, "bfloat16")])
+def test_bfloat16_products_are_measured(faster, expected, monkeypatch):
+    monkeypatch.setattr(products, "FASTER", faster)
+    assert products.bfloat16_products() == expected
+
+
+def test_a_run_keeps_the_products_that_it_began_with(tmp_path, monkeypatch):
+    """A run that resumes where the measurement says otherwise ends as one that was not interrupted, and differs from one without."""
+    config = tiny(steps=3, checkpoint_every=1, eval_sequences=8, dtype="bfloat16", lr=1e-2)
+    monkeypatch.setattr("zoo.training.loop.bfloat16_products", lambda: "float32")
+    train(config, tmp_path / "whole", measure_products=True)
+    with pytest.raises(StoppedError):
+        train(config, tmp_path / "run", report=lambda _: os.kill(os.getpid(), signal.SIGTERM), measure_products=True)
+    monkeypatch.setattr("zoo.training.loop.bfloat16_products", lambda: "bfloat16")
+    train(config, tmp_path / "run", measure_products=True)
+    train(config, tmp_path / "plain", measure_products=True)
+    whole, resumed, plain = (zoo.load(tmp_path / name).state_dict() for name in ("whole", "run", "plain"))
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+    assert not all(torch.equal(plain[name], weight) for name, weight in whole.items())

@@ -12,6 +12,7 @@ from zoo.config import ModelConfig
 from zoo.costs import describe, window_bytes
 from zoo.errors import ZooError
 from zoo.model import Model
+from zoo.products import fast_bfloat16
 from zoo.tasks import Task
 from zoo.text.tokenizers import ByteTokenizer
 from zoo.training.evaluate import evaluate
@@ -79,10 +80,11 @@ def comparison(
         line: dict[str, Any] = {"name": arm.name, "folder": str(arm.folder)}
         try:
             model = load(arm.folder, device=device, dtype=dtype, **arm.fields)
-            evaluate(model, task, 1, seed=seed)  # compiles kernels and fills caches
-            since = time.perf_counter()
-            results = evaluate(model, task, sequences, seed=seed, tokenizer=tokenizer)
-            seconds = time.perf_counter() - since
+            with fast_bfloat16(model):
+                evaluate(model, task, 1, seed=seed)  # compiles kernels and fills caches
+                since = time.perf_counter()
+                results = evaluate(model, task, sequences, seed=seed, tokenizer=tokenizer)
+                seconds = time.perf_counter() - since
             advance((number + 1) * sequences)
         except ZooError as error:
             lines.append({**line, "refused": str(error)})

@@ -10,7 +10,7 @@ from zoo.checkpoints.own import configure, load
 from zoo.console import progress_bar, spinner
 from zoo.devices import usable_device
 from zoo.errors import ZooError
-from zoo.products import fast_products
+from zoo.products import fast_bfloat16, fast_products
 from zoo.tasks import new_task
 from zoo.text.tokenizers import load_tokenizer
 from zoo.training.compare import arms, comparison
@@ -78,5 +78,5 @@ def evaluate_folder(
         return {**about, "task": str(task), "sequences": sequences, "arms": lines}
     with spinner(f"loading {trained.folder}"):
         model = load(trained.folder, device=device, dtype=dtype, **fields)
-    with fast_products(config.d_model, device), progress_bar("evaluating", sequences) as advance:
+    with fast_products(config.d_model, device), fast_bfloat16(model), progress_bar("evaluating", sequences) as advance:
         return {**about, **evaluate(model, task, sequences, loops=loops, control=True, advance=advance, **given)}

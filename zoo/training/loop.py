@@ -17,7 +17,7 @@ from zoo.costs import peak_flops, training_flops
 from zoo.errors import ZooError
 from zoo.files import as_path
 from zoo.model import Model
-from zoo.products import announced, matmul_precision, set_precision
+from zoo.products import announced, bfloat16_products, matmul_precision, set_products
 from zoo.signals import StoppedError, deferred
 from zoo.system import peak_resident
 from zoo.tasks import Batch
@@ -41,8 +41,8 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
 
     Args:
         report: called with each line of metrics.
-        measure_products: begin a run on a CPU under the precision that `zoo.matmul_precision` finds, as `zoo train` does; default: the
-            present one. A run resumes under the one that it began with.
+        measure_products: begin a run on a CPU under the precision that `zoo.matmul_precision` finds, and multiply bfloat16 in float32
+            where that is faster, as `zoo train` does; default: the present settings. A run resumes under those that it began with.
     Returns:
         The result of `evaluate` on the test split.
     Raises:
@@ -59,7 +59,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
         trainer = Trainer(config, RunFolder(as_path(out, "out"), settings, team), team)
         with deferred() as stop_requested, trainer.run.locked():
             trainer.resume(measure_products)
-            with set_precision(trainer.precision):
+            with set_products(trainer.precision, trainer.bfloat16_products):
                 return trainer.train(stop_requested, report)
 
 
@@ -73,6 +73,7 @@ class Trainer:
         self.done = 0
         self.divergence = Divergence(config.diverged)
         self.precision = torch.get_float32_matmul_precision()
+        self.bfloat16_products = "bfloat16"
 
     def resume(self, measure_products: bool) -> None:
         """Load the newest checkpoint, if there is one. Raises ZooError if the run began under different weight-decay rules."""
@@ -85,10 +86,14 @@ class Trainer:
             restore(self.optimizers, self.weights, self.run.load(checkpoint, self.model), progress["numbers"])
             self.done = progress["step"]
             self.divergence = Divergence(self.config.diverged, progress.get("first_losses", ()), progress.get("steps_above", 0))
-            self.precision = progress.get("matmul_precision", self.precision) if on_cpu else self.precision
+            if on_cpu:
+                self.precision = progress.get("matmul_precision", self.precision)
+                self.bfloat16_products = progress.get("bfloat16_products", self.bfloat16_products)
         elif measure_products and on_cpu:
             measured = announced(matmul_precision(self.model.config.d_model)) if self.team.is_main else None
             self.precision = self.team.broadcast(measured)
+            if self.config.dtype == "bfloat16":
+                self.bfloat16_products = self.team.broadcast(bfloat16_products())
 
     def train(self, stop_requested: Callable[[], int], report: Report) -> dict[str, Any]:
         """Take the remaining steps, evaluate, and write the final model. Raises StoppedError.
@@ -171,6 +176,7 @@ class Trainer:
             "steps_above": self.divergence.above,
             "held_out_loss": held_out_loss,
             "matmul_precision": self.precision,
+            "bfloat16_products": self.bfloat16_products,
             "numbers": numbers,
         }
         try:

@@ -6,7 +6,7 @@ no_decay.txt                    names of the parameters without weight decay, if
 checkpoints/00001000/           each written whole or not at all; the last one is of the last step
     model.safetensors zoo.yaml  a folder for zoo.load, independent of the number of processes
     optimizer.safetensors       tensors of the optimiser states
-    progress.json               steps done, held-out loss, matmul precision, numbers of the optimiser states, checksums of zoo.yaml
+    progress.json               steps done, held-out loss, settings of products, numbers of the optimiser states, checksums of zoo.yaml
                                 and of this file
 checkpoints/damaged-00001000/   a checkpoint that did not match its checksums
 model.safetensors zoo.yaml results.json    after the last step
