@@ -65,8 +65,8 @@ def _forward(
     Without `in_place`, autograd, tracers and transforms can record it."""
     B, T, H = q.shape[:3]
     C = min(CHUNK, max(BASE, 1 << (T - 1).bit_length()))
-    qk = torch.cat([_by_chunk(q, C), _by_chunk(k, C)], dim=-2).flatten(1, 2)  # one operand [n, M, 2C, K] of three products
-    v, g, beta = (_by_chunk(x, C).flatten(1, 2) for x in (v, g[..., None], beta[..., None]))
+    qk = torch.cat([by_chunk(q, C), by_chunk(k, C)], dim=-2).flatten(1, 2)  # one operand [n, M, 2C, K] of three products
+    v, g, beta = (by_chunk(x, C).flatten(1, 2) for x in (v, g[..., None], beta[..., None]))
     decay = decays(g.cumsum(-2))  # from the chunk's start to each token
     # log of the decay from token j to token i; a difference of cumulative sums would lose small steps after a large one
     below = torch.ones(C, C, dtype=g.dtype, device=g.device).tril_(-1)
@@ -82,14 +82,14 @@ def _forward(
     qk_decayed = over(qk.unflatten(-2, (2, C)), decay.unsqueeze(-3)).flatten(-3, -2)
     q_decayed, k_decayed = qk_decayed.split(C, dim=-2)
 
-    scan = _scan_in_place if in_place else _scan
-    S_0, W, U, S = scan(state.flatten(0, 1), k_decayed, v, over(solve, beta.mT), k_left.mT, decay[..., -1:, :])
+    run = scan_in_place if in_place else scan
+    S_0, W, U, S = run(state.flatten(0, 1), k_decayed, v, over(solve, beta.mT), k_left.mT, decay[..., -1:, :])
     o = plus((q_decayed @ S_0).flatten(0, 1), attention.flatten(0, 1), U.flatten(0, 1), beta=scale, alpha=scale)
-    o = _by_token(o.unflatten(0, U.shape[:2]), B, T)
+    o = by_token(o.unflatten(0, U.shape[:2]), B, T)
     return o, S.unflatten(0, (B, H)), W, beta, decay, between, solve, attention, qk_decayed, k_left, S_0, U
 
 
-def _scan(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+def scan(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
     """Scan the chunks: return the state at each start, W = v - k S, U = solve W, and the final state."""
     starts, wanted, updates = [], [], []
     for k_c, v_c, solve_c, left_c, decay_c in _chunks(k, v, solve, left, decay):
@@ -100,8 +100,8 @@ def _scan(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: T
     return torch.stack(starts), torch.stack(wanted), torch.stack(updates), S
 
 
-def _scan_in_place(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
-    """Do the same as `_scan`, writing into tensors allocated for all chunks."""
+def scan_in_place(S: Tensor, k: Tensor, v: Tensor, solve: Tensor, left: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+    """Do the same as `scan`, writing into tensors allocated for all chunks."""
     S_0 = torch.empty((len(v), *S.shape), dtype=S.dtype, device=S.device)
     S_0[0] = S
     S = torch.empty_like(S)  # a stream keeps this state: it must not be a view of a larger tensor
@@ -120,7 +120,7 @@ def _backward(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, scale: float, *k
     B, T = do.shape[:2]
     C = beta.shape[-2]
     q_decayed, k_decayed = qk_decayed.split(C, dim=-2)
-    q, k, do = (_by_chunk(x, C).flatten(1, 2) for x in (q, k, do * scale))
+    q, k, do = (by_chunk(x, C).flatten(1, 2) for x in (q, k, do * scale))
 
     dS = dstate.flatten(0, 1)
     dends, dwrites = [], []  # gradients of the state at each chunk's end, and of beta (v - k S)
@@ -150,19 +150,19 @@ def _backward(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, scale: float, *k
     own = (do * U).sum(-1, keepdim=True)
     dq = dq + own * k
     dk = dk_written + left - dk_reads + own * q
-    grads = (_by_token(x, B, T) for x in (dq, dk, dv, dg[..., None], dbeta[..., None]))
+    grads = (by_token(x, B, T) for x in (dq, dk, dv, dg[..., None], dbeta[..., None]))
     dq, dk, dv, dg, dbeta = grads
     return dq, dk, dv, dg.squeeze(-1), dbeta.squeeze(-1), None, dS.unflatten(0, (B, -1))
 
 
-def _by_chunk(x: Tensor, size: int) -> Tensor:
+def by_chunk(x: Tensor, size: int) -> Tensor:
     """Rearrange [B, T, H, D] -> [n, B, H, size, D]; zeros past the end have no effect."""
     pad = -x.shape[1] % size
     x = F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x  # F.pad by zero would still copy
     return x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)
 
 
-def _by_token(x: Tensor, batch: int, length: int) -> Tensor:
+def by_token(x: Tensor, batch: int, length: int) -> Tensor:
     """Rearrange [n, B H, size, D] -> [B, T, H, D]."""
     return x.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
 

@@ -9,6 +9,7 @@ import zoo
 from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.dynamic_conv1d.op import dynamic_conv1d
 from zoo.kernels.gated_delta_rule.op import gated_delta_rule
+from zoo.kernels.kda.op import kda
 from zoo.kernels.selective_scan.op import selective_scan
 from zoo.kernels.ssd.op import ssd
 
@@ -108,7 +109,17 @@ def dynamic_inputs(T: int, _: float) -> dict[str, torch.Tensor]:
     return {"x": random(2, T, 3), "weight": random(2, T, 3, 4), "initial_state": random(2, 3, 3)}
 
 
-PACKED = CASES | {"causal_conv1d": (causal_conv1d, conv_inputs), "dynamic_conv1d": (dynamic_conv1d, dynamic_inputs)}
+def kda_inputs(T: int, decay: float) -> dict[str, torch.Tensor]:
+    k, q = (torch.nn.functional.normalize(random(2, T, 2, 8, seed=seed), dim=-1) for seed in (1, 2))
+    given = {"q": q, "k": k, "v": random(2, T, 2, 6), "g": -decay * random(2, T, 2, 8).abs(), "beta": random(2, T, 2).sigmoid()}
+    return given | {"initial_state": random(2, 2, 8, 6)}
+
+
+PACKED = CASES | {
+    "kda": (kda, kda_inputs),
+    "causal_conv1d": (causal_conv1d, conv_inputs),
+    "dynamic_conv1d": (dynamic_conv1d, dynamic_inputs),
+}
 
 
 @pytest.mark.parametrize("form", ["reference", "chunked"])
