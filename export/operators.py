@@ -78,14 +78,15 @@ def over_chunks(
     return y.transpose(0, 1).flatten(1, 2)[:, :T], final
 
 
-def gated_delta_rule(
-    scans: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor, cu_seqlens: None
+def delta_rule(
+    scans: Scans, operator: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor, cu_seqlens: None
 ) -> tuple[Tensor, Tensor]:
+    """Compute `gated_delta_rule` or `kda`, which take the same arguments."""
     if q.shape[1] == 1:
-        return kernels.get("gated_delta_rule.reference")(q, k, v, g, beta, scale, state, None)
-    chunked = kernels.get("gated_delta_rule.chunked")
+        return kernels.get(f"{operator}.reference")(q, k, v, g, beta, scale, state, None)
+    chunked = kernels.get(f"{operator}.chunked")
     kernel = lambda *x: chunked(*x[:5], scale, x[5], None)  # noqa: E731
-    return over_chunks(scans, f"gated_delta_rule {scale}", kernel, [q, k, v, g, beta], [], state, v)
+    return over_chunks(scans, f"{operator} {scale}", kernel, [q, k, v, g, beta], [], state, v)
 
 
 def state_space(
@@ -102,13 +103,14 @@ def state_space(
 def linear_attention(rule: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: list[Tensor], scale: float, state: Tensor) -> Any:
     """Call LinearAttention of com.microsoft, which onnxruntime implements on CPUs in float32 only.
 
-    q, k: [B, T, H, K]. v: [B, T, HV, V]. g (log decay), beta: [B, T, HV]. state: [B, HV, K, V].
+    q, k: [B, T, H, K]. v: [B, T, HV, V]. g (log decay): [B, T, HV] or [B, T, HV, K]. beta: [B, T, HV].
+    state: [B, HV, K, V].
     """
     heads = v.shape[2]
     q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) if x.shape[2] < heads else x for x in (q, k))
     o, final = symbolic_multi_out(
         f"{MICROSOFT}::LinearAttention",
-        [*(x.to(state.dtype).flatten(2) for x in (q, k, v)), state, g.to(state.dtype), *(x.to(state.dtype) for x in beta)],
+        [*(x.to(state.dtype).flatten(2) for x in (q, k, v)), state, g.to(state.dtype).flatten(2), *(x.to(state.dtype) for x in beta)],
         {"q_num_heads": heads, "kv_num_heads": heads, "update_rule": rule, "scale": float(scale)},
         dtypes=[state.dtype, state.dtype],
         shapes=[[*v.shape[:2], v.shape[2] * v.shape[3]], state.shape],
@@ -150,7 +152,8 @@ def convolution_operator(
 
 def portable(scans: Scans) -> dict[str, Kernel]:
     return {
-        "gated_delta_rule": partial(gated_delta_rule, scans),
+        "gated_delta_rule": partial(delta_rule, scans, "gated_delta_rule"),
+        "kda": partial(delta_rule, scans, "kda"),
         "ssd": partial(state_space, scans, "ssd"),
         "selective_scan": partial(state_space, scans, "selective_scan"),
     }
@@ -159,6 +162,7 @@ def portable(scans: Scans) -> dict[str, Kernel]:
 def ort(scans: Scans) -> dict[str, Kernel]:
     return {
         "gated_delta_rule": delta_rule_operator,
+        "kda": delta_rule_operator,
         "ssd": ssd_operator,
         "selective_scan": partial(state_space, scans, "selective_scan"),
         "causal_conv1d": convolution_operator,

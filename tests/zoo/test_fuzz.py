@@ -16,6 +16,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "attn": {"heads": 2, "kv_heads": 1},
     "swa": {"heads": 2, "window": 3},
     "gdn": {"heads": 2},
+    "kda": {"heads": 2},
     "jet": {"heads": 2, "mlp": False},
     "mamba": {"state_dim": 3},
     "mamba2": {"head_dim": 8, "state_dim": 4, "mlp": False},
@@ -23,7 +24,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "rglru": {"heads": 2},
     "parallel": {"attn": {"heads": 2}, "mamba2": {"head_dim": 4, "state_dim": 3}, "attn_out_scale": 0.5},
 }
-RECURRENT = {"gdn", "jet", "mamba", "mamba2", "rglru", "parallel"}
+RECURRENT = {"gdn", "kda", "jet", "mamba", "mamba2", "rglru", "parallel"}
 
 
 @st.composite
