@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from zoo.cli import CONTEXT, exit_status
+from zoo.errors import ZooError
 from zoo.files import as_path
 from zoo.options import PATH, THREADS
 
@@ -96,13 +100,22 @@ def main(
     asked["exact_activations"] = True if weights_only_int8 or weights_only_int4 else None
     asked["compute_capability"] = compute_capability and compute_capability.split(",")
     overrides += () if loops is None else (f"loops={loops}",)
-    with exit_status():
+    with exit_status(), _options_in_errors():
         if (place := out or triton_server) is not None:
             given = {name: value for name, value in asked.items() if value is not None}
             given |= {} if prefill is None else {"prefill": prefill or None}
             _write(model, overrides, seed, device, place, repository=triton_server is not None, **given)
         elif verify_only is not None:
             _compare(model, overrides, seed, device, verify_only)
+
+
+@contextmanager
+def _options_in_errors() -> Iterator[None]:
+    """Name the options of the command in errors, in place of the fields of a `Plan`."""
+    try:
+        yield
+    except ZooError as error:
+        raise ZooError(re.sub(r"\b(max_length|self_sleeping)\b", lambda field: f"--{field[0].replace('_', '-')}", str(error))) from None
 
 
 def _write(
@@ -182,7 +195,6 @@ def _model(name: str, overrides: tuple[str, ...], seed: int, dtype: str | None, 
 
     from zoo.checkpoints.own import load
     from zoo.config import parse_overrides
-    from zoo.errors import ZooError
     from zoo.factory import create
 
     fields = parse_overrides(overrides)

@@ -337,7 +337,7 @@ def chat(
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; the default is only reachable locally.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0 picks a free one.")
-@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Maximum number of streams in a batch.")
+@click.option("--slots", type=click.IntRange(min=1), help="Maximum number of streams in a batch.  [default: 8, at most --sessions]")
 @click.option("--sessions", type=click.IntRange(min=1), default=64, show_default=True, help="Maximum number of open streams.")
 @click.option("--idle", type=Number(min=0), default=3600.0, show_default=True, help="Seconds to keep an unused session.")
 @click.option("--when", default="full", show_default=True, help="When streams sleep: full, 'interval(512)' or 'idle(0.5)'.")
@@ -356,6 +356,14 @@ def chat(
     help="Memory for cached states that prompts may continue from.",
 )
 @click.option("--api-key", "api_keys", multiple=True, envvar="ZOO_API_KEY", help="API key that requests must carry; may be repeated.")
+@click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="Name of the server besides localhost, or *; may be repeated.")
+@click.option(
+    "--allow-origin",
+    "origins",
+    multiple=True,
+    metavar="URL",
+    help="Web pages that may use the server, such as https://example.com, or *; may be repeated.",
+)
 @click.option("--store", type=click.Path(file_okay=False, path_type=Path), help="Folder that keeps sessions across restarts.")
 @click.option("--name", help="Name of the model in requests.  [default: its own]")
 @click.option("--grace", type=Number(min=0), default=30.0, show_default=True, help="Seconds to finish answers after SIGTERM or Ctrl-C.")
@@ -367,7 +375,7 @@ def serve(
     overrides: tuple[str, ...],
     host: str,
     port: int,
-    slots: int,
+    slots: int | None,
     sessions: int,
     idle: float,
     when: str,
@@ -378,6 +386,8 @@ def serve(
     max_body: int,
     prefix_bytes: int,
     api_keys: tuple[str, ...],
+    hosts: tuple[str, ...],
+    origins: tuple[str, ...],
     store: Path | None,
     name: str | None,
     grace: float,
@@ -391,7 +401,7 @@ def serve(
     On SIGTERM or Ctrl-C, requests in progress are answered and new ones refused.
     """
     from zoo.products import fast_decoding
-    from zoo.serving.app import Limits, check_address, make_app  # raises a ZooError that names what to install
+    from zoo.serving.app import Limits, check_address, is_loopback, make_app  # raises a ZooError that names what to install
     from zoo.serving.draining import run
     from zoo.sessions.pool import SessionPool
 
@@ -399,8 +409,11 @@ def serve(
     opened, tokenizer = _open(model, overrides, device, dtype)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
     limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle, prefixes=prefix_bytes)
+    app = make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys, store=store, hosts=hosts, origins=origins)
+    if not api_keys and not is_loopback(host):
+        click.echo(f"host {host}: without --api-key, everyone who can reach this address may use the server", err=True)
     with fast_decoding(opened):
-        run(make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys, store=store), host, port, grace)
+        run(app, host, port, grace)
 
 
 @main.command()

@@ -277,7 +277,7 @@ def validate(form: type[M], fields: Mapping[str, Any], label: str) -> M:
         elif first["type"] == "value_error":  # our own validators name the field
             problem = str(first["ctx"]["error"])
         else:
-            problem = f"{reprlib.repr(first['input'])}: {_wanted(first['type'], first['msg'], first.get('ctx', {}))}"
+            problem = f"{reprlib.repr(first['input'])}: {wanted(first['type'], first['msg'], first.get('ctx', {}))}"
         raise ZooError(f"{label}: {where + ': ' if where else ''}{problem}") from None
 
 
@@ -300,7 +300,7 @@ WANTED = {
 """Ends of our error messages, each with the pydantic error types that it covers."""
 
 
-def _wanted(kind: str, message: str, context: Mapping[str, Any]) -> str:
+def wanted(kind: str, message: str, context: Mapping[str, Any]) -> str:
     """Return the end of an error message in this package's words."""
     for words, kinds in WANTED.items():
         if kind in kinds.split():

@@ -254,8 +254,8 @@ def run(*arguments):
     ("arguments", "message"),
     [
         (["gdn4-sleep2", "--target", "nonsense"], "unknown export target 'nonsense'; "),
-        (["gdn4"], "evict: 'none' does not bound the window.* allowed: hard, sliding, or a max_length"),
-        (["gdn4-sleep2", "--max-length", "9"], "max_length: 9; windows of gdn4-sleep2 hold 24 tokens"),
+        (["gdn4"], "evict: 'none' does not bound the window.* allowed: hard, sliding, or a --max-length"),
+        (["gdn4-sleep2", "--max-length", "9"], "--max-length: 9; windows of gdn4-sleep2 hold 24 tokens"),
         (["gdn4", "--max-length", "9", "--per-pass"], "never sleeps"),
         (["gdn4-sleep2", "--prefill", "25"], "prefill: 25 tokens are more than a window of 24"),
         (["gdn4-sleep2", "--prefill", "1"], "prefill: 1: .* greater than or equal to 2"),

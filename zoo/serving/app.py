@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 import time
@@ -30,13 +31,14 @@ except ImportError:
 
 from zoo.serving.answers import Answer, Prompt
 from zoo.serving.bodies import ChatBody, Choice, CompletionBody, EventStream
+from zoo.serving.browsers import protect
 from zoo.serving.conversations import chat_ids, message_ends, takes_tools
 from zoo.serving.errors import ApiKeys, BodyLimit, as_api_error
 from zoo.serving.kept import KeptSession, Messages
 from zoo.serving.metrics import Metrics
 from zoo.serving.owners import owner_of
 from zoo.serving.prefixes import Prefixes, common_length
-from zoo.serving.schemas import NAME, ApiError, ChatRequest, CompletionRequest, ErrorResponse
+from zoo.serving.schemas import NAME, NAMES, ApiError, ChatRequest, CompletionRequest, ErrorResponse
 from zoo.serving.session_routes import SessionRoutes
 from zoo.serving.sessions import KeptSessions
 from zoo.serving.store import Store
@@ -48,6 +50,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}},
     **ERRORS,
 }
+MOST_CONVERSATION = 2**24  # bytes of the tokens and messages of a session that is imported
 SESSION_HEADERS = ("x-session-id", "x-openwebui-chat-id")
 
 
@@ -75,6 +78,13 @@ def check_address(host: str, port: int) -> None:
         raise ZooError(f"host {host}, port {port}: {error.strerror}") from None
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach the address."""
+    with suppress(OSError):
+        return all(ipaddress.ip_address(found[4][0]).is_loopback for found in socket.getaddrinfo(host, None))
+    return False
+
+
 def make_app(
     pool: SessionPool,
     tokenizer: ByteTokenizer,
@@ -83,12 +93,17 @@ def make_app(
     *,
     keys: Sequence[str] = (),
     store: Path | None = None,
+    hosts: Sequence[str] = (),
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """Return the server of one model as an ASGI app, with the `Server` as `app.state.server`. Closes the pool on shutdown.
 
     Args:
         keys: API keys. If there are any, every request except those for /health and /ready needs one.
         store: folder that keeps sessions when the process ends.
+        hosts, origins: names of the server, and web pages that may use it; see `browsers.protect`.
+    Raises:
+        ZooError: a bad host or origin.
     """
     server = Server(pool, tokenizer, name, limits or Limits(), store)
 
@@ -101,10 +116,12 @@ def make_app(
 
     app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = server
-    app.add_middleware(BodyLimit, limit=server.limits.body)
+    session = pool.bytes // pool.streams + MOST_CONVERSATION  # bytes of an imported session
+    app.add_middleware(BodyLimit, limit=server.limits.body, imports=session)
     app.state.keyed = bool(keys)
     if keys:
         app.add_middleware(ApiKeys, keys=keys)
+    protect(app, hosts, origins)
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, server.error)
     app.get("/health", responses=ERRORS)(server.health)
@@ -113,7 +130,7 @@ def make_app(
     app.get("/v1/models/{model}", responses=ERRORS)(server.one_model)
     app.post("/v1/completions", response_model=None, responses=ANSWERS)(server.completions)
     app.post("/v1/chat/completions", response_model=None, responses=ANSWERS)(server.chat)
-    SessionRoutes(server.sessions, pool).add(app, ERRORS)
+    SessionRoutes(server.sessions, pool, server.settings).add(app, ERRORS)
     app.get("/metrics", response_class=PlainTextResponse)(server.metrics_text)
     return app
 
@@ -125,7 +142,9 @@ class Server:
         self.tokenizer, self.name, self.limits = tokenizer, name, limits
         self.pool = pool
         model = sleeping_model(pool.model)
-        kept_in = None if store is None else Store(store, {**identity(model), "dtype": _dtype(model)})
+        due = pool.schedule.due(model.config.window)
+        self.settings = {} if due == model.config.window else {"sleeps_after": f"{due} tokens"}
+        kept_in = None if store is None else Store(store, {**identity(model), "dtype": _dtype(model), **self.settings})
         self.sessions = KeptSessions(pool, limits.idle, Prefixes(limits.prefixes), kept_in)
         self.metrics = Metrics(self.sessions, pool)
         self.created = int(time.time())
@@ -154,6 +173,8 @@ class Server:
         response = CompletionBody(self.name, body.top, _wants_usage(body))
 
         def all_prompts(kept: KeptSession) -> list[Prompt]:
+            if kept.name is not None and len(prompts) > 1:
+                raise ApiError(400, f"prompt: {len(prompts)} prompts; want 1 in a session", "prompt")
             return [Prompt([*kept.tokens, *ids], len(ids)) for ids in prompts]
 
         return self._answer(body, request, response, body.max_tokens, all_prompts)
@@ -200,8 +221,11 @@ class Server:
         if max_tokens > self.limits.tokens:
             field = "max_tokens" if body.max_tokens == max_tokens else "max_completion_tokens"
             raise ApiError(400, f"{field}: {max_tokens} is more than {self.limits.tokens}", field, "max_tokens_exceeded")
+        name = _session_of(body, request)
+        if name is not None and body.n > 1:
+            raise ApiError(400, f"n: {body.n}; want 1 in a session, which continues from its answer", "n")
         with ExitStack() as cleanup:
-            kept = self.sessions.acquire(owner_of(request), _session_of(body, request))
+            kept = self.sessions.acquire(owner_of(request), name)
             cleanup.callback(self.sessions.release, kept)
             try:
                 choices = self._choices(kept, prompts(kept), body, max_tokens, messages)
@@ -260,13 +284,16 @@ def _settle(kept: KeptSession) -> None:
 
 def _session_of(body: CompletionRequest | ChatRequest, request: Request) -> str | None:
     """Return the session id in the body or in a header. Raises ApiError if two differ."""
-    names = {name for name in (body.session, *(request.headers.get(header) for header in SESSION_HEADERS)) if name}
+    given: dict[str, list[str | None]] = {"session": [body.session]}
+    given |= {header: list(request.headers.getlist(header)) for header in SESSION_HEADERS}
+    names = {name: field for field, values in given.items() for name in values if name}
+    for name, field in names.items():
+        if not re.fullmatch(NAME, name):
+            raise ApiError(400, f"{field}: {name!r}; want {NAMES}", "session")
     if len(names) > 1:
-        raise ApiError(400, f"session: {', '.join(sorted(names))}; the body and the headers must agree", "session")
-    name = next(iter(names), None)
-    if name is not None and not re.fullmatch(NAME, name):
-        raise ApiError(400, f"session: '{name}'; want up to 64 letters, digits, _ and -", "session")
-    return name
+        both = " and ".join(f"{field}: '{name}'" for name, field in names.items())
+        raise ApiError(400, f"session: {both}; the body and the headers must agree", "session")
+    return next(iter(names), None)
 
 
 def _dtype(model: SleepingModel) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import HTTPException as FastAPIHTTPException
 from fastapi.exceptions import RequestValidationError
@@ -12,8 +14,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from zoo.serving.schemas import ApiError
+from zoo.config import wanted
+from zoo.serving.schemas import WANTED, ApiError
 from zoo.sessions.pool import PoolClosedError
+
+MOST_SHOWN = 80  # characters of a value in an error
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -26,16 +31,35 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(error.status_code, str(error.detail))
     if not isinstance(error, RequestValidationError):
         return ApiError(500, f"{type(error).__name__}: {error}")
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"body: not JSON: {first['ctx']['error']}, character {first['loc'][-1]}", None, "json_invalid")
+    return _as_refusal(list(error.errors()))
+
+
+def _as_refusal(errors: list[dict[str, Any]]) -> ApiError:
+    """Return the response to the errors that pydantic found in a request. It names the field, its value and what is allowed."""
+    unknown = [error for error in errors if error["type"] == "extra_forbidden" and len(error["loc"]) == 2]
+    # in a union, the alternative that was meant is the one in which pydantic came furthest
+    first = unknown[0] if unknown else max(errors, key=lambda error: len(error["loc"]))
+    kind, place, message = first["type"], first["loc"], first["msg"].removeprefix("Value error, ")
+    if kind == "json_invalid":
+        return ApiError(400, f"body: not JSON: {first['ctx']['error']}, character {place[-1]}", None, kind)
     # pydantic adds the alternatives of a union, such as `str` and `list[int]`
-    where = ".".join(str(part) for part in first["loc"][1:] if not re.search(r"^(str|float|int|dict)$|[\[\](]", str(part)))
-    message = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        named = message.partition(":")[0]
-        where, message = f"{where}.{named}" if where else named, message.partition(": ")[2]
-    return ApiError(400, f"{where}: {message}" if where else message, where or None, first["type"])
+    where = ".".join(str(part) for part in place[1:] if not re.search(r"^(constrained-)?(str|float|int|dict)$|[\[\](]", str(part)))
+    if kind == "value_error":  # from a validator of the whole request
+        named, _, message = message.partition(": ")
+        where = f"{where}.{named}" if where else named
+    elif kind == "extra_forbidden":
+        message = "there is no such field"
+    elif kind == "missing":
+        message = "is missing"
+    else:
+        message = f"{_shown(first['input'])}; {message if kind == WANTED else wanted(kind, message, first.get('ctx', {}))}"
+    return ApiError(400, f"{where or 'body'}: {message}", where or None, kind)
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value of a request, as JSON."""
+    shown = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    return shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
 
 
 class ApiKeys:
@@ -56,28 +80,34 @@ class ApiKeys:
 
 
 class BodyLimit:
-    """Middleware that refuses a request whose body is larger than `limit` bytes, by its declared length or while it is read."""
+    """Middleware that refuses a request with a larger body, by its declared length or while it is read.
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
+    Args:
+        limit: maximum number of bytes.
+        imports: maximum number of bytes of a session that is imported.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, imports: int) -> None:
+        self.app, self.limit, self.imports = app, limit, imports
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        limit = self.imports if scope["path"].endswith("/import") else self.limit
         read = 0
 
         async def counted() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self.limit:
-                raise FastAPIHTTPException(413, f"body: more than {self.limit} bytes")
+            if read > limit:
+                raise FastAPIHTTPException(413, f"body: more than {limit} bytes")
             return message
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.limit:
-            error = ApiError(413, f"body: {int(declared)} bytes are more than {self.limit}", None, "request_too_large")
+        if declared.isdigit() and int(declared) > limit:
+            error = ApiError(413, f"body: {int(declared)} bytes are more than {limit}", None, "request_too_large")
             await JSONResponse(error.body, error.status, {"connection": "close"})(scope, receive, send)
             return
         await self.app(scope, counted, send)

@@ -5,17 +5,48 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
-NAME = r"^[A-Za-z0-9_-]{1,64}$"
-Name = Annotated[str, Field(pattern=NAME)]
+WANTED = "wanted"
+"""Type of the errors that `want` raises."""
+
+
+def want(message: str) -> WrapValidator:
+    """A validator whose error is `want` and this message, in place of those of pydantic."""
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError(WANTED, f"want {message}") from None
+
+    return WrapValidator(check)
+
+
+NAME, NAMES = r"^[A-Za-z0-9_-]{1,64}$", "1 to 64 letters, digits, _ and -"
+Name = Annotated[str, Field(pattern=NAME), want(NAMES)]
 Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[Text | list[Text], want("text or a list of texts, none of them empty")]
 Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
 T = TypeVar("T")
 Several = Annotated[list[T], Field(min_length=1, max_length=2048)]
+PromptField = Annotated[
+    str | Ids | Several[Ids] | Several[str], want("text, token ids, a list of texts, or a list of lists of token ids; at most 2048 prompts")
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Token = Annotated[str, Field(pattern=r"^\d{1,9}$"), want("a token id")]
+Bias = Annotated[float, Field(ge=-100, le=100), want("a number from -100 to 100")]
 
 
 class Strict(BaseModel):
@@ -56,9 +87,9 @@ class GenerationRequest(Strict):
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[Token, Bias] = {}
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Text | list[Text] | None = None
+    stop: Texts | None = None
     n: int = Field(1, ge=1, le=128)
     session: Name | None = Field(None, description="keep the stream under this id for the next request")
     user: str | None = None
@@ -82,7 +113,7 @@ class GenerationRequest(Strict):
 class CompletionRequest(GenerationRequest):
     """A prompt, or several, as text or token ids. With a session, it is appended to the session's stream."""
 
-    prompt: str | Ids | Several[Ids] | Several[str]
+    prompt: PromptField
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -103,8 +134,6 @@ class CompletionRequest(GenerationRequest):
     def _check_prompt(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0; want at least 1 without echo")
-        if self.session is not None and len(self.prompts) > 1:
-            raise ValueError(f"prompt: {len(self.prompts)} prompts; a session takes one")
         return self
 
 

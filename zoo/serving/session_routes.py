@@ -1,4 +1,4 @@
-"""Routes of sessions: list, inspect, sleep, fork, delete. A session is visible to the API key that created it."""
+"""Routes of sessions: list, inspect, sleep, fork, export, import, delete. A session is visible to the API key that created it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from zoo.errors import ZooError
 from zoo.serving.kept import KeptSession
 from zoo.serving.owners import owner_of
 from zoo.serving.schemas import ApiError, Name, Strict
+from zoo.serving.session_files import from_file, to_file
 from zoo.serving.sessions import KeptSessions
-from zoo.serving.store import StoreError
+from zoo.serving.store import Record, StoreError
 from zoo.sessions.pool import PoolClosedError, SessionPool
+from zoo.sessions.sleeping_model import sleeping_model
 from zoo.sessions.snapshot import Snapshot
+
+FILE = "application/octet-stream"  # type of exported sessions
+FILE_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
 
 
 class SleepRequest(Strict):
@@ -28,14 +34,27 @@ class ForkRequest(Strict):
 
 
 class SessionRoutes:
-    def __init__(self, sessions: KeptSessions, pool: SessionPool) -> None:
-        self.sessions, self.pool = sessions, pool
+    """Routes of the sessions of one server.
+
+    Args:
+        settings: settings on which the sleeps of a stream depend; a file from a server with others is refused.
+    """
+
+    def __init__(self, sessions: KeptSessions, pool: SessionPool, settings: dict[str, str]) -> None:
+        self.sessions, self.pool, self.settings = sessions, pool, settings
+        self.model = sleeping_model(pool.model)
 
     def add(self, app: FastAPI, responses: dict[int | str, dict[str, Any]]) -> None:
         app.get("/v1/sessions", responses=responses)(self.all)
         app.get("/v1/sessions/{session}", responses=responses)(self.one)
         app.post("/v1/sessions/{session}/sleep", responses=responses)(self.sleep)
         app.post("/v1/sessions/{session}/fork", responses=responses)(self.fork)
+        app.get("/v1/sessions/{session}/export", response_class=Response, responses={200: {"content": {FILE: FILE_SCHEMA}}, **responses})(
+            self.export
+        )
+        app.post("/v1/sessions/{session}/import", responses=responses, openapi_extra={"requestBody": {"content": {FILE: FILE_SCHEMA}}})(
+            self.import_
+        )
         app.delete("/v1/sessions/{session}", responses=responses)(self.delete)
 
     def all(self, request: Request) -> dict[str, Any]:
@@ -56,14 +75,34 @@ class SessionRoutes:
             return self._about(kept)
 
     def fork(self, session: str, body: ForkRequest, request: Request) -> dict[str, Any]:
-        if self.sessions.exists(owner_of(request), body.id):
-            raise ApiError(409, f"id: '{body.id}' already exists", "id", "session_exists")
         with self._existing(request, session) as kept:
-            twin = self.sessions.acquire(kept.owner, body.id)
-            twin.session.restore(kept.session.snapshot())
-            twin.tokens, twin.messages = list(kept.tokens), list(kept.messages)
-            self.sessions.release(twin)
-            return self._about(twin)
+            record = Record(kept.tokens, messages=kept.messages)
+            return self._created(kept.owner, body.id, kept.session.snapshot(), record)
+
+    def export(self, session: str, request: Request) -> Response:
+        with self._existing(request, session) as kept:
+            content = to_file(kept, self.model, self.settings)
+        return Response(content, media_type=FILE, headers={"content-disposition": f'attachment; filename="{session}.safetensors"'})
+
+    async def import_(self, session: Name, request: Request) -> dict[str, Any]:
+        if request.headers.get("content-type") != FILE:  # a web page of another origin could send any simpler type
+            raise ApiError(415, f"content-type: {request.headers.get('content-type')}; want {FILE}", "content-type")
+        return await run_in_threadpool(self._import, owner_of(request), session, await request.body())
+
+    def _import(self, owner: str, name: str, content: bytes) -> dict[str, Any]:
+        try:
+            snapshot, record = from_file(content, self.model, self.settings)
+        except ZooError as error:
+            raise ApiError(400, f"file: {error}", "file", "session_refused") from None
+        return self._created(owner, name, snapshot, record)
+
+    def _created(self, owner: str, name: str, snapshot: Snapshot, record: Record) -> dict[str, Any]:
+        """Make a session, and describe it."""
+        kept = self.sessions.create(owner, name, snapshot, record)
+        try:
+            return self._about(kept)
+        finally:
+            self.sessions.release(kept)
 
     def delete(self, session: str, request: Request) -> dict[str, Any]:
         try:

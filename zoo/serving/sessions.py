@@ -10,8 +10,9 @@ from zoo.errors import ZooError
 from zoo.serving.kept import KeptSession
 from zoo.serving.prefixes import Prefixes
 from zoo.serving.schemas import ApiError
-from zoo.serving.store import Store, StoreError
+from zoo.serving.store import Record, Store, StoreError
 from zoo.sessions.pool import PoolFullError, SessionPool
+from zoo.sessions.snapshot import Snapshot
 
 
 class KeptSessions:
@@ -46,10 +47,18 @@ class KeptSessions:
     def exists(self, owner: str, name: str) -> bool:
         return (owner, name) in self._kept or (self.store is not None and self.store.exists(owner, name))
 
-    def acquire(self, owner: str, name: str | None) -> KeptSession:
-        """Return the session with this id, opening it if there is none; without an id, a session for one request. Raises ApiError."""
+    def acquire(self, owner: str, name: str | None, *, new: bool = False) -> KeptSession:
+        """Return the session with this id, opening it if there is none; without an id, a session for one request.
+
+        Args:
+            new: refuse a session that exists.
+        Raises:
+            ApiError: the session is busy, or there is no room for it, or it cannot be stored.
+        """
         with self._lock:
             self._put_away_idle()
+            if new and name and self.exists(owner, name):
+                raise ApiError(409, f"session: '{name}' already exists", "session", "session_exists")
             kept = self._kept.get((owner, name)) if name else None
             if kept is not None and kept.busy:
                 raise ApiError(409, f"session: '{name}' is busy with another request", "session", "session_busy")
@@ -95,6 +104,33 @@ class KeptSessions:
             kept.session.close()
         kept.busy = False
 
+    def create(self, owner: str, name: str, snapshot: Snapshot, record: Record) -> KeptSession:
+        """Return a new session with this state and conversation, written to the store. Raises ApiError; nothing is left of it then."""
+        kept = self.acquire(owner, name, new=True)
+        try:
+            kept.session.restore(snapshot)
+            kept.tokens, kept.messages = list(record.tokens), list(record.messages)
+            kept.store(state=True)
+        except BaseException as error:
+            with self._lock:
+                self._forget(kept)
+                if kept.journal is not None:
+                    with suppress(StoreError):
+                        kept.journal.delete()
+            if not isinstance(error, StoreError):
+                raise
+            self.failing = True
+            raise ApiError(503, f"{error}; try again later", "session", "store_failing") from None
+        return kept
+
+    def _forget(self, kept: KeptSession) -> None:
+        """Remove a session from memory."""
+        assert kept.name is not None
+        self._kept.pop((kept.owner, kept.name), None)
+        with suppress(ZooError):  # the pool is closed
+            kept.session.close()
+        self.prefixes.forget(kept.owner, kept.name)
+
     def delete(self, owner: str, name: str) -> bool:
         """Close a session and forget its states. Returns False if there is none with this id, or if it is busy. Raises StoreError."""
         with self._lock:
@@ -102,11 +138,10 @@ class KeptSessions:
             if (kept is not None and kept.busy) or not self.exists(owner, name):
                 return False
             if self.store is not None:
-                journal = kept.journal if kept is not None and kept.journal is not None else self.store.open(owner, name)
-                journal.delete()
+                journal = kept.journal if kept is not None else None
+                (journal if journal is not None and journal.check() else self.store.open(owner, name)).delete()
             if kept is not None:
-                del self._kept[owner, name]
-                kept.session.close()
+                self._forget(kept)
             self.prefixes.forget(owner, name)
             return True
 

@@ -146,6 +146,8 @@ class Journal:
                 if _number(file) != self.lease:
                     raise TakenOverError(f"session: another process has taken over {self.folder.name}")
                 yield
+        except FileNotFoundError:
+            raise TakenOverError(f"session: another process has deleted {self.folder.name}") from None
         except OSError as error:
             raise StoreError(f"store: {self.folder}: {error.strerror or error}") from error
 
@@ -162,11 +164,11 @@ class Store:
 
     def names(self, owner: str) -> list[str]:
         """Return the ids of all sessions of an owner."""
-        found = [_read_json(file) for file in self.folder.glob("*/session.json")]
+        found = [_read_json(file) for file in self.folder.glob("*/session.json") if _has_content(file.with_name(JOURNAL))]
         return sorted(str(fields.get("name")) for fields in found if fields.get("owner") == _digest(owner))
 
     def exists(self, owner: str, name: str) -> bool:
-        return (self._place(owner, name) / JOURNAL).is_file()
+        return _has_content(self._place(owner, name) / JOURNAL)
 
     def open(self, owner: str, name: str) -> Journal:
         """Take over a session, or create it. Raises StoreError."""
@@ -282,6 +284,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"store: {file}: cannot be read: {one_line(error)}") from None
     return fields if isinstance(fields, dict) else {}
+
+
+def _has_content(journal: Path) -> bool:
+    """Return whether a session was stored, not only opened before the process was killed."""
+    return journal.is_file() and journal.stat().st_size > 0
 
 
 def _digest(text: str) -> str:

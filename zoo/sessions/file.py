@@ -27,8 +27,12 @@ from zoo.state import State
 FORMAT = "zoo.session.1"
 
 
-def write_file(path: Path, model: SleepingModel, snapshot: Snapshot) -> None:
-    """Write `snapshot` to `path` atomically, replacing an existing file. Raises ZooError."""
+def write_file(path: Path, model: SleepingModel, snapshot: Snapshot, more: Mapping[str, str] | None = None) -> None:
+    """Write `snapshot` to `path` atomically, replacing an existing file. Raises ZooError.
+
+    Args:
+        more: further fields of the header.
+    """
     tensors = {"ids": snapshot.ids, "said": snapshot.pending, **_pack("state", model.plain(snapshot.state))}
     if snapshot.logits is not None:
         tensors["logits"] = snapshot.logits
@@ -44,6 +48,7 @@ def write_file(path: Path, model: SleepingModel, snapshot: Snapshot) -> None:
         "counts": json.dumps(snapshot.counts._asdict()),
         "hidden": json.dumps(bool(snapshot.hidden)),
         "sleeps": json.dumps(snapshot.sleeps),
+        **(more or {}),
     }
     if snapshot.logits is None and snapshot.counts.tokens:  # a call was interrupted
         header["logits"] = "none"

@@ -25,7 +25,10 @@ class PoolFullError(ZooError):
 
 
 class BusyError(ZooError):
-    """A stream received a call before its previous call had returned."""
+    """A stream received a call before its previous call had returned, or its generation had ended or been closed."""
+
+    def __init__(self) -> None:
+        super().__init__("stream: is busy with another call, or with a generation that was neither ended nor closed")
 
 
 class PoolClosedError(ZooError):
@@ -165,6 +168,7 @@ class Alone:
     def __init__(self) -> None:
         self._slots: Slots[int] | None = None
         self._worker: Worker | None = None
+        self._generating = False
 
     def open(self, stream: Stream) -> Host:
         return Alone()
@@ -176,12 +180,27 @@ class Alone:
             self._worker = None
 
     def run(self, stream: Stream, call: Call[T]) -> T:
+        if self._generating:
+            call.close()
+            raise BusyError
         with torch.no_grad():
             return finish(call)
 
     def run_each(self, stream: Stream, calls: Iterator[Call[T]]) -> Iterator[T]:
-        for call in calls:
-            yield self.run(stream, call)
+        call = next(calls, None)
+        while call is not None:
+            result, call = self.run(stream, call), next(calls, None)
+            if call is None:  # the stream is idle as soon as the last result is there
+                yield result
+                return
+            self._generating = True
+            try:
+                yield result
+            except BaseException:
+                call.close()
+                raise
+            finally:
+                self._generating = False
 
     async def wake(self, stream: Stream, ids: Tensor, keep: int) -> tuple[Tensor, Snapshot]:
         if ids.shape[1] == 1:

@@ -32,7 +32,8 @@ class PendingEach(Pending):
         """Number of results, of those that the caller has taken, and of those after which it wanted another."""
         self.left = False
         """True if the caller takes no more results."""
-        self.result.add_done_callback(lambda _: self.results.put(None))
+        self._last: tuple[Any] | None = None
+        self.result.add_done_callback(self._end)
 
     async def _run(self, calls: Iterator[Call[Any]]) -> None:
         call = next(calls, None)
@@ -41,12 +42,19 @@ class PendingEach(Pending):
                 result = await call
                 call = next(calls, None)
                 self.made += 1
-                self.results.put((result,))
-                if call is None:  # the stream is idle as soon as the last result is there
+                if call is None:
+                    self._last = (result,)
                     return
+                self.results.put((result,))
                 await Wanted()
                 if self.left:
                     return
         finally:
             if call is not None:
                 call.close()
+
+    def _end(self, _: Future[Any]) -> None:
+        """Pass on the last result: only now, so that the stream is idle when its caller has it."""
+        if self._last is not None:
+            self.results.put(self._last)
+        self.results.put(None)

@@ -22,6 +22,8 @@ from zoo.sessions.sleeping_model import SleepingModel, check_model
 from zoo.sessions.slots import Slots, context_of
 from zoo.sessions.snapshot import kept, size
 
+SLOTS = 8  # by default
+
 
 class SessionPool:
     """Sessions of one stream each that share a model and a thread.
@@ -32,7 +34,7 @@ class SessionPool:
 
     Args:
         model: a `zoo.Model`, or the model of a bundle, whose graphs read the tokens of one stream at a time.
-        slots: maximum number of streams in a batch; more take turns.
+        slots: maximum number of streams in a batch, at most `streams`; more streams take turns. Default 8, or `streams` if that is less.
         streams: maximum number of open streams, default `slots`.
         when: the schedule of every stream. Under `interval(n)` with n below the window, and `idle`, streams continue to answer
             while they sleep.
@@ -45,18 +47,22 @@ class SessionPool:
     def __init__(
         self,
         model: Model | SleepingModel,
-        slots: int = 8,
+        slots: int | None = None,
         *,
         streams: int | None = None,
         when: str | Schedule = "full",
         context: int | None = None,
         max_bytes: int | None = None,
     ) -> None:
-        streams = slots if streams is None else streams
         check_model(model)
         for name, value in {"slots": slots, "streams": streams, "context": context, "max_bytes": max_bytes}.items():
             if value is not None:
                 check_count(name, value)
+        if slots is None:
+            slots = SLOTS if streams is None else min(SLOTS, streams)
+        streams = slots if streams is None else streams
+        if slots > streams:
+            raise ZooError(f"slots: {slots} are more than the {streams} streams, each of which uses one at most")
         self.model, self.streams = model, streams
         self.schedule = new_schedule(when)
         self.schedule.due(model.config.window)

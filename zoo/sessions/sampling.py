@@ -40,10 +40,12 @@ class Sampler:
     Args:
         seen: tokens to which the repetition penalty applies from the start, [B, T] int64.
     Raises:
-        ZooError: the logit bias names a token outside the vocabulary.
+        ZooError: a stop token, or a token of the logit bias, is outside the vocabulary.
     """
 
     def __init__(self, sampling: Sampling, seen: Tensor, vocab_size: int) -> None:
+        for token in sampling.stop:
+            _check_token("stop", token, vocab_size)
         self.sampling = sampling
         self.seen = torch.zeros(seen.shape[0], vocab_size, dtype=torch.bool, device=seen.device).scatter_(1, seen, True)
         penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
@@ -61,8 +63,7 @@ class Sampler:
     def _logit_bias(self, vocab_size: int, device: torch.device) -> Tensor:
         bias = torch.zeros(vocab_size, device=device)
         for token, value in self.sampling.logit_bias.items():
-            if not 0 <= token < vocab_size:
-                raise ZooError(f"logit_bias: token {token}; the vocabulary is 0 to {vocab_size - 1}")
+            _check_token("logit_bias", token, vocab_size)
             bias[token] = value
         return bias
 
@@ -110,3 +111,8 @@ class Sampler:
             beyond = share.cumsum(-1) - share >= how.top_p  # the tokens before this one already reach top_p
             scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), float("-inf"))
         return scores
+
+
+def _check_token(field: str, token: int, vocab_size: int) -> None:
+    if not 0 <= token < vocab_size:
+        raise ZooError(f"{field}: token {token}; the vocabulary is 0 to {vocab_size - 1}")

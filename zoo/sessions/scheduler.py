@@ -141,7 +141,7 @@ class Scheduler:
                 if pending.stream not in self._open:
                     raise ZooError("stream: is closed")
                 if pending.stream in self._calls:
-                    raise BusyError("stream: is busy with another call, or with a generation that was neither ended nor closed")
+                    raise BusyError
                 self._calls[pending.stream] = pending
                 self._arrived.append(pending)
                 self._changed.notify()

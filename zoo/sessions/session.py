@@ -46,7 +46,8 @@ class Stats:
 
 
 class Session:
-    """`batch_size` streams that advance together. Not thread-safe: one call at a time. Sleeps may run in another thread.
+    """`batch_size` streams that advance together. Not thread-safe: one call at a time, and a generation is one call until it has
+    ended or is closed. Sleeps may run in another thread.
 
     Keeps the waking state, which predicts the next token, and the state at the window's start with the window's tokens, which are
     all a sleep needs. If the first pass of a sleep equals the wake pass (`Model.wakes_as_it_sleeps`), the hidden states are kept
@@ -137,6 +138,7 @@ class Session:
         """Read prompt: [B, T] and continue it: yields each token, [B] int64, as soon as it is known.
 
         Tokens that were yielded are part of the stream. The last one is pending: the next call reads it first.
+        Until the generation has ended or `close` of the iterator was called, every other call raises BusyError.
 
         Args:
             prompt: the tokens to read first; None: continue the stream.

@@ -16,7 +16,7 @@ from zoo.serving.app import Limits, make_app
 class Local:
     """A running server: `ask` sends a request, `state` is the `Server` behind it."""
 
-    def __init__(self, model, tokenizer, *, slots=4, streams=8, when="full", context=None, **options):
+    def __init__(self, model, tokenizer, *, slots=None, streams=8, when="full", context=None, **options):
         self.pool = zoo.SessionPool(model, slots, streams=streams, when=when, context=context)
         app = make_app(self.pool, tokenizer, "model", options.pop("limits", Limits()), **options)
         self.state = app.state.server

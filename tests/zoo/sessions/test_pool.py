@@ -8,6 +8,7 @@ import time
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -374,6 +375,35 @@ def test_a_stream_that_is_closed_generates_no_more():
         assert (len(pool), len(pool._scheduler._slots)) == (0, 0)
         twin, plain = pool.open(), zoo.Session(model())
         close(twin.feed(tokens(4)), plain.feed(tokens(4)))
+
+
+def test_a_generation_is_one_call_alone_and_in_a_pool():
+    """Until it ends or is closed, every other call is refused and changes nothing; with its last token the stream is idle."""
+    with zoo.SessionPool(model()) as pool:
+        for stream in (pool.open(), zoo.Session(model())):
+            plain = zoo.Session(model())
+            speech, second = stream.generate(tokens(3), 5), stream.generate(tokens(3), 5)
+            next(speech)
+            for call in (stream.sleep, stream.stats, stream.fork, partial(stream.feed, tokens(1)), partial(next, second)):
+                with pytest.raises(zoo.sessions.pool.BusyError, match="a generation that was neither ended nor closed"):
+                    call()
+            said = [next(speech) for _ in range(4)]
+            close(stream.feed(tokens(2)), (list(plain.generate(tokens(3), 5)), plain.feed(tokens(2)))[1])
+            assert len(said) == 4
+            assert next(speech, None) is None
+            other = stream.generate(None, 5)
+            next(other)
+            other.close()
+            stream.sleep()
+            assert not stream.stats().window
+
+
+def test_slots_and_streams():
+    assert zoo.SessionPool(model()).streams == 8
+    pools = zoo.SessionPool(model(), streams=3), zoo.SessionPool(model(), 3, streams=3)
+    assert pools[0].bytes == pools[1].bytes
+    with pytest.raises(zoo.ZooError, match="slots: 4 are more than the 3 streams"):
+        zoo.SessionPool(model(), 4, streams=3)
 
 
 def test_a_pool_that_is_closed_opens_no_stream_and_ends_generations_quietly():

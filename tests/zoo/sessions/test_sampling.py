@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zoo.errors import ZooError
 from zoo.sessions.sampling import Sampler, Sampling
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0], [-1.0, 3.0, 0.0, 0.5, 1.0]])
@@ -72,3 +73,10 @@ def test_seed():
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
     assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize("token", [-1, 5, 2**40])
+def test_tokens_outside_the_vocabulary_are_refused(token):
+    for field, value in {"stop": (0, token), "logit_bias": {0: 1.0, token: 1.0}}.items():
+        with pytest.raises(ZooError, match=f"^{field}: token {token}; the vocabulary is 0 to 4$"):
+            Sampler(Sampling(tokens=1, **{field: value}), torch.zeros(1, 0, dtype=torch.int64), 5)
