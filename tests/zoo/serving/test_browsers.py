@@ -1,4 +1,4 @@
-"""Web pages cannot use the server unless they are asked to, by whatever name they reach it."""
+"""Web pages cannot use the server unless they are allowed to, under any name by which they reach it."""
 
 import http.client
 
