@@ -15,7 +15,7 @@ from zoo.config import parse_overrides
 from zoo.errors import ZooError
 from zoo.facets import list_models
 from zoo.files import as_path
-from zoo.options import DEVICE, DTYPE, PATH, THREADS, Number
+from zoo.options import DEVICE, DTYPE, PATH, SHARD, THREADS, Number
 from zoo.signals import StoppedError, interruptible
 
 if TYPE_CHECKING:
@@ -245,19 +245,22 @@ def eval_(folder: Path, overrides: tuple[str, ...], as_json: bool, **options: An
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=PATH, required=True, help="Folder for the ablation.")
 @click.option("--processes", type=click.IntRange(min=1), help="Number of concurrent runs.  [default: one per GPU, else one per core]")
-def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | None) -> None:
+@SHARD
+def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | None, shard: tuple[int, int]) -> None:
     """Train and compare variants of a model.
 
     PLAN names the arms: a YAML file, or a shipped plan, for example `zoo ablate cycle-small base.steps=100 seeds=[0] --out FOLDER`.
 
     Every arm is trained with every seed. Results: runs.csv, table.md and plots. Ctrl-C and the other signals of
     `zoo train` stop it; to resume, repeat the command.
+
+    Several of these commands, on one or several machines, may share a folder: each trains runs that no other is training.
     """
     from zoo.console import print_markdown
     from zoo.training.ablation import ablate as run
     from zoo.training.plan import read_plan
 
-    table = run(read_plan(plan, parse_overrides(overrides)), out, processes=processes)
+    table = run(read_plan(plan, parse_overrides(overrides)), out, processes=processes, shard=shard)
     print_markdown(table)
     click.echo(f"written to {out}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any
 
@@ -51,3 +52,13 @@ THREADS = click.option(
     callback=_use_threads,
     help="CPU threads of PyTorch and of exported graphs.  [default: one per core]",
 )
+
+
+def _part(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+    part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", value)
+    if part is None or not 1 <= int(part[1]) <= int(part[2]):
+        raise click.BadParameter(f"{value!r}; want K/N with K from 1 to N, such as 2/4", ctx, param)
+    return int(part[1]), int(part[2])
+
+
+SHARD = click.option("--shard", default="1/1", callback=_part, metavar="K/N", help="Train only the K-th of N parts of the runs.")

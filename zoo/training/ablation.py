@@ -14,7 +14,9 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Container, Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from zoo.config import read_yaml
 from zoo.errors import ZooError
 from zoo.files import new_folder, refuse_existing, remove_scratch, replacing
 from zoo.signals import deferred
+from zoo.system import lock
 from zoo.tasks import new_task
 from zoo.training.config import read_config
 from zoo.training.evaluate import evaluate
@@ -39,11 +42,14 @@ PLAN = "plan.yaml"
 TEST_LOOPS = "test_loops.json"
 
 
-def ablate(plan: Plan, out: Path, *, processes: int | None = None) -> str:
+def ablate(plan: Plan, out: Path, *, processes: int | None = None, shard: tuple[int, int] = (1, 1)) -> str:
     """Train every arm with every seed in the folder `out`, or resume what is there; then write the table and draw the plots.
+
+    Processes on one or several machines may do this at the same time in the same folder: each trains runs that no other is training.
 
     Args:
         processes: runs at once, each with one thread or one GPU; default: one per GPU, or else per core.
+        shard: (K, N): train only the K-th of N parts of the runs; tables and plots are those of all runs that are finished.
     Returns:
         The tables as Markdown.
     Raises:
@@ -53,30 +59,62 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None) -> str:
     arms = arms_of(plan)
     lacking = {name for name in ("budgets", "test_loops") if getattr(plan, name) == Plan.model_fields[name].default}  # in older folders
     settings = plan.model_dump(mode="json", exclude=lacking)
-    new = not (out / PLAN).is_file()
-    if new:
+    if not (out / PLAN).is_file():
         refuse_existing(out)
-    elif read_yaml(out / PLAN) != settings:
-        raise ZooError(f"{out}: holds another ablation; resume with the same plan ({out / PLAN}), or choose another folder")
+    else:
+        _check_plan(settings, out)
     matched = runs_of(plan, arms)
-    if new:
-        with deferred(), new_folder(out) as folder:
-            (folder / PLAN).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    failed = _train(dict.fromkeys(itertools.chain(*matched.values())), out / "runs", plan.test_loops, processes)
+    runs = sorted(dict.fromkeys(itertools.chain(*matched.values())), key=lambda run: -run.flops)
+    part, parts = shard
+    if parts > len(runs):
+        raise ZooError(f"shard: {part}/{parts}: the plan has only {len(runs)} runs")
     with deferred():
+        _begin(settings, out)
+    failed = _train(runs[part - 1 :: parts], out / "runs", plan.test_loops, processes)
+    with deferred(), _sole_writer(out):
         remove_scratch(out)
-        tables = _write_results(plan, arms, matched, failed, out)
+        tables = _write_results(plan, arms, matched, out)
     if failed:
         raise ZooError(f"{out}: {len(failed)} runs failed: " + "; ".join(f"{run}: {why}" for run, why in failed.items()))
     return tables
 
 
+def _check_plan(settings: dict[str, Any], out: Path) -> None:
+    if read_yaml(out / PLAN) != settings:
+        raise ZooError(f"{out}: holds another ablation; resume with the same plan ({out / PLAN}), or choose another folder")
+
+
+def _begin(settings: dict[str, Any], out: Path) -> None:
+    """Write the plan, unless it is there."""
+    if not (out / PLAN).is_file():
+        try:
+            with new_folder(out) as folder:
+                (folder / PLAN).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        except ZooError:
+            if not (out / PLAN).is_file():  # otherwise another process was faster
+                raise
+    _check_plan(settings, out)
+
+
+@contextmanager
+def _sole_writer(out: Path) -> Iterator[None]:
+    """Wait until no other process writes tables and plots."""
+    with (out / PLAN).open(encoding="utf-8") as file:
+        while not lock(file):
+            time.sleep(0.1)
+        yield
+
+
 def _train(runs: Iterable[Run], folder: Path, test_loops: tuple[int, ...], processes: int | None) -> dict[Run, str]:
-    """Train the runs that are not finished, the longest first. Returns those that failed, and why."""
-    pending = [run for run in runs if not (folder / run.folder / (TEST_LOOPS if test_loops else RESULTS)).exists()]
-    pending.sort(key=lambda run: run.flops)
+    """Train the runs that are not finished, in order. Returns those that failed, and why."""
+    pending = [run for run in runs if not (folder / run.folder / _last_file(test_loops)).exists()]
     after = partial(evaluate_with, loops=test_loops) if test_loops else None
-    return train_all({run: Job(run.config, folder / run.folder, after) for run in reversed(pending)}, processes)
+    return train_all({run: Job(run.config, folder / run.folder, after) for run in pending}, processes)
+
+
+def _last_file(test_loops: tuple[int, ...]) -> str:
+    """Return the name of the file that is written last for a run."""
+    return TEST_LOOPS if test_loops else RESULTS
 
 
 def evaluate_with(folder: Path, loops: tuple[int, ...]) -> None:
@@ -94,12 +132,13 @@ def _by_test_loops(folder: Path) -> dict[str, Any]:
     return {"test_loops": {int(n): share for n, share in json.loads((folder / TEST_LOOPS).read_text(encoding="utf-8")).items()}}
 
 
-def _write_results(plan: Plan, arms: list[Arm], matched: dict[Matching, list[Run]], failed: Container[Run], out: Path) -> str:
-    """Write runs.csv, table.md and the plots, and return the table."""
+def _write_results(plan: Plan, arms: list[Arm], matched: dict[Matching, list[Run]], out: Path) -> str:
+    """Write runs.csv, table.md and the plots of the runs that are finished, and return the table."""
     rows, tables = [], []
     for match, runs in matched.items():
-        trained = {run: read_run(out / "runs" / run.folder) for run in runs if run not in failed}
-        results = {run: one.results | _by_test_loops(out / "runs" / run.folder) for run, one in trained.items() if one.results}
+        folders = {run: out / "runs" / run.folder for run in runs}
+        trained = {run: read_run(folder) for run, folder in folders.items() if (folder / _last_file(plan.test_loops)).exists()}
+        results = {run: one.results | _by_test_loops(folders[run]) for run, one in trained.items() if one.results}
         if results:
             rows += list(csv_rows(match, results))
             tables.append(markdown(match, results, arms, plan.reference or arms[0].name, list(dict.fromkeys(run.seed for run in runs))))

@@ -47,6 +47,10 @@ OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
 CHECKSUMS = "sha256"
 
 
+class BusyError(ZooError):
+    """The run that another process is training."""
+
+
 class NotFiniteError(Exception):
     """Weights or optimiser states contain NaN or infinity."""
 
@@ -88,7 +92,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder if there is none, and hold its lock. Raises ZooError if another run holds it."""
+        """Create the folder if there is none, and hold its lock. Raises BusyError if another process holds it."""
         self.team.barrier()  # until all have looked
         with self._lock() if self.team.is_main else nullcontext():
             self.team.barrier()
@@ -98,8 +102,13 @@ class RunFolder:
     def _lock(self) -> Iterator[None]:
         settings = yaml.safe_dump(self.settings, sort_keys=False)
         if not (self.path / SETTINGS).is_file():
-            with new_folder(self.path) as folder:
-                (folder / SETTINGS).write_text(settings, encoding="utf-8")
+            try:
+                with new_folder(self.path) as folder:
+                    (folder / SETTINGS).write_text(settings, encoding="utf-8")
+            except ZooError:
+                if (self.path / SETTINGS).is_file():  # another process was faster
+                    raise BusyError(f"{self.path}: another process is training here") from None
+                raise
         with self._lock_settings():
             remove_scratch(self.path)
             for doomed in self.path.glob("checkpoints/.*"):  # left by a process that was killed
@@ -117,7 +126,7 @@ class RunFolder:
     def _lock_settings(self) -> Iterator[None]:
         with (self.path / SETTINGS).open(encoding="utf-8") as file:
             if not lock(file):
-                raise ZooError(f"{self.path}: another process is training here")
+                raise BusyError(f"{self.path}: another process is training here")
             yield
 
     def record_exempt(self, names: list[str]) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from multiprocessing import resource_tracker
@@ -23,9 +24,12 @@ from zoo.system import cores
 from zoo.training.config import TrainConfig
 from zoo.training.loop import train
 from zoo.training.reporting import add_run, advance, new_progress
-from zoo.training.run_folder import RESULTS
+from zoo.training.run_folder import RESULTS, BusyError
 
 Name = TypeVar("Name", bound=Hashable)
+BUSY = "another process is training it; waiting"
+LOOK_AGAIN = 5.0
+"""Seconds after which a run that another process is training is tried again."""
 
 
 class Job(NamedTuple):
@@ -40,6 +44,8 @@ class Job(NamedTuple):
 def train_all(jobs: Mapping[Name, Job], processes: int | None = None) -> dict[Name, str]:
     """Train every job, in order, in worker processes. Workers end with this process, however it ends.
 
+    Several of these in the same folders share the jobs: each trains those that no other is training, and then waits for the rest.
+
     Args:
         jobs: by the name that its bar shows.
         processes: jobs at once, each with one thread or one GPU; default: one per GPU, or else per core.
@@ -48,24 +54,32 @@ def train_all(jobs: Mapping[Name, Job], processes: int | None = None) -> dict[Na
     Raises:
         StoppedError: after one of the signals of `zoo.signals`; runs in progress have written a checkpoint.
     """
-    pending = list(jobs)
+    pending = dict.fromkeys(jobs, 0.0)  # with the time before which a job is not tried again
     slots = min(processes or torch.cuda.device_count() or cores(), len(pending))
     workers: dict[int, _Worker[Name]] = {}
     failed: dict[Name, str] = {}
+    busy: set[Name] = set()
     with deferred() as stop_requested, new_progress() as progress:
         try:
             while not stop_requested() and (pending or any(worker.name is not None for worker in workers.values())):
                 for slot in range(slots if pending else 0):
                     worker = workers.get(slot) or workers.setdefault(slot, _Worker(slot, progress))
-                    if pending and worker.name is None:
-                        name = pending.pop(0)
+                    due = (name for name, when in pending.items() if when <= time.monotonic())
+                    if worker.name is None and (name := next(due, None)) is not None:
+                        del pending[name]
                         worker.start(name, jobs[name])
                 ready = wait([worker.connection for worker in workers.values()], timeout=0.2)
                 for slot, worker in list(workers.items()):
                     if worker.connection in ready:
-                        finished, error = worker.receive()
-                        if finished is not None and error is not None:
-                            failed[finished] = error
+                        ended, outcome = worker.receive()
+                        if ended is not None:
+                            if not (outcome == BUSY and ended in busy):
+                                progress.console.print(f"{ended}: {outcome or 'done'}", highlight=False)
+                            if outcome == BUSY:
+                                busy.add(ended)
+                                pending[ended] = time.monotonic() + LOOK_AGAIN
+                            elif outcome is not None:
+                                failed[ended] = outcome
                         if not worker.process.is_alive():
                             del workers[slot]
         finally:
@@ -103,7 +117,7 @@ class _Worker(Generic[Name]):
             self.connection.send(job)
 
     def receive(self) -> tuple[Name | None, str | None]:
-        """Handle a message of the process. Returns the job it finished, if any, and why it failed, if it did."""
+        """Handle a message of the process. Returns the job that it ended, if any, and why it failed, if it did."""
         try:
             message = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -112,11 +126,10 @@ class _Worker(Generic[Name]):
         if isinstance(message, dict):
             advance(self.progress, self.bar, message)
             return None, None
-        finished, self.name = self.name, None
-        if finished is not None:
+        ended, self.name = self.name, None
+        if ended is not None:
             self.progress.remove_task(self.bar)
-            self.progress.console.print(f"{finished}: {message or 'done'}", highlight=False)
-        return finished, message
+        return ended, message
 
 
 def _work(connection: Connection, slot: int) -> None:
@@ -139,10 +152,16 @@ def _work(connection: Connection, slot: int) -> None:
         except (EOFError, ConnectionResetError):  # the parent has ended
             return
         try:
-            if not (job.folder / RESULTS).exists():
-                train(job.config, job.folder, report=send)
+            try:
+                if not (job.folder / RESULTS).exists():
+                    train(job.config, job.folder, report=send)
+            except ZooError:
+                if not (job.folder / RESULTS).exists():  # otherwise another process has just finished it
+                    raise
             if job.after is not None:
                 job.after(job.folder)
+        except BusyError:
+            send(BUSY)
         except ZooError as error:
             send(str(error))
         except StoppedError:

@@ -13,11 +13,13 @@ from importlib.resources import files
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from tests.zoo.training.tiny import TINY
+from zoo.cli import main
 from zoo.costs import training_flops
 from zoo.training.ablation import ablate
 from zoo.training.loop import train
@@ -208,7 +210,7 @@ def test_a_folder_becomes_a_table(planned, tmp_path, monkeypatch):
     """The files repeat what the folders of the runs hold, and nothing is trained twice."""
     monkeypatch.setattr("zoo.training.ablation.train_all", in_this_process)
     plan, out = planned(test_loops=[1, 3], arms={"wild": {"lr": 1e30, "clip": 1e30, "overrides.loops": 1}}), tmp_path / "out"
-    with pytest.raises(zoo.ZooError, match=r"2 runs failed: wild, 4 steps, seed 3: .*try a lower lr"):
+    with pytest.raises(zoo.ZooError, match=r"2 runs failed: wild, 4 steps, seed 0: .*try a lower lr"):
         ablate(plan, out, processes=1)
     folders = {path.name: path for path in (out / "runs").iterdir() if (path / "results.json").exists()}
     assert len(folders) == 6
@@ -283,6 +285,31 @@ def test_an_interrupted_ablation_resumes(planned, tmp_path, blow):
     train(run.config, tmp_path / "whole")
     interrupted, whole = (zoo.load(path).state_dict() for path in (folder, tmp_path / "whole"))
     assert all(torch.equal(interrupted[name], whole[name]) for name in whole)
+
+
+def test_shards_in_one_folder_end_with_the_files_of_one_process(planned, tmp_path, monkeypatch):
+    """Each trains its part, with runs of every length; the last one to end writes the tables of all."""
+    monkeypatch.setattr("zoo.training.ablation.train_all", in_this_process)
+    plan = planned(grid={"overrides.loops": [1, 2]}, test_loops=[3])
+    ablate(plan, tmp_path / "whole")
+    partial = ablate(plan, tmp_path / "shared", shard=(2, 2))
+    trained = {run.name for run in (tmp_path / "shared" / "runs").iterdir()}
+    assert len(trained) == 3
+    assert {name.partition("-")[0] for name in trained} == {"N=1", "N=2"}
+    assert "of 2 seeds" in partial
+    ablate(plan, tmp_path / "shared", shard=(1, 2))
+    for name in ("runs.csv", "table.md", "plan.yaml"):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(zoo.ZooError, match="shard: 7/7: the plan has only 6 runs"):
+        ablate(plan, tmp_path / "many", shard=(7, 7))
+    assert not (tmp_path / "many").exists()
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/0", "-1/2", "a/b"])
+def test_a_shard_that_is_none(part, tmp_path):
+    result = CliRunner().invoke(main, ["ablate", "cycle-small", "--out", str(tmp_path / "out"), "--shard", part])
+    assert result.exit_code == 2
+    assert "want K/N with K from 1 to N, such as 2/4" in result.output
 
 
 def held(folder):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 
 import zoo
 from tests.zoo.training.tiny import tiny
+from zoo.signals import StoppedError
+from zoo.system import lock
+from zoo.training import workers
+from zoo.training.loop import train
 from zoo.training.workers import Job, train_all
 
 ROOT = Path(__file__).parents[3]
@@ -31,8 +36,17 @@ def note(folder):
     (folder / "after.txt").write_text("the run is finished" if (folder / "results.json").exists() else "too early")
 
 
-def test_every_job_is_trained_and_failures_are_named(tmp_path):
+def test_every_job_is_trained_and_failures_are_named(tmp_path, monkeypatch, capfd):
+    """The first one only when the process that was training it has ended."""
+    monkeypatch.setattr(workers, "LOOK_AGAIN", 0.1)
+    with pytest.raises(StoppedError):
+        train(tiny(), tmp_path / "busy", report=lambda metrics: os.kill(os.getpid(), signal.SIGTERM))
+    lines = (tmp_path / "busy" / "metrics.jsonl").read_text()
+    other = (tmp_path / "busy" / "train.yaml").open()
+    assert lock(other)
+    threading.Thread(target=lambda: (wait_for((tmp_path / "other" / "results.json").exists), time.sleep(0.5), other.close())).start()
     jobs = {
+        "busy": Job(tiny(), tmp_path / "busy"),
         "good": Job(tiny(), tmp_path / "good", after=note),
         "wild": Job(tiny(lr=1e30, clip=1e30, steps=9), tmp_path / "wild", after=note),
         "other": Job(tiny(seed=1), tmp_path / "other"),
@@ -40,6 +54,9 @@ def test_every_job_is_trained_and_failures_are_named(tmp_path):
     failed = train_all(jobs, processes=1)
     assert list(failed) == ["wild"]
     assert "try a lower lr" in failed["wild"]
+    assert (tmp_path / "busy" / "metrics.jsonl").read_text().startswith(lines)
+    assert (tmp_path / "busy" / "results.json").stat().st_mtime > (tmp_path / "other" / "results.json").stat().st_mtime
+    assert capfd.readouterr().err.count("busy: another process is training it; waiting") == 1
     assert (tmp_path / "good" / "after.txt").read_text() == "the run is finished"
     assert not (tmp_path / "wild" / "after.txt").exists()
     assert zoo.load(tmp_path / "other").config.name == zoo.load(tmp_path / "good").config.name
