@@ -52,8 +52,11 @@ class TrainConfig(BaseModel):
     lora: LoRA | None = Field(None, description="train low-rank adapters of linear layers, and freeze everything else")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of the matrices of linear layers and embeddings")
     no_decay: tuple[str, ...] = Field((), description="name patterns of further parameters without weight decay")
+    lr_schedule: Literal["wsd", "cosine", "linear", "constant"] = Field(
+        "wsd", description="after the warm-up: stable, then a linear decay; or a cosine or linear decay from there on; or no decay"
+    )
     warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps over which the learning rate rises")
-    decay: float = Field(0.3, ge=0, le=1, description="fraction of the steps over which the learning rate falls to zero")
+    decay: float = Field(0.3, ge=0, le=1, description="fraction of the steps over which the learning rate of wsd falls to zero")
     schedule: tuple[int, int] | None = Field(
         None, description="for a learning-rate schedule over several runs: the step at which this run begins, and the total number of steps"
     )
@@ -77,6 +80,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"muon_lr: {self.muon_lr}: adapters are trained by `optimizer`; want lora.train, or no muon_lr")
         if not all(factor > 0 for factor in self.lr_scale.values()):
             raise ValueError(f"lr_scale: {self.lr_scale}: want factors above 0; use frozen for parameters that are not trained")
+        if self.lr_schedule != "wsd" and self.decay != (unset := type(self).model_fields["decay"].default):
+            raise ValueError(f"decay: {self.decay}: belongs to lr_schedule: wsd; with {self.lr_schedule}, want the default, {unset}")
         if self.schedule is not None and not 0 <= self.schedule[0] <= self.schedule[1] - self.steps:
             raise ValueError(f"schedule: {list(self.schedule)}: {self.steps} steps do not fit into it from there")
         return self

@@ -55,6 +55,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
             raise ZooError(f"batch_size: {config.batch_size} sequences, fewer than {team.size} processes x accumulate {config.accumulate}")
         config = TrainConfig(**merge(config.model_dump(), absolute_paths(config.model_dump(), Path())))
         lacking = {name for name in ("no_decay", "schedule", "ramp", "lora") if not getattr(config, name)}  # in older runs
+        lacking |= {"lr_schedule"} if config.lr_schedule == "wsd" else set()
         settings = config.model_dump(mode="json", exclude=lacking)
         trainer = Trainer(config, RunFolder(as_path(out, "out"), settings, team), team)
         with deferred() as stop_requested, trainer.run.locked():
@@ -202,10 +203,19 @@ class Step(NamedTuple):
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Return the fraction of the full learning rate at a step: linear warm-up, plateau, linear decay to zero."""
+    """Return the fraction of the full learning rate at a step: a linear warm-up, then the shape of `lr_schedule`, which ends at zero."""
     first, steps = config.schedule or (0, config.steps)
-    rise = (first + step + 1) / max(1.0, config.warmup * steps)
-    fall = (steps - first - step) / max(1.0, config.decay * steps)
+    warmup, left = config.warmup * steps, steps - first - step
+    rise = (first + step + 1) / max(1.0, warmup)
+    match config.lr_schedule:
+        case "wsd":
+            fall = left / max(1.0, config.decay * steps)
+        case "linear":
+            fall = left / max(1.0, steps - warmup)
+        case "cosine":
+            fall = (1 - math.cos(math.pi * min(1.0, left / max(1.0, steps - warmup)))) / 2
+        case "constant":
+            fall = 1.0
     return min(1.0, rise, fall)
 
 

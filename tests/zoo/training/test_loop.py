@@ -201,6 +201,30 @@ def test_the_learning_rate_warms_up_stays_and_decays():
     assert 0 < rates[99] < 0.04
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_schedules_are_those_of_torch_after_the_warmup(name):
+    """Torch's, counted from the last step of the warm-up."""
+    rates = [learning_rate_factor(step, plan(steps=100, warmup=0.1, lr_schedule=name)) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    torchs = {
+        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 90),
+        "linear": lambda: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 90),
+        "constant": lambda: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 90),
+    }[name]()
+    for rate in rates[10:]:
+        assert rate == pytest.approx(torchs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        torchs.step()
+
+
+def test_decay_belongs_to_wsd():
+    with pytest.raises(zoo.ZooError, match=r"decay: 0\.6: belongs to lr_schedule: wsd; with cosine, want the default, 0\.3"):
+        plan(lr_schedule="cosine", decay=0.6)
+    with pytest.raises(zoo.ZooError, match="lr_schedule"):
+        plan(lr_schedule="step")
+
+
 def test_weight_decay_shrinks_matrices_and_nothing_else(tmp_path):
     """One step with weight decay and the same step without it; the parameters that differ are those that decay."""
     fields = {"layers": "mamba2 attn gdn", "window": 6, "d_model": 16, "d_ff": 16, "learned_positions": True, "inject": True,
