@@ -27,9 +27,10 @@ LONG = (
 
 
 def scope(nodeid):
-    """Return the file of a test. The tests that read exported bundles are one scope, since a process traces equal blocks once."""
+    """Return the file of a test. The tests that export are one scope, since a process reads torch's translations to ONNX once, and
+    traces equal blocks once."""
     file = nodeid.split("::")[0]
-    return EXPORT if file.startswith(f"{EXPORT}/") or file == "tests/zoo/test_wrong_inputs.py" else file
+    return EXPORT if file.startswith(f"{EXPORT}/") or file == "tests/zoo/test_wrong_inputs.py" or "train_export_run" in nodeid else file
 
 
 def pytest_collection_finish():
