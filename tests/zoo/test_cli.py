@@ -162,6 +162,8 @@ def test_chat_sleeps_between_turns(tmp_path):
         (["describe", "gdn4-sleep0"], "loops: 0"),
         (["train", "nowhere.yaml"], "nowhere.yaml: No such file"),
         (["train", "cicle"], "unknown run 'cicle'; did you mean 'cycle'?"),
+        (["train", "runs/cicle"], "runs/cicle: no such file or folder; want a YAML file"),
+        (["train", "."], ".: holds no run; want a YAML file"),
         (["train", "{config}", "stepz=4"], "stepz: unknown field; did you mean 'steps'"),
         (["train", "{config}", "model=gdn4-slep4"], "unknown suffix '-slep4'"),
         (["train", "{config}", "--out", "{config}"], "already exists"),

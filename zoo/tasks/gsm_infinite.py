@@ -270,11 +270,12 @@ def _read(line: str, where: str) -> Read:
     try:
         fields = json.loads(line)
         question, facts, solution, operations = (fields[key] for key in ("question", "problem", "solution", "op"))
-        assert all(isinstance(text, str) for text in (question, facts)), "question, problem: want texts"
-        answer = re.search(r"Answer: (-?\d+)\b", solution)
-        assert answer is not None, "solution: no 'Answer: <number>.'"
-        operations = int(operations)
-        assert 0 < operations < 2**31, f"op: {operations}: want a number of operations"
-    except (ArithmeticError, AssertionError, LookupError, RecursionError, TypeError, ValueError) as error:
+        if not all(isinstance(text, str) for text in (question, facts)):
+            raise ValueError("question, problem: want texts")
+        if (answer := re.search(r"Answer: (-?\d+)\b", solution)) is None:
+            raise ValueError("solution: no 'Answer: <number>.'")
+        if not 0 < (operations := int(operations)) < 2**31:
+            raise ValueError(f"op: {operations}: want a number of operations")
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: not a problem of GSM-Infinite: {error!r}") from None
     return Read(f"Question: {question}", facts, answer[1], operations)
