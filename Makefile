@@ -1,8 +1,9 @@
 # Needs Python 3.11 or newer and make; everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+comma := ,
 
-.PHONY: help demo format lint test test-all docs bench
+.PHONY: help demo format lint test test-all docs bench gpu gpu-pack
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -35,6 +36,18 @@ docs: .venv/installed  ## build the documentation site in build/site; any warnin
 # beside transformers; writes benchmarks/results/ and docs/performance.md
 bench: .venv/bench  ## run every benchmark that this machine's CPU can run
 	$(BIN)/python -m benchmarks
+
+# docs/gpu.md: on a GPU with the python3 found there, whose packages stay as they are; DRY=1 rehearses on the CPU
+gpu:  ## run the GPU benchmarks, or STAGES=a,b of them, for at most SECONDS; DRY=1: tiny, on the CPU
+ifdef DRY
+	rm -rf build/gpu/dry
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --dry --seconds $(or $(SECONDS),580) $(subst $(comma), ,$(STAGES))
+else
+	PYTHONPATH=build/gpu/site $(PYTHON) -m benchmarks.gpu --seconds $(or $(SECONDS),470) $(subst $(comma), ,$(STAGES))
+endif
+
+gpu-pack: .venv/installed  ## prepare in build/gpu what a GPU machine without a package registry lacks
+	$(BIN)/python -m benchmarks.gpu.pack
 
 .venv/bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

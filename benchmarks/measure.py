@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -111,15 +112,22 @@ def difference(got: Tensor, want: Tensor) -> float:
 
 def machine() -> dict[str, Any]:
     """Return the hardware and software of a measurement."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "versions": {name: found for name in ("torch", "triton", "transformers", "onnxruntime") if (found := _version(name))},
-        "commit": head.stdout.strip() or None,
+        "commit": _commit(),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
+
+
+def _commit() -> str | None:
+    """Return the commit of this tree; None where git or the history is missing."""
+    if shutil.which("git") is None:
+        return None
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return head.stdout.strip() or None
 
 
 def record(question: str, rows: list[dict[str, Any]]) -> None:

@@ -99,7 +99,7 @@ def check(
 def deviation(operator: str, inputs: Inputs, form: str) -> float:
     """Return the largest relative error of results and gradients against the step recurrence in float64 on the same inputs."""
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
-    found, wanted = _call(operator, inputs, form), _call(operator, exact, "reference")
+    found, wanted = call(operator, inputs, form), call(operator, exact, "reference")
     errors = [_relative(y, z) for y, z in zip(found, wanted, strict=True)]
     if found[0].requires_grad:
         generator = torch.Generator().manual_seed(1)
@@ -109,6 +109,14 @@ def deviation(operator: str, inputs: Inputs, form: str) -> float:
             right = torch.autograd.grad(wanted, list(exact.values()), [w.double() for w in weights], allow_unused=True)
             errors += [_relative(y, z) for y, z in zip(gradients, right, strict=True) if y is not None and z is not None]
     return max(errors)
+
+
+def call(operator: str, inputs: Inputs, form: str | None) -> tuple[Tensor, ...]:
+    """Call an operator in one form, or in the one that it chooses itself. Returns its results, with the final state."""
+    function = operators.get(operator)
+    final = {"output_final_state": True} if "output_final_state" in inspect.signature(function).parameters else {}
+    results = function(**inputs, **final, form=form)
+    return results if isinstance(results, tuple) else (results,)
 
 
 def remember(findings: list[Finding], device: torch.device) -> None:
@@ -150,13 +158,6 @@ def run(check: bool = True, device: str | None = None) -> bool:
     else:
         console.print("Only the PyTorch forms can be checked without a GPU. Run this command on a GPU to verify the Triton configurations.")
     return all(finding.right for finding in findings)
-
-
-def _call(operator: str, inputs: Inputs, form: str) -> tuple[Tensor, ...]:
-    function = operators.get(operator)
-    final = {"output_final_state": True} if "output_final_state" in inspect.signature(function).parameters else {}
-    results = function(**inputs, **final, form=form)
-    return results if isinstance(results, tuple) else (results,)
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

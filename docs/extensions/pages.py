@@ -23,7 +23,16 @@ CONTENTS = """
 ```
 """
 SECTIONS = {
-    "Guide": ("docs/models", "docs/cli", "docs/sessions", "docs/training", "docs/reproduction", "docs/deploy", "docs/performance"),
+    "Guide": (
+        "docs/models",
+        "docs/cli",
+        "docs/sessions",
+        "docs/training",
+        "docs/reproduction",
+        "docs/deploy",
+        "docs/performance",
+        "docs/gpu",
+    ),
     "Inside": ("docs/architecture", "docs/glossary", "export/README", "kernels/*/README", "benchmarks/results/hotspots"),
     "Reference": ("docs/api/zoo", "docs/api/config", "docs/api/blocks", "docs/api/extending", "docs/api/export"),
     "Project": ("CONTRIBUTING", "AGENTS", "CHANGELOG", "SECURITY"),

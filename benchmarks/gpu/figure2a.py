@@ -1,0 +1,42 @@
+"""Figure 2a of arXiv 2605.26099: exact match on Rule 110 after t steps, N = 1, 40 M tokens, one run for each t.
+
+Runs are kept in build/gpu/figure2a and resume from their checkpoints, as long as that folder is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from benchmarks.gpu.sheet import Case, Row
+from benchmarks.measure import HERE
+from zoo.config import merge
+from zoo.training.config import TrainConfig, read_config
+from zoo.training.loop import train
+
+TOOLS: tuple[str, ...] = ()
+TIMES = (4, 6, 8, 10, 12, 14, 16)
+STEPS = 781
+TINY = {
+    "device": "cpu",
+    "dtype": "float32",
+    "steps": 2,
+    "batch_size": 4,
+    "eval_sequences": 8,
+    "overrides": {"d_model": 32, "d_ff": 64, "blocks": {"gdn": {"heads": 2}, "attn": {"heads": 2}}},
+}
+
+
+def cases(dry: bool, folder: Path) -> Iterator[Case]:
+    for t in TIMES[:2] if dry else TIMES:
+        yield f"t = {t}", partial(point, t, dry, folder / "figure2a" if dry else HERE.parent / "build" / "gpu" / "figure2a")
+
+
+def point(t: int, dry: bool, runs: Path) -> Row:
+    """Train one run, from its newest checkpoint if there is one."""
+    fields = {"model": "gdn4-sleep1", "task": {"steps": t}, "steps": STEPS, "checkpoint_every": 200}
+    base = read_config("rule110-paper-h200").model_dump(mode="json", exclude_unset=True)
+    config = TrainConfig(**merge(merge(base, fields), TINY if dry else {}))
+    found = train(config, runs / f"t{t}")
+    return {name: value for name, value in found.items() if isinstance(value, float | int)}
