@@ -24,6 +24,7 @@ CONTENTS = """
 """
 SECTIONS = {
     "Guide": (
+        "docs/guide",
         "docs/models",
         "docs/cli",
         "docs/sessions",
