@@ -129,14 +129,15 @@ def _describe(model: str, fields: dict[str, Any]) -> Description:
 
 
 @main.command()
-@click.argument("source", type=PATH)
+@click.argument("source")
 @click.argument("destination", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--to", "form", type=click.Choice(["zoo", "hf"]), default="zoo", show_default=True, help="Format of the copy.")
-def convert(source: Path, destination: Path, overrides: tuple[str, ...], form: Literal["zoo", "hf"]) -> None:
+def convert(source: str, destination: Path, overrides: tuple[str, ...], form: Literal["zoo", "hf"]) -> None:
     """Convert a checkpoint to another format, or give it sleep settings.
 
-    SOURCE is a folder of this package or of an upstream project, DESTINATION a new folder. Tensors are copied bit for bit, with
+    SOURCE is a folder of this package or of an upstream project, or hf://OWNER/NAME[@REVISION], which is downloaded from the
+    Hugging Face hub; DESTINATION is a new folder. Tensors are copied bit for bit, with
     the tokenizer and other files; `--to hf` writes the config.json and the tensor names of the upstream project.
     FIELD=VALUE replaces a field of the config: loops=4 evict=hard window=512 makes the copy sleep.
     """
@@ -323,8 +324,8 @@ def chat(
 ) -> None:
     """Chat with a model that sleeps between turns.
 
-    MODEL is the folder of a model or of an exported bundle, or a name. FIELD=VALUE replaces a field of its config, such as
-    window=512. Ctrl-C ends an answer, Ctrl-D the conversation.
+    MODEL is the folder of a model or of an exported bundle, hf://OWNER/NAME[@REVISION], or a name. FIELD=VALUE replaces a field of
+    its config, such as window=512. Ctrl-C ends an answer, Ctrl-D the conversation.
     """
     from zoo.products import fast_decoding
     from zoo.serving.chat import converse
@@ -399,8 +400,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP.
 
-    MODEL is the folder of a model or of an exported bundle, or a name. FIELD=VALUE replaces a field of its config, such as
-    window=512. The endpoints are OpenAI-compatible. Requests with the same "session": "some-id" continue one stream.
+    MODEL is the folder of a model or of an exported bundle, hf://OWNER/NAME[@REVISION], or a name. FIELD=VALUE replaces a field of
+    its config, such as window=512. The endpoints are OpenAI-compatible. Requests with the same "session": "some-id" continue one stream.
     On SIGTERM or Ctrl-C, requests in progress are answered and new ones refused.
     """
     from zoo.products import fast_decoding
@@ -437,6 +438,7 @@ def doctor(check: bool, device: str | None) -> None:
 
 def _open(model: str, overrides: tuple[str, ...], device: str, dtype: str | None) -> tuple[Any, ByteTokenizer]:
     """Return a model and its tokenizer: the contents of a folder, or fresh weights for a name or a YAML file."""
+    from zoo.checkpoints.hub import local_folder
     from zoo.checkpoints.own import load
     from zoo.console import spinner
     from zoo.devices import usable_device
@@ -444,7 +446,7 @@ def _open(model: str, overrides: tuple[str, ...], device: str, dtype: str | None
     from zoo.text.tokenizers import load_tokenizer
 
     usable_device(device, meta=False)
-    folder, fields = path if (path := as_path(model, "MODEL")).is_dir() else None, parse_overrides(overrides)
+    folder, fields = path if (path := local_folder(model, "MODEL")).is_dir() else None, parse_overrides(overrides)
     opened: Any
     with spinner(f"loading {model}" if folder else f"creating {model}"):
         if folder is None:

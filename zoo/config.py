@@ -259,9 +259,7 @@ def read_shipped(folder: str, what: str, source: str | Path) -> dict[str, Any]:
     known = shipped(folder)
     if (path := as_path(source, what)) and str(source) not in known and path.suffix not in (".yaml", ".yml"):
         if path.is_dir() or len(path.parts) > 1:
-            raise ZooError(
-                f"{source}: {f'a folder that is not of a {what}' if path.is_dir() else 'no such file or folder'}; want a YAML file"
-            )
+            raise ZooError(f"{source}: {f'holds no {what}' if path.is_dir() else 'no such file or folder'}; want a YAML file")
         raise ZooError(f"unknown {what} '{source}'; {nearest(str(source), known)}, or a YAML file")
     return read_yaml(known.get(str(source), Path(source)))
 

@@ -9,20 +9,18 @@ from typing import Any
 import torch
 
 from zoo.checkpoints import own, upstream
-from zoo.checkpoints.companions import COMPANIONS, read_companions
+from zoo.checkpoints.companions import read_companions
+from zoo.checkpoints.hub import download, local_folder
 from zoo.checkpoints.plain import cast, empty_model
 from zoo.config import ModelConfig, resolve
 from zoo.devices import usable_device
 from zoo.dtypes import parse_dtype
 from zoo.errors import ZooError
-from zoo.files import as_path
 from zoo.initialise import initialise
 from zoo.model import Model
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Models that come with the package, each in a folder of its full name."""
-DOWNLOADED = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-"""Files of a repository that hold a model in one format; its tokenizer and other companions come with them."""
 
 
 def create(
@@ -41,16 +39,17 @@ def create(
         device: "meta" builds the modules without allocating memory.
         dtype: dtype of the weights and activations, or its name ("bfloat16"). Norms, decays and fast weights are float32 or wider.
         seed: seed of the weights, which are the same on every run of one device type.
-        pretrained: a folder to take the weights from. It may hold an upstream checkpoint (inserted blocks keep their initial
-            weights), or a model written by `zoo.save` or `zoo train`, whose sleep settings may differ. True: the weights that
-            come with the package under this name, such as "cycle2-sleep4", or else a download of those that the config names.
+        pretrained: a folder, or "hf://owner/name@revision" on the Hugging Face hub, to take the weights from. It may hold an
+            upstream checkpoint (inserted blocks keep their initial weights), or a model written by `zoo.save` or `zoo train`,
+            whose sleep settings may differ. True: the weights that come with the package under this name, such as
+            "cycle2-sleep4", or else a download of those that the config names.
         overrides: config fields, for example `layers="attn gdn", d_model=128, blocks={"gdn": {"heads": 2}}`.
     Raises:
         ZooError: an unknown name or field, a value that does not fit, or a checkpoint of another architecture.
     """
     dtype = parse_dtype(dtype)
     config = resolve(model, overrides)
-    checkpoint = _published(config) if pretrained is True else as_path(pretrained, "pretrained") if pretrained else None
+    checkpoint = _published(config) if pretrained is True else local_folder(pretrained, "pretrained") if pretrained else None
     device = usable_device(device)
     made = cast(empty_model(config), dtype)
     if checkpoint is not None:
@@ -70,23 +69,7 @@ def _published(config: ModelConfig) -> Path:
     if config.name in known:
         return WEIGHTS / config.name
     if config.hub is not None:
-        return _download(config.name, config.hub)
+        return download(config.hub.partition("@")[0], config.hub.partition("@")[2] or None, f"{config.name}: pretrained")
     if relatives := [name for name in known if config.name.startswith(name.partition("-")[0])]:
         raise ZooError(f"{config.name}: pretrained: there are weights for {', '.join(relatives)}; `loops` changes the passes of each")
     raise ZooError(f"{config.name}: pretrained: no published weights are known; give the path of a folder instead")
-
-
-def _download(name: str, hub: str) -> Path:
-    """Download a repository; returns its folder in the cache of huggingface_hub: config.json and one format of the weights."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ZooError(f"{name}: pretrained: downloading {hub} needs huggingface_hub; install it, or give a folder") from None
-    try:
-        folder = Path(snapshot_download(hub, allow_patterns=[*DOWNLOADED, *COMPANIONS]))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(hub, allow_patterns=["pytorch_model.bin"])
-    except Exception as error:  # whichever exception the network or the hub raises
-        why = str(error).strip().partition("\n")[0]
-        raise ZooError(f"{name}: pretrained: {hub} cannot be downloaded: {why}; give the path of a folder instead") from None
-    return folder

@@ -13,6 +13,7 @@ from torch import nn
 from zoo.checkpoints import upstream
 from zoo.checkpoints.checksum import metadata
 from zoo.checkpoints.companions import read_companions, write_companions
+from zoo.checkpoints.hub import local_folder
 from zoo.checkpoints.plain import cast, empty_model, plain_tensors, unwrap, wide_parameters
 from zoo.checkpoints.stored import WEIGHTS, has_weights, kept_dtype, open_folder, refuse_adapter
 from zoo.config import ModelConfig, merge, resolve
@@ -60,6 +61,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     """Load the model in a folder written by `save`, by `zoo train` or by an upstream project.
 
     Args:
+        path: the folder, or "hf://owner/name" or "hf://owner/name@revision", which is downloaded from the Hugging Face hub.
         dtype: dtype of the weights, or its name ("bfloat16"); default: as stored. Norms and decays are then float32 or wider.
         overrides: config fields, for example `loops=4, evict="hard", window=512` to make a checkpoint sleep. In
             `layers="(attn*4 gdn)*6"`, kinds that the checkpoint lacks are inserted; they have no effect before training.
@@ -67,7 +69,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
         ZooError: a missing or damaged file, or tensors that do not fit the config; names the file and the tensor.
     """
     dtype = None if dtype is None else parse_dtype(dtype)
-    folder, device = as_path(path), usable_device(device)
+    folder, device = local_folder(path), usable_device(device)
     config = configure(folder, overrides)
     model = empty_model(config, str(folder / (CONFIG if (folder / CONFIG).is_file() else upstream.CONFIG)))
     _fill(model, folder, device, dtype)

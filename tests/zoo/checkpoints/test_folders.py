@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import zoo
 from zoo.checkpoints.family import families
 from zoo.checkpoints.stored import INDEX
+from zoo.cli import main
 
 ORACLES = Path(__file__).parents[2] / "data" / "oracles"
 
@@ -289,9 +291,11 @@ class Hub:
     """Stand-in for huggingface_hub over a folder of repositories: `snapshot_download` fills `cache`."""
 
     def __init__(self, repositories: Path, cache: Path) -> None:
-        self.repositories, self.cache, self.fetched = repositories, cache, []
+        self.repositories, self.cache, self.fetched, self.revisions = repositories, cache, [], []
 
-    def snapshot_download(self, repo_id: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, repo_id: str, *, allow_patterns: list[str], revision: str | None, etag_timeout: float) -> str:
+        assert etag_timeout < 5
+        self.revisions.append(revision)
         found = [file for file in sorted((self.repositories / repo_id).iterdir()) if any(map(file.match, allow_patterns))]
         (self.cache / repo_id).mkdir(parents=True, exist_ok=True)
         for file in found:
@@ -340,6 +344,26 @@ def test_pretrained_without_published_weights_or_a_network(monkeypatch: pytest.M
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(zoo.ZooError, match=r"jet2b: pretrained: .*jet-ai/Jet-Nemotron-2B"):
         zoo.create("jet2b", device="meta", pretrained=True)
+
+
+def test_a_repository_is_loaded_by_its_address(hub: Hub, tmp_path: Path) -> None:
+    model = zoo.create("gdn4-sleep2-hard8", layers="gdn", d_model=16, d_ff=16)
+    zoo.save(model, hub.repositories / "me" / "sleeper")
+    for address in ("hf://me/sleeper", "hf://me/sleeper@v1.0"):
+        assert torch.equal(zoo.load(address).embed.weight, model.embed.weight)
+        assert torch.equal(zoo.create(model.config, pretrained=address, seed=3).embed.weight, model.embed.weight)
+    assert hub.revisions == [None, None, "v1.0", "v1.0"]
+    assert set(hub.fetched) == {"zoo.yaml", "model.safetensors"}
+    result = CliRunner().invoke(main, ["convert", "hf://me/sleeper", str(tmp_path / "copy"), "loops=3"])
+    assert result.exit_code == 0, result.output
+    assert zoo.load(tmp_path / "copy").config.loops == 3
+
+
+@pytest.mark.parametrize("address", ["hf://me", "hf://me/a/b", "hf://me/sleeper@", "hf:///x", "hf://me/sle eper"])
+def test_an_address_that_is_none(hub: Hub, address: str) -> None:
+    with pytest.raises(zoo.ZooError, match="want hf://OWNER/NAME or hf://OWNER/NAME@REVISION"):
+        zoo.load(address)
+    assert hub.fetched == []
 
 
 def rename(name: str, folder: Path, config: dict, names: dict[str, str], **extra: torch.Tensor) -> dict[str, torch.Tensor]:

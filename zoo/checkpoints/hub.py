@@ -1,0 +1,56 @@
+"""Download models from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from zoo.checkpoints.companions import COMPANIONS
+from zoo.errors import ZooError
+from zoo.files import as_path
+
+PREFIX = "hf://"
+DOWNLOADED = ("config.json", "zoo.yaml", "model*.safetensors", "model.safetensors.index.json")
+"""Files of a repository that hold a model in one format; its tokenizer and other companions come with them."""
+TIMEOUT = 4
+"""Seconds to wait for the hub's answer."""
+
+
+def local_folder(source: str | Path, name: str = "path") -> Path:
+    """Return `source` as a path; "hf://owner/name" or "hf://owner/name@revision" is downloaded first. Raises ZooError."""
+    if not (isinstance(source, str) and source.startswith(PREFIX)):
+        return as_path(source, name)
+    repository, _, revision = source.removeprefix(PREFIX).partition("@")
+    if not is_repository(repository) or source.endswith("@"):
+        raise ZooError(f"{name}: '{source}': want hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+    return download(repository, revision or None, source)
+
+
+def is_repository(name: str) -> bool:
+    """Return whether this can be the name of a repository: OWNER/NAME."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def download(repository: str, revision: str | None, label: str) -> Path:
+    """Download a repository; returns its folder in the cache of huggingface_hub: the config and one format of the weights.
+
+    Args:
+        revision: branch, tag or commit; default: the main branch.
+        label: start of an error.
+    Raises:
+        ZooError: huggingface_hub is not installed, or the repository or the revision cannot be had.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ZooError(f"{label}: downloading {repository} needs pip install 'sleep-zoo[hub]', or give a folder") from None
+    options: dict[str, Any] = {"revision": revision, "etag_timeout": TIMEOUT}
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=[*DOWNLOADED, *COMPANIONS], **options))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(repository, allow_patterns=["pytorch_model.bin"], **options)
+    except Exception as error:  # whichever exception the network or the hub raises
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ZooError(f"{label}: {repository} cannot be downloaded: {why}; give the path of a folder instead") from None
+    return folder
