@@ -52,8 +52,9 @@ def here() -> str:
 def build(model: zoo.Model, folder: Path, capability: tuple[str, ...] = ()) -> Path:
     """Export the model and build an engine of each graph."""
     from zoo.export import export
+    from zoo.export.plan import Plan
 
-    export(model, folder, target="tensorrt", compute_capability=capability, batch=(1, 1, 2))
+    export(model, folder, plan=Plan(prefill=None), target="tensorrt", compute_capability=capability, batch=(1, 1, 2))
     return folder
 
 
