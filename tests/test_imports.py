@@ -36,7 +36,7 @@ LAYERS = (
     ("zoo.training",),
     ("zoo.serving",),
     ("zoo.export",),
-    ("zoo.doctor", "zoo.demo"),
+    ("zoo.doctor", "zoo.demo", "zoo.publish"),
     ("zoo.cli", "zoo.export.cli"),
     ("zoo.__main__",),
 )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 SECTIONS = {
-    "Models": ("list", "describe", "convert"),
+    "Models": ("list", "describe", "convert", "push"),
     "Training": ("tokenize", "train", "eval", "ablate", "plot", "demo"),
     "Inference": ("chat", "serve"),
     "This machine": ("doctor",),
@@ -150,6 +150,25 @@ def convert(source: str, destination: Path, overrides: tuple[str, ...], form: Li
         model = load(source, **parse_overrides(overrides))
         save(model, destination, format=form)
     click.echo(f"{model.config.name}: {source} -> {destination}")
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--revision", metavar="BRANCH", help="Branch of the repository.  [default: the main branch]")
+@click.option("--public", is_flag=True, help="Make a new repository public.")
+def push(folder: Path, repository: str, revision: str | None, public: bool) -> None:
+    """Publish a model on the Hugging Face hub.
+
+    FOLDER is a saved model, an upstream checkpoint, a training run or one of its checkpoints. A new repository is private. The
+    token is that of `hf auth login` or of HF_TOKEN.
+    """
+    from zoo.console import spinner
+    from zoo.publish import push as run
+
+    with spinner(f"uploading {folder}"):
+        address = run(folder, repository, revision=revision, public=public)
+    click.echo(f"published as {address}")
 
 
 @main.command()

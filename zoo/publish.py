@@ -1,0 +1,76 @@
+"""Publish a model on the Hugging Face hub, with a card that says how it sleeps and how good it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zoo.checkpoints.companions import COMPANIONS
+from zoo.checkpoints.hub import DOWNLOADED, PREFIX, is_repository
+from zoo.checkpoints.own import read_config, stored_dtype
+from zoo.config import ModelConfig
+from zoo.costs import describe
+from zoo.errors import ZooError
+from zoo.training.run_folder import RESULTS
+from zoo.training.trained import Trained, find
+
+CARD = "README.md"
+
+
+def push(path: Path, repository: str, *, revision: str | None = None, public: bool = False) -> str:
+    """Upload the model in a folder, or of a run, in one commit, and return its address for `zoo.load`.
+
+    The weights, the config, the tokenizer and its templates are uploaded as they are. A card is written unless the repository has
+    one.
+
+    Args:
+        repository: OWNER/NAME; created if there is none.
+        revision: branch; default: the main branch.
+        public: whether a new repository is public.
+    Raises:
+        ZooError: not a model, huggingface_hub is not installed, or the hub refuses the upload.
+    """
+    if not is_repository(repository):
+        raise ZooError(f"repository: '{repository}'; want OWNER/NAME")
+    trained = find(path)
+    config = read_config(trained.folder)
+    files = sorted(file for pattern in (*DOWNLOADED, *COMPANIONS) for file in trained.folder.glob(pattern))
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise ZooError(f"{trained.folder}: no weights in safetensors; want a folder written by zoo.save, zoo train or zoo convert")
+    try:
+        from huggingface_hub import CommitOperationAdd, HfApi
+    except ImportError:
+        raise ZooError(f"{repository}: publishing needs pip install 'sleep-zoo[hub]'") from None
+    try:
+        hub = HfApi()
+        hub.create_repo(repository, private=not public, exist_ok=True)
+        operations = [CommitOperationAdd(file.relative_to(trained.folder).as_posix(), file) for file in files]
+        if not hub.file_exists(repository, CARD, revision=revision):
+            operations.append(CommitOperationAdd(CARD, card(trained, config, repository).encode()))
+        hub.create_commit(repository, operations, commit_message=f"{config.name} from sleep-zoo", revision=revision)
+    except Exception as error:  # whichever exception the network or the hub raises
+        raise ZooError(f"{repository}: cannot be published: {' '.join(str(error).split()) or type(error).__name__}") from None
+    return f"{PREFIX}{repository}" + (f"@{revision}" if revision else "")
+
+
+def card(trained: Trained, config: ModelConfig, repository: str) -> str:
+    """Return the text of a model card: metadata, how to load the model, its sizes and costs, and the results of its run."""
+    metadata: dict[str, Any] = {
+        "library_name": "sleep-zoo",
+        "pipeline_tag": "text-generation",
+        "tags": ["sleep-zoo", "hybrid", *sorted(set(config.pattern))],
+        **({"base_model": config.hub} if config.hub else {}),
+    }
+    sizes = describe(config, dtype=stored_dtype(trained.folder))
+    text = f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {config.name}\n\n"
+    text += f'```python\nimport zoo\n\nmodel = zoo.load("{PREFIX}{repository}")\n```\n\n```\n{sizes}\n```\n'
+    results = trained.folder / RESULTS
+    if trained.run is not None and results.is_file():
+        found = json.loads(results.read_text(encoding="utf-8"))
+        text += f"\n## Results\n\nTask {found['task']}, {trained.run.steps:,} steps of {trained.run.batch_size} sequences.\n\n"
+        text += "| held-out loss | accuracy | best guess |\n|---:|---:|---:|\n"
+        text += f"| {found['loss']:.4f} | {found['accuracy']:.2%} | {found['chance']:.2%} |\n"
+    return text
