@@ -13,6 +13,7 @@ from torch import Tensor
 from zoo.serving.kept import Ends, KeptSession
 from zoo.serving.metrics import Metrics
 from zoo.serving.schemas import ChatRequest, CompletionRequest
+from zoo.sessions.sampling import Constraint
 from zoo.text.tokenizers import ByteTokenizer
 
 
@@ -51,6 +52,7 @@ class Answer:
 
     Args:
         number: index among the answers to the same prompt, which is added to the seed.
+        constraint: decides which tokens the answer may consist of.
     """
 
     def __init__(
@@ -62,13 +64,14 @@ class Answer:
         max_tokens: int,
         tokenizer: ByteTokenizer,
         metrics: Metrics,
+        constraint: Constraint | None = None,
     ) -> None:
         self.finish_reason = "length"
         self.text = ""
         """Text that was sent."""
         self.cached, self.tokens = 0, list[int]()
         """Number of prompt tokens that were not read again, and the generated tokens."""
-        self._kept, self._tokenizer, self._metrics = kept, tokenizer, metrics
+        self._kept, self._tokenizer, self._metrics, self._constraint = kept, tokenizer, metrics, constraint
         self._stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         self._top = request.top
         self._logits: deque[Tensor] = deque()
@@ -96,6 +99,7 @@ class Answer:
                 frequency_penalty=request.frequency_penalty,
                 logit_bias={int(token): bias for token, bias in request.logit_bias.items()},
                 logits_processor=None if self._top is None else self._record,
+                constraint=constraint,
                 seed=None if request.seed is None else (request.seed + number) % 2**63,
                 seen=None if request.repetition_penalty == 1 else torch.tensor([prompt.ids], device=kept.session.device),
             )
@@ -143,6 +147,8 @@ class Answer:
             yield self._decode(self.tokens[-1])
             following = next(self._generated, None)
             if following is None:
+                if self._constraint is not None and self._constraint.over:
+                    self.finish_reason = "stop"
                 break
             self.tokens.append(int(following))
             now = time.perf_counter()

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from zoo.errors import ZooError
 from zoo.sessions.pool import BusyError, PoolClosedError, SessionPool
+from zoo.text.json_schema import JsonSchema
 from zoo.text.tokenizers import ByteTokenizer
 
 try:
@@ -193,9 +194,14 @@ class Server:
             ids = chat_ids(self.tokenizer, messages, tools)
             return [Prompt(ids, len(ids), lambda: message_ends(self.tokenizer, messages, tools, ids))]
 
+        schema = body.response_format and body.response_format.json_schema
+        try:
+            compiled = JsonSchema(schema.schema_, self.tokenizer, self.pool.model.config.vocab_size) if schema else None
+        except ZooError as error:
+            raise ApiError(400, f"response_format: {error}", "response_format", "schema_refused") from None
         max_tokens = body.max_completion_tokens or body.max_tokens or self.limits.tokens
         response = ChatBody(self.name, body.top, _wants_usage(body))
-        return self._answer(body, request, response, max_tokens, conversation, messages)
+        return self._answer(body, request, response, max_tokens, conversation, messages, compiled)
 
     def metrics_text(self) -> Response:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -213,8 +219,9 @@ class Server:
         max_tokens: int,
         prompts: Callable[[KeptSession], list[Prompt]],
         messages: Messages | None = None,
+        schema: JsonSchema | None = None,
     ) -> Response:
-        """Answer the prompts of a request. With `messages`, the session remembers them and the answer."""
+        """Answer the prompts of a request. With `messages`, the session remembers them and the answer; with `schema`, it is JSON."""
         self._check_model(body.model)
         if self.draining:
             raise ApiError(503, "the server is shutting down")
@@ -228,7 +235,7 @@ class Server:
             kept = self.sessions.acquire(owner_of(request), name)
             cleanup.callback(self.sessions.release, kept)
             try:
-                choices = self._choices(kept, prompts(kept), body, max_tokens, messages)
+                choices = self._choices(kept, prompts(kept), body, max_tokens, messages, schema)
                 cleanup.callback(choices.close)
                 first = next(choices)
             except PoolClosedError:
@@ -242,7 +249,13 @@ class Server:
             return JSONResponse(response.whole(chain([first], choices)))
 
     def _choices(
-        self, kept: KeptSession, prompts: list[Prompt], body: CompletionRequest | ChatRequest, max_tokens: int, messages: Messages | None
+        self,
+        kept: KeptSession,
+        prompts: list[Prompt],
+        body: CompletionRequest | ChatRequest,
+        max_tokens: int,
+        messages: Messages | None,
+        schema: JsonSchema | None,
     ) -> Generator[Choice, None, None]:
         """Yield `n` answers to each prompt, closing each before the next one. Raises ApiError before the first."""
         field = "prompt" if messages is None else "messages"
@@ -251,7 +264,8 @@ class Server:
             for number in range(body.n):
                 with ExitStack() as cleanup:
                     cleanup.callback(_settle, kept)
-                    answer = Answer(kept, prompt, number, body, most, self.tokenizer, self.metrics)
+                    constraint = None if schema is None else schema.answer()
+                    answer = Answer(kept, prompt, number, body, most, self.tokenizer, self.metrics, constraint)
                     cleanup.callback(answer.close)
                     if messages is not None:
                         cleanup.callback(_remember, kept, messages, answer)

@@ -167,8 +167,22 @@ class ChatMessage(Strict):
         return {**self.model_dump(exclude_none=True), "content": content}
 
 
+class NamedSchema(Strict):
+    name: Name
+    description: str | None = None
+    schema_: dict[str, Any] = Field({}, alias="schema")
+    strict: bool = True
+
+
 class ResponseFormat(Strict):
-    type: Literal["text"]
+    type: Literal["text", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if (self.json_schema is None) != (self.type == "text"):
+            raise ValueError(f"json_schema: {'is missing' if self.json_schema is None else 'only with type: json_schema'}")
+        return self
 
 
 class ChatRequest(GenerationRequest):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,13 +13,33 @@ from torch import Tensor
 from zoo.errors import ZooError
 
 LogitsProcessor = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """Decides which tokens a generation of one stream may consist of."""
+
+    @property
+    def over(self) -> bool:
+        """True once nothing may follow; the generation then ends."""
+        ...
+
+    def allowed(self) -> Tensor:
+        """Return which tokens may come next, bool [V], at least one."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Continue with the token that was chosen."""
+        ...
+
+
 LEAST_TEMPERATURE = 1e-30  # its inverse is finite in float32; below, the most likely token has all the probability anyway
 
 
 class Sampling(BaseModel):
     """Settings of one generation. Greedy by default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     tokens: int = Field(ge=1, description="maximum number of tokens")
     stop: tuple[int, ...] = Field((), description="stop tokens: generation ends with the first of them")
@@ -31,6 +52,7 @@ class Sampling(BaseModel):
     frequency_penalty: float = Field(0.0, allow_inf_nan=False, description="subtracted for each time that a token was generated")
     logit_bias: Mapping[int, float] = Field({}, description="added to the logits of these tokens")
     logits_processor: LogitsProcessor | None = Field(None, description="returns the logits [B, V] to use in place of those it is given")
+    constraint: Constraint | None = Field(None, description="decides which tokens may come next")
     seed: int | None = Field(None, ge=0, lt=2**63, description="makes the tokens reproducible; None: a random seed")
 
 
@@ -40,12 +62,14 @@ class Sampler:
     Args:
         seen: tokens to which the repetition penalty applies from the start, [B, T] int64.
     Raises:
-        ZooError: a stop token, or a token of the logit bias, is outside the vocabulary.
+        ZooError: a stop token, or a token of the logit bias, is outside the vocabulary; several streams have one constraint.
     """
 
     def __init__(self, sampling: Sampling, seen: Tensor, vocab_size: int) -> None:
         for token in sampling.stop:
             _check_token("stop", token, vocab_size)
+        if sampling.constraint is not None and len(seen) != 1:
+            raise ZooError(f"constraint: {len(seen)} streams; want 1")
         self.sampling = sampling
         self.seen = torch.zeros(seen.shape[0], vocab_size, dtype=torch.bool, device=seen.device).scatter_(1, seen, True)
         penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
@@ -81,6 +105,9 @@ class Sampler:
             token = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
         self._last = torch.where(self._over, self._last, token)
         self._over = self._over | torch.isin(self._last, self._stop)
+        if (constraint := self.sampling.constraint) is not None:
+            constraint.accept(int(self._last))
+            self._over = self._over | constraint.over
         self.seen.scatter_(1, self._last[:, None], True)
         if self._counts is not None:
             self._counts.scatter_add_(1, self._last[:, None], torch.ones_like(self._counts[:, :1]))
@@ -92,6 +119,8 @@ class Sampler:
         scores = logits.float()
         if how.logits_processor is not None:
             scores = how.logits_processor(scores)
+        if how.constraint is not None:
+            scores = scores.masked_fill(~how.constraint.allowed().to(scores.device), float("-inf"))
         if how.repetition_penalty != 1:  # CTRL, arXiv 1909.05858, section 4.1
             lower = torch.where(scores > 0, scores / how.repetition_penalty, scores * how.repetition_penalty)
             scores = torch.where(self.seen, lower, scores)

@@ -19,7 +19,7 @@ from zoo.model import Model
 from zoo.schedule import Schedule, new_schedule
 from zoo.sessions.file import read_file, write_file
 from zoo.sessions.host import Alone, Call, Host, Stream
-from zoo.sessions.sampling import LogitsProcessor, Sampler, Sampling
+from zoo.sessions.sampling import Constraint, LogitsProcessor, Sampler, Sampling
 from zoo.sessions.sleeping import Sleep
 from zoo.sessions.sleeping_model import SleepingModel, check_model, sleeping_model
 from zoo.sessions.snapshot import Snapshot, opening, size
@@ -132,6 +132,7 @@ class Session:
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
         logits_processor: LogitsProcessor | None = None,
+        constraint: Constraint | None = None,
         seed: int | None = None,
         seen: Tensor | None = None,
     ) -> Iterator[Tensor]:
@@ -151,6 +152,8 @@ class Session:
             presence_penalty, frequency_penalty: subtracted from the logits of tokens in the answer, once and for each occurrence.
             logit_bias: added to the logits of these tokens.
             logits_processor: called with the logits [B, V] for each token, float32; returns those to use instead.
+            constraint: decides which tokens may come next and when the answer is complete, such as `JsonSchema.answer()` of
+                `zoo.text.json_schema`. For one stream only.
             seed: makes the tokens reproducible.
             seen: earlier tokens to which the repetition penalty applies too, [B, T].
         Raises:
@@ -158,7 +161,7 @@ class Session:
         """
         how = {"stop": stop, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         how |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
-        how |= {"logit_bias": logit_bias or {}, "logits_processor": logits_processor}
+        how |= {"logit_bias": logit_bias or {}, "logits_processor": logits_processor, "constraint": constraint}
         sampling = validate(Sampling, {"tokens": tokens, **how}, "generate")
         started = self._snapshot.logits is not None
         if prompt is None:

@@ -87,7 +87,7 @@ class FolderTokenizer(ByteTokenizer):
             backend = _from_tokenizers(folder)
         if backend.size > vocab_size:
             raise ZooError(f"{folder / TOKENIZER}: {backend.size} tokens; the model has {vocab_size}")
-        self._folder, self._backend = folder, backend
+        self.folder, self._backend = folder, backend
         self.size = backend.size
         """Number of tokens."""
         self.special = self._backend.special
@@ -99,7 +99,7 @@ class FolderTokenizer(ByteTokenizer):
         try:
             return self._backend.encode(text.encode("utf-8", errors="replace").decode(), special)  # lone surrogates are refused
         except Exception as error:  # a damaged vocabulary
-            raise ZooError(f"{self._folder}: the tokenizer cannot encode: {one_line(error)}") from None
+            raise ZooError(f"{self.folder}: the tokenizer cannot encode: {one_line(error)}") from None
 
     def decoder(self, context: Sequence[int] = ()) -> Decoder:
         return TokenDecoder(self._backend.decode, context)

@@ -21,7 +21,7 @@ A, B, X = ord("a"), ord("b"), ord("x")
 LOGITS = {A: 1.0, B: 0.9, X: -1.0}
 REFUSED = 400
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "nonsense"}}}  # right ones: test_json_schema.py
 
 
 class WithTools(ByteTokenizer):
