@@ -26,7 +26,7 @@ test: lint  ## lint, then run every test that is fast enough for every change
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 # kernels for every GPU architecture and beside those of other projects, streams that run for long
-test-all: test .venv/peers  ## also run the slow tests
+test-all: test .venv/peers .venv/triton-server  ## also run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m extended
 
 docs: .venv/installed  ## build the documentation site in build/site; any warning or broken link is an error
@@ -55,6 +55,11 @@ gpu-pack: .venv/installed  ## prepare in build/gpu what a GPU machine without a 
 
 .venv/peers: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	touch $@
+
+# a Triton Inference Server; its Python client, which no test needs, wants an older NumPy
+.venv/triton-server: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps nvidia-pytriton==0.7.0
 	touch $@
 
 .venv/installed: pyproject.toml constraints.txt

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "--triton-server",
     type=PATH,
     metavar="DIR",
-    help="Model repository of Triton Inference Server to which the bundle is added, with --self-sleeping and a config.pbtxt.",
+    help="Model repository of Triton Inference Server to which the bundle is added, with --self-sleeping and a config per backend.",
 )
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Weights and activations.  [default: as stored]")
 @click.option("--dialect", type=click.Choice(["portable", "ort"]), default="portable", show_default=True, help="Operators of the graphs.")

@@ -1,4 +1,5 @@
-"""Model repositories of Triton Inference Server, whose onnxruntime backend carries the states of every sequence (implicit state)."""
+"""Model repositories of Triton Inference Server: for its onnxruntime backend, which carries the states of every sequence
+(implicit state), and for its Python backend, which runs this package."""
 
 from __future__ import annotations
 
@@ -11,19 +12,22 @@ from zoo.errors import ZooError
 from zoo.export.bundle import export
 from zoo.export.manifest import SLEEPING, Bundle, TensorSpec
 from zoo.export.plan import Plan
+from zoo.export.python_backend import SEQUENCES
 from zoo.export.ring import PAST, PRESENT
 from zoo.export.verify import Parity
 from zoo.files import as_path, new_folder
 from zoo.model import Model
 
 CONFIG, VERSION = "config.pbtxt", "1"
+PYTHON_CONFIG = "configs/python.pbtxt"  # of tritonserver --model-config-name=python
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64"}
-SEQUENCES = 64  # read at the same time by an instance; more wait
+CONTROLS = {"START": "SEQUENCE_START", "END": "SEQUENCE_END"}
+MODEL = '"""One session for each sequence; see `zoo.export.python_backend`."""\n\nfrom zoo.export.python_backend import TritonPythonModel\n'
 IDLE = 600_000_000  # microseconds until the states of a silent sequence are dropped
 
 
 def export_to_repository(model: Model, repository: str | Path, *, plan: Plan = Plan(), **options: Any) -> Parity | None:  # noqa: B008
-    """Add `model` to a model repository: the new folder `repository`/NAME with config.pbtxt and, as version 1, a bundle.
+    """Add `model` to a model repository: the new folder `repository`/NAME with a config for each backend and, as version 1, a bundle.
 
     Args:
         model, plan, options: as in `zoo.export.export`; the bundle always has the graph that sleeps by itself.
@@ -34,7 +38,11 @@ def export_to_repository(model: Model, repository: str | Path, *, plan: Plan = P
         raise ZooError(f"{model.config.name}: dtype: the server's onnxruntime backend has no bfloat16; allowed: float32, float16")
     with new_folder(model_folder(model, repository)) as folder:
         parity = export(model, folder / VERSION, plan=plan.model_copy(update={"self_sleeping": True}), **options)
-        (folder / CONFIG).write_text(config(Bundle.read(folder / VERSION)), encoding="utf-8")
+        bundle = Bundle.read(folder / VERSION)
+        (folder / PYTHON_CONFIG).parent.mkdir()
+        (folder / VERSION / "model.py").write_text(MODEL, encoding="utf-8")
+        for name, text in {CONFIG: config(bundle), PYTHON_CONFIG: python_config(bundle)}.items():
+            (folder / name).write_text(text, encoding="utf-8")
         return parity
 
 
@@ -60,6 +68,28 @@ sequence_batching {{
 {states}
   ]
 }}
+"""
+
+
+def python_config(bundle: Bundle) -> str:
+    """Return the config of the Python backend: the same input and output, without states."""
+    ids, logits = bundle.graphs[SLEEPING].inputs[0], bundle.graphs[SLEEPING].outputs[0]
+    controls = ",\n".join(
+        f'    {{ name: "{name}" control [ {{ kind: CONTROL_{kind} int32_false_true: [ 0, 1 ] }} ] }}' for name, kind in CONTROLS.items()
+    )
+    return f"""backend: "python"
+max_batch_size: 0
+input [ {_tensor("name", ids)} ]
+output [ {_tensor("name", logits)} ]
+sequence_batching {{
+  max_sequence_idle_microseconds: {IDLE}
+  oldest {{ max_candidate_sequences: {SEQUENCES} }}
+  control_input [
+{controls},
+    {{ name: "CORRID" control [ {{ kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_UINT64 }} ] }}
+  ]
+}}
+instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 """
 
 

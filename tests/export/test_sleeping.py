@@ -163,7 +163,7 @@ def parsed(text):
 def test_the_states_of_the_config_are_those_of_the_graph(repositories, case):
     """Name, type, shape and initial value of every state."""
     _, folder = repositories(case)
-    assert sorted(file.name for file in folder.iterdir()) == ["1", "config.pbtxt"]
+    assert sorted(file.name for file in folder.iterdir()) == ["1", "config.pbtxt", "configs"]
     config = parsed((folder / "config.pbtxt").read_text())
     assert (config["backend"], config["max_batch_size"], config["default_model_filename"]) == (["onnxruntime"], [0], ["sleeping.onnx"])
     graph = onnx.load(folder / "1/sleeping.onnx", load_external_data=False).graph
@@ -189,6 +189,21 @@ def test_the_states_of_the_config_are_those_of_the_graph(repositories, case):
         assert initial["name"]
         assert (initial["data_type"], initial["dims"]) == (state["data_type"], state["dims"])
         assert min(initial["dims"]) > 0
+
+
+@pytest.mark.parametrize("case", ["hard", "sliding"])
+def test_the_python_backend_has_the_same_input_and_output(repositories, case):
+    """Its session keeps the states, so its config has none; it names the controls that `TritonPythonModel` reads."""
+    _, folder = repositories(case)
+    config, other = parsed((folder / "configs/python.pbtxt").read_text()), parsed((folder / "config.pbtxt").read_text())
+    assert config["backend"] == ["python"]
+    for field in ("input", "output", "max_batch_size"):
+        assert config[field] == other[field]
+    (batching,) = config["sequence_batching"]
+    assert "state" not in batching
+    kinds = {control["name"][0]: control["control"][0]["kind"][0] for control in batching["control_input"]}
+    assert kinds == {name: f"CONTROL_SEQUENCE_{name}" for name in ("START", "END", "CORRID")}
+    assert "TritonPythonModel" in (folder / "1/model.py").read_text()
 
 
 REFUSED = {

@@ -1,0 +1,114 @@
+"""The Python backend on a Triton Inference Server, that of nvidia-pytriton; its requests as JSON over HTTP."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from tests.export.conftest import SMALL
+from zoo.export.plan import Plan
+from zoo.export.triton_server import export_to_repository
+
+NAME = "gdn4-sleep2-hard6"
+
+
+def server_folder():
+    """Folder of the server, which `pip install --no-deps nvidia-pytriton==0.7.0` brings."""
+    spec = importlib.util.find_spec("pytriton")
+    assert spec is not None, "pytriton is missing: pip install --no-deps nvidia-pytriton==0.7.0"
+    return Path(spec.origin).parent / "tritonserver"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.create(NAME, **{**SMALL, "layers": "attn gdn"})
+
+
+@pytest.fixture(scope="module")
+def url(model, tmp_path_factory):
+    place, python = tmp_path_factory.mktemp("triton"), f"{sys.version_info.major}.{sys.version_info.minor}"
+    export_to_repository(model, place / "models", plan=Plan(prefill=4), verified=False)
+    (place / "backends/python").mkdir(parents=True)
+    for file in [*(server_folder() / "backends/python").iterdir(), *(server_folder() / "python_backend_stubs" / python).iterdir()]:
+        (place / "backends/python" / file.name).symlink_to(file)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        server_folder() / "bin/tritonserver", "--model-repository", place / "models", "--model-config-name", "python",
+        "--backend-directory", place / "backends", "--http-address", "127.0.0.1", "--http-port", port,
+        "--allow-grpc", "false", "--allow-metrics", "false",
+    ]  # fmt: skip
+    environment = {  # its Python is the first in the path
+        **os.environ,
+        "LD_LIBRARY_PATH": str(server_folder().parents[1] / "nvidia_pytriton.libs"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    with (place / "log").open("w") as log:
+        server = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
+    try:
+        while not answers(f"http://127.0.0.1:{port}/v2/health/ready"):
+            assert server.poll() is None, (place / "log").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v2/models/{NAME}/infer"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def answers(url):
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def ask(url, ids, sequence, **controls):
+    """Logits of the token that follows ids, or the error of the server."""
+    parameters = {"sequence_id": sequence, **{f"sequence_{name}": value for name, value in controls.items()}}
+    inputs = [{"name": "input_ids", "shape": [1, len(ids)], "datatype": "INT64", "data": ids}]
+    body = json.dumps({"inputs": inputs, "parameters": parameters}).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as response:
+            (output,) = json.loads(response.read())["outputs"]
+    except urllib.error.HTTPError as error:
+        return json.loads(error.read())["error"]
+    return torch.tensor(output["data"]).reshape(output["shape"])
+
+
+@pytest.mark.extended
+def test_two_sequences_in_turn_equal_pytorch(url, model):
+    """Prompts that are longer and shorter than a window, then 40 tokens each, over many sleeps."""
+    prompts = {7: [1, 2, 3, 4, 5, 6, 7, 8, 9], 9: [3, 1, 4]}
+    want = {n: list(map(int, zoo.Session(model).generate(torch.tensor([ids]), 40))) for n, ids in prompts.items()}
+    logits = {n: ask(url, ids, n, start=True, end=False) for n, ids in prompts.items()}
+    assert logits[7].shape == (1, 1, model.config.vocab_size)
+    said = {n: [] for n in prompts}
+    for turn in range(40):
+        for n in prompts:
+            said[n].append(int(logits[n].argmax()))
+            logits[n] = ask(url, said[n][-1:], n, start=False, end=turn == 39)
+    assert said == want
+    stream = zoo.Session(model)
+    last = stream.feed(torch.tensor([[*prompts[9], *want[9]]]))[:, -1:]
+    torch.testing.assert_close(logits[9], last, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.extended
+def test_refused_requests(url):
+    """Tokens outside the vocabulary do not end a sequence; a sequence must start, and is gone after its end."""
+    first = ask(url, [1], 5, start=True, end=False)
+    assert "vocabulary" in ask(url, [11], 5, start=False, end=False)
+    assert ask(url, [2], 5, start=False, end=True).shape == first.shape
+    for sequence in (5, 6):
+        assert "must specify the START flag" in ask(url, [1], sequence, start=False, end=False)
