@@ -85,6 +85,7 @@ class Answer:
             self.cached = max(0, kept.read(prompt.ids, prompt.ends) - len(prompt.ids) + prompt.new)
             self._echo = Piece(tokenizer.decode(new), []) if request.echo else None
         metrics.tokens.labels("prompt").inc(prompt.new - self.cached)
+        metrics.tokens.labels("cached").inc(self.cached)
         if max_tokens:
             self._generated = kept.session.generate(
                 None,

@@ -14,7 +14,7 @@ class Metrics:
     def __init__(self, sessions: KeptSessions, pool: SessionPool) -> None:
         self.registry = prometheus.CollectorRegistry()
         self.requests = self._counter("zoo_requests", "Requests answered", "route", "status")
-        self.tokens = self._counter("zoo_tokens", "Tokens read and generated", "kind")
+        self.tokens = self._counter("zoo_tokens", "Tokens: of prompts, cached (not read again), and of completions", "kind")
         self.first_token = self._histogram("zoo_first_token_seconds", "Time to the first token")
         self.next_token = self._histogram("zoo_token_seconds", "Time between tokens")
         self._gauge("zoo_sessions", "Sessions kept").set_function(lambda: len(sessions))
@@ -24,6 +24,10 @@ class Metrics:
         self._gauge("zoo_prefixes_bytes", "Size of these states").set_function(lambda: sessions.prefixes.bytes)
         self._gauge("zoo_store_failing", "1 if the store could not be used when it was last tried").set_function(lambda: sessions.failing)
         self._gauge("zoo_sleeps", "Completed sleeps").set_function(lambda: pool.sleeps)
+        self._gauge("zoo_sleep_seconds", "Seconds from start to end of all completed sleeps").set_function(lambda: pool.seconds_asleep)
+        waiting = prometheus.Gauge("zoo_waiting", "Streams that wait, by what they wait for", ["what"], registry=self.registry)
+        for what in pool.waiting:
+            waiting.labels(what).set_function(lambda what=what: pool.waiting[what])
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

@@ -93,6 +93,16 @@ class SessionPool:
         """Number of sleeps that have ended."""
         return self._scheduler.sleeps
 
+    @property
+    def seconds_asleep(self) -> float:
+        """Seconds from start to end of all sleeps that have ended."""
+        return self._scheduler.seconds_asleep
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """Number of calls that wait: for a slice of their "prompt", for a "token" to be read, or for a "sleep"."""
+        return self._scheduler.waiting
+
     def close(self) -> None:
         """Cancel all work and end the thread. Pending calls raise PoolClosedError."""
         self._scheduler.stop()

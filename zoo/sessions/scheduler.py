@@ -49,6 +49,8 @@ class Scheduler:
         self.context: int | None = context
         self.sleeps = 0
         """Number of sleeps that have ended."""
+        self.seconds_asleep = 0.0
+        """Seconds from their start to their end, of all of them."""
         self._slots = slots
         self._open: set[Stream] = set()
         self._changed = threading.Condition()
@@ -84,6 +86,11 @@ class Scheduler:
     def __len__(self) -> int:
         """Number of open streams."""
         return len(self._open)
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """Number of calls that wait for a slice of a prompt, for a token to be read, and for a sleep."""
+        return {"prompt": len(self._in_slices), "token": len(self._for_tokens), "sleep": len(self._for_sleeps)}
 
     # Methods of the host that run in the threads of the callers.
 
@@ -364,7 +371,9 @@ class Scheduler:
         self._group = None
         for sleep in sleeps:
             sleep.end()
-            self.sleeps += sleep.after is not None
+            if sleep.after is not None:
+                self.sleeps += 1
+                self.seconds_asleep += sleep.seconds
         self._sleeps = [(due, sleep) for due, sleep in self._sleeps if sleep not in sleeps]
         self._in_slices.extendleft(pending for pending, sleep in self._for_sleeps if sleep in sleeps)
         self._for_sleeps = [(pending, sleep) for pending, sleep in self._for_sleeps if sleep not in sleeps]
