@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from zoo.errors import ZooError
 from zoo.export.runtime import ExportedModel
@@ -38,7 +39,7 @@ class TritonPythonModel:
     def _response(self, request: Any) -> Any:
         def tensor(name: str) -> Tensor:
             # not through NumPy: the server may be built for another version of it
-            return torch.from_dlpack(self._server.get_input_tensor_by_name(request, name))
+            return from_dlpack(self._server.get_input_tensor_by_name(request, name))
 
         sequence = int(tensor("CORRID").item())
         try:

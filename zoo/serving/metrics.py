@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import prometheus_client as prometheus
 
 from zoo.serving.sessions import KeptSessions
@@ -27,7 +29,7 @@ class Metrics:
         self._gauge("zoo_sleep_seconds", "Seconds from start to end of all completed sleeps").set_function(lambda: pool.seconds_asleep)
         waiting = prometheus.Gauge("zoo_waiting", "Streams that wait, by what they wait for", ["what"], registry=self.registry)
         for what in pool.waiting:
-            waiting.labels(what).set_function(lambda what=what: pool.waiting[what])
+            waiting.labels(what).set_function(partial(lambda of: pool.waiting[of], what))
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
