@@ -11,14 +11,15 @@ from torch import Tensor
 
 from zoo.kernels.common.compiled import one_operator
 from zoo.kernels.common.decay import decays
-from zoo.kernels.common.recording import recorded
+from zoo.kernels.common.recording import pure, recorded
 from zoo.kernels.gated_delta_rule.chunked import BASE, CHUNK, SEGMENT, by_chunk, by_token, scan, scan_in_place, unit_lower_inverse
 
 
 @one_operator("kda_chunked", result_like="v")
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the same as `reference.recurrent`, up to rounding; same shapes and arguments."""
-    tokens = max(1, SEGMENT // (q.shape[0] * q.shape[2])) * CHUNK
+    # the number of segments must not depend on the batch size of a traced graph
+    tokens = q.shape[1] if pure() else max(1, SEGMENT // (q.shape[0] * q.shape[2])) * CHUNK
     run = scan if recorded(q, k, v, g, beta, state) else scan_in_place
     outputs = []
     for q_s, k_s, v_s, g_s, beta_s in zip(*(x.split(tokens, dim=1) for x in (q, k, v, g, beta[..., None])), strict=True):
