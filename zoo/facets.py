@@ -27,7 +27,7 @@ def list_models(
         family: only models of this checkpoint family, the `model_type` in the upstream config.json, such as "bamba".
         params: only models whose number of parameters is in this range, both ends included: "1b..3b", "3b.." or "..500m". Units are
             k, m, b and t.
-        mixer: only models with a layer of this kind, such as "mamba2".
+        mixer: only models with a layer of this kind, such as "mamba2", or with one that is made of it and others.
     Raises:
         ZooError: an unknown family or mixer, or `params` that is not a range.
     """
@@ -35,7 +35,7 @@ def list_models(
     if family is not None:
         facets.append(lambda config: config.upstream.get("model_type") == family)
     if mixer is not None:
-        facets.append(lambda config: mixer in config.pattern)
+        facets.append(lambda config: mixer in config.pattern or mixer in _made_of(config))
     if sleeps:
         facets.append(_has_fast_weights)
     if params is not None:
@@ -74,6 +74,13 @@ def _range(text: str) -> tuple[Decimal, Decimal]:
     if ends[0] > ends[1]:
         raise ZooError(f"params: {text!r}; the first number must be at most the second")
     return ends
+
+
+def _made_of(config: ModelConfig) -> set[str]:
+    """Return the mixers of which those in the layers are made: their options stand under the names of these mixers."""
+    from zoo.blocks.mixer import mixers
+
+    return {name for kind in config.pattern for name in mixers.get(kind).Options.model_fields if name in mixers}
 
 
 def _has_fast_weights(config: ModelConfig) -> bool:

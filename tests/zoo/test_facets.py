@@ -13,7 +13,11 @@ from zoo.checkpoints import plain
 FILES = sorted((Path(__file__).parents[2] / "configs" / "models").glob("*.yaml"), key=lambda file: file.stem)
 CONFIGS = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in FILES}
 FAMILIES = {name: config.get("upstream", {}).get("model_type") for name, config in CONFIGS.items()}
-MIXERS = {name: set(re.findall(r"[a-z]\w*", config["layers"])) for name, config in CONFIGS.items()}
+MADE_OF = {"parallel": {"attn", "mamba2"}}
+MIXERS = {
+    name: {part for kind in re.findall(r"[a-z]\w*", config["layers"]) for part in {kind} | MADE_OF.get(kind, set())}
+    for name, config in CONFIGS.items()
+}
 
 
 def test_wildcard():
