@@ -110,17 +110,18 @@ def _fields(source: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
         if named in (*above, str(source)):
             raise ZooError(f"{source}: base: '{base}' is based on this run itself")
         inherited = _fields(named, (*above, str(source)))
-    merged = merge(inherited, fields)
-    return merged if shipped_run else merge(merged, absolute_paths(fields, here, merged.get("task")))
+    if not shipped_run:
+        fields = absolute_paths(fields, here, inherited.get("task"))
+    return merge(inherited, fields)
 
 
 def absolute_paths(fields: Mapping[str, Any], folder: Path, task: object = None) -> dict[str, Any]:
-    """Return those of the fields of a run that hold paths, resolved from `folder`.
+    """Return the fields of a run with their paths resolved from `folder`.
 
     Args:
-        task: the task, if `fields` do not name it.
+        task: the task that `fields` change, if they do not name one.
     """
-    found: dict[str, Any] = {}
+    found = dict(fields)
     if isinstance(weights := fields.get("weights"), str) and weights != "hub":
         found["weights"] = _absolute(weights, folder)
     if isinstance(model := fields.get("model"), str) and (model.endswith((".yaml", ".yml")) or (folder / model).is_dir()):
@@ -128,7 +129,8 @@ def absolute_paths(fields: Mapping[str, Any], folder: Path, task: object = None)
     given = fields.get("task")
     name = next((t["name"] for t in (given, task) if isinstance(t, Mapping) and "name" in t), None)
     if isinstance(given, Mapping) and name in tasks.names():
-        found["task"] = {field: _absolute(given[field], folder) for field in tasks.get(name).paths if field in given}
+        paths = tasks.get(name).paths
+        found["task"] = {field: _absolute(value, folder) if field in paths else value for field, value in given.items()}
     return found
 
 

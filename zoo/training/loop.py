@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from zoo.checkpoints.companions import read_companions
-from zoo.config import merge
 from zoo.costs import peak_flops, training_flops
 from zoo.errors import ZooError
 from zoo.files import as_path
@@ -53,7 +52,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
     with join(config.device) as team:
         if config.batch_size < team.size * config.accumulate:
             raise ZooError(f"batch_size: {config.batch_size} sequences, fewer than {team.size} processes x accumulate {config.accumulate}")
-        config = TrainConfig(**merge(config.model_dump(), absolute_paths(config.model_dump(), Path())))
+        config = TrainConfig(**absolute_paths(config.model_dump(), Path()))
         lacking = {name for name in ("no_decay", "schedule", "ramp", "lora") if not getattr(config, name)}  # in older runs
         lacking |= {"lr_schedule"} if config.lr_schedule == "wsd" else set()
         settings = config.model_dump(mode="json", exclude=lacking)

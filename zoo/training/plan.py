@@ -86,7 +86,7 @@ def read_plan(source: str | Path, overrides: dict[str, Any] | None = None) -> Pl
         raise ZooError(f"{source}: {min(unknown)}: a field of the run that every arm trains; write base.{min(unknown)}")
     fields = read_shipped("ablations", "ablation", source)
     if str(source) not in shipped("ablations") and isinstance(base := fields.get("base"), dict):
-        fields["base"] = merge(base, absolute_paths(base, Path(source).parent))
+        fields["base"] = absolute_paths(base, Path(source).parent)
     fields = merge(fields, overrides or {})
     run = fields.pop("run", None)
     if run is not None:

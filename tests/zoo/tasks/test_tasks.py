@@ -1,16 +1,19 @@
 """Labels against brute force, splits apart, baselines against enumeration and simulation."""
 
+import json
 from collections import Counter, defaultdict
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
+import torch
 
 import zoo
 from zoo.config import validate
 from zoo.tasks import new_task, tasks
 from zoo.tasks.rule110 import share_of_ones
-from zoo.training.config import TrainConfig
+from zoo.text.corpus import tokenize
+from zoo.training.config import TrainConfig, read_config
 from zoo.training.loop import train
 
 
@@ -389,7 +392,107 @@ def test_text(text):
     assert task.chance() == np.bincount(tokens["test"]).max() / 5000
 
 
+@pytest.fixture
+def corpora(tmp_path):
+    """Two tokenized folders: the tokens of each file to train on."""
+    found = {}
+    rng = np.random.default_rng(0)
+    for name, letters, count in (("few", "abcdefghijklm", 12), ("many", "ABCDEFGHIJKLM", 41)):
+        lines = ["".join(rng.choice(list(letters), 32 if n == 3 else 16 * (n % 5) + 8 + n % 4)) for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        tokenize([tmp_path / f"{name}.jsonl"], tmp_path / name, held_out=0.2)
+        tokens = np.load(tmp_path / name / "train.npy")
+        found[str(tmp_path / name / "train.npy")] = tokens
+    return {"name": "text", "test": str(tmp_path / "many/test.npy"), "vocab": 256, "length": 16, "width": 8}, found
+
+
+def sequences(task, count, size):
+    """The supervised part of sequences of a run: their tokens and the first one."""
+    rows = []
+    for step in range(count // size):
+        ids, mask, _ = task.batch(0, step, size)
+        assert np.array_equal(ids, task.batch(0, step, size).ids)
+        rows += [tuple(row[: 1 + marked.sum()].tolist()) for row, marked in zip(ids, mask, strict=True)]
+        assert all(marked[1 : 1 + marked.sum()].all() for marked in mask)
+    return rows
+
+
+def test_every_part_of_a_text_occurs_once_in_an_epoch(corpora):
+    fields, found = corpora
+    file, tokens = next(iter(found.items()))
+    parts = Counter(tuple(tokens[at : at + 16].tolist()) for at in range(0, len(tokens) - 15, 16))
+    rows = sequences(new_task({**fields, "train": file, "epochs": True}), 2 * len(parts), 2)
+    assert Counter(rows[: len(parts)]) == Counter(rows[len(parts) :]) == parts
+    assert rows[: len(parts)] != rows[len(parts) :]
+
+
+@pytest.mark.parametrize("options", [{}, {"epochs": True}, {"documents": True}], ids=["random", "epochs", "documents"])
+def test_every_corpus_has_its_share(corpora, options):
+    fields, found = corpora
+    first, second = found
+    task = new_task({**fields, "train": {first: 3, second: 1}, **options})
+    rows = sequences(task, 2000, 250)
+    text = {file: tokens.tobytes() for file, tokens in found.items()}
+    origin = Counter(next(file for file in found if bytes(row) in text[file]) for row in rows)
+    assert origin == {first: 1500, second: 500}
+    if options:
+        for file in found:
+            times = Counter(row for row in rows if bytes(row) in text[file])
+            assert max(times.values()) - min(times.values()) <= 1
+            assert len(times) == len(task._parts["train"][list(found).index(file)])
+
+
+def test_corpora_in_a_file_are_relative_to_its_folder(corpora, tmp_path):
+    fields, found = corpora
+    task = {**fields, "train": {"few/train.npy": 3, "many/train.npy": 1}, "test": "many/test.npy"}
+    (tmp_path / "base.yaml").write_text(json.dumps({"model": "gdn4-sleep2-hard8", "task": task, "steps": 1}))
+    (tmp_path / "mine.yaml").write_text(json.dumps({"base": "base.yaml", "task": {"length": 32}}))
+    for name in ("base", "mine"):
+        read = read_config(tmp_path / f"{name}.yaml").task
+        assert read["train"] == dict(zip(found, (3, 1), strict=True))
+        assert read["test"] == fields["test"]
+
+
+def test_a_sequence_never_crosses_documents(corpora, tmp_path):
+    fields, found = corpora
+    file, tokens = next(iter(found.items()))
+    stops = [0, *(np.flatnonzero(tokens == 0) + 1).tolist()]
+    parts = []
+    for begin, stop in pairwise(stops):
+        cuts = [*range(begin, stop - 1, 16), stop]
+        parts += [tuple(tokens[a:b].tolist()) for a, b in pairwise(cuts)]
+    task = new_task({**fields, "train": file, "documents": True})
+    assert Counter(sequences(task, len(parts), 1)) == Counter(parts)
+    assert {len(part) for part in parts} > {16}
+    np.save(tmp_path / "other.npy", tokens)
+    with pytest.raises(zoo.ZooError, match=r"train: .*other.npy: documents need data.yaml next to it"):
+        new_task({**fields, "train": str(tmp_path / "other.npy"), "documents": True}).batch(0, 0, 1)
+
+
+def test_documents_of_a_batch_are_trained_as_if_alone(corpora):
+    """Loss and gradients, with sleeps after every window: a batch of documents equals them one by one."""
+    fields, found = corpora
+    batch = new_task({**fields, "train": next(iter(found)), "documents": True, "length": 64}).batch(0, 0, 6)
+    size = {"layers": "attn gdn", "d_model": 16, "d_ff": 16, "vocab_size": 256, "sleep_on": "every", "dtype": torch.float64, "seed": 1}
+    together, alone = (zoo.create("gdn4-sleep2-hard8", **size) for _ in range(2))
+    ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.loss_mask)
+    assert len(set(mask.sum(1).tolist())) > 2
+    together.loss(ids, mask).backward()
+    losses = [
+        alone.answers(row[None, : 1 + marked.sum()], marked[None, : 1 + marked.sum()]).losses()
+        for row, marked in zip(ids, mask, strict=True)
+    ]
+    torch.cat(losses).mean().backward()
+    for one, other in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-10, rtol=0)
+
+
 def test_text_refuses(text, tmp_path):
+    with pytest.raises(zoo.ZooError, match="a weight of 1 is less than one sequence in 1000"):
+        new_task({**text, "train": {text["train"]: 5000, str(tmp_path / "test2.npy"): 1}})
+    for weights in ({}, {text["train"]: -1}):
+        with pytest.raises(zoo.ZooError, match="want at least one file, and weights above 0"):
+            new_task({**text, "train": weights})
     with pytest.raises(zoo.ZooError, match="length: 6000"):
         new_task({**text, "length": 6000})
     with pytest.raises(zoo.ZooError, match="token 9 in the train file; vocab says that ids are less than 9"):
