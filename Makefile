@@ -25,8 +25,8 @@ lint: .venv/installed  ## check style, format and types
 test: lint  ## lint, then run every test that is fast enough for every change
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-# kernels for every GPU architecture and beside those of other projects, streams that run for long
-test-all: test .venv/peers .venv/triton-server  ## also run the slow tests
+# kernels for every GPU architecture and beside those of other projects, adapters to other libraries, streams that run for long
+test-all: test .venv/extended .venv/triton-server  ## also run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m extended
 
 docs: .venv/installed  ## build the documentation site in build/site; any warning or broken link is an error
@@ -53,8 +53,8 @@ gpu-pack: .venv/installed  ## prepare in build/gpu what a GPU machine without a 
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
-.venv/peers: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+.venv/extended: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[integrations,peers]'
 	touch $@
 
 # a Triton Inference Server; its Python client, which no test needs, wants an older NumPy

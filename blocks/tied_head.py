@@ -12,6 +12,7 @@ class TiedHead(nn.Module):
     """Project hidden states [..., D] to logits [..., V] with the embedding of `model`. Has no parameter of its own."""
 
     _model: Any
+    bias = None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -36,6 +36,7 @@ LAYERS = (
     ("zoo.training",),
     ("zoo.serving",),
     ("zoo.export",),
+    ("zoo.integrations",),
     ("zoo.doctor", "zoo.demo", "zoo.publish"),
     ("zoo.cli", "zoo.export.cli"),
     ("zoo.__main__",),

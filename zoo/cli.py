@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 SECTIONS = {
     "Models": ("list", "describe", "convert", "push"),
-    "Training": ("tokenize", "train", "eval", "ablate", "plot", "demo"),
+    "Training": ("tokenize", "train", "eval", "lm-eval", "ablate", "plot", "demo"),
     "Inference": ("chat", "serve"),
     "This machine": ("doctor",),
 }
@@ -258,6 +258,22 @@ def eval_(folder: Path, overrides: tuple[str, ...], as_json: bool, **options: An
         print_comparison(results)
     else:
         print_results(results)
+
+
+@main.command("lm-eval", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("arguments", nargs=-1, required=True, type=click.UNPROCESSED, metavar="ARGUMENTS...")
+def lm_eval(arguments: tuple[str, ...]) -> None:
+    """Evaluate a model on the tasks of lm-evaluation-harness.
+
+    ARGUMENTS are those of its own command `lm-eval`, for example:
+    `zoo lm-eval run --model zoo --model_args pretrained=FOLDER,loops=4 --tasks arc_easy`. `zoo lm-eval run --help` lists them.
+
+    --model_args takes pretrained, the folder of a model or a training run; loops, when, sleep_before_answer=True, dtype, and fields of
+    the model's config.
+    """
+    from zoo.integrations.lm_eval import run  # raises a ZooError that names what to install
+
+    run(arguments)
 
 
 @main.command()

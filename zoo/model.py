@@ -101,14 +101,18 @@ class Model(nn.Module):
         """
         return self.run(*self.start_wake(ids, state, cu_seqlens), recompute=recompute)
 
+    def normed(self, h: Tensor) -> Tensor:
+        """Apply the final norm, which the head follows: h [..., D] ([..., loops, D] with wake loops) -> [..., D]."""
+        h = self.norm(h).to(self.dtype)
+        if self.config.wake_loops > 1:
+            h = h[..., -1, :] if self.exit is None else self.exit(h)
+        return h
+
     def logits(self, h: Tensor) -> Tensor:
         """Apply the final norm and the head: h [..., D] ([..., loops, D] with wake loops) -> [..., V]."""
         if not h.numel():  # a quantised head may not run without rows
             return h.new_zeros(*h.shape[: -2 if self.config.wake_loops > 1 else -1], self.config.vocab_size, dtype=self.dtype)
-        h = self.norm(h).to(self.dtype)
-        if self.config.wake_loops > 1:
-            h = h[..., -1, :] if self.exit is None else self.exit(h)
-        logits: Tensor = self.head(h)
+        logits: Tensor = self.head(self.normed(h))
         logits = logits if self.config.logits_scale == 1 else logits * self.config.logits_scale
         cap = self.config.logits_cap
         return logits if cap is None else cap * (logits / cap).tanh()

@@ -29,6 +29,7 @@ SECTIONS = {
         "docs/cli",
         "docs/sessions",
         "docs/training",
+        "docs/integrations",
         "docs/reproduction",
         "docs/deploy",
         "docs/performance",
