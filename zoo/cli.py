@@ -287,7 +287,8 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
 
     PLAN names the arms: a YAML file, or a shipped plan, for example `zoo ablate cycle-small base.steps=100 seeds=[0] --out FOLDER`.
 
-    Every arm is trained with every seed. Results: runs.csv, table.md and plots. Ctrl-C and the other signals of
+    Every arm is trained with every seed, by default for the tokens and for the training FLOPs of the first arm (match=[tokens] and
+    match=[flops] choose). Results: runs.csv, table.md and plots. Ctrl-C and the other signals of
     `zoo train` stop it; to resume, repeat the command.
 
     Several of these commands, on one or several machines, may share a folder: each trains runs that no other is training.

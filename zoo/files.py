@@ -15,6 +15,19 @@ from typing import Any
 from safetensors import SafetensorError
 
 from zoo.errors import ZooError
+from zoo.signals import before_exit
+
+_unfinished: set[Path] = set()
+"""Temporary files and folders that this process is writing."""
+
+
+def remove_unfinished() -> None:
+    """Remove what this process is writing and has not finished. For a process that is about to end."""
+    for scratch in tuple(_unfinished):
+        shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+
+
+before_exit.append(remove_unfinished)
 
 
 def as_path(value: Any, name: str = "path") -> Path:
@@ -58,6 +71,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = (target if exists else target.parent) / f".{target.name}-{secrets.token_hex(4)}"
         scratch.mkdir()
+        _unfinished.add(scratch)
         try:
             yield scratch
             mode = scratch.stat().st_mode & 0o666  # some libraries write files that only their owner can read
@@ -75,6 +89,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise ZooError(str(error).replace(str(scratch), str(path))) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            _unfinished.discard(scratch)
 
 
 @contextmanager
@@ -82,6 +97,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces `path` if the `with` block succeeds."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with _one_line(path):
+        _unfinished.add(scratch)
         try:
             scratch.touch()
             mode = scratch.stat().st_mode & 0o666
@@ -90,6 +106,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
+            _unfinished.discard(scratch)
 
 
 def remove_scratch(path: Path) -> None:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+before_exit: list[Callable[[], None]] = []
+"""Functions to call before a signal ends the process at once."""
 IMPATIENCE = 2.0
 """Seconds after which another Ctrl-C counts as a second one: torchrun forwards the one that its processes already got from the terminal."""
 
@@ -25,7 +27,7 @@ class StoppedError(Exception):
 
 
 def exit_on_signals() -> None:
-    """Make every signal from now on end the process at once, with status 128 + its number."""
+    """Make every signal from now on end the process at once, with status 128 + its number and without unfinished files."""
     # a process of torchrun may be waiting for another one in C++, where no Python handler runs
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     for number in STOPPING:
@@ -81,4 +83,6 @@ def deferred() -> Iterator[Callable[[], int]]:
 
 
 def _exit(number: int, frame: Any) -> None:
+    for clean in before_exit:
+        clean()
     os._exit(128 + number)

@@ -93,3 +93,23 @@ def test_a_signal_ends_a_command_without_a_traceback(tmp_path, moment, number):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == (-number if moment == "exit" else 128 + number)
     assert done.stderr == ""
+
+
+UNFINISHED = """
+import signal, sys
+from pathlib import Path
+from zoo.files import new_folder, replacing
+from zoo.signals import exit_on_signals
+exit_on_signals()
+with new_folder(Path("a/folder")) as outer, new_folder(outer / "inner") as inner, replacing(Path("file")) as file:
+    (inner / "weights").write_text("half")
+    file.write_text("half")
+    signal.raise_signal(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("number", STOPPING[:2])
+def test_a_command_that_a_signal_ends_leaves_no_unfinished_files(tmp_path, number):
+    done = subprocess.run([sys.executable, "-c", UNFINISHED, str(int(number))], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + number, "")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]

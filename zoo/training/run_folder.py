@@ -77,9 +77,9 @@ class RunFolder:
             self.extended, there["steps"] = True, now
         for field in {**settings, **there}:
             if there.get(field) != settings.get(field):
+                held, asked = (values.get(field, "its default") for values in (there, settings))
                 raise ZooError(
-                    f"{path}: holds a run with {field}: {there.get(field)}, not {settings.get(field)}; "
-                    "resume with the same settings, or choose another folder"
+                    f"{path}: holds a run with {field}: {held}, not {asked}; resume with the same settings, or choose another folder"
                 )
         if (path / RESULTS).exists() and not self.extended:
             raise ZooError(
