@@ -227,7 +227,7 @@ def test_pieces_of_a_package_are_joined_again(tmp_path):
     assert [file.stat().st_size <= 2000 for file in sorted(folder.iterdir())] == [True] * 3
     assert (pack.unpack_tensorrt(folder) / "module/library").read_bytes() == (package / "module/library").read_bytes()
     with pytest.raises(pack.click.ClickException, match="at most 64"):
-        pack.check(64 * pack.MIB, [pack.FOLDER / "site"])
+        pack.check(64 * pack.MIB, [package])
 
 
 def test_a_table_says_that_it_is_a_rehearsal(tmp_path):

@@ -107,7 +107,7 @@ def check(base: int, packages: Iterable[Path]) -> None:
     """Print the sizes. Raises click.ClickException if one does not fit beside the repository."""
     for package in packages:
         total = base + size(package)
-        console.print(f"{package.relative_to(ROOT)}: {size(package) / MIB:.1f} MiB, with the repository {total / MIB:.1f} MiB")
+        console.print(f"{package}: {size(package) / MIB:.1f} MiB, with the repository {total / MIB:.1f} MiB")
         if total > LIMIT:
             raise click.ClickException(f"{package}: {total / MIB:.1f} MiB with the repository; at most {LIMIT / MIB:.0f} may be sent")
 

@@ -207,9 +207,9 @@ def test_the_python_backend_has_the_same_input_and_output(repositories, case):
 
 
 REFUSED = {
-    "never sleeps": (["evict=none", "window=null", "loops=1"], ["--max-length", "8"], "self_sleeping: .* never sleeps"),
-    "pass by pass": ([], ["--per-pass"], "self_sleeping: .* pass by pass"),
-    "an engine": ([], ["--target", "tensorrt"], "self_sleeping: not supported by TensorRT"),
+    "never sleeps": (["evict=none", "window=null", "loops=1"], ["--max-length", "8"], "--self-sleeping: .* never sleeps"),
+    "pass by pass": ([], ["--per-pass"], "--self-sleeping: .* pass by pass"),
+    "an engine": ([], ["--target", "tensorrt"], "--self-sleeping: not supported by TensorRT"),
 }
 
 
