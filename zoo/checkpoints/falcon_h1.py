@@ -29,7 +29,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     attention = {**heads(config, kv_heads=8, context=8192), **read_bias(config)}
     if (key_scale := config.get("key_multiplier", 1.0)) <= 0:
         raise ZooError(f"key_multiplier: {key_scale} must be greater than 0")
-    attention["scale"] = None if key_scale == 1 else key_scale / math.sqrt(attention["head_dim"])
+    attention["scale"] = key_scale / math.sqrt(attention["head_dim"])
     gate_scale, scale = factors(config, "mlp_multipliers", 2)
     both = {"attn": attention, "mamba2": ssm(config), **{ours: config.get(theirs, 1.0) for theirs, ours in SCALES.items()}}
     bias = expect(config, "mlp_bias", False, True, default=False)

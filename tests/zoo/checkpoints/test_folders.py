@@ -346,6 +346,37 @@ def test_pretrained_without_published_weights_or_a_network(monkeypatch: pytest.M
         zoo.create("jet2b", device="meta", pretrained=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        (
+            "falcon-h1-tiny-90m",
+            {
+                "layers": "parallel",
+                "blocks": {
+                    "parallel": {
+                        "attn": {"heads": 2, "kv_heads": 1, "head_dim": 16, "scale": None},
+                        "mamba2": {"heads": 2, "head_dim": 16, "state_dim": 8},
+                    }
+                },
+            },
+        ),
+        (
+            "granite4-h-350m",
+            {
+                "layers": "mamba2 attn",
+                "blocks": {"attn": {"heads": 2, "kv_heads": 1, "scale": None}, "mamba2": {"head_dim": 16, "state_dim": 8}},
+            },
+        ),
+    ],
+)
+def test_a_scale_that_is_not_stated_is_written_for_upstream(tmp_path: Path, name: str, fields: dict) -> None:
+    model = zoo.create(name, vocab_size=32, d_model=32, d_ff=32, **fields)
+    zoo.save(model, tmp_path / "hf", format="hf")
+    ids = torch.arange(12)[None]
+    assert torch.allclose(zoo.load(tmp_path / "hf")(ids).logits, model(ids).logits, atol=1e-6)
+
+
 def test_a_repository_is_loaded_by_its_address(hub: Hub, tmp_path: Path) -> None:
     model = zoo.create("gdn4-sleep2-hard8", layers="gdn", d_model=16, d_ff=16)
     zoo.save(model, hub.repositories / "me" / "sleeper")
