@@ -25,7 +25,6 @@ try:
     import onnx_ir as ir
     from onnx_ir.passes import common
     from onnxscript.optimizer import optimize
-    from torch.onnx._internal.exporter import _decomp
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 except ImportError:
     raise ZooError("export: needs pip install 'sleep-zoo[onnx]'") from None
@@ -60,19 +59,6 @@ def _translations(opset_version: int) -> ONNXRegistry:
     return _build_translations(opset_version=opset_version)
 
 
-_build_decompositions = _decomp.create_onnx_friendly_decomposition_table
-
-
-@functools.cache
-def _all_decompositions(translated: frozenset[Any]) -> dict[Any, Any]:
-    return _build_decompositions(set(translated))
-
-
-def _decompositions(translated: set[Any]) -> dict[Any, Any]:
-    """Return torch's decompositions of the operators that have no translation. Torch looks up all 1,500 for every graph."""
-    return dict(_all_decompositions(frozenset(translated)))
-
-
 @_errors_only("torch.onnx", "onnx_ir")
 def trace(module: nn.Module, example: Mapping[str, Tensor], scans: Scans) -> ir.Model:
     """Trace a module over named tensors to ONNX, with a dynamic dimension `batch` and with parameters by name only.
@@ -81,9 +67,8 @@ def trace(module: nn.Module, example: Mapping[str, Tensor], scans: Scans) -> ir.
     """
     batch = torch.export.Dim(BATCH)
     shapes = {name: {0: batch} if tensor.ndim and not name.startswith("fixed") else {} for name, tensor in example.items()}
-    translations = mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_translations))
-    decompositions = mock.patch.object(_decomp, "create_onnx_friendly_decomposition_table", _decompositions)
-    with torch.no_grad(), warnings.catch_warnings(), translations, decompositions:
+    cached = mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_translations))
+    with torch.no_grad(), warnings.catch_warnings(), cached:
         warnings.simplefilter("ignore")
         program = torch.export.export(module, (dict(example),), dynamic_shapes=(shapes,), strict=False)
         spec = program.call_spec.out_spec
