@@ -60,7 +60,7 @@ def gated_delta_rule(
     return o, final if output_final_state else None
 
 
-def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """Adapt a form that takes inputs in the state's dtype, one key head per value head and one row per sequence."""
 
     def run(
@@ -75,6 +75,6 @@ def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
 
 
 operators.register("gated_delta_rule", gated_delta_rule)
-kernels.register("gated_delta_rule.chunked", _in_pytorch(chunked))
-kernels.register("gated_delta_rule.reference", _in_pytorch(recurrent))
+kernels.register("gated_delta_rule.chunked", in_pytorch(chunked))
+kernels.register("gated_delta_rule.reference", in_pytorch(recurrent))
 kernels.register("gated_delta_rule.triton", triton_form("gated_delta_rule"))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from zoo.kernels.common import packed
 from zoo.kernels.common.checks import given_or_zeros
 from zoo.kernels.dispatch import choose, kernels, operators
+from zoo.kernels.gated_delta_rule.op import in_pytorch
 from zoo.kernels.kda.chunked import chunked
 from zoo.kernels.kda.reference import recurrent
 
@@ -35,7 +34,7 @@ def kda(
         scale: factor applied to the queries, default K ** -0.5.
         initial_state: [S, H, K, V], S the number of sequences (B, or those of `cu_seqlens`); default zeros.
         cu_seqlens: [S + 1] int32 or int64, boundaries of S sequences packed into one row (B = 1).
-        form: "reference", "chunked" or "triton"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
+        form: "reference" or "chunked"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [S, H, K, V] if `output_final_state`, else None.
         The state and the arithmetic are float32, or float64 for float64 input.
@@ -56,18 +55,6 @@ def kda(
     return o, final if output_final_state else None
 
 
-def _in_pytorch(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Adapt a form that takes inputs in the state's dtype and one row per sequence."""
-
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        o, final = form(*(packed.unpack(x.to(state.dtype), cu_seqlens) for x in (q, k, v, g, beta)), scale, state)
-        return packed.pack(o.to(v.dtype), cu_seqlens), final
-
-    return run
-
-
 operators.register("kda", kda)
-kernels.register("kda.chunked", _in_pytorch(chunked))
-kernels.register("kda.reference", _in_pytorch(recurrent))
+kernels.register("kda.chunked", in_pytorch(chunked))
+kernels.register("kda.reference", in_pytorch(recurrent))
