@@ -137,8 +137,8 @@ def convert(source: str, destination: Path, overrides: tuple[str, ...], form: Li
     """Convert a checkpoint to another format, or give it sleep settings.
 
     SOURCE is a folder of this package or of an upstream project, or hf://OWNER/NAME[@REVISION], which is downloaded from the
-    Hugging Face hub; DESTINATION is a new folder. Tensors are copied bit for bit, with
-    the tokenizer and other files; `--to hf` writes the config.json and the tensor names of the upstream project.
+    Hugging Face hub; DESTINATION is a new folder. Tensors are copied bit for bit, with the tokenizer and other files; `--to hf`
+    writes the config.json and the tensor names of the upstream project.
     FIELD=VALUE replaces a field of the config: loops=4 evict=hard window=512 makes the copy sleep.
     """
     from zoo.checkpoints.own import load, save
@@ -288,8 +288,8 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
     PLAN names the arms: a YAML file, or a shipped plan, for example `zoo ablate cycle-small base.steps=100 seeds=[0] --out FOLDER`.
 
     Every arm is trained with every seed, by default for the tokens and for the training FLOPs of the first arm (match=[tokens] and
-    match=[flops] choose). Results: runs.csv, table.md and plots. Ctrl-C and the other signals of
-    `zoo train` stop it; to resume, repeat the command.
+    match=[flops] choose). Results: runs.csv, table.md and plots. Ctrl-C and the other signals of `zoo train` stop it; to resume,
+    repeat the command.
 
     Several of these commands, on one or several machines, may share a folder: each trains runs that no other is training.
     """

@@ -10,7 +10,7 @@ import torch
 
 from zoo.checkpoints import own, upstream
 from zoo.checkpoints.companions import read_companions
-from zoo.checkpoints.hub import download, local_folder
+from zoo.checkpoints.hub import PREFIX, local_folder
 from zoo.checkpoints.plain import cast, empty_model
 from zoo.config import ModelConfig, resolve
 from zoo.devices import usable_device
@@ -69,7 +69,7 @@ def _published(config: ModelConfig) -> Path:
     if config.name in known:
         return WEIGHTS / config.name
     if config.hub is not None:
-        return download(config.hub.partition("@")[0], config.hub.partition("@")[2] or None, f"{config.name}: pretrained")
+        return local_folder(PREFIX + config.hub, f"{config.name}: pretrained")
     if relatives := [name for name in known if config.name.startswith(name.partition("-")[0])]:
         raise ZooError(f"{config.name}: pretrained: there are weights for {', '.join(relatives)}; `loops` changes the passes of each")
     raise ZooError(f"{config.name}: pretrained: no published weights are known; give the path of a folder instead")

@@ -62,7 +62,7 @@ def card(trained: Trained, config: ModelConfig, repository: str) -> str:
         "library_name": "sleep-zoo",
         "pipeline_tag": "text-generation",
         "tags": ["sleep-zoo", "hybrid", *sorted(set(config.pattern))],
-        **({"base_model": config.hub} if config.hub else {}),
+        **({"base_model": config.hub.partition("@")[0]} if config.hub else {}),
     }
     sizes = describe(config, dtype=stored_dtype(trained.folder))
     text = f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {config.name}\n\n"

@@ -24,7 +24,7 @@ def local_folder(source: str | Path, name: str = "path") -> Path:
     repository, _, revision = source.removeprefix(PREFIX).partition("@")
     if not is_repository(repository) or source.endswith("@"):
         raise ZooError(f"{name}: '{source}': want hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
-    return download(repository, revision or None, source)
+    return _download(repository, revision or None, f"{name}: {source}")
 
 
 def is_repository(name: str) -> bool:
@@ -32,7 +32,7 @@ def is_repository(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-def download(repository: str, revision: str | None, label: str) -> Path:
+def _download(repository: str, revision: str | None, label: str) -> Path:
     """Download a repository; returns its folder in the cache of huggingface_hub: the config and one format of the weights.
 
     Args:

@@ -248,7 +248,7 @@ def _default(config: ModelConfig, options: Any, name: str) -> Any:
     """Return the value that an omitted option stands for."""
     if name == "head_dim":
         return config.d_model // options.heads
-    if name == "scale" and hasattr(options, "head_dim"):
+    if name == "scale":
         return (options.head_dim or config.d_model // options.heads) ** -0.5
     if name in ("kv_heads", "value_heads"):
         return options.heads
