@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
 from tests.zoo.training.tiny import tiny
@@ -113,6 +114,19 @@ def in_float64(x, weight, bias, upstream):
     return y, upstream.double() @ weight.double(), upstream.double().t() @ x.double()
 
 
+class Multiplied(TorchDispatchMode):
+    """Records the dtypes of the matrices that are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator in products.MATRIX_PRODUCTS:
+            self.dtypes.append(args[0].dtype)
+        return operator(*args, **(kwargs or {}))
+
+
 def test_bfloat16_is_multiplied_in_float32_and_rounded_once():
     """The output and both gradients of a linear layer, and batched products, are those of float64 to half a unit of bfloat16."""
     torch.manual_seed(0)
@@ -124,7 +138,7 @@ def test_bfloat16_is_multiplied_in_float32_and_rounded_once():
     x.requires_grad_()
     dtypes = []
     linear.register_forward_hook(lambda module, args, y: dtypes.append(y.dtype))
-    with products.Float32Products():
+    with Multiplied() as multiplied, products.Float32Products():
         y = linear(x)
         y.backward(upstream)
         batched = torch.bmm(x.detach().view(4, 24, 64), weight.view(4, 8, 64).transpose(1, 2))
@@ -135,6 +149,7 @@ def test_bfloat16_is_multiplied_in_float32_and_rounded_once():
     wanted = x.detach().double().view(4, 24, 64) @ weight.double().view(4, 8, 64).transpose(1, 2)
     assert ((batched.double() - wanted).abs() <= wanted.abs() * 2**-8 + 1e-4).all()
     assert dtypes == [torch.bfloat16]
+    assert multiplied.dtypes == [torch.float32] * 4
 
 
 @pytest.mark.parametrize(("faster", "expected"), [(0.0, "float32"), (1e9, "bfloat16")])
