@@ -7,6 +7,7 @@ runs/<arm>-<steps>steps-seed<seed>/  one run each; see `zoo.training.run_folder`
 runs/<run>/test_loops.json           accuracy by passes per sleep at test time, if the plan asks for it
 runs.csv                             a row per matching, arm, seed and level
 table.md tokens.png flops.png        mean and range over the seeds, computed from the runs
+scaling.png                          accuracy against training FLOPs, if the plan has several budgets of them
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from zoo.files import new_folder, refuse_existing, remove_scratch, replacing
 from zoo.signals import deferred
 from zoo.system import lock
 from zoo.tasks import new_task
+from zoo.training import scaling
 from zoo.training.config import read_config
 from zoo.training.evaluate import evaluate
 from zoo.training.plan import Arm, Matching, Plan, Run, arms_of, runs_of
@@ -134,7 +136,7 @@ def _by_test_loops(folder: Path) -> dict[str, Any]:
 
 def _write_results(plan: Plan, arms: list[Arm], matched: dict[Matching, list[Run]], out: Path) -> str:
     """Write runs.csv, table.md and the plots of the runs that are finished, and return the table."""
-    rows, tables = [], []
+    rows, tables, by_budget = [], [], {}
     for match, runs in matched.items():
         folders = {run: out / "runs" / run.folder for run in runs}
         trained = {run: read_run(folder) for run, folder in folders.items() if (folder / _last_file(plan.test_loops)).exists()}
@@ -144,6 +146,11 @@ def _write_results(plan: Plan, arms: list[Arm], matched: dict[Matching, list[Run
             tables.append(markdown(match, results, arms, plan.reference or arms[0].name, list(dict.fromkeys(run.seed for run in runs))))
             grouped = {arm.name: [one for run, one in trained.items() if run.arm is arm] for arm in arms}
             save(figure({name: runs for name, runs in grouped.items() if runs}), out / f"{match}.png")
+            if match.match == "flops":
+                by_budget[match] = results
+    if len(by_budget) > 1:
+        tables.append(scaling.markdown(by_budget, arms))
+        save(scaling.figure(by_budget, arms), out / "scaling.png")
     with replacing(out / "runs.csv") as file, file.open("w", newline="", encoding="utf-8") as lines:
         table = csv.DictWriter(lines, list(dict.fromkeys(itertools.chain(*rows))), restval="")
         table.writeheader()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -202,26 +202,26 @@ def accuracy_curves(axes: Axes, groups: Groups, *, level: int | None = None, tit
 
 
 def _curves(axes: Axes, groups: Groups, value: Callable[[dict[str, Any]], float | None]) -> None:
-    for (name, runs), (color, line, _) in zip(groups.items(), _styles(groups), strict=True):
+    for (name, runs), (color, line, _) in zip(groups.items(), styles_of(groups), strict=True):
         for run in runs:
             points = [(metrics["tokens"] / 1e6, y) for metrics in run.metrics if (y := value(metrics)) is not None]
             reach = len(points) // 40  # a running mean, since each point is of one batch
             smooth = [fmean(y for _, y in points[max(0, i - reach) : i + reach + 1]) for i in range(len(points))]
             label = name if run is runs[0] else None
             axes.plot([x for x, _ in points], smooth, color=color, linestyle=line, linewidth=1.2, alpha=0.8, label=label)
-    _tidy(axes)
+    tidy(axes)
     axes.set_xlabel("training tokens (millions)")
 
 
 def against_level(axes: Axes, groups: Groups) -> None:
     """Draw the held-out accuracy against the level: mean and range over the finished runs of a group."""
-    for (name, runs), (color, line, marker) in zip(groups.items(), _styles(groups), strict=True):
+    for (name, runs), (color, line, marker) in zip(groups.items(), styles_of(groups), strict=True):
         done = [run.results["by_level"] for run in runs if run.results]
         if done:
             points = {level: [one[level] for one in done] for level in done[0]}
-            _mean_and_range(axes, points, color=color, linestyle=line, marker=marker, label=name)
+            error_bars(axes, points, color=color, linestyle=line, marker=marker, label=name)
     _accuracy_axis(axes, groups)
-    _tidy(axes)
+    tidy(axes)
     level = _level_name(groups)
     axes.set(title=f"Held-out accuracy by {level}", xlabel=level)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -235,11 +235,11 @@ def against_loops(axes: Axes, groups: Groups, loops: Mapping[int, Sequence[Train
     for i, level in enumerate(levels):
         shade = 0.25 + 0.65 * i / max(1, len(levels) - 1)
         found = {n: [run.results["by_level"][level] for run in runs if run.results] for n, runs in sorted(loops.items())}
-        lines.append(_mean_and_range(axes, found, color=(0.1, 0.35 * shade, 0.75 * shade + 0.2, shade), marker="o"))
+        lines.append(error_bars(axes, found, color=(0.1, 0.35 * shade, 0.75 * shade + 0.2, shade), marker="o"))
     labels = [level_label(level, some.task.level_name) for level in levels]
     axes.legend(lines, labels, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     _accuracy_axis(axes, groups)
-    _tidy(axes)
+    tidy(axes)
     axes.set(title="Held-out accuracy by N", xlabel="N (passes per sleep)", xticks=sorted(loops))
 
 
@@ -251,7 +251,8 @@ def _families(groups: Groups) -> list[dict[int, Sequence[Trained]]]:
     return sorted(found.values(), key=len, reverse=True)
 
 
-def _mean_and_range(axes: Axes, points: Mapping[int, Sequence[float]], **style: Any) -> ErrorbarContainer:
+def error_bars(axes: Axes, points: Mapping[int, Sequence[float]], **style: Any) -> ErrorbarContainer:
+    """Draw the mean and the range of the values at each point."""
     means = [fmean(values) for values in points.values()]
     below = [mean - min(values) for mean, values in zip(means, points.values(), strict=True)]
     above = [max(values) - mean for mean, values in zip(means, points.values(), strict=True)]
@@ -274,12 +275,13 @@ def _level_name(groups: Groups) -> str:
     return next(iter(groups.values()))[0].task.level_name
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Remove the frame's upper and right sides, and add horizontal lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
 
 
-def _styles(groups: Groups) -> list[tuple[str, Any, str]]:
+def styles_of(groups: Sized) -> list[tuple[str, Any, str]]:
     """Return a colour, a line style and a marker for each group; distinct for 32 groups."""
     count = len(COLORS)
     return [(COLORS[i % count], *STYLES[i // count % len(STYLES)]) for i in range(len(groups))]

@@ -55,12 +55,14 @@ def markdown(match: Matching, results: Results, arms: Sequence[Arm], reference: 
         done = {run: found for run, found in results.items() if run.arm is arm}
         if done:
             rows.append(_row(arm, done, seeds, levels, whole=some["exact_chance"] is not None))
+    by_first = f", by {some['level_name']} only the first of each sequence" if len(levels) > 1 and first_answers_tell(some) else ""
     lines = [
         f"## {_amount(match)} as {reference}",
         "",
-        *_aligned(rows),
+        *aligned(rows),
         "",
-        f"{some['answers']:,} held-out answers per run; mean (range) over seeds {', '.join(map(str, seeds))}; torch {torch.__version__}.",
+        f"{some['answers']:,} held-out answers per run{by_first}; "
+        f"mean (range) over seeds {', '.join(map(str, seeds))}; torch {torch.__version__}.",
         "",
     ]
     return "\n".join(lines)
@@ -71,12 +73,12 @@ def _row(arm: Arm, done: Results, seeds: Sequence[int], levels: Sequence[int], *
     name = arm.name if len(done) == len(seeds) else f"{arm.name} ({len(done)} of {len(seeds)} seeds)"
     row = [name, count(arm.costs.parameters), f"{steps:,}", count(steps * arm.costs.tokens), count(arm.flops(steps))]
     row.append(count(arm.costs.awake))
-    row.append(_mean_and_range([one["accuracy"] for one in found]))
-    row += [_mean_and_range([one["by_level"].get(level) for one in found]) for level in levels if len(levels) > 1]
+    row.append(mean_and_range([one["accuracy"] for one in found]))
+    row += [mean_and_range([accuracy_by_level(one).get(level) for one in found]) for level in levels if len(levels) > 1]
     if found[0]["wrong_window"] is not None:
-        row += [_mean_and_range([one[name] for one in found]) for name in ("first", "wrong_window")]
-    row += [_mean_and_range([one["test_loops"][n] for one in found]) for n in found[0].get("test_loops", ())]
-    row += [_mean_and_range([one["exact"] for one in found])] if whole else []
+        row += [mean_and_range([one[name] for one in found]) for name in ("first", "wrong_window")]
+    row += [mean_and_range([one["test_loops"][n] for one in found]) for n in found[0].get("test_loops", ())]
+    row += [mean_and_range([one["exact"] for one in found])] if whole else []
     return [*row, f"{found[0]['chance']:.1%}" + (f", whole {found[0]['exact_chance']:.2%}" if whole else "")]
 
 
@@ -85,14 +87,26 @@ def _amount(match: Matching) -> str:
     return f"The same {what}" if match.times == 1 else f"{match.times} times as many {what}"
 
 
-def _mean_and_range(values: Sequence[float | None]) -> str:
+def first_answers_tell(found: Mapping[str, Any]) -> bool:
+    """Return True if earlier answers may give later ones away, and first answers exist at every level."""
+    return found["wrong_window"] is not None and found["first_by_level"].keys() == found["by_level"].keys()
+
+
+def accuracy_by_level(found: Mapping[str, Any]) -> dict[int, float]:
+    """Return the accuracy of first answers by level where these are what tells, else that of all answers."""
+    chosen: dict[int, float] = found["first_by_level" if first_answers_tell(found) else "by_level"]
+    return chosen
+
+
+def mean_and_range(values: Sequence[float | None]) -> str:
+    """Return "93.0% (91.2-95.1)", or the one value alone."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
     return f"{fmean(known):.1%}" + (f" ({100 * min(known):.1f}-{100 * max(known):.1f})" if len(known) > 1 else "")
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table: names to the left, numbers to the right."""
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

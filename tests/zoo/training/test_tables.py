@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoo.training.tables import _aligned, level_label
+from zoo.training.tables import aligned, level_label
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,8 @@ def cells(lines):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_columns_are_aligned():
-    lines = _aligned(ROWS)
+def test_columns_arealigned():
+    lines = aligned(ROWS)
     assert len({len(line) for line in lines}) == 1
     head, rule, *rest = cells(lines)
     assert [head, *rest] == ROWS
