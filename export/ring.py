@@ -112,8 +112,7 @@ def with_rings(state: State, slots: int) -> State:
     """Replace the growing caches of new streams with empty rings of `slots` slots."""
 
     def ring(cache: KV) -> RingKV:
-        B, Hkv, _, D = cache.key.shape
-        return RingKV(cache.key.new_zeros(B, Hkv, slots, D), cache.value.new_zeros(B, Hkv, slots, D))
+        return RingKV(*(tensor.new_zeros(*tensor.shape[:2], slots, tensor.shape[3]) for tensor in cache))
 
     return with_caches(state, lambda i, cache: ring(cache) if isinstance(cache, KV) else cache)
 

@@ -128,6 +128,47 @@ def gdn(x, p, o, S, tail):
     return torch.stack(out), S, tail
 
 
+def kda(x, p, o, S, tail):
+    """S: [H, K, V]."""
+    out = []
+    conv = torch.cat([p["q_conv"], p["k_conv"], p["v_conv"]])
+    for row in x:
+        mixed, tail = convolved(conv, None, tail, torch.cat([p[f"{n}_proj.weight"] @ row for n in "qkv"]))
+        q, k, v = (y.view(len(S), -1) for y in silu(mixed).chunk(3))
+        q, k = (y / torch.sqrt((y * y).sum(-1, keepdim=True) + 1e-6) for y in (q, k))
+        step = softplus(p["f_b_proj.weight"] @ (p["f_a_proj.weight"] @ row) + p["dt_bias"]).view(len(S), -1)
+        beta = torch.sigmoid(p["b_proj.weight"] @ row)
+        states, reads = [], []
+        for h in range(len(S)):
+            s = torch.exp(-p["A_log"][h].exp() * step[h])[:, None] * S[h]
+            s = s + torch.outer(k[h], beta[h] * (v[h] - s.T @ k[h]))
+            states.append(s)
+            reads.append(s.T @ q[h] / math.sqrt(q.shape[-1]))
+        S = torch.stack(states)
+        normed = rms(torch.stack(reads), p["o_norm.weight"], o.get("norm_eps", 1e-5)).flatten()
+        gate = p["g_b_proj.weight"] @ (p["g_a_proj.weight"] @ row)
+        out.append(p["o_proj.weight"] @ (normed * torch.sigmoid(gate)))
+    return torch.stack(out), S, tail
+
+
+def mla(x, p, o, cache, start, reach):
+    """Keys and values of every head, computed from the latents of the cached tokens."""
+    cache, out, heads, rank = dict(cache), [], o["heads"], o["rank"]
+    U, V = (p[name].view(heads, -1, rank) for name in ("key_up", "value_up"))
+    for t, row in enumerate(x):
+        q = linear(p, "q_proj", row).view(heads, -1)
+        latent, shared = linear(p, "kv_proj", row).split([rank, o["shared_dim"]])
+        cache[start + t] = rms(latent, p["kv_norm.weight"], o.get("norm_eps", 1e-6)), shared
+        seen = [own for at, own in cache.items() if at <= start + t and (reach is None or at > start + t - reach)]
+        mixed = []
+        for h in range(heads):
+            keys = torch.stack([torch.cat([U[h] @ c, s]) for c, s in seen])
+            weights = (keys @ q[h] / math.sqrt(q.shape[-1])).softmax(0)
+            mixed.append(weights @ torch.stack([V[h] @ c for c, _ in seen]))
+        out.append(linear(p, "o_proj", torch.cat(mixed)))
+    return torch.stack(out), cache
+
+
 def conv(x, p, o, S, tail):
     out = []
     for row in x:
@@ -153,7 +194,7 @@ def rglru(x, p, o, S, tail):
     return torch.stack(out), S, tail
 
 
-RECURRENT = {"mamba2": mamba2, "mamba": mamba, "gdn": gdn, "conv": conv, "rglru": rglru}
+RECURRENT = {"mamba2": mamba2, "mamba": mamba, "gdn": gdn, "kda": kda, "conv": conv, "rglru": rglru}
 
 
 def mlp(x, p, kind, o):
@@ -204,7 +245,7 @@ class NaiveFamily(NaiveStream):
         self.cache = {}
         for i, kind in enumerate(self.c.pattern):
             p = {n: t for n, t in self.p.items() if n.startswith(f"blocks.{i}.mixer.")}
-            if kind == "gdn":
+            if kind in ("gdn", "kda"):
                 shapes = [p[f"blocks.{i}.mixer.{n}_conv"].shape for n in "qkv"]
                 self.cache[i] = [torch.zeros(sum(s[0] for s in shapes), dtype=torch.float64)] * (shapes[0][1] - 1)
             elif weight := [x for name, x in p.items() if name.endswith(".conv_weight")]:
@@ -238,6 +279,8 @@ class NaiveFamily(NaiveStream):
             y, S, window[i] = RECURRENT[kind](normed, own, o, self.S.get(i), self.cache[i])
             if i in self.S:
                 self.S[i] = S
+        elif kind == "mla":
+            y, window[i] = mla(normed, own, o, self.cache[i], self.position, sliding)
         else:
             reach = [r for r in (sliding, o.get("window")) if r]
             y, window[i] = attention(normed, own, o, self.cache[i], self.position, min(reach, default=None), False)

@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "jet narrow": ("jet", {"heads": 3, "head_dim": 5, "expand_v": 1.4, "conv_size": 3, "generator_reduction": 4}),
     "attn scaled": ("attn", {"kv_heads": 2, "scale": 0.3, "qk_norm": "wide", "qk_norm_whole": True}),
+    "mla wide": ("mla", {"heads": 3, "rank": 10, "head_dim": 6, "shared_dim": 3, "value_dim": 7, "bias": True}),
     "mamba normed": ("mamba", {"state_dim": 5, "inner_norm": "plain"}),
     "mamba unit": ("mamba", {"state_dim": 5, "inner_norm": "unit"}),
     "rglru wide": ("rglru", {"heads": 3, "width": 48, "conv_size": 3}),

@@ -17,6 +17,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "swa": {"heads": 2, "window": 3},
     "gdn": {"heads": 2},
     "kda": {"heads": 2},
+    "mla": {"heads": 2, "rank": 3, "shared_dim": 1},
     "jet": {"heads": 2, "mlp": False},
     "mamba": {"state_dim": 3},
     "mamba2": {"head_dim": 8, "state_dim": 4, "mlp": False},

@@ -40,6 +40,7 @@ PARAMETERS = {
     "olmo-hybrid-7b": 7_430_870_688,
     "qwen3-next-80b-a3b": 79_674_391_296,
     "qwen3.5-35b-a3b": 34_660_610_688,
+    "kimi-linear-48b-a3b": 49_122_675_072,
     "nemotron-nano-9b": 8_888_227_328,
     "nemotron3-nano-30b-a3b": 31_577_937_344,
     "lfm2-350m": 354_483_968,

@@ -38,13 +38,19 @@ class Taps(NamedTuple):
     ours: tuple[str, ...]
 
 
+class Heads(NamedTuple):
+    """A number for each head: ours [H], upstream's [1, 1, H, 1]."""
+
+    ours: tuple[str, ...]
+
+
 class FirstOf(NamedTuple):
     """The first of several of our names that the block has."""
 
     ours: tuple[str, ...]
 
 
-Names = Mapping[str | tuple[str, ...], str | Stacked | Taps | Ones | FirstOf]
+Names = Mapping[str | tuple[str, ...], str | Stacked | Taps | Heads | Ones | FirstOf]
 """Upstream name to our name. Entries whose tensor a model does not have are skipped.
 
 Several upstream names are tensors of one shape; concatenated along rows, they are ours. `{}` in them stands for the number of an
@@ -93,7 +99,8 @@ class Link(NamedTuple):
     theirs: str
     ours: tuple[str, ...]
     groups: int = 1
-    depthwise: bool = False
+    units: tuple[int, ...] = ()
+    """Axes of size 1 of upstream's tensors, which ours lack."""
     ones: int = 0
     others: tuple[str, ...] = ()
     """Further upstream tensors of the same shape, concatenated after the first."""
@@ -108,23 +115,26 @@ class Link(NamedTuple):
         if self.ones:
             return [[self.ones]]
         rows, *rest = (sum(ours[name].shape[0] for name in self.ours), *ours[self.ours[0]].shape[1:])
-        if self.others and not self.depthwise:  # our rows are experts
+        if self.others and not self.units:  # our rows are experts
             rows, rest = rows * rest[0], rest[1:]
-        return [[rows // len(self.names), *([1] if self.depthwise else []), *rest]] * len(self.names)
+        shape = [rows // len(self.names), *rest]
+        for axis in self.units:
+            shape.insert(axis, 1)
+        return [shape] * len(self.names)
 
     def parts(self, ours: list[Tensor]) -> list[Tensor]:
         """Return upstream's tensors."""
         whole = self.pack(ours)
         if not self.others:
             return [whole]
-        return list((whole if self.depthwise else whole.flatten(0, 1)).unflatten(0, (len(self.names), -1)).unbind(0))
+        return list((whole if self.units else whole.flatten(0, 1)).unflatten(0, (len(self.names), -1)).unbind(0))
 
     def pack(self, ours: list[Tensor]) -> Tensor:
         """Combine our tensors into upstream's, or into the concatenation of several."""
         if self.ones:
             return torch.ones(self.ones)
-        if self.depthwise:
-            ours = [x[:, None] for x in ours]
+        for axis in self.units:
+            ours = [x.unsqueeze(axis) for x in ours]
         if self.groups == 1:
             return torch.cat(ours) if len(ours) > 1 else ours[0]
         return torch.cat([x.unflatten(0, (self.groups, -1)) for x in ours], dim=1).flatten(0, 1)
@@ -133,10 +143,10 @@ class Link(NamedTuple):
         """Split upstream's tensor, or the concatenation of several, into ours, given the number of rows of each."""
         if self.ones:
             return []
-        if self.others and not self.depthwise:
+        if self.others and not self.units:
             return [theirs.unflatten(0, (rows[0], -1))]
-        if self.depthwise:
-            theirs = theirs.squeeze(1)
+        if self.units:
+            theirs = theirs.squeeze(self.units)
         if len(rows) == 1:
             return [theirs]
         parts = theirs.unflatten(0, (self.groups, -1)).split([n // self.groups for n in rows], dim=1)
@@ -167,7 +177,8 @@ def links(family: Family, model: Model) -> list[Link]:
                 if "{}" in first:
                     experts = range(len(shapes[whole[0]]))
                     first, *others = (name.format(expert) for expert in experts for name in (first, *others))
-                yield Link(first, whole, groups, isinstance(our_names, Taps), others=tuple(others))
+                units = (1,) if isinstance(our_names, Taps) else (0, 1, 3) if isinstance(our_names, Heads) else ()
+                yield Link(first, whole, groups, units, others=tuple(others))
 
     found = list(of(family.top, "", ""))
     number = 0

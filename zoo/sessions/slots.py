@@ -39,7 +39,7 @@ class SlotPositions(Positions):
 
 
 class SlotKV(NamedTuple):
-    """Keys (after rotation) and values of n streams, [n, Hkv, R, D]: position p is in slot p mod R. Written in place.
+    """Keys (after rotation) and values of n streams, [n, Hkv, R, D] each: position p is in slot p mod R. Written in place.
 
     R is at most the reach of the attention, so every filled slot is visible.
     """
@@ -115,9 +115,8 @@ class Slots(Generic[Name]):
         """Return empty rings in place of a KV cache, and anything else as it is."""
         if not isinstance(cache, KV):
             return cache
-        slots, heads, _, dim = cache.key.shape
-        shape = slots, heads, min(self.context, reach or self.context), dim
-        return SlotKV(cache.key.new_zeros(shape), cache.value.new_zeros(shape))
+        ring = min(self.context, reach or self.context)
+        return SlotKV(*(tensor.new_zeros(*tensor.shape[:2], ring, tensor.shape[3]) for tensor in cache))
 
     @property
     def _buffers(self) -> list[Tensor]:

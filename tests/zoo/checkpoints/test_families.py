@@ -15,8 +15,8 @@ from tests.zoo.checkpoints.test_upstream import ORACLES, tolerance
 from zoo.blocks.moe import Router
 
 NAMES = (
-    *("bamba-a", "falcon-h1-a", "falcon-mamba-a", "gdn-olmo-hybrid-a", "gdn-qwen3_5-moe-a", "gdn-qwen3next-moe-a", "granite-a"),
-    *("jamba-a", "lfm2-a", "lfm2-moe-a", "nemotron-h-a", "recurrent-gemma-a"),
+    *("bamba-a", "falcon-h1-a", "falcon-mamba-a", "gdn-kimi-linear-a", "gdn-olmo-hybrid-a", "gdn-qwen3_5-moe-a", "gdn-qwen3next-moe-a"),
+    *("granite-a", "jamba-a", "lfm2-a", "lfm2-moe-a", "nemotron-h-a", "recurrent-gemma-a"),
 )
 WITHOUT_FAST_WEIGHTS = ("lfm2-a", "lfm2-moe-a")
 
@@ -149,6 +149,15 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
             **{"num_hidden_layers": 4, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8},
             **{"linear_value_head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
             **{"shared_expert_intermediate_size": 24, "mlp_only_layers": [1], "attention_bias": True, "norm_topk_prob": False},
+        },
+    ),
+    "kimi linear with biases": (
+        "kimi_linear",
+        {
+            **{"num_hidden_layers": 5, "num_key_value_heads": 4, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4},
+            **{"v_head_dim": 6, "linear_head_dim": 8, "linear_num_heads": 3, "n_shared_experts": 2, "num_local_experts": 4},
+            **{"num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse"]},
+            **{"attention_bias": True, "norm_topk_prob": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
         },
     ),
     "nemotron with latent experts": (

@@ -516,6 +516,10 @@ def test_folders_of_the_authors_of_gated_delta_net(tmp_path: Path) -> None:
         ("nemotron-h-a", {"n_group": 2}, ("n_group: 2 is not supported",)),
         ("nemotron-h-a", {"hybrid_override_pattern": "M--*EME"}, ("layer 2 is an MLP",)),
         ("nemotron-h-a", {"hybrid_override_pattern": "M-X*EME"}, ("hybrid_override_pattern: 'X'",)),
+        ("gdn-kimi-linear-a", {"hidden_act": "situ"}, ("hidden_act: 'situ'",)),  # Kimi K3
+        ("gdn-kimi-linear-a", {"q_lora_rank": 8}, ("q_lora_rank: 8 is not supported",)),
+        ("gdn-kimi-linear-a", {"num_expert_group": 2}, ("num_expert_group: 2 is not supported",)),
+        ("gdn-kimi-linear-a", {"mlp_layer_types": ["dense"]}, ("mlp_layer_types", "1 entries", "num_hidden_layers is 4")),
         ("jamba-a", {"attn_layer_offset": 4}, ("attn_layer_offset: 4; want 0 to 3",)),
         ("bamba-a", {"attn_rotary_emb": 16}, ("attn_rotary_emb: 16",)),
         ("bamba-a", {"mamba_n_heads": 6}, ("mamba_n_heads: 6 heads of mamba_d_head 16",)),
