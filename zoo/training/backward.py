@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.blocks.moe import balance_loss, recorded_routes
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 from zoo.loss import Recompute, chunks, predicted
@@ -23,6 +24,8 @@ class Score(NamedTuple):
     """Correctness of each answer, [n] bool."""
     level: Tensor
     """Level of each answer, [n] int."""
+    balance: float | None = None
+    """Load-balancing loss, if it is added to the loss; see `zoo.blocks.moe.balance_loss`."""
 
 
 def backward(
@@ -36,6 +39,7 @@ def backward(
     loops: int | None = None,
     recompute: Recompute = "nothing",
     backward_chunks: int | None = None,
+    balance: float = 0.0,
 ) -> Score:
     """Accumulate the gradients of the mean loss over all answers of the batch.
 
@@ -46,9 +50,10 @@ def backward(
         answer: `model.answers`, or the result of `Team.parallelize`.
         config: config of the model.
         loops, recompute, backward_chunks: as in `Model.answers`.
+        balance: weight of the load-balancing loss, which counts the wake passes and every pass of a sleep.
     """
     ids, mask, level = (torch.from_numpy(x) for x in batch)
-    loss, marks = 0.0, torch.zeros(ids.numel(), dtype=torch.uint8)
+    loss, unbalanced, marks = 0.0, 0.0, torch.zeros(ids.numel(), dtype=torch.uint8)
     place = torch.arange(ids.numel()).view_as(ids)
     parts = team.rows(len(ids)).tensor_split(accumulate)
     counts = [_count(mask[part], config) for part in parts]
@@ -57,20 +62,25 @@ def backward(
         raise ZooError("the task gave a batch without answers: its loss_mask marks no token that can be predicted")
     for part, count in zip(parts, counts, strict=True):
         rows = part if count else next(row for row in torch.arange(len(ids)).split(1) if _count(mask[row], config))
-        answers = answer(
-            ids[rows].to(team.device), mask[rows].to(team.device), loops=loops, recompute=recompute, backward_chunks=backward_chunks
-        )
-        share = answers.losses().sum() / total
-        if not count:
-            share = share * 0
-        (share * team.size).backward()  # the processes' gradients are averaged
+        with recorded_routes() as routes:  # in the backward pass too, which may recompute them
+            answers = answer(
+                ids[rows].to(team.device), mask[rows].to(team.device), loops=loops, recompute=recompute, backward_chunks=backward_chunks
+            )
+            share = objective = answers.losses().sum() / total
+            if balance:
+                of_experts = balance_loss(routes) * count / total
+                objective = share + balance * of_experts
+                unbalanced += of_experts.item()
+            if not count:
+                objective = share = share * 0
+            (objective * team.size).backward()  # the processes' gradients are averaged
         weights.take_gradients()
         loss += share.item()
         if count:
             marks[place[rows].flatten()[answers.place.cpu()]] = 1 + answers.right().cpu().byte()  # 0: not predicted, 1: wrong, 2: right
     team.average_replicated()
     marks = team.max(marks)
-    return Score(team.sum(loss), marks[marks > 0] == 2, level.flatten()[marks > 0])
+    return Score(team.sum(loss), marks[marks > 0] == 2, level.flatten()[marks > 0], team.sum(unbalanced) if balance else None)
 
 
 def _count(loss_mask: Tensor, config: ModelConfig) -> int:

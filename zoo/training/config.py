@@ -63,6 +63,7 @@ class TrainConfig(BaseModel):
     ramp: float = Field(
         0.0, ge=0, le=1, description="fraction of the steps over which the passes per sleep rise from 1 to those of the model"
     )
+    balance: float = Field(0.0, ge=0, description="weight of the load-balancing loss of mixtures of experts, added to the loss")
     clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     diverged: float = Field(5.0, gt=1, description="stop when the loss stays above this multiple of its median over the first steps")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics")

@@ -53,7 +53,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
         if config.batch_size < team.size * config.accumulate:
             raise ZooError(f"batch_size: {config.batch_size} sequences, fewer than {team.size} processes x accumulate {config.accumulate}")
         config = TrainConfig(**absolute_paths(config.model_dump(), Path()))
-        lacking = {name for name in ("no_decay", "schedule", "ramp", "lora") if not getattr(config, name)}  # in older runs
+        lacking = {name for name in ("no_decay", "schedule", "ramp", "lora", "balance") if not getattr(config, name)}  # in older runs
         lacking |= {"lr_schedule"} if config.lr_schedule == "wsd" else set()
         settings = config.model_dump(mode="json", exclude=lacking)
         trainer = Trainer(config, RunFolder(as_path(out, "out"), settings, team), team)
@@ -148,6 +148,7 @@ class Trainer:
             loops=loops,
             recompute=config.recompute,
             backward_chunks=config.backward_chunks,
+            balance=config.balance,
         )
         norm = clip_gradients(self.weights.wide.values(), config.clip)
         if not (math.isfinite(score.loss) and norm.isfinite()) or self.divergence.add(score.loss):
@@ -255,6 +256,8 @@ class Meter:
             "lr": lr,
             "tokens_per_second": round(speed),
         }
+        if score.balance is not None:
+            metrics["balance"] = round(score.balance, 4)
         if (memory := peak_memory(self.team.device)) is not None:
             metrics["memory"] = memory
         if self.peak is not None:

@@ -9,6 +9,7 @@ import torch
 
 from zoo.checkpoints.own import configure
 from zoo.config import resolve
+from zoo.errors import ZooError
 from zoo.factory import create
 from zoo.model import Model
 from zoo.tasks import Task, new_task
@@ -52,6 +53,8 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
     )
     model.companions = model.companions or task.companions()
     check_fit(model, task)
+    if config.balance and "moe" not in model.config.mlp_pattern:
+        raise ZooError(f"balance: {config.balance}: {model.config.name} has no mixture of experts (mlp: moe); want 0")
     if config.lora is not None:
         add_adapters(model, config.lora, seed=config.seed)
     freeze(model, config.frozen)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import zoo
+from tests.zoo.training.tiny import tiny
+from zoo.blocks.moe import balance_loss, recorded_routes
 from zoo.config import validate
 from zoo.tasks import Batch, new_task, tasks
 from zoo.training.backward import backward
@@ -283,6 +285,40 @@ def test_a_micro_batch_without_answers_adds_nothing():
     assert all(torch.allclose(found[name], p.grad, rtol=0, atol=1e-12) for name, p in model.named_parameters())
     with pytest.raises(zoo.ZooError, match="a batch without answers"):
         backward(model.answers, Weights(model), batch_of_four(0), model.config, accumulate=2, team=ALONE)
+
+
+EXPERTS = {"layers": "gdn", "d_model": 16, "d_ff": 16, "mlp": "moe", "mlps": {"moe": {"experts": 4, "top_k": 1, "width": 8}}}
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "passes", "chunks"])
+def test_the_balance_of_experts_is_part_of_the_gradient(recompute):
+    """That of every route in a wake pass and in the passes of a sleep."""
+    ids, mask, level = batch_of_four(4)
+    model = zoo.create("gdn4-sleep3-hard6", **EXPERTS, vocab_size=7, dtype=torch.float64)
+    score = backward(
+        model.answers, Weights(model), Batch(ids, mask, level), model.config, balance=0.7, recompute=recompute, accumulate=2, team=ALONE
+    )
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    losses, balances = [], []
+    for half in (slice(0, 2), slice(2, 4)):
+        with recorded_routes() as routes:
+            losses.append(model.loss(torch.from_numpy(ids[half]), torch.from_numpy(mask[half])))
+        assert len(routes) == 2 + 1  # nothing reads the MLP of the last pass
+        balances.append(balance_loss(routes))
+    (sum(losses) / 2 + 0.7 * sum(balances) / 2).backward()
+    assert score.loss == pytest.approx(sum(losses).item() / 2, abs=1e-12)
+    assert score.balance == pytest.approx(sum(balances).item() / 2, abs=1e-12)
+    assert all(torch.allclose(found[name], model.get_parameter(name).grad, rtol=0, atol=1e-12) for name in found)
+
+
+def test_training_balances_experts(tmp_path):
+    lines = []
+    config = tiny(steps=40, batch_size=8, lr=0.02, overrides=EXPERTS, balance=1.0)
+    train(config, tmp_path / "run", report=lines.append)
+    assert lines[-1]["balance"] < 1.02 < lines[0]["balance"]  # 1: all experts are chosen equally often
+    with pytest.raises(zoo.ZooError, match=r"balance: 1.0: gdn4-sleep2-hard6 has no mixture of experts"):
+        train(tiny(balance=1.0), tmp_path / "dense")
 
 
 def test_the_divisor_is_the_number_of_predicted_tokens():
