@@ -101,6 +101,24 @@ def _diagonal(X, C: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _correction(L, b, i, C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """Return tau = -L (I + diag(b) L)^-1, for L strictly lower triangular."""
+    # pairs of rows by hand, then blocks of 4, 8, 16, 32, 64; a power series over 16 rows would lose every digit on equal keys
+    # with beta near 2
+    r, s = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    bs, D = tl.reshape(b, (C // 16, 16, 1)), _blocks(L, C, 16)
+    x = tl.where((r == s + 1) & (r % 2 == 1), -D, 0.0)
+    x = _merged(x, D, bs, r, s, 2, PRECISION, ACC)
+    x = _merged(x, D, bs, r, s, 4, PRECISION, ACC)
+    x = _merged(x, D, bs, r, s, 8, PRECISION, ACC)
+    x = _diagonal(x, C, 16)
+    x = _merged(x, L, b[:, None], i[:, None], i[None, :], 16, PRECISION, ACC)
+    if C > 32:
+        x = _merged(x, L, b[:, None], i[:, None], i[None, :], 32, PRECISION, ACC)
+    return x
+
+
+@triton.jit
 def prepare(
     k, g, beta, decay, tau, cu_seqlens, stride_k, T, sequences,
     SEQUENCES: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
@@ -133,18 +151,7 @@ def prepare(
         )
         L += tl.dot(bk, tl.trans(bk), input_precision=PRECISION, out_dtype=ACC)
     L *= _between(coarse, fine, (i[:, None] > i[None, :]) & inside[:, None])
-    # pairs of rows by hand, then blocks of 4, 8, 16, 32, 64; a power series over 16 rows would lose every digit on equal keys
-    # with beta near 2
-    r, s = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    bs, D = tl.reshape(b, (C // 16, 16, 1)), _blocks(L, C, 16)
-    x = tl.where((r == s + 1) & (r % 2 == 1), -D, 0.0)
-    x = _merged(x, D, bs, r, s, 2, PRECISION, ACC)
-    x = _merged(x, D, bs, r, s, 4, PRECISION, ACC)
-    x = _merged(x, D, bs, r, s, 8, PRECISION, ACC)
-    x = _diagonal(x, C, 16)
-    x = _merged(x, L, b[:, None], i[:, None], i[None, :], 16, PRECISION, ACC)
-    if C > 32:
-        x = _merged(x, L, b[:, None], i[:, None], i[None, :], 32, PRECISION, ACC)
+    x = _correction(L, b, i, C, PRECISION, ACC)
     tl.store(tau + row[:, None] * C + i[None, :], x.to(tau.dtype.element_ty), mask=inside[:, None])
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from zoo.kernels.common import packed
 from zoo.kernels.common.checks import given_or_zeros
-from zoo.kernels.dispatch import choose, kernels, operators
+from zoo.kernels.dispatch import choose, kernels, operators, triton_form
 from zoo.kernels.gated_delta_rule.op import in_pytorch
 from zoo.kernels.kda.chunked import chunked
 from zoo.kernels.kda.reference import recurrent
@@ -58,3 +58,4 @@ def kda(
 operators.register("kda", kda)
 kernels.register("kda.chunked", in_pytorch(chunked))
 kernels.register("kda.reference", in_pytorch(recurrent))
+kernels.register("kda.triton", triton_form("kda"))

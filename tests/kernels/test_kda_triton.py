@@ -1,0 +1,145 @@
+"""The Triton form of Kimi Delta Attention, interpreted, against the float64 step recurrence."""
+
+import functools
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels import test_kda
+from tests.kernels.checking import Fences, check_compiled, check_gradients, check_operator, fenced, relative
+from tests.kernels.interpreter import rehearse
+from zoo.kernels import tuning
+from zoo.kernels.kda import triton as kernels
+from zoo.kernels.kda.op import kda
+
+run = functools.partial(kda, form="triton", output_final_state=True)
+reference = functools.partial(kda, form="reference", output_final_state=True)
+check = functools.partial(check_operator, run, reference, wide=("g", "beta", "initial_state"))
+NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+
+
+def inputs(T: int, *, B: int = 1, H: int = 1, K: int = 16, V: int = 16, ends: tuple[int, ...] = (), **fields: float) -> dict[str, Tensor]:
+    """ends: where packed sequences end."""
+    given = dict(zip(NAMES, test_kda.inputs(T, B=B, H=H, K=K, V=V, **fields), strict=True))
+    if ends:
+        given["initial_state"] = torch.cat([given["initial_state"] * factor for factor in range(1, len(ends) + 1)])
+        given["cu_seqlens"] = torch.tensor((0, *ends), dtype=torch.int32)
+    return given
+
+
+CASES = {
+    "one token": {"T": 1, "B": 2},
+    "a token less than a chunk": {"T": 63},
+    "several chunks": {"T": 130, "H": 2},
+    "odd sizes": {"T": 66, "K": 24, "V": 40, "B": 2},
+    "sizes of several tiles": {"T": 66, "K": 72, "V": 72},
+    "no decay, full strength": {"T": 66, "K": 32, "V": 32, "decay": 0.0, "beta": 2.0},
+    "strong decay": {"T": 66, "decay": 30.0},
+    "equal keys, beta near 2": {"T": 66, "K": 32, "V": 32, "correlated": 0.5, "beta": 1.9, "decay": 1e-3},
+    "packed": {"T": 200, "H": 2, "ends": (70, 71, 199, 200)},
+    "packed, of one token each": {"T": 3, "ends": (1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_float64(case: str) -> None:
+    check(inputs(**CASES[case]))
+
+
+@pytest.mark.parametrize("case", ["several chunks", "strong decay", "equal keys, beta near 2", "packed"])
+def test_in_bfloat16(case: str) -> None:
+    with rehearse(tf32=True):
+        check(inputs(**CASES[case]), dtype=torch.bfloat16)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_in_other_dtypes(case: str, dtype: torch.dtype) -> None:
+    with rehearse(tf32=True):
+        check(inputs(**CASES[case]), dtype=dtype)
+
+
+def test_extreme_decays() -> None:
+    """Every channel decays by another order of magnitude, and some tokens decay everything."""
+    given = dict(zip(NAMES, (x[:1, :, :1] if x.ndim < 4 or x.shape[1] == 70 else x[:1, :1] for x in test_kda.extreme(70)), strict=True))
+    check(given)
+
+
+@pytest.mark.parametrize("spike", [10, pytest.param(1000, marks=pytest.mark.extended), 100_000])
+def test_small_decays_after_a_strong_one_in_some_channels(spike: int) -> None:
+    """As exact as without the strong one, whose size a difference of running sums would round to."""
+    given = inputs(64, correlated=0.9, beta=0.9, decay=1e-3, K=32, V=32)
+    given["g"][:, 5, :, ::3] = -spike
+    check(given, dtype=torch.float32, tolerance=1e-5)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(("K", "V"), [(16, 256), (256, 16), (128, 64)])
+def test_sizes_up_to_256(K: int, V: int) -> None:
+    check(inputs(65, K=K, V=V))
+
+
+def test_states_computed_again_by_programs_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SAVE_AT_MOST", 0)
+    with rehearse(backwards=True):
+        check(inputs(**CASES["packed"], K=40, V=40))
+
+
+def test_chunks_of_32() -> None:
+    """As on an A100."""
+    with mock.patch.object(tuning, "target", return_value=80):
+        check(inputs(67, K=24, ends=(33, 34, 67)))
+
+
+def test_one_result_alone() -> None:
+    """The other has no gradient, not one of zeros."""
+    check_operator(lambda **x: run(**x)[0], lambda **x: reference(**x)[0], inputs(34))
+    check_operator(lambda **x: run(**x)[1], lambda **x: reference(**x)[1], inputs(34))
+
+
+def test_parts_of_a_wider_tensor() -> None:
+    """q, k, v as they leave a convolution of all three."""
+
+    def split(mixed: Tensor, g: Tensor, beta: Tensor, form: str) -> tuple[Tensor, Tensor]:
+        heads = (x.unflatten(-1, (2, -1)) for x in mixed.split([32, 32, 48], dim=-1))
+        return kda(*heads, g=g, beta=beta, form=form, output_final_state=True)
+
+    given = inputs(34, B=2, H=2)
+    mixed = 0.2 * torch.randn(2, 34, 112, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    names = {"mixed": mixed, "g": given["g"], "beta": given["beta"]}
+    check_operator(functools.partial(split, form="triton"), functools.partial(split, form="reference"), names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_a_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token without gradients takes a kernel of its own, which keeps every digit of the state."""
+    given = inputs(1, B=3, H=2, K=24, V=40)
+    given = {name: fenced(x.to(dtype if name in ("q", "k", "v") or dtype == torch.float64 else torch.float32)) for name, x in given.items()}
+    monkeypatch.setattr(kernels, "whole", None)
+    with Fences():
+        o, final = run(**given)
+    want, want_final = reference(**{name: x.double() for name, x in given.items()})
+    assert relative(o, want) < (1e-12 if dtype == torch.float64 else 2e-3)
+    assert relative(final, want_final) < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("ends", [(), (1, 66)], ids=["rows", "packed"])
+def test_gradcheck(ends: tuple[int, ...]) -> None:
+    check_gradients(run, inputs(66, ends=ends))
+
+
+@pytest.mark.extended
+def test_the_library_operator() -> None:
+    given = inputs(70, ends=(5, 70))
+    leaves = [given[name].requires_grad_() for name in NAMES]
+    torch.library.opcheck(kernels.whole.op, (*leaves, given["cu_seqlens"], 0.25, True))
+
+
+@pytest.mark.extended
+def test_in_one_compiled_graph() -> None:
+    check_compiled(run, inputs(66))
