@@ -13,43 +13,17 @@ from torch import Tensor
 
 from zoo.kernels import tuning
 from zoo.kernels.fused import Fused
-
-STRONGEST = tl.constexpr(-1e4)  # exp of it is 0 even in float64
-GRAIN = tl.constexpr(16.0)  # the coarse half of a decay counts in units of 1 / GRAIN
-PLAIN_SCAN = {"BV": 16, "num_warps": 8, "num_stages": 1}
-SAVE_AT_MOST = 2**28  # bytes of states that a call may keep for its backward pass instead of computing them again
-
-
-# --- program locations --------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _sequence(cu_seqlens, n, T, SEQUENCES: tl.constexpr, C: tl.constexpr):
-    """Return the first token, number of tokens and first chunk of sequence n. SEQUENCES: a power of two, at least their number."""
-    if cu_seqlens is None:
-        return n.to(tl.int64) * T, T, n.to(tl.int64) * tl.cdiv(T, C)
-    else:
-        i = tl.arange(0, SEQUENCES)
-        lengths = tl.load(cu_seqlens + i + 1, mask=i < n, other=0) - tl.load(cu_seqlens + i, mask=i < n, other=0)
-        first, end = tl.load(cu_seqlens + n), tl.load(cu_seqlens + n + 1)
-        return first.to(tl.int64), (end - first).to(tl.int32), tl.sum((lengths + C - 1) // C, 0).to(tl.int64)
-
-
-@triton.jit
-def _chunk(cu_seqlens, c, T, sequences, SEQUENCES: tl.constexpr, C: tl.constexpr):
-    """Return the first token and number of tokens of the sequence of chunk c, and its place in it; no tokens past the last chunk."""
-    if cu_seqlens is None:
-        chunks = tl.cdiv(T, C)
-        return (c // chunks).to(tl.int64) * T, T, c % chunks
-    else:
-        i = tl.arange(0, SEQUENCES)
-        known = i < sequences
-        lengths = tl.load(cu_seqlens + i + 1, mask=known, other=0) - tl.load(cu_seqlens + i, mask=known, other=0)
-        chunks = ((lengths + C - 1) // C).to(tl.int32)
-        n = tl.sum((tl.cumsum(chunks, 0) <= c).to(tl.int32), 0)
-        first = tl.load(cu_seqlens + n, mask=n < sequences, other=0)
-        end = tl.load(cu_seqlens + n + 1, mask=n < sequences, other=0)
-        return first.to(tl.int64), (end - first).to(tl.int32), c - tl.sum(tl.where(i < n, chunks, 0), 0)
+from zoo.kernels.gated_delta_rule import shared
+from zoo.kernels.gated_delta_rule.shared import (
+    PLAIN_SCAN,
+    SAVE_AT_MOST,
+    by_token,
+    chunk_length,
+    launch_options,
+    number_of_chunks,
+    power,
+    stride,
+)
 
 
 @triton.jit
@@ -77,48 +51,6 @@ def _between_columns(coarse, fine, mask):
 
 
 @triton.jit
-def _merged(tau, L, b, row, column, SIZE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """Merge tau of blocks of SIZE rows into 2 SIZE: tau - (I + tau diag(b)) R (I + diag(b) tau), R the new entries of L."""
-    R = tl.where((row // SIZE == column // SIZE + 1) & ((row // SIZE) % 2 == 1), L, 0.0)
-    R += tl.dot(R, b * tau, input_precision=PRECISION, out_dtype=ACC)
-    return tau - R - tl.dot(tau, b * R, input_precision=PRECISION, out_dtype=ACC)
-
-
-@triton.jit
-def _blocks(A, C: tl.constexpr, SIZE: tl.constexpr):
-    """Return the diagonal blocks of [C, C]: [C / SIZE, SIZE, SIZE]."""
-    i = tl.arange(0, C) // SIZE
-    inside = tl.where(i[:, None] == i[None, :], A, 0.0)
-    return tl.sum(tl.reshape(inside, (C // SIZE, SIZE, C // SIZE, SIZE)), 2)
-
-
-@triton.jit
-def _diagonal(X, C: tl.constexpr, SIZE: tl.constexpr):
-    """Undo `_blocks`: return [C, C] with these diagonal blocks."""
-    spread = tl.broadcast_to(tl.reshape(X, (C // SIZE, SIZE, 1, SIZE)), (C // SIZE, SIZE, C // SIZE, SIZE))
-    i = tl.arange(0, C) // SIZE
-    return tl.where(i[:, None] == i[None, :], tl.reshape(spread, (C, C)), 0.0)
-
-
-@triton.jit
-def _correction(L, b, i, C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """Return tau = -L (I + diag(b) L)^-1, for L strictly lower triangular."""
-    # pairs of rows by hand, then blocks of 4, 8, 16, 32, 64; a power series over 16 rows would lose every digit on equal keys
-    # with beta near 2
-    r, s = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    bs, D = tl.reshape(b, (C // 16, 16, 1)), _blocks(L, C, 16)
-    x = tl.where((r == s + 1) & (r % 2 == 1), -D, 0.0)
-    x = _merged(x, D, bs, r, s, 2, PRECISION, ACC)
-    x = _merged(x, D, bs, r, s, 4, PRECISION, ACC)
-    x = _merged(x, D, bs, r, s, 8, PRECISION, ACC)
-    x = _diagonal(x, C, 16)
-    x = _merged(x, L, b[:, None], i[:, None], i[None, :], 16, PRECISION, ACC)
-    if C > 32:
-        x = _merged(x, L, b[:, None], i[:, None], i[None, :], 32, PRECISION, ACC)
-    return x
-
-
-@triton.jit
 def prepare(
     k, g, beta, decay, tau, cu_seqlens, stride_k, T, sequences,
     SEQUENCES: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
@@ -126,19 +58,15 @@ def prepare(
 ):  # fmt: skip
     """Compute log decays since the chunk's start and tau = -L (I + diag(beta) L)^-1, L the decayed key products below the diagonal."""
     head = tl.program_id(1)
-    first, length, c = _chunk(cu_seqlens, tl.program_id(0), T, sequences, SEQUENCES, C)
+    first, length, c = shared.chunk(cu_seqlens, tl.program_id(0), T, sequences, SEQUENCES, C)
     if length == 0:
         return
     i = tl.arange(0, C)
     t = c * C + i
     inside = t < length
     row = (first + t) * HV + head
-    log_decay = tl.maximum(tl.load(g + row, mask=inside, other=0.0).to(ACC), STRONGEST)
     b = tl.load(beta + row, mask=inside, other=0.0).to(ACC)
-    # sums of the coarse half are exact, so differences keep the small steps that follow a large one
-    coarse = tl.floor(log_decay * GRAIN) / GRAIN
-    fine = tl.cumsum(log_decay - coarse, 0)
-    coarse = tl.cumsum(coarse, 0)
+    coarse, fine = shared.accumulated(tl.load(g + row, mask=inside, other=0.0).to(ACC))
     tl.store(decay + 2 * row, coarse, mask=inside)
     tl.store(decay + 2 * row + 1, fine, mask=inside)
     L = tl.zeros([C, C], ACC)
@@ -151,7 +79,7 @@ def prepare(
         )
         L += tl.dot(bk, tl.trans(bk), input_precision=PRECISION, out_dtype=ACC)
     L *= _between(coarse, fine, (i[:, None] > i[None, :]) & inside[:, None])
-    x = _correction(L, b, i, C, PRECISION, ACC)
+    x = shared.correction(L, b, i, C, PRECISION, ACC)
     tl.store(tau + row[:, None] * C + i[None, :], x.to(tau.dtype.element_ty), mask=inside[:, None])
 
 
@@ -167,7 +95,7 @@ def _scan(
     """Carry the state through the chunks of a sequence. Writes o and final, states and y, or all four; None is skipped."""
     stream, tile = tl.program_id(0) // tl.cdiv(V, BV), tl.program_id(0) % tl.cdiv(V, BV)
     n, head = stream // HV, stream % HV
-    first, length, first_chunk = _sequence(cu_seqlens, n, T, SEQUENCES, C)
+    first, length, first_chunk = shared.sequence(cu_seqlens, n, T, SEQUENCES, C)
     i, ik, iv = tl.arange(0, C), tl.arange(0, PK), tile * BV + tl.arange(0, BV)
     part = (ik < K)[:, None] & (iv < V)[None, :]
     place = stream.to(tl.int64) * K * V + ik[:, None] * V + iv[None, :]
@@ -217,7 +145,7 @@ def _scan_back(
     """Carry the state's gradient back through the chunks. Writes it after each chunk to dstates, and the gradient of r to dr."""
     stream, tile = tl.program_id(0) // tl.cdiv(V, BV), tl.program_id(0) % tl.cdiv(V, BV)
     n, head = stream // HV, stream % HV
-    first, length, first_chunk = _sequence(cu_seqlens, n, T, SEQUENCES, C)
+    first, length, first_chunk = shared.sequence(cu_seqlens, n, T, SEQUENCES, C)
     i, ik, iv = tl.arange(0, C), tl.arange(0, PK), tile * BV + tl.arange(0, BV)
     part = (ik < K)[:, None] & (iv < V)[None, :]
     place = stream.to(tl.int64) * K * V + ik[:, None] * V + iv[None, :]
@@ -317,7 +245,7 @@ def gradients(
     but a difference of large sums under strong decay.
     """
     head, block = tl.program_id(1), tl.program_id(2)
-    first, length, c = _chunk(cu_seqlens, tl.program_id(0), T, sequences, SEQUENCES, C)
+    first, length, c = shared.chunk(cu_seqlens, tl.program_id(0), T, sequences, SEQUENCES, C)
     if length == 0:
         return
     i, ik = tl.arange(0, C), block * BK + tl.arange(0, BK)
@@ -437,7 +365,7 @@ def run(
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta, state))
     if v.shape[1] == 1 and cu_seqlens is None and (not differentiable or tuning.forces("gated_delta_rule.step")):
         return one_token(q, k, v, g, beta, state, scale)
-    states = _chunks(v, cu_seqlens, _chunk_length(q)) * state[0].numel() * v.element_size()
+    states = number_of_chunks(v, cu_seqlens, chunk_length(q)) * state[0].numel() * v.element_size()
     keep = differentiable and states <= SAVE_AT_MOST and not tuning.forces("gated_delta_rule.both_scans")
     o, final = whole(q, k, v, g, beta, state, cu_seqlens, scale, keep)
     return o, final
@@ -447,11 +375,11 @@ def allocate(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, cu_seqlens: Tensor | None, scale: float, keep: bool
 ) -> tuple[Tensor, ...]:
     """Allocate o and the final state; decays and tau; and, if kept, the state before each chunk and y."""
-    C = _chunk_length(q)
+    C = chunk_length(q)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     tau = v.new_empty(*v.shape[:3], C)
     decay = state.new_empty(*v.shape[:3], 2)
-    states = v.new_empty(_chunks(v, cu_seqlens, C) if keep else 0, *state.shape[1:])
+    states = v.new_empty(number_of_chunks(v, cu_seqlens, C) if keep else 0, *state.shape[1:])
     y = torch.empty_like(o) if keep else v.new_empty(0)
     return o, torch.empty_like(state, memory_format=torch.contiguous_format), decay, tau, states, y
 
@@ -470,19 +398,19 @@ def forward(
 ) -> None:
     o, final, decay, tau, states, y = outputs
     C = tau.shape[-1]
-    (q, k, v), (g, beta, state) = (_by_token(x) for x in (q, k, v)), (x.contiguous() for x in (g, beta, state))
+    (q, k, v), (g, beta, state) = (by_token(x) for x in (q, k, v)), (x.contiguous() for x in (g, beta, state))
     T, H, K = q.shape[1:]
     HV, V = v.shape[2:]
-    common, S = _common(v, state, cu_seqlens), len(state)
+    options, S = launch_options(v, state, cu_seqlens), len(state)
     config = tuning.configuration("gated_delta_rule.prepare", v, {"BK": 64, "num_warps": 4, "num_stages": 1}, K=K, V=V)
-    shared = {name: common[name] for name in ("SEQUENCES", "ACC", "PRECISION")}
-    prepare[(_chunks(v, cu_seqlens, C), HV)](
-        k, g, beta, decay, tau, cu_seqlens, _stride(k), T, S, H=H, HV=HV, K=K, C=C, **shared, **config
+    some = {name: options[name] for name in ("SEQUENCES", "ACC", "PRECISION")}
+    prepare[(number_of_chunks(v, cu_seqlens, C), HV)](
+        k, g, beta, decay, tau, cu_seqlens, stride(k), T, S, H=H, HV=HV, K=K, C=C, **some, **config
     )  # fmt: skip
     config = tuning.configuration("gated_delta_rule.forward_scan", v, PLAIN_SCAN, K=K, V=V)
     forward_scan[(triton.cdiv(V, config["BV"]) * S * HV,)](
         q, k, v, decay, beta, tau, state, o, final, states if keep else None, y if keep else None, cu_seqlens,
-        _stride(q), _stride(k), _stride(v), scale, T, H=H, HV=HV, K=K, V=V, PK=_power(K), C=C, **common, **config,
+        stride(q), stride(k), stride(v), scale, T, H=H, HV=HV, K=K, V=V, PK=power(K), C=C, **options, **config,
     )  # fmt: skip
 
 
@@ -504,24 +432,24 @@ def backward(
     do, dfinal = grads
     do = torch.zeros_like(outputs[0]) if do is None else do.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    (q, k, v), (beta, state) = (_by_token(x) for x in (q, k, v)), (x.contiguous() for x in (beta, state))
+    (q, k, v), (beta, state) = (by_token(x) for x in (q, k, v)), (x.contiguous() for x in (beta, state))
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    common, S, chunks = _common(v, state, cu_seqlens), len(state), _chunks(v, cu_seqlens, C)
+    options, S, chunks = launch_options(v, state, cu_seqlens), len(state), number_of_chunks(v, cu_seqlens, C)
     dr, dstate, dstates = state.new_empty(v.shape), torch.empty_like(state), v.new_empty(chunks, *state.shape[1:])
-    sizes = {"H": H, "HV": HV, "K": K, "V": V, "PK": _power(K), "C": C}
+    sizes = {"H": H, "HV": HV, "K": K, "V": V, "PK": power(K), "C": C}
     if keep:
         config = tuning.configuration("gated_delta_rule.backward_scan", v, PLAIN_SCAN, K=K, V=V)
         backward_scan[(triton.cdiv(V, config["BV"]) * S * HV,)](
-            q, k, decay, beta, tau, do, dfinal, dstates, dr, dstate, cu_seqlens, _stride(q), _stride(k), scale, T,
-            **sizes, **common, **config,
+            q, k, decay, beta, tau, do, dfinal, dstates, dr, dstate, cu_seqlens, stride(q), stride(k), scale, T,
+            **sizes, **options, **config,
         )  # fmt: skip
     else:
         states, y = torch.empty_like(dstates), torch.empty_like(outputs[0])
         config = tuning.configuration("gated_delta_rule.both_scans", v, PLAIN_SCAN, K=K, V=V)
         both_scans[(triton.cdiv(V, config["BV"]) * S * HV, 2)](
             q, k, v, decay, beta, tau, state, states, y, do, dfinal, dstates, dr, dstate, cu_seqlens,
-            _stride(q), _stride(k), _stride(v), scale, T, **sizes, **common, **config,
+            stride(q), stride(k), stride(v), scale, T, **sizes, **options, **config,
         )  # fmt: skip
     plain = {"BK": 32 if C == 64 else 64, "BV": 64, "num_warps": 8, "num_stages": 1}
     config = tuning.configuration("gated_delta_rule.gradients", v, plain, K=K, V=V)
@@ -530,8 +458,8 @@ def backward(
     dq, dk = (q.new_empty(B, T, HV, K, dtype=q.dtype if HV == H else state.dtype) for _ in range(2))
     dv, dbeta, dg = torch.empty_like(y), state.new_empty(B, T, HV), state.new_empty(blocks, B, T, HV)
     gradients[(chunks, HV, blocks)](
-        q, k, decay, beta, states, y, do, dstates, dr, dq, dk, dv, dg, dbeta, cu_seqlens, _stride(q), _stride(k), scale, T, S,
-        B * T * HV, H=H, HV=HV, K=K, V=V, C=C, **common, **config,
+        q, k, decay, beta, states, y, do, dstates, dr, dq, dk, dv, dg, dbeta, cu_seqlens, stride(q), stride(k), scale, T, S,
+        B * T * HV, H=H, HV=HV, K=K, V=V, C=C, **options, **config,
     )  # fmt: skip
     if HV > H:
         dq, dk = (x.unflatten(2, (H, -1)).sum(3).to(q.dtype) for x in (dq, dk))
@@ -550,49 +478,13 @@ whole = Fused(
 
 
 def one_token(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    (q, k, v), (g, beta, state) = (_by_token(x) for x in (q, k, v)), (x.contiguous() for x in (g, beta, state))
+    (q, k, v), (g, beta, state) = (by_token(x) for x in (q, k, v)), (x.contiguous() for x in (g, beta, state))
     H, K = q.shape[2:]
     HV, V = v.shape[2:]
     o, final = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
     config = tuning.configuration("gated_delta_rule.step", v, {"BV": 16, "num_warps": 4, "num_stages": 1}, K=K, V=V, T=1)
     ACC = tl.float64 if state.dtype == torch.float64 else tl.float32
     step[(triton.cdiv(V, config["BV"]) * len(state) * HV,)](
-        q, k, v, g, beta, state, o, final, _stride(q), _stride(k), _stride(v), scale, H=H, HV=HV, K=K, V=V, PK=_power(K), ACC=ACC, **config
+        q, k, v, g, beta, state, o, final, stride(q), stride(k), stride(v), scale, H=H, HV=HV, K=K, V=V, PK=power(K), ACC=ACC, **config
     )  # fmt: skip
     return o, final
-
-
-def _common(v: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> dict[str, object]:
-    narrow = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}[v.dtype]
-    wide = tl.float64 if state.dtype == torch.float64 else tl.float32
-    return {
-        "SEQUENCES": 1 if cu_seqlens is None else triton.next_power_of_2(len(state)),
-        "ACC": wide,
-        "DT": narrow,
-        "PRECISION": "ieee" if v.dtype == torch.float64 else "tf32x3",
-    }
-
-
-def _chunk_length(q: Tensor) -> int:
-    """Return 64, or 32 where 64 rows would not fit into registers: on an A100, whose operands are in registers, and for large keys."""
-    return 32 if q.shape[3] > 128 or tuning.target(q) == 80 else 64
-
-
-def _chunks(v: Tensor, cu_seqlens: Tensor | None, C: int) -> int:
-    """Return an upper bound on the number of chunks: reading `cu_seqlens` would synchronise."""
-    B, T = v.shape[:2]
-    return B * -(-T // C) if cu_seqlens is None else T // C + len(cu_seqlens) - 1
-
-
-def _by_token(x: Tensor) -> Tensor:
-    """Return [B, T, H, D] with one stride between tokens, across rows too. A slice of a wider tensor need not be copied."""
-    usual = x.stride()[2:] == (x.shape[3], 1) and (len(x) == 1 or x.stride(0) == x.shape[1] * _stride(x))
-    return x if usual else x.contiguous()
-
-
-def _stride(x: Tensor) -> int:
-    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
-
-
-def _power(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))

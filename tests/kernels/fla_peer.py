@@ -1,11 +1,12 @@
-"""flash-linear-attention's chunk_gated_delta_rule on CPU tensors: python -m tests.kernels.fla_peer IN.safetensors OUT.safetensors
+"""flash-linear-attention's chunk_OPERATOR on CPU tensors: python -m tests.kernels.fla_peer OPERATOR IN.safetensors OUT.safetensors
 
-IN holds q, k, v, g, beta, initial_state and the gradients do, dfinal; OUT receives the results and the gradients of
-all inputs. It runs in a separate process, since it changes the interpreter to what fla's kernels expect.
+OPERATOR is gated_delta_rule or kda. IN holds q, k, v, g, beta, initial_state and the gradients do, dfinal; OUT receives the results
+and the gradients of all inputs. It runs in a separate process, since it changes the interpreter to what fla's kernels expect.
 """
 
 import builtins
 import contextlib
+import importlib
 import os
 import sys
 import types
@@ -54,19 +55,18 @@ class NoDevice(contextlib.nullcontext):
         super().__init__()
 
 
-def main(source: str, destination: str) -> None:
+def main(operator: str, source: str, destination: str) -> None:
     first_configuration_only()
     loops_count_in_tensors()
     torch.cuda.device = NoDevice
     torch.cpu.device = NoDevice
     torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(multi_processor_count=132)
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
+    run = getattr(importlib.import_module(f"fla.ops.{operator}"), f"chunk_{operator}")
     given = load_file(source)
     grads = given.pop("do"), given.pop("dfinal")
     leaves = {name: x.requires_grad_() for name, x in given.items()}
     with rehearse(strict=False, tf32=True):
-        results = chunk_gated_delta_rule(**leaves, output_final_state=True)
+        results = run(**leaves, output_final_state=True)
         torch.autograd.backward(results, grads)
     found = {"o": results[0], "final": results[1], **{f"d{name}": x.grad for name, x in leaves.items()}}
     save_file({name: x.detach().contiguous() for name, x in found.items()}, destination)

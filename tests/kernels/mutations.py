@@ -102,7 +102,8 @@ def noticed(edit: Edit, workplace: Path) -> bool:
 @click.option("--workers", default=2)
 @click.option("--seed", default=0)
 def main(operators: tuple[str, ...], per_kernel: int, workers: int, seed: int) -> None:
-    files = [file for file in sorted((ROOT / "kernels").glob("*/triton.py")) if not operators or file.parent.name in operators]
+    files = [file for file in sorted((ROOT / "kernels").glob("*/*.py")) if "@triton.jit" in file.read_text(encoding="utf-8")]
+    files = [file for file in files if not operators or file.parent.name in operators]
     chosen = [edit for file in files for edit in draw(list(edits(file)), per_kernel, random.Random(seed))]
     workplaces = [copy_of_the_repository() for _ in range(workers)]
     free = list(workplaces)
