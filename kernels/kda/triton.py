@@ -64,7 +64,7 @@ def forward(
     H, K = q.shape[2:]
     options = launch_options(v, state, cu_seqlens)
     decayed = _decayed(q, k, v, g, state, cu_seqlens, C)
-    config = tuning.configuration("kda.prepare", v, {"BK": 32, "num_warps": 8, "num_stages": 1}, K=K, V=v.shape[3])
+    config = tuning.configuration("kda.prepare", v, {"BK": 16, "num_warps": 4, "num_stages": 1}, K=K, V=v.shape[3])
     some = {name: options[name] for name in ("SEQUENCES", "ACC", "PRECISION")}
     prepare[(number_of_chunks(v, cu_seqlens, C), H)](
         q, k, decayed[0], beta, tau, within, cu_seqlens, stride(q), stride(k), v.shape[1], len(state), H=H, K=K, C=C,
@@ -106,7 +106,7 @@ def backward(
         *operands, decay, beta, tau, within, do, dfinal, dstates, dr, dstate, cu_seqlens, scale, T, H=H, K=K, V=V, PK=power(K), C=C,
         **options, **config,
     )  # fmt: skip
-    config = tuning.configuration("kda.gradients", v, {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}, K=K, V=V)
+    config = tuning.configuration("kda.gradients", v, {"BK": 16, "BV": 16, "num_warps": 8, "num_stages": 1}, K=K, V=V)
     dq, dk, dg = q.new_empty(q.shape), k.new_empty(k.shape), state.new_empty(q.shape)
     dv, dbeta = torch.empty_like(y), state.new_empty(beta.shape)
     gradients[(chunks, H, triton.cdiv(K, config["BK"]))](
@@ -121,7 +121,7 @@ def _decayed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, cu_seqle
     H, K = q.shape[2:]
     options = launch_options(v, state, cu_seqlens)
     decayed = [state.new_empty(*g.shape[:3], 2, K), *(v.new_empty(g.shape) for _ in range(3))]
-    config = tuning.configuration("kda.accumulate", v, {"BK": 32, "num_warps": 4, "num_stages": 1}, K=K, V=v.shape[3])
+    config = tuning.configuration("kda.accumulate", v, {"BK": 32, "num_warps": 8, "num_stages": 1}, K=K, V=v.shape[3])
     accumulate[(number_of_chunks(v, cu_seqlens, C), H, triton.cdiv(K, config["BK"]))](
         q, k, g, *decayed, cu_seqlens, stride(q), stride(k), q.shape[1], len(state), SEQUENCES=options["SEQUENCES"], H=H, K=K, C=C,
         ACC=options["ACC"], **config,
