@@ -33,6 +33,10 @@ def delta_rule(B: int, T: int, H: int, D: int) -> dict[str, int]:
     return {"batch": B, "T": T, "H": H, "HV": H, "K": D, "V": D}
 
 
+def kimi(B: int, T: int, H: int, D: int) -> dict[str, int]:
+    return {"batch": B, "T": T, "H": H, "K": D, "V": D}
+
+
 def selective_scan(B: int, T: int, D: int, N: int) -> dict[str, int]:
     return {"batch": B, "T": T, "D": D, "N": N}
 
@@ -61,6 +65,11 @@ def transformers_ssd(x: Inputs) -> tuple[Tensor, Tensor]:
 
 def fla_delta_rule(x: Inputs) -> tuple[Tensor, Tensor]:
     rule = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+    return rule(x["q"], x["k"], x["v"], x["g"], x["beta"], initial_state=x["initial_state"], output_final_state=True)
+
+
+def fla_kimi(x: Inputs) -> tuple[Tensor, Tensor]:
+    rule = importlib.import_module("fla.ops.kda").chunk_kda
     return rule(x["q"], x["k"], x["v"], x["g"], x["beta"], initial_state=x["initial_state"], output_final_state=True)
 
 
@@ -97,6 +106,7 @@ CUDA = {
         {"fla": fla_delta_rule},
         [(1, 2048, 16, 128), (8, 2048, 16, 128), (1, 8192, 16, 128), (4, 8192, 16, 128)],
     ),
+    "kda": (kimi, {"fla": fla_kimi}, [(1, 2048, 16, 128), (8, 2048, 16, 128), (1, 8192, 16, 128)]),
     "selective_scan": (
         selective_scan,
         {"mamba_ssm": mamba_ssm_selective_scan},

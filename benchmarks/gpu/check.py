@@ -16,7 +16,13 @@ from benchmarks.gpu.sheet import poisoned
 from zoo.doctor import check
 from zoo.kernels import tuning
 
-HEADS = {"gated_delta_rule": {"H": 16, "HV": 16}, "gdn_step": {"H": 16, "HV": 16}, "ssd": {"H": 32}, "selective_scan": {"D": 4096}}
+HEADS = {
+    "gated_delta_rule": {"H": 16, "HV": 16},
+    "gdn_step": {"H": 16, "HV": 16},
+    "kda": {"H": 16},
+    "ssd": {"H": 32},
+    "selective_scan": {"D": 4096},
+}
 NARROW = {"T": 20, "H": 1, "HV": 1, "D": 32, "K": 32, "V": 32, "N": 16, "P": 16}
 
 
@@ -25,7 +31,7 @@ def sizes(row: tuning.Row, dry: bool) -> dict[str, int]:
     operator = row["kernel"].split(".")[0]
     if not dry:
         return HEADS.get(operator, {}) | row["shape"]
-    known = {"gated_delta_rule": "T H HV K V", "gdn_step": "T H HV K V", "ssd": "T H P N", "selective_scan": "T D N"}
+    known = {"gated_delta_rule": "T H HV K V", "gdn_step": "T H HV K V", "kda": "T H K V", "ssd": "T H P N", "selective_scan": "T D N"}
     return {name: NARROW[name] for name in known.get(operator, "T").split()} | row["shape"]
 
 

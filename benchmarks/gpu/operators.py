@@ -19,7 +19,17 @@ from benchmarks.gpu.denominators import limit
 from benchmarks.gpu.graphs import captured
 from benchmarks.gpu.models import DEVICE, DTYPE
 from benchmarks.gpu.sheet import Case, Row, beside_limit, timed
-from benchmarks.kernels import TOLERANCE, delta_rule, fla_delta_rule, mamba_ssm_selective_scan, mamba_ssm_ssd, selective_scan, ssd
+from benchmarks.kernels import (
+    TOLERANCE,
+    delta_rule,
+    fla_delta_rule,
+    fla_kimi,
+    kimi,
+    mamba_ssm_selective_scan,
+    mamba_ssm_ssd,
+    selective_scan,
+    ssd,
+)
 from zoo.doctor import call
 from zoo.kernels import tuning
 from zoo.kernels.common.examples import Inputs, example
@@ -27,9 +37,9 @@ from zoo.kernels.common.examples import Inputs, example
 TOOLS = ("fla", "mamba_ssm", "causal_conv1d")
 Peers = dict[str, Callable[[Inputs], Any]]
 
-OPERATIONS = {"gated_delta_rule": 11.4, "ssd": 7.1, "selective_scan": 9.0}
+OPERATIONS = {"gated_delta_rule": 11.4, "kda": 11.4, "ssd": 7.1, "selective_scan": 9.0}
 """FLOPs of a forward pass per token and entry of the state; a backward pass takes 2.5 to 2.9 times as many."""
-BACKWARD = {"gated_delta_rule": 2.5, "ssd": 2.9, "selective_scan": 2.5}
+BACKWARD = {"gated_delta_rule": 2.5, "kda": 2.5, "ssd": 2.9, "selective_scan": 2.5}
 MUST_AIM = {
     "gated_delta_rule 1 x 2048 x 16 x 128, forward": ("0.080 ms", "0.055 ms"),
     "gated_delta_rule 8 x 2048 x 16 x 128, forward": ("0.25 ms", "0.16 ms"),
@@ -77,10 +87,11 @@ SCANS: dict[str, tuple[Callable[..., dict[str, int]], Peers, list[tuple[int, ...
         {"fla": fla_delta_rule},
         [(1, 2048, 16, 128), (8, 2048, 16, 128), (1, 8192, 16, 128), (4, 8192, 16, 128), (8, 1024, 16, 128)],
     ),
+    "kda": (kimi, {"fla": fla_kimi}, [(1, 2048, 16, 128), (8, 2048, 16, 128)]),
     "ssd": (ssd, {"mamba_ssm": mamba_ssm_ssd}, [(1, 2048, 32, 64, 128), (8, 2048, 32, 64, 128), (1, 8192, 32, 64, 128)]),
     "selective_scan": (selective_scan, {"mamba_ssm": mamba_ssm_selective_scan}, [(1, 2048, 4096, 16), (8, 2048, 4096, 16)]),
 }
-SMALL = {"gated_delta_rule": (1, 64, 2, 32), "ssd": (1, 64, 2, 32, 32), "selective_scan": (1, 64, 32, 16)}
+SMALL = {"gated_delta_rule": (1, 64, 2, 32), "kda": (1, 64, 2, 32), "ssd": (1, 64, 2, 32, 32), "selective_scan": (1, 64, 32, 16)}
 ROWWISE: dict[str, Peers] = {
     "causal_conv1d": {"fla": fla_convolution},
     "rmsnorm": {"torch": torch_norm, "fla": fla_rmsnorm},
@@ -168,7 +179,7 @@ def operations(operator: str, shape: dict[str, int], part: str) -> float:
     """Return the FLOPs of matrix products; 0 for operators that have none."""
     if operator not in OPERATIONS:
         return 0
-    state = {"gated_delta_rule": ("HV", "K", "V"), "ssd": ("H", "P", "N"), "selective_scan": ("D", "N")}[operator]
+    state = {"gated_delta_rule": ("HV", "K", "V"), "kda": ("H", "K", "V"), "ssd": ("H", "P", "N"), "selective_scan": ("D", "N")}[operator]
     entries = shape["batch"] * shape["T"]
     for name in state:
         entries *= shape[name]
