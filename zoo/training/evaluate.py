@@ -44,11 +44,12 @@ def evaluate(
         tokenizer: measure bits per byte of the text that it decodes supervised tokens to.
         advance: called after each batch with the number of sequences done.
     Returns:
-        The passes per sleep, loss, perplexity, bits_per_byte (with `tokenizer`), accuracy (fraction of supervised tokens that are
-        right), exact (fraction of the sequences with answers that have every answer right), accuracy and loss by level and by window
-        (counted from 1); first and first_by_level (accuracy of the first answer of each sequence, which no earlier answer gives
-        away), whole_by_level (fraction of the answers with every token right), majority_by_level (share of the most frequent
-        answer), wrong_window (with `control`), and the chance levels of the task.
+        The passes per sleep, loss, perplexity, bits_per_byte (with `tokenizer`, or if every token is a byte), accuracy (fraction of
+        supervised tokens that are right), exact (fraction of the sequences with answers that have every answer right), accuracy and
+        loss by level and by window (counted from 1), loss_by_eighth (by eighth of a window, where every chunk carries loss); first
+        and first_by_level (accuracy of the first answer of each sequence, which no earlier answer gives away), whole_by_level
+        (fraction of the answers with every token right), majority_by_level (share of the most frequent answer), wrong_window (with
+        `control`), and the chance levels of the task.
     Raises:
         ZooError: the model does not fit the task.
     """
@@ -65,7 +66,9 @@ def evaluate(
         parts["right"].append(marks[answered] == 2)
         parts["loss"].append(loss[answered])
         parts["level"].append(level[answered])
-        parts["window"].append(1 + answered.nonzero()[:, 1] // task.window)
+        places = answered.nonzero()[:, 1]
+        parts["window"].append(1 + places // task.window)
+        parts["eighth"].append(1 + places % task.window * 8 // task.window)
         parts["exact"].append((marks != 1).all(1)[answered.any(1)])
         first = answered & (answered.cumsum(1) == 1)
         parts["first"].append(marks[first] == 2)
@@ -76,7 +79,9 @@ def evaluate(
         tokens = ids[answered].tolist()
         texts = [tuple(tokens[a:b]) for a, b in pairwise([*begin.tolist(), len(tokens)])]
         given.update(zip(parts["level of whole"][-1].tolist(), texts, strict=True))
-        if tokenizer is not None:
+        if task.of_bytes:
+            text_bytes += int(answered.sum())
+        elif tokenizer is not None:
             text_bytes += sum(_text_bytes(tokenizer, row, scored) for row, scored in zip(ids, answered, strict=True))
         shown = int(mask.any(0).nonzero()[0]) // task.window * task.window
         if control and shown and len(ids) > 1:
@@ -102,6 +107,7 @@ def evaluate(
         "loss_by_level": by_level(found["loss"], found["level"]),
         "by_window": by_level(found["right"], found["window"]),
         "loss_by_window": by_level(found["loss"], found["window"]),
+        "loss_by_eighth": by_level(found["loss"], found["eighth"]) if task.loss_everywhere else {},
         "first_by_level": by_level(found["first"], found["level of first"]),
         "whole_by_level": by_level(found["whole"], found["level of whole"]),
         "majority_by_level": _majority(given),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -17,7 +18,7 @@ Results = Mapping[Run, dict[str, Any]]
 
 
 def csv_rows(match: Matching, results: Results) -> Iterator[dict[str, Any]]:
-    """Yield the rows of runs.csv: one per run for all levels together, then one per level."""
+    """Yield the rows of runs.csv: one per run for all levels together, one per level, and for texts one per eighth of a window."""
     paths = list(dict.fromkeys(path for run in results for path in run.arm.fields))
     for run, found in results.items():
         costs, settings = run.arm.costs, run.config.model_dump()
@@ -39,13 +40,16 @@ def csv_rows(match: Matching, results: Results) -> Iterator[dict[str, Any]]:
         for level, accuracy in found["by_level"].items():
             measured = {"loss": found["loss_by_level"][level], "accuracy": accuracy, "first": found["first_by_level"].get(level)}
             yield {**row, "level": level, **measured, "majority": found["majority_by_level"].get(level)}
+        for eighth, loss in found.get("loss_by_eighth", {}).items():
+            yield {**row, "level": f"eighth {eighth} of a window", "loss": loss}
 
 
 def markdown(match: Matching, results: Results, arms: Sequence[Arm], reference: str, seeds: Sequence[int]) -> str:
     """Return a Markdown table with a row per arm: costs, then mean and range of the accuracy over its seeds."""
     some = next(iter(results.values()))
     levels = list(dict.fromkeys(itertools.chain(*(found["by_level"] for found in results.values()))))
-    header = ["arm", "parameters", "steps", "tokens", "FLOPs", "FLOPs per token awake", "right"]
+    in_bits = some.get("bits_per_byte") is not None
+    header = ["arm", "parameters", "steps", "tokens", "FLOPs", "FLOPs per token awake", "right", *(["bits per byte"] if in_bits else [])]
     header += [level_label(level, some["level_name"]) for level in levels if len(levels) > 1]
     header += ["first answer", "wrong window"] if some["wrong_window"] is not None else []
     header += [f"right at N = {n}" for n in some.get("test_loops", ())]
@@ -74,7 +78,11 @@ def _row(arm: Arm, done: Results, seeds: Sequence[int], levels: Sequence[int], *
     row = [name, count(arm.costs.parameters), f"{steps:,}", count(steps * arm.costs.tokens), count(arm.flops(steps))]
     row.append(count(arm.costs.awake))
     row.append(mean_and_range([one["accuracy"] for one in found]))
-    row += [mean_and_range([accuracy_by_level(one).get(level) for one in found]) for level in levels if len(levels) > 1]
+    if found[0].get("bits_per_byte") is not None:
+        row.append(_bits([one["loss"] for one in found]))
+        row += [_bits([one["loss_by_level"].get(level) for one in found]) for level in levels if len(levels) > 1]
+    else:
+        row += [mean_and_range([accuracy_by_level(one).get(level) for one in found]) for level in levels if len(levels) > 1]
     if found[0]["wrong_window"] is not None:
         row += [mean_and_range([one[name] for one in found]) for name in ("first", "wrong_window")]
     row += [mean_and_range([one["test_loops"][n] for one in found]) for n in found[0].get("test_loops", ())]
@@ -104,6 +112,14 @@ def mean_and_range(values: Sequence[float | None]) -> str:
     if not known:
         return ""
     return f"{fmean(known):.1%}" + (f" ({100 * min(known):.1f}-{100 * max(known):.1f})" if len(known) > 1 else "")
+
+
+def _bits(losses: Sequence[float | None]) -> str:
+    """Return the mean of losses in bits, and their range."""
+    known = [loss / math.log(2) for loss in losses if loss is not None]
+    if not known:
+        return ""
+    return f"{fmean(known):.3f}" + (f" ({min(known):.3f}-{max(known):.3f})" if len(known) > 1 else "")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
