@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from zoo.errors import counted
 from zoo.export.manifest import (
     CODA,
     CONSOLIDATION,
@@ -23,19 +25,19 @@ from zoo.export.manifest import (
 
 PURPOSE = {
     PREDICTION: "one wake pass over one token",
-    PREFILL: "one wake pass over up to {prefill} tokens",
+    PREFILL: "one wake pass over up to {pieces}",
     HEAD: "logits of all tokens of a piece, from `hidden` of `prefill.onnx`, for hosts that need more than those of the last",
-    CONSOLIDATION: "one whole sleep: {loops} passes over a window of up to {window} tokens, then eviction",
+    CONSOLIDATION: "one whole sleep: {passes} over a window of up to {tokens}, then eviction",
     SLEEPING: "all of these for one stream, of any number of `tokens`: it sleeps by itself, and the host only carries its states",
     PRELUDE: "start of a sleep, run once before the passes",
-    PASS: "one of the {loops} passes of a sleep",
+    PASS: "one pass of a sleep, which makes {loops}",
     CODA: "end of a sleep, run once after the passes",
 }
 MEANING = {
     "input_ids": ("token ids; with `n_valid`, the first `n_valid` of each row are valid", "one call"),
     "position": ("position of the first token, in the window under `hard`, otherwise in the stream", "one call"),
     "position_ids": ("position of each token; only the first is read", "one call"),
-    "n_valid": ("number of valid tokens; the rest is padding at the end, of any value", "one call"),
+    "n_valid": ("number of valid tokens; the rest is padding at the end, any tokens", "one call"),
     "logits": ("logits of the token that follows the last valid one; of `head.onnx`, of those that follow each", "one call"),
     "hidden": ("hidden states after the last block", "one call"),
     "h": ("hidden states after the previous pass", "one sleep"),
@@ -54,10 +56,11 @@ MEANING = {
 
 def page(bundle: Bundle) -> str:
     """Return Markdown with every tensor of every graph and the loop that runs them."""
-    words = {"prefill": bundle.plan.prefill, "loops": bundle.loops, "window": bundle.window}
+    words: dict[str, Any] = {"loops": bundle.loops, "window": bundle.window, "passes": counted(bundle.loops, "pass")}
+    words |= {"tokens": counted(bundle.window, "token"), "pieces": counted(bundle.plan.prefill or 1, "token")}
     graphs = "\n".join(f"| `{name}` | {PURPOSE[name].format(**words)} |" for name in bundle.graphs)
     tables = "\n".join(f"## {name}\n\n{_tensors(spec, words)}" for name, spec in bundle.graphs.items())
-    sleep = f"window {bundle.window}, {bundle.loops} passes per sleep, eviction `{bundle.evict}`"
+    sleep = f"window {bundle.window}, {counted(bundle.loops, 'pass')} per sleep, eviction `{bundle.evict}`"
     return f"""# {bundle.config.name} without Python
 
 Generated from `bundle.json` by `python -m zoo.export.page DIR`; do not edit.
@@ -73,6 +76,8 @@ Opset {bundle.opset}, {bundle.precision}, dialect `{bundle.plan.dialect}`, {slee
 States go in as `past_key_values.*` and come out as `present.*`, with the same shape and type.
 No graph modifies its inputs.
 A stream starts with zero states at position 0.
+Token ids are 0 to {bundle.config.vocab_size - 1}, and there is at least one.
+{_refusals(bundle)}
 
 ## The loop
 
@@ -80,7 +85,15 @@ A stream starts with zero states at position 0.
 {tables}"""
 
 
-def _tensors(spec: GraphSpec, words: dict[str, int | None]) -> str:
+def _refusals(bundle: Bundle) -> str:
+    alone = f"`{SLEEPING}` refuses both, and no tokens. " if SLEEPING in bundle.graphs else ""
+    return (
+        "onnxruntime on a CPU refuses larger ids, but counts negative ones from the end of the vocabulary, as ONNX's Gather does. "
+        f"{alone}On a GPU nothing is refused, so a host should check its tokens."
+    )
+
+
+def _tensors(spec: GraphSpec, words: dict[str, Any]) -> str:
     rows = ["| input | output | shape | type | contents | lifetime |", "|---|---|---|---|---|---|"]
     outputs = {tensor.name: tensor for tensor in spec.outputs}
     for tensor in spec.inputs:
@@ -90,7 +103,7 @@ def _tensors(spec: GraphSpec, words: dict[str, int | None]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _row(tensor: TensorSpec, before: str, after: str, words: dict[str, int | None]) -> str:
+def _row(tensor: TensorSpec, before: str, after: str, words: dict[str, Any]) -> str:
     what, lives = MEANING[tensor.name.rpartition(".")[2]]
     what, lives = (f"{what}, at the start of the window", "until a sleep") if ".start." in tensor.name else (what, lives)
     return f"| {before} | {after} | {tensor.shape} | {tensor.dtype} | {what.format(**words)} | {lives} |".replace("'", "")

@@ -31,7 +31,8 @@ Values = dict[str, ir.Value]
 class SelfSleeping:
     """The graph of one stream: input_ids [1, tokens], states -> logits [1, 1, V] of the last token, states.
 
-    Any number of tokens may cross any number of windows. A stream starts with zeros in all states, which are
+    One or more tokens may cross any number of windows. No token, or one outside the vocabulary, is an error on a CPU.
+    A stream starts with zeros in all states, which are
 
     - `window.ids` [1, L] and `window.length` [1]: the tokens of the window, and their number;
     - `window.offset` [1], if windows slide: position of the first token of the window;
@@ -63,7 +64,10 @@ class SelfSleeping:
         self.main.inputs.extend([ids, *past.values()])
         write = _Writer(self.main)
         total = write("Shape", ids, start=1)
-        padded = ids if self.most == 1 else write("Concat", ids, write.constant([[0] * (self.most - 1)]), axis=1)
+        last = write("Gather", ids, write.constant([-1]), axis=1)  # fails if there are no tokens
+        padded = write("Concat", ids, write("Expand", last, write.constant([1, self.most])), axis=1)
+        # Gather would count a negative token from the end of the embeddings; it refuses one that is too large
+        padded = write("Where", write("Less", padded, write.constant(0)), write.constant(self.logits[1][-1]), padded)
         logits = write("Cast", write("ConstantOfShape", write.constant(self.logits[1])), to=self.logits[0])
         given = [write("Squeeze", total), write.constant(True), write.constant([0]), logits, *past.values()]
         outputs = write.several(len(given) - 2, "Loop", *given, body=self._iteration(padded, total))

@@ -59,7 +59,7 @@ class Host:
 
     def __call__(self, ids):
         names = [value.name for value in self.session.get_outputs()]
-        out = dict(zip(names, self.session.run(None, {"input_ids": np.array([ids]), **self.states}), strict=True))
+        out = dict(zip(names, self.session.run(None, {"input_ids": np.array([ids], np.int64), **self.states}), strict=True))
         logits = out.pop("logits")
         self.states = {name.replace("present", "past_key_values"): array for name, array in out.items()}
         return logits
@@ -83,6 +83,17 @@ def test_500_tokens_are_those_of_pytorch(repositories, case):
     assert len(set(said[0])) > 3
     assert session.stats().sleeps > 80
     assert host.states["past_key_values.window.length"] == (read - 1) % window + 1
+
+
+@pytest.mark.parametrize("case", ["hard", "sliding"])
+@pytest.mark.parametrize("ids", [[], [-1], [11], [1, 2, -1, 3]], ids=["none", "negative", "large", "among others"])
+def test_no_tokens_and_tokens_outside_the_vocabulary_are_refused(repositories, case, ids):
+    model, folder = repositories(case)
+    assert model.config.vocab_size == 11
+    host = Host(folder / "1/sleeping.onnx")
+    host([0, 10])
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="out of data bounds"):
+        host(ids)
 
 
 @pytest.mark.extended
@@ -230,5 +241,7 @@ def test_a_repository_refuses_types_and_names_that_it_cannot_hold(tmp_path, monk
         place = tmp_path if not flags else tmp_path / "other"
         result = CliRunner().invoke(cli.main, ["gdn4-sleep2-hard8", "--triton-server", str(place), *flags])
         assert (result.exit_code, message in result.output) == (2, True), result.output
+    result = CliRunner().invoke(cli.main, ["gdn4-sleep2", "--triton-server", str(tmp_path / "gdn4-sleep2-hard8/config.pbtxt")])
+    assert (result.exit_code, "config.pbtxt is a file; want a folder" in result.output) == (2, True), result.output
     result = CliRunner().invoke(cli.main, ["gdn4", "--triton-server", str(tmp_path), "--out", str(tmp_path / "new")])
     assert (result.exit_code, "want one of --out DIR, --triton-server DIR" in result.output) == (2, True)
