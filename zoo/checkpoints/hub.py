@@ -51,6 +51,9 @@ def _download(repository: str, revision: str | None, label: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(repository, allow_patterns=["pytorch_model.bin"], **options)
     except Exception as error:  # whichever exception the network or the hub raises
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ZooError(f"{label}: {repository} cannot be downloaded: {why}; give the path of a folder instead") from None
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = next((line for line in lines if not re.match(r"\d{3} \w+ Error", line)), type(error).__name__)  # the status says too little
+        raise ZooError(f"{label}: {repository} cannot be downloaded: {why.rstrip('.')}; give the path of a folder instead") from None
+    if not (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
+        raise ZooError(f"{label}: {repository} holds no model: neither model.safetensors nor pytorch_model.bin")
     return folder
