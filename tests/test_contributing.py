@@ -102,9 +102,9 @@ def run(server, tmp_path):
 
 
 def test_every_kind_has_an_example():
-    """Of the eleven rows of the table, each names its entry point groups, and each group has an example."""
+    """Of the twelve rows of the table, each names its entry point groups, and each group has an example."""
     rows = re.findall(r"^\| an? .*\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    assert len(rows) == 11
+    assert len(rows) == 12
     assert sorted(re.findall(r"`(zoo_\w+)`", "".join(rows))) == sorted(GROUPS)
     named = {value.split(":")[0].replace(".", "/") + ".py" for points in GROUPS.values() for value in points.values()}
     assert named == set(FILES) - {"toyzoo/leaky_sum/example.py"}
@@ -131,6 +131,7 @@ from zoo.eviction import evictions as zoo_evictions
 from zoo.schedule import schedules as zoo_schedules
 from zoo.tasks import tasks as zoo_tasks
 from zoo.training.optimizers import optimizers as zoo_optimizers
+from zoo.training.trackers import trackers as zoo_trackers
 from zoo.checkpoints.family import families as zoo_checkpoints
 from zoo.export.target import targets as zoo_targets
 from zoo.export.runtime import providers as zoo_providers
@@ -206,15 +207,15 @@ else:
     assert "toy4-sleep2" in run(COMMAND + code)
 
 
-def test_a_task_and_an_optimiser(run, tmp_path):
-    """`zoo train` learns the one with the other, and refuses what they refuse; `zoo eval` evaluates."""
+def test_a_task_an_optimiser_and_a_tracker(run, tmp_path):
+    """`zoo train` learns the one with the other, refuses what they refuse, and reports to the third; `zoo eval` evaluates."""
     (tmp_path / "run.yaml").write_text(
         "model: toy4-sleep2\noverrides: {evict: half, window: 4}\ntask: {name: copy, length: 4}\n"
         "optimizer: sgd\nlr: 0.3\nsteps: 60\nlog_every: 60\nbatch_size: 16\neval_sequences: 16\n"
     )
     code = """
 command("zoo train run.yaml steps=1 --out first")
-command("zoo train run.yaml --out last")
+command("zoo train run.yaml --track notes --track toyzoo.tracker:Notes --out last")
 command("zoo eval last --sequences 4")
 for wrong in ("task.length=0", "optimizer=sdg"):
     try:
@@ -228,6 +229,9 @@ for wrong in ("task.length=0", "optimizer=sdg"):
     first, last = map(float, re.findall(r"step \d+/\d+ loss ([\d.]+)", output))
     assert last < first - 0.05
     assert "copy length=4" in output
+    title, *rest = sorted((tmp_path / "last/notes.txt").read_text().splitlines(), reverse=True)
+    assert re.fullmatch(r"last [0-9a-f]{16}: 60 steps", title)
+    assert rest == [title, *[f"60: loss {last:.3f}"] * 2]
     assert not (tmp_path / "refused").exists()
 
 

@@ -1,12 +1,11 @@
-"""Destinations of metrics besides metrics.jsonl: progress bars, TensorBoard, Weights & Biases.
+"""Destinations of metrics besides metrics.jsonl: progress bars, TensorBoard, trackers.
 
 A sink takes the config and the folder of a run.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -17,23 +16,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from zoo.errors import ZooError
 from zoo.training.config import Report, TrainConfig
 from zoo.training.parallel import is_main_process
+from zoo.training.trackers import Tracker, flat, reporting_to
 
 Sink = Callable[[TrainConfig, Path], AbstractContextManager[Report]]
 
 
 @contextmanager
-def all_sinks(config: TrainConfig, folder: Path, wandb: str | None = None) -> Iterator[Report]:
-    """Report to the progress bar, to TensorBoard if installed, and to the Weights & Biases project `wandb` if given.
-
-    Raises:
-        ZooError: `wandb` is given, but the package is not installed.
-    """
-    sinks: list[Sink] = [progress_bar, tensorboard]
-    if wandb is not None:
-        sinks.append(partial(weights_and_biases, project=wandb))
+def all_sinks(config: TrainConfig, folder: Path, trackers: Sequence[Tracker] = ()) -> Iterator[Report]:
+    """Report to the progress bar, to TensorBoard if installed, and to the trackers."""
+    sinks: list[Sink] = [progress_bar, tensorboard, *(partial(reporting_to, tracker) for tracker in trackers)]
     with ExitStack() as stack:
         reports = [stack.enter_context(sink(config, folder)) for sink in sinks]
 
@@ -69,7 +62,7 @@ def tensorboard(config: TrainConfig, folder: Path) -> Iterator[Report]:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder / "tensorboard"), purge_step=metrics["step"])
-        for name, value in _flat(metrics).items():
+        for name, value in flat(metrics).items():
             writer.add_scalar(name, value, metrics["step"])
 
     try:
@@ -77,41 +70,6 @@ def tensorboard(config: TrainConfig, folder: Path) -> Iterator[Report]:
     finally:
         if writer is not None:
             writer.close()
-
-
-@contextmanager
-def weights_and_biases(config: TrainConfig, folder: Path, project: str) -> Iterator[Report]:
-    """A run of the Weights & Biases project, named like the folder; a resumed run continues it. Raises ZooError."""
-    try:
-        import wandb
-    except ImportError:
-        raise ZooError(f"--wandb: {project}: needs pip install 'sleep-zoo[wandb]'") from None
-    run: Any = None
-
-    def write(metrics: dict[str, Any]) -> None:
-        nonlocal run
-        if run is None:
-            run = wandb.init(
-                project=project,
-                name=folder.name,
-                id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
-                resume="allow",
-                dir=str(folder),
-                config=config.model_dump(mode="json"),
-            )
-        run.log(_flat(metrics), step=metrics["step"])
-
-    try:
-        yield write
-    finally:
-        if run is not None:
-            run.finish()
-
-
-def _flat(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return metrics by name, those by level as `by_level/3`."""
-    flat = {f"by_level/{level}": share for level, share in metrics["by_level"].items()}
-    return {**{name: value for name, value in metrics.items() if name not in ("step", "by_level")}, **flat}
 
 
 def new_progress() -> Progress:
@@ -122,15 +80,15 @@ def new_progress() -> Progress:
         BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("loss {task.fields[loss]:.3f}  right {task.fields[accuracy]:.1%}{task.fields[levels]}"),
-        TextColumn("{task.fields[speed]:,} tokens/s{task.fields[mfu]} {task.fields[memory]}"),
+        TextColumn("{task.fields[quality]}"),
+        TextColumn("{task.fields[speed]}{task.fields[mfu]} {task.fields[memory]}"),
         console=Console(stderr=True),
     )
 
 
 def add_run(progress: Progress, name: str, steps: int) -> TaskID:
-    """Add the bar of a run."""
-    return progress.add_task(name, total=steps, loss=float("nan"), accuracy=0.0, levels="", speed=0, mfu="", memory="")
+    """Add the bar of a run that has no metrics yet."""
+    return progress.add_task(name, total=steps, quality="starting", speed="", mfu="", memory="")
 
 
 def advance(progress: Progress, bar: TaskID, metrics: dict[str, Any]) -> None:
@@ -138,10 +96,8 @@ def advance(progress: Progress, bar: TaskID, metrics: dict[str, Any]) -> None:
     progress.update(
         bar,
         completed=metrics["step"],
-        loss=metrics["loss"],
-        accuracy=metrics["accuracy"],
-        levels=_by_level(metrics),
-        speed=metrics["tokens_per_second"],
+        quality=f"loss {metrics['loss']:.3f}  right {metrics['accuracy']:.1%}{_by_level(metrics)}",
+        speed=f"{metrics['tokens_per_second']:,} tokens/s",
         mfu=_mfu(metrics),
         memory=_memory(metrics),
     )

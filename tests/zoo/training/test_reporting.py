@@ -1,13 +1,18 @@
 """Metrics reach TensorBoard and Weights & Biases unchanged from metrics.jsonl; utilisation and time left are arithmetic."""
 
+import importlib
 import json
+import re
+import signal
 import sys
 import types
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
@@ -108,6 +113,92 @@ def test_weights_and_biases_not_installed_is_an_error_before_any_work(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+STUB = """
+import time
+from zoo.training.trackers import Tracker
+
+CALLS = []
+
+
+class Stub(Tracker):
+    def begin(self, run_id, name, config, folder):
+        CALLS.append((run_id, name, config))
+
+    def log(self, step, metrics):
+        CALLS.append((step, metrics))
+
+    def end(self):
+        CALLS.append("end")
+
+
+class Failing(Stub):
+    def log(self, step, metrics):
+        super().log(step, metrics)
+        raise ConnectionError("no answer\\nfrom the service")
+
+
+class Hanging(Stub):
+    def begin(self, run_id, name, config, folder):
+        time.sleep(600)
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """Return a module with trackers, as a user would write it."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "my_trackers.py").write_text(STUB)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    yield importlib.import_module("my_trackers")
+    del sys.modules["my_trackers"]
+
+
+def test_a_tracker_gets_config_steps_and_the_same_run_when_resumed(tmp_path, config, stub, monkeypatch):
+    monkeypatch.setattr("zoo.training.loop.deferred", lambda: nullcontext(lambda: signal.SIGTERM))
+    command("train", config, "--out", tmp_path / "run", "--track", "my_trackers:Stub", status=143)
+    monkeypatch.undo()
+    command("train", config, "--out", tmp_path / "run", "--track", "my_trackers:Stub")
+    command("train", config, "--out", tmp_path / "other", "--track", "my_trackers:Stub")
+    begins = [call for call in stub.CALLS if len(call) == 3 and call != "end"]
+    (first, name, fields), (resumed, again, _), (other, *_) = begins
+    assert (first, name) == (resumed, again) == (first, "run")
+    assert other != first
+    assert (fields["steps"], fields["task"]) == (6, {"name": "cycle", "nodes": 6, "hops": 2})
+    steps = [call for call in stub.CALLS if len(call) == 2]
+    assert [step for step, _ in steps] == [*range(1, 7), *range(1, 7)]
+    for (_, metrics), line in zip(steps, lines(tmp_path / "run"), strict=False):
+        assert metrics["loss"] == line["loss"]
+        assert metrics["by_level/1"] == line["by_level"]["1"]
+    assert stub.CALLS.count("end") == 3
+
+
+def test_a_tracker_that_fails_or_hangs_only_causes_a_warning(tmp_path, config, stub, monkeypatch):
+    monkeypatch.setattr("zoo.training.trackers.PATIENCE", 0.1)
+    said = command("train", config, "--out", tmp_path / "run", *("--track", "my_trackers:Failing", "--track", "my_trackers:Hanging")).stderr
+    assert "tracker Failing: ConnectionError: no answer from the service; it receives no more metrics of this run\n" in said
+    assert "tracker Hanging: has not answered for 0.1 seconds" in said
+    assert said.count("tracker ") == 2
+    assert [step for step, _ in stub.CALLS[1:]] == [1]
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 7))
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wandbb", "unknown tracker 'wandbb'; did you mean 'wandb'?"),
+        ("my_trackers:Nothing", "--track: my_trackers:Nothing: AttributeError: "),
+        ("nowhere.at_all:Stub", "--track: nowhere.at_all:Stub: ModuleNotFoundError: "),
+        ("pathlib:Path", "--track: pathlib:Path: PosixPath; want a subclass of zoo.training.trackers.Tracker"),
+    ],
+)
+def test_a_tracker_that_is_none_is_an_error_before_any_work(tmp_path, config, stub, name, message):
+    said = command("train", config, "--out", tmp_path / "run", "--track", name, status=2).stderr
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
@@ -159,12 +250,21 @@ def test_time_left():
     assert _time_left(METRICS, 25) == timedelta()
 
 
+def shown(progress):
+    """Text of the bars, without spaces at line ends and in a row."""
+    with (screen := Console(width=200)).capture() as capture:
+        screen.print(progress.get_renderable())
+    return " ".join(re.sub(r"[━╸╺]+", "", capture.get()).split())
+
+
 def test_progress_says_it_all():
     line = _line("run", 100, {**METRICS, "mfu": 0.415})
     assert line == "run step 25/100 loss 1.500 accuracy 0.250 (50% 0%) 1,000 tokens/s  MFU 41.5% 3.0 GiB, 0:02:30 left"
     with new_progress() as progress:
         bar = add_run(progress, "run", 100)
+        assert shown(progress) == "run 0/100 -:-- starting"
         advance(progress, bar, METRICS)
         assert progress.tasks[bar].fields["mfu"] == ""
+        assert shown(progress).endswith("loss 1.500 right 25.0% (50% 0%) 1,000 tokens/s 3.0 GiB")
         advance(progress, bar, {**METRICS, "mfu": 0.415})
         assert progress.tasks[bar].fields["mfu"].strip() == "MFU 41.5%"

@@ -1,0 +1,124 @@
+"""Services that a training run reports to, such as Weights & Biases: `zoo train ... --track NAME`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.registry import Registry
+from zoo.training.config import Report, TrainConfig
+
+PATIENCE = 30.0
+"""Seconds that a run waits at its end for a tracker."""
+
+
+class Tracker(ABC):
+    """A service that records runs. It is created before the run, and then called in order from a thread of its own."""
+
+    @abstractmethod
+    def begin(self, run_id: str, name: str, config: dict[str, Any], folder: Path) -> None:
+        """Begin a run, or continue it if it was resumed.
+
+        Args:
+            run_id: 16 hexadecimal digits, the same whenever the run is resumed in the same folder.
+            name: name of the folder.
+            config: the fields of `TrainConfig`, as in YAML.
+        """
+
+    @abstractmethod
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a step, by name. A resumed run may repeat steps."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Send what has not been sent: the run has finished, stopped or failed."""
+
+
+trackers: Registry[type[Tracker]] = Registry("tracker", "trackers")
+
+
+@trackers.register("wandb")
+class WeightsAndBiases(Tracker):
+    """A run of Weights & Biases, in `project` or else in the one that WANDB_PROJECT names. Raises ZooError if it is not installed."""
+
+    def __init__(self, project: str | None = None) -> None:
+        try:
+            import wandb
+        except ImportError:
+            option = "--track: wandb" if project is None else f"--wandb: {project}"
+            raise ZooError(f"{option}: needs pip install 'sleep-zoo[wandb]'") from None
+        self._wandb, self._project = wandb, project
+
+    def begin(self, run_id: str, name: str, config: dict[str, Any], folder: Path) -> None:
+        options = {"project": self._project, "name": name, "id": run_id, "resume": "allow", "dir": str(folder), "config": config}
+        self._run = self._wandb.init(**options)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def end(self) -> None:
+        self._run.finish()
+
+
+def new_tracker(name: str) -> Tracker:
+    """Return a tracker by its name, or by an import path such as "package.module:Class". Raises ZooError."""
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        return trackers.get(name)()
+    try:
+        made = getattr(importlib.import_module(module), attribute)()
+    except Exception as error:  # a module may raise anything while it is imported
+        raise ZooError(f"--track: {name}: {' '.join(f'{type(error).__name__}: {error}'.split())}") from None
+    if not isinstance(made, Tracker):
+        raise ZooError(f"--track: {name}: {type(made).__name__}; want a subclass of zoo.training.trackers.Tracker")
+    return made
+
+
+@contextmanager
+def reporting_to(tracker: Tracker, config: TrainConfig, folder: Path) -> Iterator[Report]:
+    """Yield a function that hands lines of metrics to a tracker. One that fails or hangs only causes a warning."""
+    lines: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    thread = Thread(target=_deliver, args=(lines, tracker, config, folder), daemon=True)
+    thread.start()
+    try:
+        yield lines.put
+    finally:
+        lines.put(None)
+        thread.join(PATIENCE)
+        if thread.is_alive():
+            _warn(tracker, f"has not answered for {PATIENCE:g} seconds; the last metrics may be missing there")
+
+
+def _deliver(lines: SimpleQueue[dict[str, Any] | None], tracker: Tracker, config: TrainConfig, folder: Path) -> None:
+    """Call a tracker for every line until None. A run without a line never begins."""
+    begun = False
+    try:
+        while (line := lines.get()) is not None:
+            if not begun:
+                run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+                tracker.begin(run_id, folder.name, config.model_dump(mode="json"), folder)
+                begun = True
+            tracker.log(line["step"], flat(line))
+        if begun:
+            tracker.end()
+    except Exception as error:  # whichever exception a service raises
+        _warn(tracker, " ".join(f"{type(error).__name__}: {error}".split()) + "; it receives no more metrics of this run")
+
+
+def _warn(tracker: Tracker, why: str) -> None:
+    print(f"tracker {type(tracker).__name__}: {why}", file=sys.stderr, flush=True)
+
+
+def flat(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return metrics by name, those by level as `by_level/3`."""
+    by_level = {f"by_level/{level}": share for level, share in metrics["by_level"].items()}
+    return {**{name: value for name, value in metrics.items() if name not in ("step", "by_level")}, **by_level}
