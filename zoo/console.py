@@ -10,9 +10,12 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from zoo.errors import counted
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", console: Console | None = None) -> None:
@@ -99,7 +102,8 @@ def print_results(results: dict[str, Any]) -> None:
     rows += [("whole sequences", f"{results['exact']:.1%}", "", "")]
     if results["exact_chance"] is not None:
         rows.append(("whole sequences, best guess", f"{results['exact_chance']:.2%}", "", ""))
-    title = f"{results['model']} on {results['task']}: {results['answers']:,} held-out answers"
+    scored = "predicted tokens" if results["level_name"] == "window" else "held-out answers"
+    title = f"{results['model']} on {results['task']}: {results['answers']:,} {scored}"
     print_table([results["level_name"], "right", "loss", "majority"], rows, title=title)
     if results["level_name"] != "window" and len(results["by_window"]) > 1:
         windows = [(str(n), f"{share:.1%}", f"{results['loss_by_window'][n]:.3f}") for n, share in results["by_window"].items()]
@@ -111,22 +115,22 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def print_comparison(results: dict[str, Any]) -> None:
-    """Print the table of `zoo.training.compare.comparison`."""
+    """Print two tables of `zoo.training.compare.comparison`: results and costs, and the loss in at most five windows."""
     run = [line for line in results["arms"] if "refused" not in line]
     windows = sorted({n for line in run for n in line["loss_by_window"]})
+    windows = sorted({windows[at * (len(windows) - 1) // 4] for at in range(5)}) if windows else []
     in_bytes = any(line["bits_per_byte"] is not None for line in run)
-    headers = ["", "N", "loss", *(["bits per byte"] if in_bytes else []), "right", *(f"loss in window {n}" for n in windows)]
-    rows = []
-    for line in results["arms"]:
-        if "refused" in line:
-            rows.append([line["name"], *[""] * (len(headers) + 1)])
-            continue
-        cells = [line["name"], str(line["loops"]), f"{line['loss']:.4f}"]
-        cells += [f"{line['bits_per_byte']:.4f}"] if in_bytes else []
-        cells += [f"{line['accuracy']:.1%}", *(f"{line['loss_by_window'].get(n, math.nan):.4f}" for n in windows)]
-        rows.append([*cells, f"{line['tokens_per_second']:,}", f"{line['state_bytes']:,}"])
-    title = f"{results['folder']} on {results['task']}: {results['sequences']:,} held-out sequences"
-    print_table([*headers, "tokens/s", "bytes of state"], rows, title=title)
+    headers = ["", "N", "loss", *(["bits/byte"] if in_bytes else []), "right", "tokens/s", "state"]
+    rows, by_window = [], []
+    for line in run:
+        name = line["name"].replace("own weights", "itself")  # within 80 columns
+        cells = [name, str(line["loops"]), f"{line['loss']:.4f}", *([f"{line['bits_per_byte']:.4f}"] if in_bytes else [])]
+        rows.append([*cells, f"{line['accuracy']:.1%}", f"{line['tokens_per_second']:,}", decimal(line["state_bytes"])])
+        by_window.append([name, *(f"{line['loss_by_window'].get(n, math.nan):.4f}" for n in windows)])
+    title = f"{results['folder']} on {results['task']}: {counted(results['sequences'], 'held-out sequence')}"
+    print_table(headers, rows, title=title)
+    if len(windows) > 1:
+        print_table(["loss in window", *map(str, windows)], by_window)
     for line in results["arms"]:
         if "refused" in line:
             print_line(f"{line['name']}: {line['refused']}")

@@ -27,6 +27,32 @@ def test_a_table_fits_the_console_and_keeps_every_cell(width):
     assert (text.count("arm") == 1) == (width == 400)
 
 
+@pytest.mark.parametrize("name", ["parent", "own weights"])
+def test_a_comparison_is_two_tables_of_80_columns(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    run = {
+        "folder": "parent",
+        "evict": "hard",
+        "window": 32,
+        "loops": 1,
+        "perplexity": 9.0,
+        "tokens_per_second": 54321,
+        "state_bytes": 1_234_567,
+    }
+    run |= {"loss": 12.3456, "bits_per_byte": 12.3456, "accuracy": 0.123}
+    named = [f"{name}, full attention", f"{name}, sliding window", f"{name}, hard eviction", "this model, N = 1", "this model"]
+    arms = [{**run, "name": arm, "loss_by_window": {n: n + k / 10 for n in range(1, 10)}} for k, arm in enumerate(named)]
+    arms[1] = {"name": named[1], "folder": "parent", "refused": "learned_positions"}
+    console.print_comparison({"folder": "runs/mine", "task": "text", "sequences": 1, "arms": arms})
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert said.count("\u250f") == 2
+    assert "1 held-out sequence\n" in said
+    assert [row.split()[-2] for row in said.splitlines() if "this model " in row][-1] == "9.4000"
+    assert "loss in window" in said
+    assert f"{named[1]}: learned_positions" in said
+
+
 def test_the_tables_of_markdown_are_printed_the_same():
     markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in [HEADERS, ["---"] * len(HEADERS), *ROWS])
     text = printed(lambda screen: console.print_markdown(f"## Title\n\n{markdown}\n\nA line [1].\n", screen))

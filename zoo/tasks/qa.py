@@ -85,6 +85,10 @@ class Qa(Task):
             level[n, start : start + len(answer)] = max(1, -(-len(context) // self.width))
         return Batch(ids, level > 0, level)
 
+    def held_out(self) -> int:
+        """See `Task.held_out`."""
+        return len(self._rows("test"))
+
     def chance(self) -> float:
         """Accuracy of the most frequent token at each place of the held-out answers."""
         answers = [row.answer for row in self._rows("test")]

@@ -93,6 +93,10 @@ class Task(BaseModel):
         """Return the rate at which that guess gets a whole sequence right; None if that is not informative."""
         return None
 
+    def held_out(self) -> int | None:
+        """Return the number of held-out sequences, after which they repeat; None if they are drawn at random."""
+        return None
+
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
         """Return the `step`-th batch of `size` sequences, a function of its arguments alone.
 

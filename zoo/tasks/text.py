@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from zoo.checkpoints.companions import read_companions
 from zoo.config import read_yaml
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.tasks.mixture import drawn, part, shares
 from zoo.tasks.task import Batch, Split, Task, refuse_same_file, tasks
 from zoo.text.corpus import SUMMARY
@@ -52,7 +52,7 @@ class Text(Task):
             for file in files:
                 tokens = open_tokens(file, split)
                 if len(tokens) < (2 if self.documents else self.length):
-                    raise ValueError(f"{split}: {len(tokens)} tokens are less than one sequence, length: {self.length}")
+                    raise ValueError(f"{split}: {counted(len(tokens), 'token')}; want one sequence at least, length: {self.length}")
         return self
 
     @property
@@ -76,10 +76,11 @@ class Text(Task):
         return read_companions(Path(self._files[0]).parent)
 
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
-        """See `Task.batch`. Raises ZooError: a token is outside the vocabulary."""
+        """See `Task.batch`; held-out sequences that are read in order begin with number `step`. Raises ZooError: a token is outside
+        the vocabulary."""
         tokens = [open_tokens(file, split) for file in (self._files if split == "train" else (self.test,))]
         if self.epochs or self.documents:
-            rows = self._in_order(seed, step * size, size, split, tokens)
+            rows = self._in_order(seed, step if split == "test" else step * size, size, split, tokens)
         else:
             rng = np.random.default_rng([seed, step, split == "test"])
             if len(tokens) == 1:
@@ -95,6 +96,10 @@ class Text(Task):
         if ids.max() >= self.vocab:
             raise ZooError(f"task {self}: token {ids.max()} in the {split} file; vocab says that ids are less than {self.vocab}")
         return by_window(ids.astype(np.int64), self.width, np.array([len(piece) for piece in rows]))
+
+    def held_out(self) -> int | None:
+        """See `Task.held_out`."""
+        return len(self._parts["test"][0]) if self.epochs or self.documents else None
 
     def chance(self) -> float:
         return majority(open_tokens(self.test, "test"))

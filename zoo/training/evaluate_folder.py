@@ -12,6 +12,7 @@ from zoo.devices import usable_device
 from zoo.errors import ZooError
 from zoo.products import fast_bfloat16, fast_products
 from zoo.tasks import new_task
+from zoo.tasks.text import Text
 from zoo.text.tokenizers import load_tokenizer
 from zoo.training.compare import arms, comparison
 from zoo.training.evaluate import evaluate
@@ -60,11 +61,13 @@ def evaluate_folder(
     if loops is not None and config.window is None:
         raise ZooError(f"--loops: {loops}; {config.name} never sleeps (evict: {config.evict})")
     if data is not None:
-        task, count = held_out_task(data, trained.folder, config, trained.run, length)
-        sequences = min(sequences, count)
+        task = held_out_task(data, trained.folder, config, trained.run, length)
     else:
         assert trained.run is not None
         task = new_task(trained.run.task)
+        if isinstance(task, Text):
+            task = task.model_copy(update={"epochs": True})  # random sequences would overlap
+    sequences = min(sequences, task.held_out() or sequences)
     if task.loss_everywhere and config.window is not None:
         fields = {"sleep_on": "every", **fields}
     has_text = task.is_text and (has_tokenizer(trained.folder) or config.vocab_size == 256)

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from zoo.checkpoints.companions import has_tokenizer
 from zoo.config import ModelConfig
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.tasks import Batch, Task
 from zoo.tasks.qa import Qa
 from zoo.tasks.task import Split
@@ -62,7 +62,7 @@ class Excerpts(Task):
             texts = documents([Path(self.file)], "text")
             tokens = np.array([i for text in texts for i in (*tokenizer.encode(text, special=False), *tokenizer.stop[:1])], np.int64)
         if len(tokens) < 2:
-            raise ZooError(f"--data: {self.file}: {len(tokens)} tokens; want at least 2")
+            raise ZooError(f"--data: {self.file}: {counted(len(tokens), 'token')}; want at least 2")
         return tokens
 
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
@@ -72,12 +72,16 @@ class Excerpts(Task):
             raise ZooError(f"--data: {self.file}: token {ids.max()}; the model has {self.vocab}")
         return by_window(ids, self.width)
 
+    def held_out(self) -> int:
+        """See `Task.held_out`."""
+        return len(self.tokens) // self.length
+
     def chance(self) -> float:
         return majority(self.tokens)
 
 
-def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig | None, length: int | None) -> tuple[Task, int]:
-    """Return the task of a held-out file, and the number of its sequences.
+def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig | None, length: int | None) -> Task:
+    """Return the task of a held-out file.
 
     Args:
         file: .jsonl of questions as the task `qa` reads them, token ids, or text.
@@ -96,15 +100,13 @@ def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig
         fields["tokenizer"] = str(folder) if has_tokenizer(folder) else None
         windows = trained.get("windows", 1) if trained.get("name") == "qa" else 2**20  # all of every context
         questions = Qa.model_construct(**fields, windows=windows)
-        rows = questions._rows("test")
-        longest = max(-(-len(row.context) // width) for row in rows)
-        return questions.model_copy(update={"windows": max(1, min(windows, longest))}), len(rows)  # with the rows that were read
+        longest = max(-(-len(row.context) // width) for row in questions._rows("test"))
+        return questions.model_copy(update={"windows": max(1, min(windows, longest))})  # with the rows that were read
     if length is None:
         length = trained.get("length", 2048) if trained.get("name") == "text" else 4 * width
     text: dict[str, Any] = {"file": str(file), "folder": str(folder), "vocab": model.vocab_size, "width": width}
-    tokens = len(Excerpts(**text, length=length).tokens)
-    task = Excerpts(**text, length=min(length, tokens))
-    return task, tokens // task.length
+    excerpts = Excerpts(**text, length=length)
+    return excerpts.model_copy(update={"length": min(length, len(excerpts.tokens))})  # with the tokens that were read
 
 
 def _has_questions(file: Path) -> bool:

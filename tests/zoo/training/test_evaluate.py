@@ -112,6 +112,23 @@ def test_questions_are_asked_after_their_context_is_evicted(folders):
     assert found["loss_by_window"].keys() == {"2"}
 
 
+def test_held_out_tokens_of_a_run_are_counted_once(tmp_path):
+    """As if each sequence was given by hand: every one once, none twice, and no more than there are."""
+    draw = np.random.default_rng(0)
+    for split in ("train", "test"):
+        np.save(tmp_path / f"{split}.npy", draw.integers(0, 11, 331).astype(np.uint8))
+    files = {split: str(tmp_path / f"{split}.npy") for split in ("train", "test")}
+    task = {"name": "text", **files, "vocab": 11, "length": 12, "width": 6}
+    train(tiny(task=task, overrides={**TINY["overrides"], "vocab_size": 11, "sleep_on": "every"}), tmp_path / "run")
+    found = results(tmp_path / "run")
+    assert found["answers"] == 27 * 11
+    model = zoo.load(tmp_path / "run")
+    rows = torch.from_numpy(np.load(tmp_path / "test.npy")[: 27 * 12].astype(np.int64)).view(27, 12)
+    assert found["loss"] == pytest.approx(model.loss(rows, torch.ones(27, 12)).item(), abs=1e-5)
+    assert results(tmp_path / "run", "--sequences", 5)["answers"] == 5 * 11
+    assert f"{27 * 11} predicted tokens" in run(tmp_path / "run").stdout
+
+
 def test_runs_that_have_not_finished_and_single_checkpoints(tmp_path):
     train(tiny(steps=3, checkpoint_every=1, keep=3), tmp_path / "run")
     finished = results(tmp_path / "run", "--sequences", 8)
