@@ -1,9 +1,11 @@
 """The documentation: links, completeness, and the site."""
 
+import inspect
 import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import yaml
 
 import zoo
 from docs.families import PAGE, page
-from zoo.config import resolve
+from zoo.config import resolve, shipped
+from zoo.registry import Registry
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -85,6 +88,32 @@ def test_every_model_block_task_and_family_is_described():
     text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
     names = [*zoo.list_models(), *mixers.names(), *tasks.names(), *families.names()]
     assert [name for name in names if not re.search(rf"`{re.escape(name)}`", text)] == []
+
+
+def test_every_recipe_is_in_the_table():
+    section = (ROOT / "docs/training.md").read_text(encoding="utf-8").partition("## Recipes\n")[2].partition("\n## ")[0]
+    listed = {name for cell in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(.+?)`", cell)}
+    runs = shipped("train")
+    recipes = {name.removesuffix("-small").removesuffix("-h200") for name in runs}
+    assert listed == recipes
+    alone = re.findall(r"`(.+?)`", re.search(r"Each recipe except (.+?) has a variant", section)[1])
+    assert set(alone) == {name for name in recipes if f"{name}-small" not in runs}
+    assert {f"{name}-h200" for name in recipes} & set(runs) == {f"{name}-h200" for name in recipes - set(alone)}
+
+
+def test_a_page_of_the_reference_links_to_the_code_that_fills_it():
+    """Without the site, its directives show nothing."""
+    for file in files("docs/api/*.md"):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert "make docs" in text, file
+        linked = {(ROOT / file.parent / link).resolve() for link in LINK.findall(text)}
+        for target in re.findall(r"^```{fields} (.+)$", text, re.MULTILINE):
+            module, _, name = target.rpartition(".")
+            found = getattr(import_module(module), name)
+            sources = found.names() if isinstance(found, Registry) else [found]
+            for source in sources:
+                path = Path(inspect.getfile(found.get(source) if isinstance(found, Registry) else source)).resolve()
+                assert {path, path.parent} & linked, (target, source)
 
 
 def test_the_families_are_not_stale():
