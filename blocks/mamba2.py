@@ -14,7 +14,7 @@ from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.positions import Positions
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.kernels.gated_rmsnorm.op import gated_rmsnorm
 from zoo.kernels.ssd.op import ssd
 
@@ -62,7 +62,7 @@ class Mamba2(Mixer):
         if rest or not self.heads:
             raise ZooError(f"head_dim: {options.head_dim} does not divide the {self.inner} inner channels (expand * d_model)")
         if self.heads % self.groups:
-            raise ZooError(f"groups: {self.groups} does not divide the {self.heads} heads")
+            raise ZooError(f"groups: {self.groups} does not divide the {counted(self.heads, 'head')}")
         self.convolved = self.inner + 2 * self.groups * self.state_dim
         self.in_proj = nn.Linear(d_model, self.inner + self.convolved + self.heads, bias=options.bias)
         self.conv_weight = nn.Parameter(torch.empty(self.convolved, self.taps))

@@ -147,8 +147,6 @@ def _write(
     plan = validate(Plan, {field: value for field, value in asked.items() if field in Plan.model_fields}, "zoo-export")
     options = {field: value for field, value in asked.items() if field not in Plan.model_fields}
     validate(targets.get(target), options, f"target {target}").check(dtype or "float32", plan)
-    if not repository:
-        refuse_existing(out)
     usable_device(device, meta=False)
     console = Console()
     started = time.perf_counter()
@@ -158,6 +156,7 @@ def _write(
 
     shape = _model(name, overrides, seed, dtype, device="meta")
     place, write = (model_folder(shape, out), export_to_repository) if repository else (out, export)
+    refuse_existing(place)
     check(shape, plan, place, verified=not no_verify)
     made = _model(name, overrides, seed, dtype)
     weights = sum(tensor.nbytes for tensor in made.parameters())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.blocks.attention import KV
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.eviction import evictions
 from zoo.export.manifest import CODA, CONSOLIDATION, HEAD, PASS, PREDICTION, PREFILL, PRELUDE, SLEEPING, Bundle
 from zoo.export.plan import Plan
@@ -111,9 +111,11 @@ class ExportedModel:
             ZooError: ids or a state that do not fit the bundle or each other, or more tokens than the window has room for.
         """
         self._check(ids, state)
-        if not self._slides and state.position + ids.shape[1] > self._slots:
+        T = ids.shape[1]
+        if not self._slides and state.position + T > self._slots:
+            fit = "does not fit" if T == 1 else "do not fit"
             raise ZooError(
-                f"ids: {ids.shape[1]} tokens do not fit into a window of {self._slots} that holds {state.position}"
+                f"ids: {counted(T, 'token')} {fit} into a window of {self._slots} that holds {state.position}"
                 + ("; consolidate it first" if self._eviction.uses_window else "")
             )
         kept = ids.shape[1] if logits_to_keep is None else logits_to_keep

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from zoo.config import parse_overrides
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.facets import list_models
 from zoo.files import as_path
 from zoo.options import DEVICE, DTYPE, PATH, SHARD, THREADS, Number
+from zoo.registry import listed, nearest
 from zoo.signals import StoppedError, interruptible
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ def list_(wildcard: str, sleeps: bool, family: str | None, params: str | None, m
     """
     names = list_models(wildcard, sleeps=sleeps, family=family, params=params, mixer=mixer)
     if not names and (named := list_models(wildcard)):
-        raise ZooError(f"no model matches '{wildcard}' with these options; without them: {', '.join(named)}")
+        raise ZooError(f"no model matches '{wildcard}' with these options; without them: {listed(named)}")
     if not names:
-        raise ZooError(f"no model matches '{wildcard}'; allowed: {', '.join(list_models())}")
+        raise ZooError(f"no model matches '{wildcard}'; {nearest(wildcard.strip('*?'), list_models())}; see `zoo list`")
     click.echo("\n".join(names))
 
 
@@ -188,7 +189,9 @@ def tokenize(corpus: tuple[Path, ...], out: Path, tokenizer: Path | None, field:
     from zoo.text.corpus import tokenize as run
 
     made = run(corpus, out, tokenizer=tokenizer, field=field, held_out=held_out)
-    click.echo(f"{made.documents} documents, {made.train} tokens to train on, {made.test} held out; vocabulary: {made.vocab}")
+    click.echo(
+        f"{counted(made.documents, 'document')}, {counted(made.train, 'token')} to train on, {made.test} held out; vocabulary: {made.vocab}"
+    )
     click.echo(f"written to {out}")
 
 
@@ -196,9 +199,12 @@ def tokenize(corpus: tuple[Path, ...], out: Path, tokenizer: Path | None, field:
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=PATH, help="Folder for the run.  [default: runs/<name of CONFIG>]")
-@click.option("--wandb", metavar="PROJECT", help="Also send metrics to this project of Weights & Biases.")
+@click.option(
+    "--track", multiple=True, metavar="NAME", help="Also send metrics to this tracker: wandb, or a class as package.module:Class."
+)
+@click.option("--wandb", metavar="PROJECT", help="As --track wandb, with the project.")
 @THREADS
-def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str | None) -> None:
+def train(config: str, overrides: tuple[str, ...], out: Path | None, track: tuple[str, ...], wandb: str | None) -> None:
     """Train a model, or resume a run.
 
     CONFIG is a YAML file or the name of a shipped config, for example `zoo train cycle steps=100 task.hops=2`.
@@ -214,11 +220,13 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, wandb: str 
     from zoo.training.loop import train as run
     from zoo.training.parallel import is_main_process
     from zoo.training.reporting import all_sinks
+    from zoo.training.trackers import WeightsAndBiases, new_tracker
 
     plan = read_config(config, parse_overrides(overrides))
     if out is None:
         out = Path(config) if Path(config, "train.yaml").is_file() else Path("runs") / Path(config).stem
-    with all_sinks(plan, out, wandb) as report:
+    trackers = [*map(new_tracker, track), *([] if wandb is None else [WeightsAndBiases(wandb)])]
+    with all_sinks(plan, out, trackers) as report:
         results = run(plan, out, report=report, measure_products=True)
     if is_main_process():
         print_results(results)

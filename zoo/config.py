@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.eviction import evictions
 from zoo.files import as_path
 from zoo.layer_pattern import expand
@@ -159,7 +159,9 @@ def resolve(source: str | Path | Mapping[str, Any] | ModelConfig, overrides: Map
 def _check(config: ModelConfig, label: str) -> None:
     layers = len(config.pattern)
     if len(config.mlp_pattern) != layers:
-        raise ZooError(f"{label}: mlp: {len(config.mlp_pattern)} MLPs for {layers} layers; want one for each, or a single word for all")
+        raise ZooError(
+            f"{label}: mlp: {len(config.mlp_pattern)} MLPs for {counted(layers, 'layer')}; want one for each, or a single word for all"
+        )
     if config.span is not None and not 0 <= config.span[0] <= config.span[1] < layers:
         raise ZooError(f"{label}: span: {list(config.span)} lies outside the layers 0 to {layers - 1} (first and last, both included)")
     eviction = evictions.get(config.evict)
@@ -182,7 +184,7 @@ def _from_name(name: str) -> dict[str, Any]:
     if base is None:
         if "/" in name or name in ("", ".", ".."):
             raise ZooError(f"model: '{name}' is neither a folder nor a YAML file; want one of these, or the name of a model")
-        raise ZooError(f"unknown model '{name}'; {nearest(_SUFFIX.split(name)[0], known)}")
+        raise ZooError(f"unknown model '{name}'; {nearest(_SUFFIX.split(name)[0], known)}; see `zoo list`")
     fields = _fields(models.get(base), base)
     rest = name[len(base) :]
     if rest:
@@ -295,8 +297,8 @@ WANTED = {
     "must be greater than or equal to {ge}": "greater_than_equal",
     "must be less than {lt}": "less_than",
     "must be less than or equal to {le}": "less_than_equal",
-    "want at least {min_length} entries": "too_short",
-    "want at most {max_length} entries": "too_long",
+    "want at least {min_length}": "too_short",
+    "want at most {max_length}": "too_long",
     "allowed: {expected}": "literal_error",
 }
 """Ends of our error messages, each with the pydantic error types that it covers."""
@@ -306,7 +308,8 @@ def wanted(kind: str, message: str, context: Mapping[str, Any]) -> str:
     """Return the end of an error message in this package's words."""
     for words, kinds in WANTED.items():
         if kind in kinds.split():
-            end = words.format(**context)
+            sizes = {name: counted(context[name], "entry") for name in ("min_length", "max_length") if name in context}
+            end = words.format(**context | sizes)
             return end.replace(" or ", ", ") if kind == "literal_error" else end
     return message[0].lower() + message[1:]
 

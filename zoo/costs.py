@@ -16,6 +16,7 @@ from zoo.blocks.block import Block
 from zoo.blocks.mixer import linear_flops
 from zoo.blocks.mlp import MLP
 from zoo.config import ModelConfig
+from zoo.errors import counted
 from zoo.factory import create
 from zoo.loss import chunks, predicted
 from zoo.model import Model, Passes
@@ -62,7 +63,7 @@ class Description:
         if self.flops_per_sleep is None:
             rows.append(("asleep", f"never (evict: {config.evict})"))
         else:
-            loops = f"{config.loops} {'pass' if config.loops == 1 else 'passes'}"
+            loops = counted(config.loops, "pass")
             span = f"layers {config.looped.start}-{config.looped.stop - 1}"
             rows.append(
                 (

@@ -1,4 +1,4 @@
-"""The error that this package raises for bad input."""
+"""The error that this package raises for bad input, and the plural of the nouns in messages."""
 
 LONGEST = 2000
 
@@ -13,3 +13,10 @@ class ZooError(ValueError):
     def __init__(self, message: str) -> None:
         line = " ".join(message.splitlines())
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 token", "2 tokens", "2 entries" or "2 passes"."""
+    if number != 1:
+        noun = noun.removesuffix("y") + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith(("s", "ch")) else "s")
+    return f"{number} {noun}"

@@ -54,7 +54,9 @@ def refuse_existing(path: Path) -> None:
         if target.exists() and not (target.is_dir() and all(map(_is_scratch, target.iterdir()))):
             raise ZooError(f"{path}: already exists; nothing is overwritten, choose another folder")
         place = next(folder for folder in (target, *target.parents) if folder.exists())
-        if not (place.is_dir() and os.access(place, os.W_OK)):
+        if not place.is_dir():
+            raise ZooError(f"{path}: {place} is a file; want a folder")
+        if not os.access(place, os.W_OK):
             raise ZooError(f"{path}: cannot write in {place}")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.blocks.mixer import parts
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.kernels.common import packed
 from zoo.state import State
 
@@ -142,7 +142,7 @@ class StateForm(NamedTuple):
         if not isinstance(state, State):
             raise ZooError(f"state: {type(state).__name__}; want a State, such as the `state` of an Output")
         if len(state.fast) != len(self.fast) or len(state.window) != len(self.window):
-            raise ZooError(f"state: of {len(state.fast)} layers; the model has {len(self.fast)}")
+            raise ZooError(f"state: of {counted(len(state.fast), 'layer')}; the model has {len(self.fast)}")
         for i, (fast, want) in enumerate(zip(state.fast, self.fast, strict=True)):
             if fast is None and want is None:
                 continue

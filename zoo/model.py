@@ -16,7 +16,7 @@ from zoo.blocks.norm import norms
 from zoo.blocks.positions import Positions
 from zoo.blocks.tied_head import TiedHead
 from zoo.config import ModelConfig
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.eviction import evictions
 from zoo.inputs import StateForms, check_awake, check_count, check_flag, check_kept, checked_state, count_streams, longest, look_up
 from zoo.loss import Recompute, answers
@@ -224,7 +224,8 @@ class Model(nn.Module):
         end = int(positions.end.max()) if isinstance(positions.end, Tensor) else positions.end
         if self.eviction.restarts and end > (window := self.config.window or 0):
             given = longest(ids, cu_seqlens)
-            raise ZooError(f"ids: {given} tokens do not fit into a window of {window} that holds {state.position}; consolidate it first")
+            more = f"{counted(given, 'token')} {'does' if given == 1 else 'do'} not fit"
+            raise ZooError(f"ids: {more} into a window of {window} that holds {state.position}; consolidate it first")
         return self.embedded(ids, positions), state, positions, self.passes(self.config.wake_loops)
 
     def start_sleep(

@@ -13,7 +13,7 @@ from zoo.checkpoints.hub import DOWNLOADED, PREFIX, is_repository
 from zoo.checkpoints.own import read_config, stored_dtype
 from zoo.config import ModelConfig
 from zoo.costs import describe
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.training.run_folder import RESULTS
 from zoo.training.trained import Trained, find
 
@@ -70,7 +70,8 @@ def card(trained: Trained, config: ModelConfig, repository: str) -> str:
     results = trained.folder / RESULTS
     if trained.run is not None and results.is_file():
         found = json.loads(results.read_text(encoding="utf-8"))
-        text += f"\n## Results\n\nTask {found['task']}, {trained.run.steps:,} steps of {trained.run.batch_size} sequences.\n\n"
+        amount = f"{counted(trained.run.steps, 'step')} of {counted(trained.run.batch_size, 'sequence')}"
+        text += f"\n## Results\n\nTask {found['task']}, {amount}.\n\n"
         text += "| held-out loss | accuracy | best guess |\n|---:|---:|---:|\n"
         text += f"| {found['loss']:.4f} | {found['accuracy']:.2%} | {found['chance']:.2%} |\n"
     return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, overload
@@ -18,12 +18,36 @@ T = TypeVar("T")
 Decorated = TypeVar("Decorated")
 
 
+LISTED, FEW = 16, 5
+"""Maximum number of words that an error lists; of more, it lists a few."""
+CLOSE = 0.65
+"""Closeness from which a word may be a misspelling or a part of another."""
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """Return the end of an error about an unknown `word`: the nearest allowed word, then all of them."""
+    """Return the end of an error about an unknown `word`: the allowed word that is close to it, if one is, and then all of them, or
+    the closest few if there are many."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"{hint}allowed: {', '.join(allowed) or 'nothing'}"
+    closest = sorted(allowed, key=lambda other: _closeness(word, other), reverse=True)
+    hint = f"did you mean '{closest[0]}'? " if closest and _closeness(word, closest[0]) >= CLOSE else ""
+    return f"{hint}allowed: {listed(allowed if len(allowed) <= LISTED else closest)}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return the words, or the first few of many, for an error."""
+    if len(words) > LISTED:
+        return f"{', '.join(words[:FEW])} and {len(words) - FEW} others"
+    return ", ".join(words) or "nothing"
+
+
+def _closeness(word: str, other: str) -> float:
+    """Return the similarity of two words: half of it if they begin differently or one is long, more than 1 if one contains the other."""
+    short, long = sorted((word.casefold(), other.casefold()), key=len)
+    similarity = difflib.SequenceMatcher(None, long, short).ratio()
+    if len(short) > 2 and short in long:
+        return 1 + similarity
+    alike = short[:1] == long[:1] and 2 * len(short) > len(long)
+    return similarity if alike else similarity / 2
 
 
 class Origin(NamedTuple):

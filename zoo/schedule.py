@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.registry import Registry
 
 schedules: Registry[type[Schedule]] = Registry("schedule", "schedules")
@@ -39,9 +39,9 @@ class Interval(Schedule):
 
     def due(self, window: int | None) -> int | None:
         if window is None:
-            raise ZooError(f"interval: {self.tokens} tokens; the model has no window, so it never sleeps")
+            raise ZooError(f"interval: {counted(self.tokens, 'token')}; the model has no window, so it never sleeps")
         if self.tokens > window:
-            raise ZooError(f"interval: {self.tokens} tokens; the model's window holds {window}")
+            raise ZooError(f"interval: {counted(self.tokens, 'token')}; the model's window holds {window}")
         return self.tokens
 
 

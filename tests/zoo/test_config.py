@@ -156,6 +156,7 @@ def test_creating_leaves_the_global_generator_alone():
     [
         ("gdn5", {}, "unknown model 'gdn5'; did you mean 'gdn4'"),
         ("gdn5-sleep4", {}, "unknown model 'gdn5-sleep4'; did you mean 'gdn4'"),
+        ("gpt2", {}, r"unknown model 'gpt2'; allowed: (\S+, ){4}\S+ and \d+ others; see `zoo list`$"),
         ("gdn4-slep4", {}, "unknown suffix '-slep4'; allowed: -sleep<N>"),
         ("gdn4-sleep", {}, "unknown suffix '-sleep'"),
         ("gdn4-full3", {}, "unknown suffix '-full3'"),
@@ -177,6 +178,8 @@ def test_creating_leaves_the_global_generator_alone():
         ("gdn4-sleep4", {"span": [2, 1]}, r"span: \[2, 1\] lies outside"),
         ("gdn4-sleep4", {"span": [-1, 1]}, r"span: \[-1, 1\] lies outside"),
         ("gdn4", {"evict": "hard"}, "window: evict 'hard' needs"),
+        ("gdn4", {"span": []}, r"span: \[\]: want|span\.0: is missing"),
+        ("gdn4", {"layers": "attn", "mlp": "swiglu*2"}, "mlp: 2 MLPs for 1 layer; want"),
         ("gdn4", {"window": 8}, "window: 8 is not used under evict 'none'"),
         ("gdn4", {"evict": "slide"}, "unknown eviction policy 'slide'; did you mean 'sliding'"),
         ("gdn4-sleep2-slide8", {"learned_positions": True}, "learned_positions: windows under evict 'sliding' do not restart"),

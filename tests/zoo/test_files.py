@@ -99,5 +99,7 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     for path in ("file", "file/new", "loop", "loop/new", "x" * 300):
         with pytest.raises(zoo.ZooError, match=r"^[^\n]+$"):
             refuse_existing(tmp_path / path)
+    with pytest.raises(zoo.ZooError, match=r"file/new/run: .*/file is a file; want a folder$"):
+        refuse_existing(tmp_path / "file" / "new" / "run")
     with pytest.raises(zoo.ZooError, match="cannot"), replacing(tmp_path / "none" / "file") as file:
         file.write_text("x")

@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 
 from zoo import registry
-from zoo.errors import ZooError
-from zoo.registry import Registry
+from zoo.errors import ZooError, counted
+from zoo.registry import Registry, nearest
 
 numbers = itertools.count()
 
@@ -211,3 +211,34 @@ def test_the_nearest_name():
     toys.register("ball", int)
     with pytest.raises(ZooError, match=r"unknown toy 'bell'; did you mean 'ball'\? allowed: ball"):
         toys.get("bell")
+
+
+@pytest.mark.parametrize(
+    ("word", "allowed", "end"),
+    [
+        ("gpt", ["gdn", "jet"], "allowed: gdn, jet"),
+        ("device", ["evict", "dtype"], "allowed: dtype, evict"),
+        ("lora", ["lr", "loops"], "allowed: loops, lr"),
+        ("anything", [], "allowed: nothing"),
+        ("gnd", ["attn", "gdn"], "did you mean 'gdn'? allowed: attn, gdn"),
+        ("n_layers", ["layers", "loops"], "did you mean 'layers'? allowed: layers, loops"),
+        ("GDN", ["attn", "gdn"], "did you mean 'gdn'? allowed: attn, gdn"),
+    ],
+)
+def test_only_a_close_name_is_offered(word, allowed, end):
+    assert nearest(word, allowed) == end
+
+
+def test_of_many_names_only_the_closest_are_listed():
+    names = [f"toy{n}" for n in range(90, 120)]
+    assert nearest("toy99x", names).startswith("did you mean 'toy99'? allowed: toy99, ")
+    assert nearest("toy99x", names).endswith(" and 25 others")
+    assert nearest("zzz", names).count("toy") == 5
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [(1, "token", "1 token"), (0, "token", "0 tokens"), (2, "entry", "2 entries"), (1, "pass", "1 pass"), (3, "process", "3 processes")],
+)
+def test_nouns_agree_with_their_number(number, noun, text):
+    assert counted(number, noun) == text

@@ -320,6 +320,7 @@ class _Loss(torch.nn.Module):
     [
         (lambda m: m(tokens(1, 7)), "7 tokens do not fit into a window of 6 that holds 0"),
         (lambda m: m(tokens(1, 3), m(tokens(1, 4)).state), "3 tokens do not fit into a window of 6 that holds 4"),
+        (lambda m: m(tokens(1, 1), m(tokens(1, 6)).state), "1 token does not fit into a window of 6 that holds 6"),
         (lambda m: m.consolidate(tokens(1, 7)), "7 tokens are more than one window of 6"),
         (lambda m: m.consolidate(tokens(1, 6), loops=0), "loops: 0 must be at least 1"),
         (lambda m: m(tokens(1, 0)), "at least one token"),

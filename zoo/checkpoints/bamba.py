@@ -9,7 +9,7 @@ from zoo.checkpoints.family import Family, Names, compact, expect, families, opt
 from zoo.checkpoints.llama import ATTENTION, LAYER, heads, read_bias, size, write_heads, write_size
 from zoo.checkpoints.mamba import MAMBA2, step_limit
 from zoo.config import ModelConfig
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 
 TOP: Names = {"model.embed_tokens.weight": "embed.weight", "model.final_layernorm.weight": "norm.weight", "lm_head.weight": "head.weight"}
 BLOCK: Names = {
@@ -23,7 +23,7 @@ SSM = under("mamba.", MAMBA2)
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
     count, places = config["num_hidden_layers"], config.get("attn_layer_indices") or []
     if outside := [i for i in places if not 0 <= i < count]:
-        raise ZooError(f"attn_layer_indices: {outside[0]} is not one of the {count} layers")
+        raise ZooError(f"attn_layer_indices: {outside[0]} is not one of the {counted(count, 'layer')}")
     attention = {**heads(config, kv_heads=8, part=0.5, context=262_144), **read_bias(config)}
     if attention["rotary"] != 0.5:
         raise ZooError(f"partial_rotary_factor: {attention['rotary']}: upstream always rotates half of a head; want 0.5")
@@ -45,7 +45,7 @@ def ssm(config: Mapping[str, Any]) -> dict[str, Any]:
     head_dim = inner // count if head_dim == "auto" else head_dim
     if count * head_dim != inner:
         raise ZooError(
-            f"mamba_n_heads: {count} heads of mamba_d_head {head_dim}; want {inner} channels in all (mamba_expand * hidden_size)"
+            f"mamba_n_heads: {counted(count, 'head')} of mamba_d_head {head_dim}; want {inner} channels in all (mamba_expand * hidden_size)"
         )
     return {
         "expand": expand,

@@ -10,7 +10,7 @@ from zoo.checkpoints.bamba import BLOCK, SSM, TOP, within_heads
 from zoo.checkpoints.family import Family, Names, Taps, compact, expect, families, options
 from zoo.checkpoints.llama import ATTENTION, LAYER, heads, read_bias, size, write_heads, write_size
 from zoo.config import ModelConfig
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 
 SCALES = {
     "attention_in_multiplier": "attn_in_scale",
@@ -48,7 +48,7 @@ def ssm(config: Mapping[str, Any]) -> dict[str, Any]:
     inner = config.get("mamba_expand", 2) * config["hidden_size"] if inner is None else inner
     head_dim = inner // count if head_dim == "auto" else head_dim
     if count * head_dim != inner:
-        raise ZooError(f"mamba_n_heads: {count} heads of mamba_d_head {head_dim}; want {inner} channels in all (mamba_d_ssm)")
+        raise ZooError(f"mamba_n_heads: {counted(count, 'head')} of mamba_d_head {head_dim}; want {inner} channels in all (mamba_d_ssm)")
     norm = "before_gate" if config.get("mamba_norm_before_gate", True) else "after_gate"
     return {
         "heads": count,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zoo.blocks.mixer import Options, mixers
 from zoo.config import ModelConfig
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.model import Model
 from zoo.registry import Registry
 
@@ -239,7 +239,7 @@ def layer_kinds(config: Mapping[str, Any], words: Mapping[str, str], default: Ca
     if types is None:
         return [default(i) for i in range(count)]
     if len(types) != count:
-        raise ZooError(f"layer_types: has {len(types)} entries, num_hidden_layers is {count}")
+        raise ZooError(f"layer_types: has {counted(len(types), 'entry')}, num_hidden_layers is {count}")
     return [words[expect({"layer_types": name}, "layer_types", *words)] for name in types]
 
 

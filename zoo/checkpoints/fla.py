@@ -9,7 +9,7 @@ from zoo.checkpoints import mamba
 from zoo.checkpoints.family import Family, Names, Taps, compact, expect, families, options, truncated_ratio, under
 from zoo.checkpoints.llama import MLP
 from zoo.config import ModelConfig
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 
 GDN: Names = {
     **{f"{name}_proj.weight": f"{name}_proj.weight" for name in "qkvgabo"},
@@ -55,7 +55,7 @@ def read_layers(config: Mapping[str, Any], kind: str, attn: Any) -> tuple[str, d
             raise ZooError(f"attn: layers {spec['layers']} differ from other '{other}' layers; one kind has one set of options")
         for i in spec["layers"]:
             if not 0 <= i < count:
-                raise ZooError(f"attn: layers: {i} is not one of the {count} layers")
+                raise ZooError(f"attn: layers: {i} is not one of the {counted(count, 'layer')}")
             kinds[i] = other
     return compact(kinds), blocks
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.text import Text
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.sessions.session import Session
 from zoo.sessions.sleeping_model import sleeping_model
 from zoo.text.tokenizers import ByteTokenizer
@@ -68,6 +68,6 @@ def converse(
 def _status(session: Session) -> Text:
     """Return one line: how full the window is, the number of sleeps, and the memory of the stream."""
     stats, window = session.stats(), session.model.config.window
-    filled = f"{stats.window}/{window} tokens in the window" if window is not None else f"{stats.tokens} tokens"
+    filled = f"{stats.window}/{window} tokens in the window" if window is not None else counted(stats.tokens, "token")
     memory = f"state {decimal(stats.state_bytes)}, cache {decimal(stats.cache_bytes)}"
-    return Text(f"{filled}, {stats.sleeps} {'sleep' if stats.sleeps == 1 else 'sleeps'}, {memory}", style="dim")
+    return Text(f"{filled}, {counted(stats.sleeps, 'sleep')}, {memory}", style="dim")

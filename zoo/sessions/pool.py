@@ -7,7 +7,7 @@ from typing import Self
 from torch import nn
 
 from zoo.costs import window_bytes
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.inputs import check_count
 from zoo.model import Model
 from zoo.schedule import Schedule, new_schedule
@@ -62,7 +62,7 @@ class SessionPool:
             slots = SLOTS if streams is None else min(SLOTS, streams)
         streams = slots if streams is None else streams
         if slots > streams:
-            raise ZooError(f"slots: {slots} are more than the {streams} streams, each of which uses one at most")
+            raise ZooError(f"slots: {slots} are more than the {counted(streams, 'stream')}, each of which uses one at most")
         self.model, self.streams = model, streams
         self.schedule = new_schedule(when)
         self.schedule.due(model.config.window)
@@ -70,9 +70,8 @@ class SessionPool:
         self.bytes = _bytes(model, slots, streams, self.context)
         """Upper bound on the memory of all stream states, excluding activations."""
         if max_bytes is not None and self.bytes > max_bytes:
-            raise ZooError(
-                f"max_bytes: {max_bytes}; {slots} slots and {streams} streams of {model.config.name} may need {self.bytes}: allow fewer"
-            )
+            asked = f"{counted(slots, 'slot')} and {counted(streams, 'stream')}"
+            raise ZooError(f"max_bytes: {max_bytes}; {asked} of {model.config.name} may need {self.bytes}: allow fewer")
         places: Slots[Stream] | OneByOne[Stream]
         places = Slots(model, slots, self.context) if isinstance(model, nn.Module) else OneByOne(model, slots)
         self._scheduler = Scheduler(places, streams, self.context)

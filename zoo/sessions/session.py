@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.config import validate
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.files import as_path
 from zoo.inputs import check_count, check_flag, check_range
 from zoo.model import Model
@@ -326,14 +326,16 @@ class Session:
         window, context, read = self.model.config.window, self._host.context, self._snapshot.counts.tokens
         if window is None:
             if context is not None and read + tokens > context:
-                raise ZooError(f"ids: {tokens} tokens after {read}; the pool holds a context of {context}")
+                raise ZooError(f"ids: {counted(tokens, 'token')} after {read}; the pool holds a context of {context}")
             return
         if self._limit is not None:
             return
         if tokens > window - self._window_length:
             await self._wait_for_sleep()
         if tokens > (room := window - self._window_length):
-            raise ZooError(f"ids: {tokens} tokens; the window of {window} has room for {room}, and the schedule is manual: sleep first")
+            raise ZooError(
+                f"ids: {counted(tokens, 'token')}; the window of {window} has room for {room}, and the schedule is manual: sleep first"
+            )
 
     def _check(self, ids: Tensor, least: int = 0) -> None:
         """Refuse ids that are not [B, T] int64 with T at least `least`, or outside the vocabulary. Raises ZooError."""

@@ -175,7 +175,7 @@ class GsmInfinite(Task):
             raise ValueError(f"{split}: {path}: no problem of {self.shortest} to {self.longest} tokens (shortest, longest)")
         if left := len(problems) - sum(map(len, groups.values())):
             why = f"want {self.shortest} to {self.longest} tokens and an answer within one window of {self.width}, not the first"
-            warnings.warn(f"{path}: {left} of {len(problems)} problems are not used; {why}", stacklevel=2)
+            warnings.warn(f"{path}: {left} of {len(problems)} problems {'is' if left == 1 else 'are'} not used; {why}", stacklevel=2)
         return list(groups.values())
 
     def _filled(self, dice: random.Random, problem: Problem, lengths: range) -> Encoded:

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from zoo.checkpoints.companions import GENERATION, read_companions, write_companions
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.files import new_folder
 from zoo.text.tokenizers import ByteTokenizer, FolderTokenizer
 
@@ -76,12 +76,11 @@ def tokenize(
                 characters += len(text)
                 advance(done)
         if done < 2:
-            raise ZooError(f"{out}: {done} document{'' if done == 1 else 's'}; want at least 2, of which some are held out")
+            raise ZooError(f"{out}: {counted(done, 'document')}; want at least 2, of which some are held out")
         for split, count in counts.items():
             if not count:
-                raise ZooError(
-                    f"{out}: {split}.npy would hold none of {done} documents; change --held-out, which is {held_out}, or add documents"
-                )
+                held = counted(done, "document")
+                raise ZooError(f"{out}: {split}.npy would hold none of {held}; change --held-out, which is {held_out}, or add documents")
             _with_header(folder / f"{split}.raw", folder / f"{split}.npy", dtype, count)
         corpus = Corpus(size, end[0], done, characters, **counts)
         (folder / SUMMARY).write_text(yaml.safe_dump(corpus._asdict(), sort_keys=False), encoding="utf-8")

@@ -26,7 +26,7 @@ import yaml
 
 from zoo.checkpoints.own import load
 from zoo.config import read_yaml
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.files import new_folder, refuse_existing, remove_scratch, replacing
 from zoo.signals import deferred
 from zoo.system import lock
@@ -69,7 +69,7 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None, shard: tuple[
     runs = sorted(dict.fromkeys(itertools.chain(*matched.values())), key=lambda run: -run.flops)
     part, parts = shard
     if parts > len(runs):
-        raise ZooError(f"shard: {part}/{parts}: the plan has only {len(runs)} runs")
+        raise ZooError(f"shard: {part}/{parts}: the plan has only {counted(len(runs), 'run')}")
     with deferred():
         _begin(settings, out)
     failed = _train(runs[part - 1 :: parts], out / "runs", plan.test_loops, processes)
@@ -77,7 +77,7 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None, shard: tuple[
         remove_scratch(out)
         tables = _write_results(plan, arms, matched, out)
     if failed:
-        raise ZooError(f"{out}: {len(failed)} runs failed: " + "; ".join(f"{run}: {why}" for run, why in failed.items()))
+        raise ZooError(f"{out}: {counted(len(failed), 'run')} failed: " + "; ".join(f"{run}: {why}" for run, why in failed.items()))
     return tables
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zoo.config import merge, read_shipped, shipped, validate
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.files import as_path
 from zoo.loss import Recompute
 from zoo.tasks import tasks
@@ -74,7 +74,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
         if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate: {self.accumulate} micro-batches are more than the {self.batch_size} sequences of batch_size")
+            raise ValueError(f"accumulate: {self.accumulate} micro-batches are more than batch_size: {self.batch_size}")
         if self.lora is not None and self.parallel == "fsdp":
             raise ValueError("lora: parallel: fsdp does not shard adapters; want ddp")
         if self.lora is not None and self.muon_lr is not None and not self.lora.train:
@@ -82,9 +82,10 @@ class TrainConfig(BaseModel):
         if not all(factor > 0 for factor in self.lr_scale.values()):
             raise ValueError(f"lr_scale: {self.lr_scale}: want factors above 0; use frozen for parameters that are not trained")
         if self.lr_schedule != "wsd" and self.decay != (unset := type(self).model_fields["decay"].default):
-            raise ValueError(f"decay: {self.decay}: belongs to lr_schedule: wsd; with {self.lr_schedule}, want the default, {unset}")
+            raise ValueError(f"decay: {self.decay}: only lr_schedule wsd has one, not {self.lr_schedule}; allowed: the default, {unset}")
         if self.schedule is not None and not 0 <= self.schedule[0] <= self.schedule[1] - self.steps:
-            raise ValueError(f"schedule: {list(self.schedule)}: {self.steps} steps do not fit into it from there")
+            fit = f"{counted(self.steps, 'step')} {'does' if self.steps == 1 else 'do'} not fit"
+            raise ValueError(f"schedule: {list(self.schedule)}: {fit} into it from there")
         return self
 
 

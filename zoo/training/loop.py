@@ -13,7 +13,7 @@ import torch
 
 from zoo.checkpoints.companions import read_companions
 from zoo.costs import peak_flops, training_flops
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.files import as_path
 from zoo.model import Model
 from zoo.products import announced, bfloat16_products, matmul_precision, set_products
@@ -51,7 +51,8 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
     """
     with join(config.device) as team:
         if config.batch_size < team.size * config.accumulate:
-            raise ZooError(f"batch_size: {config.batch_size} sequences, fewer than {team.size} processes x accumulate {config.accumulate}")
+            shares = f"{counted(team.size, 'process')} x accumulate {config.accumulate}"
+            raise ZooError(f"batch_size: {counted(config.batch_size, 'sequence')}, fewer than {shares}")
         config = TrainConfig(**absolute_paths(config.model_dump(), Path()))
         lacking = {name for name in ("no_decay", "schedule", "ramp", "lora", "balance") if not getattr(config, name)}  # in older runs
         lacking |= {"lr_schedule"} if config.lr_schedule == "wsd" else set()

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zoo.config import merge, nested, read_shipped, shipped, validate
 from zoo.costs import describe, training_flops
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.registry import nearest
 from zoo.training.config import TrainConfig, absolute_paths, read_config
 from zoo.training.loop import loops_at
@@ -160,7 +160,7 @@ class Run:
         return f"{_slug(self.arm.name)}-{self.steps}steps-seed{self.seed}"
 
     def __str__(self) -> str:
-        return f"{self.arm.name}, {self.steps} step{'' if self.steps == 1 else 's'}, seed {self.seed}"
+        return f"{self.arm.name}, {counted(self.steps, 'step')}, seed {self.seed}"
 
 
 def arms_of(plan: Plan) -> list[Arm]:

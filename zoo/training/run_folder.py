@@ -78,8 +78,9 @@ class RunFolder:
         for field in {**settings, **there}:
             if there.get(field) != settings.get(field):
                 held, asked = (values.get(field, "its default") for values in (there, settings))
+                rule = "; a run can be extended once it has taken all its steps, but not shortened" if field == "steps" else ""
                 raise ZooError(
-                    f"{path}: holds a run with {field}: {held}, not {asked}; resume with the same settings, or choose another folder"
+                    f"{path}: holds a run with {field}: {held}, not {asked}{rule}; resume with the same settings, or choose another folder"
                 )
         if (path / RESULTS).exists() and not self.extended:
             raise ZooError(

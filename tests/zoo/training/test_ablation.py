@@ -166,7 +166,7 @@ def test_operations_of_a_step_as_torch_counts_them(fields):
         ({"grid": {}}, "neither grid nor arms"),
         ({"grid": {"lr": []}}, "grid.lr: no values"),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] contains a duplicate"),
-        ({"seeds": []}, "seeds: "),
+        ({"seeds": []}, r"seeds: \[\]: want at least 1 entry$"),
         ({"match": ["time"]}, "match.0: 'time'"),
         ({"budgets": [{"arms": ["N=3"]}]}, "budgets: there is no arm 'N=3'; did you mean"),
         ({"budgets": [{}, {"times": 1}]}, r"budgets: \[1, 1\] contains a duplicate"),

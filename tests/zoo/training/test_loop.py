@@ -221,7 +221,7 @@ def test_schedules_are_those_of_torch_after_the_warmup(name):
 
 
 def test_decay_belongs_to_wsd():
-    with pytest.raises(zoo.ZooError, match=r"decay: 0\.6: belongs to lr_schedule: wsd; with cosine, want the default, 0\.3"):
+    with pytest.raises(zoo.ZooError, match=r"decay: 0\.6: only lr_schedule wsd has one, not cosine; allowed: the default, 0\.3"):
         plan(lr_schedule="cosine", decay=0.6)
     with pytest.raises(zoo.ZooError, match="lr_schedule"):
         plan(lr_schedule="step")

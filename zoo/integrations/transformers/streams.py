@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.model import Model
 from zoo.schedule import Schedule
 from zoo.sessions.session import Session
@@ -98,7 +98,7 @@ class Streams:
         elif padding.any():
             raise ZooError("attention_mask: pads tokens that continue streams; pad the first tokens of a stream, on the left")
         if len(ids) != (streams := sum(len(group.rows) for group in self.groups)):
-            raise ZooError(f"input_ids: {len(ids)} rows for {streams} streams")
+            raise ZooError(f"input_ids: {counted(len(ids), 'row')} for {counted(streams, 'stream')}")
         logits: Tensor | None = None
         for rows, pads, session in self.groups:
             start = 0 if self.columns else pads
