@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoo.blocks import mlp
 from zoo.blocks.experts import Experts
 from zoo.blocks.mlp import MLP, ReLU2, SwiGLU, mlps
+from zoo.errors import counted
 
 
 class MoEOptions(mlp.Options):
@@ -37,7 +38,7 @@ class MoEOptions(mlp.Options):
     @model_validator(mode="after")
     def _fits(self) -> MoEOptions:
         if self.top_k > self.experts:
-            raise ValueError(f"top_k: {self.top_k} of {self.experts} experts; want at most {self.experts}")
+            raise ValueError(f"top_k: {self.top_k} of {counted(self.experts, 'expert')}; want at most {self.experts}")
         if self.shared_gate and self.shared is None:
             raise ValueError("shared_gate: there is no shared expert; set its width, shared")
         return self

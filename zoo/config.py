@@ -309,7 +309,7 @@ def wanted(kind: str, message: str, context: Mapping[str, Any]) -> str:
     for words, kinds in WANTED.items():
         if kind in kinds.split():
             sizes = {name: counted(context[name], "entry") for name in ("min_length", "max_length") if name in context}
-            end = words.format(**context | sizes)
+            end = words.format(**{**context, **sizes})
             return end.replace(" or ", ", ") if kind == "literal_error" else end
     return message[0].lower() + message[1:]
 

@@ -65,7 +65,7 @@ def factors(config: Mapping[str, Any], field: str, count: int) -> list[float]:
     stated = config.get(field)
     made: list[float] = [1.0] * count if stated is None else list(stated)
     if len(made) != count:
-        raise ZooError(f"{field}: {len(made)} factors; want {count}")
+        raise ZooError(f"{field}: {counted(len(made), 'factor')}; want {count}")
     return made
 
 

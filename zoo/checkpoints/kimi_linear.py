@@ -10,7 +10,7 @@ from zoo.checkpoints.experts import gated, one_by_one
 from zoo.checkpoints.family import Family, Heads, Names, Stacked, Taps, compact, expect, families, layer_kinds, options
 from zoo.checkpoints.llama import BLOCK, LAYER, TOP, size, write_size
 from zoo.config import ModelConfig
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 
 KINDS = {"linear_attention": "kda", "full_attention": "mla"}
 MLPS = {"dense": "swiglu", "sparse": "moe"}
@@ -45,7 +45,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     mlps = [MLPS[expect({"mlp_layer_types": name}, "mlp_layer_types", *MLPS)] for name in types]
     mlps = mlps or ["swiglu" if i < dense else "moe" for i in range(count)]
     if len(mlps) != count:
-        raise ZooError(f"mlp_layer_types: has {len(mlps)} entries, num_hidden_layers is {count}")
+        raise ZooError(f"mlp_layer_types: has {counted(len(mlps), 'entry')}, num_hidden_layers is {count}")
     heads, eps = config["num_attention_heads"], config.get("rms_norm_eps", 1e-5)
     blocks = {
         "kda": {

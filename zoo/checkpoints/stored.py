@@ -18,7 +18,7 @@ from torch import Tensor
 from zoo.checkpoints.checksum import verify
 from zoo.checkpoints.plain import one_line
 from zoo.dtypes import DTYPES
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.files import as_path
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ class Stored:
     def check(self, folder: Path, wanted: Mapping[str, list[int]], owner: str) -> None:
         """Raise ZooError unless exactly these tensors are stored, with these shapes, floating-point dtypes, and their checksum."""
         if missing := sorted(wanted.keys() - self.shapes.keys()):
-            raise ZooError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} tensors of {owner} are)")
+            raise ZooError(f"{folder}: tensor '{missing[0]}' is missing ({counted(len(missing), 'tensor')} of {owner} in all)")
         if unexpected := sorted(self.shapes.keys() - wanted.keys()):
             name = unexpected[0]
             raise ZooError(f"{self.files[name]}: tensor '{name}' is not part of {owner} ({len(unexpected)} in all)")

@@ -22,7 +22,7 @@ from zoo.checkpoints.plain import cast, empty_model, one_line, plain_tensors, wi
 from zoo.checkpoints.stored import WEIGHTS, kept_dtype, open_folder, read_json
 from zoo.config import ModelConfig, resolve, validate
 from zoo.dtypes import DTYPES
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.files import new_folder
 from zoo.model import Model
 from zoo.registry import nearest
@@ -89,7 +89,9 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
         stored.drop(ROTARY)
         if unused := stored.drop(family.unused):
             what = ", ".join(sorted({re.match(family.unused, name)[0] + "*" for name in unused}))  # type: ignore[index]
-            warnings.warn(f"{folder}: {len(unused)} tensors are not part of the language model and were skipped: {what}", stacklevel=4)
+            are, were = ("is", "was") if len(unused) == 1 else ("are", "were")
+            some = f"{counted(len(unused), 'tensor')} {are} not part of the language model and {were} skipped"
+            warnings.warn(f"{folder}: {some}: {what}", stacklevel=4)
         wanted = links(family, model)
         for name, other in family.forms.items():
             if not stored.shapes.keys() >= {name for link in wanted for name in link.names}:

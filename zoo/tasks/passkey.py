@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from zoo.errors import counted
 from zoo.tasks.task import Batch, Task, tasks
 
 
@@ -34,7 +35,7 @@ class Passkey(Task):
         if 2 * self.pairs > self.width:
             raise ValueError(f"pairs: {self.pairs} of two tokens each do not fit into a window of {self.width}")
         if self.windows * self.pairs > self.keys:
-            raise ValueError(f"keys: {self.keys} are too few for {self.windows * self.pairs} pairs with different keys")
+            raise ValueError(f"keys: {self.keys} are too few for {counted(self.windows * self.pairs, 'pair')} with different keys")
         if self.questions is not None and self.questions > min(self.width // 2, self.windows * self.pairs):
             raise ValueError(f"questions: {self.questions}: want at most {min(self.width // 2, self.windows * self.pairs)}")
         return self

@@ -262,7 +262,7 @@ def test_progress_says_it_all():
     assert line == "run step 25/100 loss 1.500 accuracy 0.250 (50% 0%) 1,000 tokens/s  MFU 41.5% 3.0 GiB, 0:02:30 left"
     with new_progress() as progress:
         bar = add_run(progress, "run", 100)
-        assert shown(progress) == "run 0/100 -:-- starting"
+        assert shown(progress) == "run 0/100 --:-- starting"
         advance(progress, bar, METRICS)
         assert progress.tasks[bar].fields["mfu"] == ""
         assert shown(progress).endswith("loss 1.500 right 25.0% (50% 0%) 1,000 tokens/s 3.0 GiB")
