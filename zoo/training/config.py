@@ -74,7 +74,9 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
         if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate: {self.accumulate} micro-batches are more than the {counted(self.batch_size, 'sequence')} of batch_size")
+            raise ValueError(
+                f"accumulate: {self.accumulate} micro-batches are more than the {counted(self.batch_size, 'sequence')} of batch_size"
+            )
         if self.lora is not None and self.parallel == "fsdp":
             raise ValueError("lora: parallel: fsdp does not shard adapters; want ddp")
         if self.lora is not None and self.muon_lr is not None and not self.lora.train:
