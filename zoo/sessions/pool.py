@@ -90,12 +90,12 @@ class SessionPool:
     @property
     def sleeps(self) -> int:
         """Number of sleeps that have ended."""
-        return self._scheduler.sleeps
+        return self._scheduler.sleeps.ended
 
     @property
     def seconds_asleep(self) -> float:
         """Seconds from start to end of all sleeps that have ended."""
-        return self._scheduler.seconds_asleep
+        return self._scheduler.sleeps.seconds
 
     @property
     def waiting(self) -> dict[str, int]:

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,8 @@ from zoo.errors import ZooError
 from zoo.sessions.host import Answer, BusyError, Call, Host, PoolClosedError, PoolFullError, SleepEnd, Stream, Token, Wanted
 from zoo.sessions.one_by_one import OneByOne
 from zoo.sessions.pending import Pending, PendingEach
-from zoo.sessions.sleeping import Sleep, batch_key, consolidate_together
+from zoo.sessions.sleep_queue import SleepQueue
+from zoo.sessions.sleeping import Sleep
 from zoo.sessions.sliced import finish
 from zoo.sessions.slots import Slots
 from zoo.sessions.snapshot import Snapshot, after_reading, wake_in_slices
@@ -47,10 +48,7 @@ class Scheduler:
     def __init__(self, slots: Slots[Stream] | OneByOne[Stream], streams: int, context: int) -> None:
         self.streams = streams
         self.context: int | None = context
-        self.sleeps = 0
-        """Number of sleeps that have ended."""
-        self.seconds_asleep = 0.0
-        """Seconds from their start to their end, of all of them."""
+        self.sleeps = SleepQueue()
         self._slots = slots
         self._open: set[Stream] = set()
         self._changed = threading.Condition()
@@ -68,10 +66,6 @@ class Scheduler:
         """Calls that request a token to be read."""
         self._for_sleeps: list[tuple[Pending, Sleep]] = []
         """Calls that wait for a sleep."""
-        self._sleeps: list[tuple[float, Sleep]] = []
-        """Sleeps that have not ended, and when they are due."""
-        self._group: tuple[list[Sleep], Coroutine[Any, int | None, None]] | None = None
-        """The sleeps in progress, as one batch."""
         self._usual: dict[int, float] = {}
         """Seconds that a batch of n tokens usually takes."""
         self._credit = self._cost = 0.0
@@ -202,7 +196,7 @@ class Scheduler:
 
     def begin(self, stream: Stream, sleep: Sleep, *, wait: bool) -> None:
         if sleep.pause is None:  # a pause starts when the call has returned
-            self._sleeps.append((time.monotonic(), sleep))
+            self.sleeps.add(sleep)
 
     async def wait(self, sleep: Sleep) -> None:
         if not sleep.ended.is_set():
@@ -221,8 +215,7 @@ class Scheduler:
         with self._changed:
             self._closed = True
             calls, self._calls = list(self._calls.values()), {}
-        if self._group is not None:
-            self._group[1].close()
+        self.sleeps.close()
         for pending in calls:
             pending.call.close()
             pending.result.set_exception(error)
@@ -231,11 +224,9 @@ class Scheduler:
         """Block until there is something to do. Returns False once the pool is closed."""
         with self._changed:
             while not self._closed:
-                self._sleeps = [(due, sleep) for due, sleep in self._sleeps if not sleep.cancelled]
-                if self._arrived or self._expected or self._in_slices or self._for_tokens or self._group:
+                if self._arrived or self._expected or self._in_slices or self._for_tokens or self.sleeps.in_progress:
                     return True
-                wait = min((due for due, _ in self._sleeps), default=float("inf")) - time.monotonic()
-                if wait <= 0:
+                if (wait := self.sleeps.seconds_until_due()) <= 0:
                     return True
                 self._changed.wait(None if wait == float("inf") else wait)
         return False
@@ -261,7 +252,7 @@ class Scheduler:
         gap = max(SHARE, waiting / len(batch)) * usual  # equal time for every stream that waits, for a token or for slices
         # less after a token that took longer, so that no turn is much longer than others
         self._credit = min(self._credit + usual + gap - seconds, gap)
-        while self._credit >= min(self._cost, gap) and (self._in_slices or self._group or self._due_sleeps()):
+        while self._credit >= min(self._cost, gap) and (self._in_slices or self.sleeps.in_progress or self.sleeps.due()):
             started = time.perf_counter()
             self._run_slice(SLICE)
             seconds = time.perf_counter() - started
@@ -331,8 +322,8 @@ class Scheduler:
     def _return(self, pending: Pending, value: Any = None, error: BaseException | None = None) -> None:
         """Pass the result of a call, or its error, to the caller. From now on the stream is idle."""
         sleep = pending.stream.sleep
-        if sleep is not None and sleep.pause is not None and all(sleep is not other for _, other in self._sleeps):
-            self._sleeps.append((time.monotonic() + sleep.pause, sleep))
+        if sleep is not None and sleep.pause is not None and sleep not in self.sleeps:
+            self.sleeps.add(sleep, sleep.pause)
         with self._changed:
             self._calls.pop(pending.stream, None)
         if error is None:
@@ -340,40 +331,9 @@ class Scheduler:
         else:
             pending.result.set_exception(error)
 
-    def _due_sleeps(self) -> list[Sleep]:
-        """Sleeps that are due; those that calls wait for come first."""
-        now, awaited = time.monotonic(), {id(sleep) for _, sleep in self._for_sleeps}
-        due = [sleep for at, sleep in self._sleeps if at <= now and not sleep.cancelled]
-        return sorted(due, key=lambda sleep: id(sleep) not in awaited)
-
     def _run_sleeps(self, tokens: int) -> None:
-        """Run one slice of the sleeps in progress, or start the next ones."""
-        if self._group is not None and all(sleep.cancelled for sleep in self._group[0]):
-            self._group[1].close()
-            self._group = None
-        if self._group is None:
-            due = self._due_sleeps()
-            if not due:
-                return
-            sleeps = [due[0]] if self._for_tokens else [sleep for sleep in due if batch_key(sleep) == batch_key(due[0])]
-            self._group, most = (sleeps, consolidate_together(sleeps)), None
-        else:
-            most = max(1, tokens // len(self._group[0]))
-        sleeps, work = self._group
-        try:
-            work.send(most)
-            return
-        except StopIteration:
-            pass
-        except Exception as error:
-            for sleep in sleeps:
-                sleep.error = error
-        self._group = None
-        for sleep in sleeps:
-            sleep.end()
-            if sleep.after is not None:
-                self.sleeps += 1
-                self.seconds_asleep += sleep.seconds
-        self._sleeps = [(due, sleep) for due, sleep in self._sleeps if sleep not in sleeps]
-        self._in_slices.extendleft(pending for pending, sleep in self._for_sleeps if sleep in sleeps)
-        self._for_sleeps = [(pending, sleep) for pending, sleep in self._for_sleeps if sleep not in sleeps]
+        """Run one slice of sleeps; those that calls wait for come first."""
+        awaited = [sleep for _, sleep in self._for_sleeps]
+        ended = self.sleeps.run(tokens, awaited, alone=bool(self._for_tokens))
+        self._in_slices.extendleft(pending for pending, sleep in self._for_sleeps if sleep in ended)
+        self._for_sleeps = [(pending, sleep) for pending, sleep in self._for_sleeps if sleep not in ended]
