@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 SECTIONS = {
     "Models": ("list", "describe", "convert", "push"),
-    "Training": ("tokenize", "train", "eval", "lm-eval", "ablate", "plot", "demo"),
+    "Training": ("tokenize", "train", "eval", "lm-eval", "ablate", "plot", "probe", "demo"),
     "Inference": ("chat", "serve"),
     "This machine": ("doctor",),
 }
@@ -322,6 +322,35 @@ def plot(runs: tuple[Path, ...], out: Path) -> None:
 
     refuse(out)
     save(figure(grouped(read_run(folder) for folder in runs)), out)
+    click.echo(f"written to {out}")
+
+
+@main.command("probe")
+@click.argument("named", metavar="RUN_OR_NAME")
+@click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep.  [default: as trained]")
+@click.option("--cycles", type=click.IntRange(min=1), default=6144, show_default=True, help="Held-out cycles to fit the read-outs on.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the cycles and of the untrained model.")
+@click.option("--out", type=PATH, help="New folder for the results.  [default: probe/<name of RUN>]")
+@THREADS
+def probe_(named: str, loops: int | None, cycles: int, seed: int, out: Path | None) -> None:
+    """Show what a sleep writes, pass by pass.
+
+    RUN_OR_NAME is the folder of a run of the task cycle, or cycle2-sleep1 or cycle2-sleep4, whose weights come with the package.
+
+    Prints which hops can be read linearly from the fast weights S after each pass, beside the untrained model and shuffled labels, and
+    the norms of h, S and gradients. Writes them as probe.json and probe.csv, and draws probe.png, which also shows how S changes.
+    """
+    from zoo.console import print_probe, spinner
+    from zoo.files import refuse_existing
+    from zoo.training.probe import open_model, probe, write
+
+    out = out or Path("probe") / Path(named).name
+    refuse_existing(out)
+    model, task = open_model(named)
+    with spinner(f"probing {named}"):
+        results = probe(model, task, loops=loops, cycles=cycles, seed=seed)
+        write(results, out)
+    print_probe(results)
     click.echo(f"written to {out}")
 
 

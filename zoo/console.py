@@ -138,6 +138,27 @@ def print_comparison(results: dict[str, Any]) -> None:
     print_line(f"parent: {parents[0]}" if parents else "no parent is known; give --parent FOLDER to compare with one")
 
 
+def print_probe(results: dict[str, Any]) -> None:
+    """Print the results of `zoo.training.probe.probe`."""
+    accuracy, norms = results["accuracy"], results["norms"]
+    named = {"S": "S", "untrained": "untrained S", "shuffled": "shuffled labels", "answers": "model's answers"}
+    rows = [
+        [f"{name}, pass {n}", *("" if right is None else f"{right:.1%}" for right in by_hop)]
+        for key, name in named.items()
+        for n, by_hop in enumerate(accuracy[key], 1)
+    ]
+    hops = ["1 hop", *(f"{hop} hops" for hop in range(2, len(accuracy["window"][0]) + 1))]
+    rows.append(["window", *(f"{right:.1%}" for right in accuracy["window"][0])])
+    rows.append(["best guess", *[f"{results['chance']:.1%}"] * len(hops)])
+    print_table(["read from", *hops], rows, title=f"{results['model']} on {results['task']}")
+    passes = [[str(n + 1), *(f"{norm[n]:.4g}" if n < len(norm) else "" for norm in norms.values())] for n in range(results["loops"])]
+    print_table(["pass", *norms], passes, title="norms per cycle")
+    print_line(
+        f"{results['entries']:,} entries of S, read as {results['features']:,} features; fitted on {results['fitted']:,} held-out cycles, "
+        f"strength chosen on {results['chosen_on']:,}, scored on {results['scored']:,}"
+    )
+
+
 def print_line(text: str) -> None:
     """Print a text as it is."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
