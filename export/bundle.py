@@ -15,7 +15,7 @@ from zoo.config import validate
 from zoo.devices import usable_device
 from zoo.errors import ZooError
 from zoo.eviction import evictions
-from zoo.export import graphs, trace
+from zoo.export import assembly, graphs, trace
 from zoo.export.genai import GENAI, genai_config
 from zoo.export.manifest import (
     CODA,
@@ -112,7 +112,7 @@ def write_onnx(
     plan = plan.cut(window)
     for name, graph in _graphs(model, plan, window, target).items():
         started = time.perf_counter()
-        made[name] = graphs.build(graph, plan.dialect)
+        made[name] = assembly.build(graph, plan.dialect)
         report(f"trace {name}", f"{sum(1 for _ in made[name].graph.all_nodes()):,} nodes", time.perf_counter() - started)
     if plan.self_sleeping:
         made[SLEEPING] = SelfSleeping(made, window).model()

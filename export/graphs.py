@@ -5,7 +5,6 @@ Each kind of block is traced once per graph; the graph itself is traced with pla
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,18 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic_multi_out
 
-from zoo.blocks.attention import KV
 from zoo.blocks.block import Block
-from zoo.blocks.mixer import parts
 from zoo.blocks.positions import Positions
-from zoo.export.operators import DIALECTS, DOMAIN, Scans
+from zoo.export.operators import DOMAIN
 from zoo.export.ring import PAST, PRESENT, pack, unpack, with_rings
-from zoo.export.trace import hoist_initializers, inline, prefix_names, reads, replace, tidy, trace
-from zoo.kernels.dispatch import use
 from zoo.model import Model
 from zoo.state import State
-
-import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
 
 
 class Tokens(NamedTuple):
@@ -289,78 +282,3 @@ class Coda(Asleep):
         batch = inputs["h"].shape[0]
         _, state = self.run(self.model.coda, inputs["h"], self.start(inputs, batch), inputs)
         return self.evicted(state, self.model.coda, batch)
-
-
-_blocks: dict[object, ir.Graph] = {}  # traced blocks; small, since they hold no weights
-
-
-def build(graph: Wake | Head | Pass | Sleep | Prelude | Coda, dialect: str) -> ir.Model:
-    """Return the complete ONNX form of a graph, in a dialect of `zoo.export.operators`."""
-    scans: Scans = {}
-    with use(DIALECTS[dialect](scans)):
-        made = trace(graph, graph.example(), scans)
-        outputs = [str(value.name) for value in made.graph.outputs]
-        for node in list(made.graph):
-            if (node.domain, node.op_type) == (DOMAIN, "Block"):
-                layer = node.attributes["layer"].as_int()
-                inline(made.graph, node, _block(graph, layer, dialect, scans), f"blocks.{layer}")
-    for node in list(made.graph):
-        if (node.domain, node.op_type) == (DOMAIN, "Loop"):
-            body = build(Pass(graph.model, graph.slots), dialect).graph
-            assert isinstance(graph, Sleep)
-            _put_loop(made.graph, node, body, graph.looped)
-    tidy(made, outputs)
-    return made
-
-
-def _block(graph: Graph, layer: int, dialect: str, scans: Scans) -> ir.Graph:
-    """Return the traced graph of a block; blocks of the same kind share one."""
-    config = graph.model.config
-    kind, mlp = config.pattern[layer], config.mlp_pattern[layer]
-    made_of = (config.d_model, config.mlp_width, config.norm, config.norm_eps)
-    dtypes = (graph.model.residual_dtype, *(parameter.dtype for parameter in graph.model.blocks[layer].parameters()))
-    options = json.dumps([config.blocks.get(kind), config.mlps.get(mlp)])
-    block: Any = graph.model.blocks[layer]
-    rings = any(isinstance(part, KV) for part in parts(block.mixer.new_window(1)))
-    ring = (graph.slots, graph.model.eviction.reach) if rings else ()
-    key = (kind, mlp, options, *made_of, *dtypes, graph.tokens, *ring, dialect)
-    if key not in _blocks:
-        part = BlockPart(block, graph.model.residual_dtype, graph.tokens, graph.slots)
-        _blocks[key] = trace(part, part.example(), scans).graph
-    return _blocks[key]
-
-
-def _put_loop(outer: ir.Graph, placeholder: ir.Node, body: ir.Graph, passes: int) -> None:
-    """Replace `placeholder` by a Loop of `passes` iterations.
-
-    The body refers to the outer graph for the weights, for the window caches at the start of the chunk, and for everything
-    else that is the same in every pass and therefore computed once.
-    """
-    n, h, first, *given = body.inputs
-    start: dict[Any, Any] = dict(zip([h, *given], placeholder.inputs, strict=True)) | {first: placeholder.inputs[0]}
-    carried = [h, *(value for value in given if str(value.name).startswith(PAST))]
-    for value, outside in start.items():
-        if value is not h and not value.name.endswith("recurrent_state"):
-            ir.convenience.replace_all_uses_with(value, outside)
-    hoist_initializers(body, outer, "", "span/")
-    varying: set[ir.Value | None] = {n, *carried}
-    for value in (n, *carried):
-        value.name = f"span/{value.name}"
-    for node in list(body):
-        prefix_names(node, "span/")
-        if varying.isdisjoint(reads(node)):
-            body.remove(node)
-            outer.insert_before(placeholder, node)
-        else:
-            varying.update(node.outputs)
-
-    # some runtimes run no iteration without an explicit condition, although ONNX calls it optional
-    again = ir.node("Constant", [], {"value": ir.tensor(True)}, name="span/again")
-    body.append(again)
-    body.outputs.insert(0, again.outputs[0])
-    body.inputs[:] = [n, ir.val("span/condition", ir.DataType.BOOL, []), *carried]
-    constants = {"passes": ir.tensor(passes), "always": ir.tensor(True)}
-    count, always = (ir.node("Constant", [], {"value": value}, name=name) for name, value in constants.items())
-    outer.insert_before(placeholder, [count, always])
-    given = [count.outputs[0], always.outputs[0], *(start[value] for value in carried)]
-    replace(outer, placeholder, ir.node("Loop", given, {"body": body}, num_outputs=len(carried), name="span/Loop"))

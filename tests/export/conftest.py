@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import zoo
-from zoo.export import graphs
+from zoo.export import assembly
 from zoo.export.plan import Plan
 from zoo.export.verify import Parity
 
@@ -158,11 +158,11 @@ def small(loud: float | None = None, **fields) -> zoo.Model:
     return model
 
 
-_build, _traced = graphs.build, {}
+_build, _traced = assembly.build, {}
 
 
 def build(graph, dialect):
-    """Build a graph as `graphs.build` does, but trace it once for all bundles of the same model."""
+    """Build a graph as `assembly.build` does, but trace it once for all bundles of the same model."""
     options = {name: value for name, value in vars(graph).items() if name[0] != "_"}
     key = (type(graph), id(graph.model), dialect, str(options))
     if key not in _traced:
@@ -180,7 +180,7 @@ def bundles(tmp_path_factory):
         model, folder = small(**fields), tmp_path_factory.mktemp("bundle") / case
         few = {"prefill": None} | plan  # tracing is what takes time
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(graphs, "build", build)
+            patch.setattr(assembly, "build", build)
             return Exported(model, folder, zoo.export.export(model, folder, plan=Plan(**few)))
 
     return bundle

@@ -227,14 +227,14 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_is_refused_before_anything_is_traced(tmp_path, monkeypatch, case):
     fields, flags, message = REFUSED[case]
-    monkeypatch.setattr("zoo.export.graphs.build", None)
+    monkeypatch.setattr("zoo.export.assembly.build", None)
     result = CliRunner().invoke(cli.main, ["gdn4-sleep2-hard8", *fields, "--self-sleeping", "--out", str(tmp_path / "new"), *flags])
     assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
     assert re.search(message, result.output)
 
 
 def test_a_repository_refuses_types_and_names_that_it_cannot_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr("zoo.export.graphs.build", None)
+    monkeypatch.setattr("zoo.export.assembly.build", None)
     (tmp_path / "gdn4-sleep2-hard8").mkdir()
     (tmp_path / "gdn4-sleep2-hard8/config.pbtxt").touch()
     for flags, message in ((["--dtype", "bfloat16"], "has no bfloat16"), ([], "already exists")):
