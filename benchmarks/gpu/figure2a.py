@@ -12,12 +12,12 @@ from pathlib import Path
 from benchmarks.gpu.sheet import Case, Row
 from benchmarks.measure import HERE
 from zoo.config import merge
-from zoo.training.config import TrainConfig, read_config
+from zoo.training.config import read_config
 from zoo.training.loop import train
+from zoo.training.plan import read_plan
 
 TOOLS: tuple[str, ...] = ()
-TIMES = (4, 6, 8, 10, 12, 14, 16)
-STEPS = 781
+TIMES = read_plan("figure2a").grid["task.steps"]
 TINY = {
     "device": "cpu",
     "dtype": "float32",
@@ -35,8 +35,6 @@ def cases(dry: bool, folder: Path) -> Iterator[Case]:
 
 def point(t: int, dry: bool, runs: Path) -> Row:
     """Train one run, from its newest checkpoint if there is one."""
-    fields = {"model": "gdn4-sleep1", "task": {"steps": t}, "steps": STEPS, "checkpoint_every": 200}
-    base = read_config("rule110-paper-h200").model_dump(mode="json", exclude_unset=True)
-    config = TrainConfig(**merge(merge(base, fields), TINY if dry else {}))
+    config = read_config("rule110-figure2a-h200", merge({"task": {"steps": t}}, TINY if dry else {}))
     found = train(config, runs / f"t{t}")
     return {name: value for name, value in found.items() if isinstance(value, float | int)}

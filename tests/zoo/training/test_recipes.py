@@ -12,6 +12,7 @@ from tests.zoo.training.tiny import tiny
 from zoo.config import shipped
 from zoo.training.config import read_config
 from zoo.training.loop import train
+from zoo.training.plan import arms_of, read_plan, runs_of
 from zoo.training.prepare import prepare
 
 RUNS = sorted(shipped("train"))
@@ -51,7 +52,7 @@ def test_shipped_runs_fit_together(name, tokenizer):
 
 
 def test_every_recipe_of_the_paper_has_its_twins():
-    for name in ("rule110-paper", "depo-paper", "gsm-jet2b", "gsm-ourojet", "gsm-ourojet-slide512", "gsm-samba421m"):
+    for name in ("rule110-paper", "rule110-figure2a", "depo-paper", "gsm-jet2b", "gsm-ourojet", "gsm-ourojet-slide512", "gsm-samba421m"):
         assert {name, f"{name}-small", f"{name}-h200"} <= set(RUNS)
         paper, twin = read_config(name), read_config(f"{name}-h200")
         assert (twin.steps, twin.batch_size, twin.lr, twin.muon_lr, twin.task) == (
@@ -61,6 +62,18 @@ def test_every_recipe_of_the_paper_has_its_twins():
             paper.muon_lr,
             paper.task,
         )
+
+
+def test_figure_2a_has_the_runs_of_the_paper():
+    """One pass, 781 steps of 512 sequences of four strings of 24 cells: 40 M tokens for each t."""
+    plan = read_plan("figure2a", {"run": "rule110-figure2a-h200"})
+    (runs,) = runs_of(plan, arms_of(plan)).values()
+    assert [run.config.task["steps"] for run in runs] == [4, 8, 10, 12, 14, 16]
+    for run in runs:
+        task, model, *_ = prepare(run.config, torch.device("meta"))
+        assert (task.strings, task.width, model.config.loops, run.steps, run.config.batch_size) == (4, 24, 1, 781, 512)
+        assert run.steps * run.config.batch_size * 100 == 39_987_200 == run.steps * run.arm.costs.tokens
+        assert run.config.device == "cuda"
 
 
 @pytest.mark.parametrize("name", ["gsm-jet2b", "gsm-ourojet", "gsm-ourojet-slide512", "gsm-ourojet-slide512-warmup"])
