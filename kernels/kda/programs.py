@@ -274,7 +274,11 @@ def gradients(
         e = _to_boundary(decay, coarse, fine, first, length, c, head, i, ik, size, H, K, C, ACC)
         rows, columns = _across(i[:, None], i[None, :], size), _across(i[None, :], i[:, None], size)
         qe, ke = (bq * e).to(DT), (bk * e).to(DT)
-        x = e * tl.dot(tl.where(rows, P, 0.0).to(DT), ke, input_precision=PRECISION, out_dtype=ACC)
+        below = tl.where(rows, P, 0.0).to(DT)
+        x = tl.dot(below, ke, input_precision=PRECISION, out_dtype=ACC)
+        if DT.primitive_bitwidth == 16:  # nearly equal keys cancel in dq: add the rounding error, too
+            x += tl.dot(below, (bk * e - ke.to(ACC)).to(DT), input_precision=PRECISION, out_dtype=ACC)
+        x *= e
         bdq += x
         bdg += x * bq
         x = e * tl.dot(tl.where(rows, F, 0.0).to(DT), ke, input_precision=PRECISION, out_dtype=ACC)
