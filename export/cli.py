@@ -184,8 +184,13 @@ def _compare(name: str, overrides: tuple[str, ...], seed: int, device: str, fold
     from zoo.export.verify import verify
 
     exported = ExportedModel(folder)
+    model = _model(name, overrides, seed, exported.bundle.precision)
+    theirs, ours = (config.model_dump(mode="json") for config in (exported.config, model.config))
+    for field, value in theirs.items():
+        if field not in ("name", "about", "upstream", "hub") and ours[field] != value:
+            raise ZooError(f"{folder}: was exported from a model with {field}: {value}, not {ours[field]}")
     with spinner(f"comparing {folder} with PyTorch"):
-        parity = verify(_model(name, overrides, seed, exported.bundle.precision), exported, device)
+        parity = verify(model, exported, device)
     Console().print(parity.table())
 
 

@@ -336,6 +336,15 @@ def test_a_saved_model_against_its_bundle(bundles, tmp_path):
     assert "same greedy token 100.00%" in result.output
     result = run(tmp_path / "run", "loops=2", "--verify-only", folder)
     assert result.exit_code == 2
+    assert f"{folder}: was exported from a model with loops: 3, not 2" in " ".join(result.stderr.split())
+    weights = model.head.weight.clone()
+    with torch.no_grad():
+        model.head.weight.mul_(-1)
+    zoo.save(model, tmp_path / "other")
+    with torch.no_grad():
+        model.head.weight.copy_(weights)
+    result = run(tmp_path / "other", "--verify-only", folder)
+    assert result.exit_code == 2
     assert "from PyTorch" in result.stderr
     result = run(tmp_path / "run", "d_model=32", "--verify-only", folder)
     assert "the weights do not fit d_model=32" in result.stderr

@@ -13,6 +13,7 @@ from torch import Tensor
 from zoo.serving.kept import Ends, KeptSession
 from zoo.serving.metrics import Metrics
 from zoo.serving.schemas import ChatRequest, CompletionRequest
+from zoo.sessions.host import WindowFullError
 from zoo.sessions.sampling import Constraint
 from zoo.text.tokenizers import ByteTokenizer
 
@@ -146,7 +147,10 @@ class Answer:
                 self.finish_reason = "stop"
                 break
             yield self._decode(self.tokens[-1])
-            following = next(self._generated, None)
+            try:
+                following = next(self._generated, None)
+            except WindowFullError:  # the answer ends as at the end of a context
+                break
             if following is None:
                 if self._constraint is not None and self._constraint.over:
                     self.finish_reason = "stop"

@@ -144,7 +144,7 @@ class Server:
         self.pool = pool
         model = sleeping_model(pool.model)
         due = pool.schedule.due(model.config.window)
-        self.settings = {} if due == model.config.window else {"sleeps_after": f"{due} tokens"}
+        self.settings = {} if due == model.config.window else {"sleeps_after": "no number of tokens" if due is None else f"{due} tokens"}
         kept_in = None if store is None else Store(store, {**identity(model), "dtype": _dtype(model), **self.settings})
         self.sessions = KeptSessions(pool, limits.idle, Prefixes(limits.prefixes), kept_in)
         self.metrics = Metrics(self.sessions, pool)

@@ -42,6 +42,8 @@ def _as_refusal(errors: list[dict[str, Any]]) -> ApiError:
     kind, place, message = first["type"], first["loc"], first["msg"].removeprefix("Value error, ")
     if kind == "json_invalid":
         return ApiError(400, f"body: not JSON: {first['ctx']['error']}, character {place[-1]}", None, kind)
+    if isinstance(first.get("input"), bytes):
+        return ApiError(400, "body: its content type is not JSON; want Content-Type: application/json", None, "not_json")
     # pydantic adds the alternatives of a union, such as `str` and `list[int]`
     where = ".".join(str(part) for part in place[1:] if not re.search(r"^(constrained-)?(str|float|int|dict)$|[\[\](]", str(part)))
     if kind == "value_error":  # from a validator of the whole request

@@ -97,6 +97,8 @@ class GenerationRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def _check_text(cls, fields: Any) -> Any:
+        if isinstance(fields, bytes):  # not sent as JSON; see `zoo.serving.errors`
+            return fields
         try:
             json.dumps(fields, ensure_ascii=False).encode()
         except UnicodeEncodeError:

@@ -10,7 +10,7 @@ from zoo.errors import ZooError
 from zoo.serving.kept import KeptSession
 from zoo.serving.prefixes import Prefixes
 from zoo.serving.schemas import ApiError
-from zoo.serving.store import Record, Store, StoreError
+from zoo.serving.store import OtherServerError, Record, Store, StoreError
 from zoo.sessions.pool import PoolFullError, SessionPool
 from zoo.sessions.snapshot import Snapshot
 
@@ -72,6 +72,8 @@ class KeptSessions:
                 self._agree_with_store(kept, self.store)
             except ZooError as error:
                 self.release(kept, forget=True)
+                if isinstance(error, OtherServerError):
+                    raise ApiError(503, str(error), "session", "session_of_another_server") from None
                 self.failing = self.failing or isinstance(error, StoreError)
                 raise ApiError(503, f"{error}; try again later", "session", "store_failing") from None
         return kept

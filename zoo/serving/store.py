@@ -34,6 +34,10 @@ class TakenOverError(StoreError):
     """Another process owns the session now."""
 
 
+class OtherServerError(StoreError):
+    """The session was stored by a server of another model, or with other settings."""
+
+
 @dataclass
 class Record:
     """Everything about a session except its states, which can be recomputed from it."""
@@ -184,7 +188,8 @@ class Store:
                 _sync(self.folder)
             for key, value in {**dict.fromkeys(about), **_read_json(folder / "session.json")}.items():
                 if about.get(key) != value:
-                    raise StoreError(f"session: '{name}': {key}: it was stored for {value!r}; this server has {about.get(key)!r}")
+                    held, here = (repr(one) if one is not None else "the default" for one in (value, about.get(key)))
+                    raise OtherServerError(f"session: '{name}': it was stored with {key}: {held}; this server has {here}")
             with _locked(folder / LEASE) as file:
                 lease = _number(file) + 1
                 file.truncate(0)

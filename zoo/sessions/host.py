@@ -24,6 +24,10 @@ class PoolFullError(ZooError):
     """The pool has no room for another stream."""
 
 
+class WindowFullError(ZooError):
+    """Under the schedule `manual`, the window has no room for the tokens."""
+
+
 class BusyError(ZooError):
     """A stream received a call before its previous call had returned, or its generation had ended or been closed."""
 

@@ -18,7 +18,7 @@ from zoo.inputs import check_count, check_flag, check_range
 from zoo.model import Model
 from zoo.schedule import Schedule, new_schedule
 from zoo.sessions.file import read_file, write_file
-from zoo.sessions.host import Alone, Call, Host, Stream
+from zoo.sessions.host import Alone, Call, Host, Stream, WindowFullError
 from zoo.sessions.sampling import Constraint, LogitsProcessor, Sampler, Sampling
 from zoo.sessions.sleeping import Sleep
 from zoo.sessions.sleeping_model import SleepingModel, check_model, sleeping_model
@@ -333,7 +333,7 @@ class Session:
         if tokens > window - self._window_length:
             await self._wait_for_sleep()
         if tokens > (room := window - self._window_length):
-            raise ZooError(
+            raise WindowFullError(
                 f"ids: {counted(tokens, 'token')}; the window of {window} has room for {room}, and the schedule is manual: sleep first"
             )
 

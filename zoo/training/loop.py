@@ -58,6 +58,8 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
         lacking |= {"lr_schedule"} if config.lr_schedule == "wsd" else set()
         settings = config.model_dump(mode="json", exclude=lacking)
         trainer = Trainer(config, RunFolder(as_path(out, "out"), settings, team), team)
+        for split in ("train", "test"):
+            trainer.task.batch(config.seed, 0, 1, split)  # data that does not fit is refused before there is a folder
         with deferred() as stop_requested, trainer.run.locked():
             trainer.resume(measure_products)
             with set_products(trainer.precision, trainer.bfloat16_products):

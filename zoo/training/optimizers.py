@@ -177,7 +177,7 @@ def restore(made: list[torch.optim.Optimizer], weights: Weights, tensors: Mappin
         entry, _, name = key.partition("/")
         states.setdefault(name, {})[entry] = value
     for name, p in weights.wide.items():
-        stored = states[name].pop("float32", None)  # older runs also have copies of what is float32 in the model now
+        stored = states.get(name, {}).pop("float32", None)  # older runs also have copies of what is float32 in the model now
         if stored is not None:
             p.copy_(stored)
         elif name in weights.copied:

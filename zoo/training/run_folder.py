@@ -55,6 +55,16 @@ class NotFiniteError(Exception):
     """Weights or optimiser states contain NaN or infinity."""
 
 
+def _difference(field: str, there: dict[str, Any], asked: dict[str, Any]) -> tuple[str, Any, Any]:
+    """Return the dotted path of the first value that differs within a field, and both values."""
+    ours, theirs = (values.get(field, "its default") for values in (there, asked))
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        inner = next(name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name))
+        path, *values = _difference(inner, ours, theirs)
+        return f"{field}.{path}", values[0], values[1]
+    return field, ours, theirs
+
+
 class RunFolder:
     """The folder `path` of a run with `settings`, on a disk that all processes share. Nothing is written before `locked`.
 
@@ -77,7 +87,7 @@ class RunFolder:
             self.extended, there["steps"] = True, now
         for field in {**settings, **there}:
             if there.get(field) != settings.get(field):
-                held, asked = (values.get(field, "its default") for values in (there, settings))
+                field, held, asked = _difference(field, there, settings)
                 rule = "; a run can be extended once it has taken all its steps, but not shortened" if field == "steps" else ""
                 raise ZooError(
                     f"{path}: holds a run with {field}: {held}, not {asked}{rule}; resume with the same settings, or choose another folder"

@@ -205,6 +205,15 @@ def test_malformed(url, path, body, status):
     assert message.startswith("body: not JSON: ") or body != b"{", message
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/sessions/x/sleep"])
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain"])
+def test_a_body_that_is_not_sent_as_json(url, path, kind):
+    """As curl sends it without a header."""
+    code, answer = raw(url, path, json.dumps({**GREEDY, "prompt": "a"}).encode(), **{"content-type": kind})
+    assert code == 400
+    assert json.loads(answer)["error"]["message"] == "body: its content type is not JSON; want Content-Type: application/json"
+
+
 def test_a_large_body_without_a_length(url):
     def chunks():
         for _ in range(21):

@@ -137,6 +137,29 @@ def test_other_weights_and_other_keys_are_refused(model, tmp_path):
         assert "weights" in answer["error"]["message"]
 
 
+def test_another_schedule_is_refused(model, tmp_path):
+    with local(model, BYTES, store=tmp_path, when="idle(9)") as server:
+        assert server.ask("/v1/completions", {"prompt": "a", "session": "s"})[0] == 200
+    with local(model, BYTES, store=tmp_path, when="manual") as server:
+        status, answer = server.ask("/v1/completions", {"prompt": "a", "session": "s"})
+        assert status == 503
+        wanted = "session: 's': it was stored with sleeps_after: the default; this server has 'no number of tokens'"
+        assert answer["error"]["message"] == wanted
+        assert server.ask("/ready")[0] == 200  # other sessions are not affected
+
+
+def test_a_full_window_ends_an_answer_under_manual(model):
+    prompt, window = "abcdefghij", model.config.window
+    with local(model, BYTES, when="manual") as server:
+        choice = server.complete(prompt, session="s", max_tokens=50)["choices"][0]
+        session = zoo.Session(model, when="manual")
+        greedy = [int(token) for token in session.generate(torch.tensor([list(prompt.encode())]), window - len(prompt) + 1)]
+        assert (choice["text"], choice["finish_reason"]) == (BYTES.decode(greedy), "length")
+        status, answer = server.ask("/v1/completions", {"prompt": "k", "session": "s"})
+        assert status == 400
+        assert "the schedule is manual: sleep first" in answer["error"]["message"]
+
+
 def test_torn_lines(tmp_path):
     """A journal cut at any byte has the records that were complete, and is continued after them."""
     store, records = (

@@ -176,7 +176,7 @@ def interrupt(kind, out, chance, duration):
 def trial(kind, out, chance, duration, expected):
     out.parent.mkdir(parents=True)
     count, problems = interrupt(kind, out, chance, duration)
-    if not finished(kind, out) and (status := wait(start(kind, out))):
+    if not finished(kind, out) and (status := wait(start(kind, out), 3000)):
         problems.append(f"{out.parent.name}: started again, status {status}: {(out.parent / 'log').read_text()[-1500:]}")
     elif outcome(out) != expected:
         problems.append(f"{out.parent.name}: another outcome than without interruptions")
@@ -193,7 +193,7 @@ def main(folder, seed, wanted):
         out = folder / f"{kind}-whole" / "out"
         out.parent.mkdir(parents=True)
         begun = time.monotonic()
-        assert wait(start(kind, out)) == 0, (out.parent / "log").read_text()
+        assert wait(start(kind, out), 3000) == 0, (out.parent / "log").read_text()
         duration, expected, count, number = time.monotonic() - begun, outcome(out), 0, 0
         while count < least:
             more, found = trial(kind, folder / f"{kind}-{number}" / "out", chance, duration, expected)

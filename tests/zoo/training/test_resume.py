@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,30 @@ def test_the_newest_and_the_best_checkpoints_stay(tmp_path):
         train(plan(), tmp_path / "run")
     assert list(held_out.values()) == [3.0, 1.0, 2.0, 2.5, 0.5, 0.7, 0.6, None]  # the last is evaluated after it is saved
     assert zoo.load(tmp_path / "run" / "checkpoints" / "00000005").config.name == "gdn4-sleep2-hard6"
+
+
+def test_parameters_without_gradients_resume(tmp_path):
+    """Nothing is injected in a single pass, so the injection never gets a gradient, nor an optimiser state."""
+    config = tiny(steps=4, model="gdn4-sleep1-hard6", overrides={"layers": "attn gdn", "d_model": 16, "d_ff": 16, "inject": True})
+    expected = train(config, tmp_path / "whole")
+    for _ in range(3):
+        with pytest.raises(StoppedError):
+            train(config, tmp_path / "cut", report=lambda metrics: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(config, tmp_path / "cut") == expected
+    train(config.model_copy(update={"steps": 5}), tmp_path / "cut")
+
+
+def test_a_task_that_does_not_fit_leaves_no_folder(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.arange(40, dtype=np.uint8))
+    np.save(tmp_path / "held-out.npy", np.arange(40, dtype=np.uint8)[::-1])
+    task = {"name": "text", "train": "tokens.npy", "test": "held-out.npy", "vocab": 30, "length": 40, "width": 6}
+    task |= {split: str(tmp_path / task[split]) for split in ("train", "test")}
+    with pytest.raises(zoo.ZooError, match="token 39 in the train file; vocab says that ids are less than 30"):
+        train(tiny(task=task), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(tiny(task=task | {"vocab": 40}), tmp_path / "run")
+    with pytest.raises(zoo.ZooError, match=r"run: holds a run with task.vocab: 40, not 41; resume"):
+        train(tiny(task=task | {"vocab": 41}), tmp_path / "run")
 
 
 def test_no_pickle_is_written(tmp_path):
