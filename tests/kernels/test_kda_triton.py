@@ -37,6 +37,7 @@ CASES = {
     "a token less than a chunk": {"T": 63},
     "several chunks": {"T": 130, "H": 2},
     "odd sizes": {"T": 66, "K": 24, "V": 40, "B": 2},
+    "few keys": {"T": 3, "K": 4, "V": 4},
     "sizes of several tiles": {"T": 66, "K": 72, "V": 72},
     "no decay, full strength": {"T": 66, "K": 32, "V": 32, "decay": 0.0, "beta": 2.0},
     "strong decay": {"T": 66, "decay": 30.0},
