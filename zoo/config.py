@@ -162,6 +162,8 @@ def _check(config: ModelConfig, label: str) -> None:
         raise ZooError(
             f"{label}: mlp: {len(config.mlp_pattern)} MLPs for {counted(layers, 'layer')}; want one for each, or a single word for all"
         )
+    if config.span is not None and config.span[0] > config.span[1]:
+        raise ZooError(f"{label}: span: {list(config.span)}: the first layer is after the last; want them in order")
     if config.span is not None and not 0 <= config.span[0] <= config.span[1] < layers:
         raise ZooError(f"{label}: span: {list(config.span)} lies outside the layers 0 to {layers - 1} (first and last, both included)")
     eviction = evictions.get(config.evict)

@@ -175,7 +175,7 @@ def test_creating_leaves_the_global_generator_alone():
         ("gdn4", {"blocks": {"attn": {"heads": 4, "kv_heads": 3}}}, "kv_heads: 3 does not divide heads: 4"),
         ("gdn4", {"blocks": {"attn": {"head_dim": 5}}}, "head_dim: 5 must be even"),
         ("gdn4-sleep4", {"span": [2, 4]}, r"span: \[2, 4\] lies outside the layers 0 to 3"),
-        ("gdn4-sleep4", {"span": [2, 1]}, r"span: \[2, 1\] lies outside"),
+        ("gdn4-sleep4", {"span": [2, 1]}, r"span: \[2, 1\]: the first layer is after the last"),
         ("gdn4-sleep4", {"span": [-1, 1]}, r"span: \[-1, 1\] lies outside"),
         ("gdn4", {"evict": "hard"}, "window: evict 'hard' needs"),
         ("gdn4", {"span": []}, r"span: \[\]: want|span\.0: is missing"),

@@ -50,7 +50,8 @@ def markdown(match: Matching, results: Results, arms: Sequence[Arm], reference: 
     levels = list(dict.fromkeys(itertools.chain(*(found["by_level"] for found in results.values()))))
     in_bits = some.get("bits_per_byte") is not None
     header = ["arm", "parameters", "steps", "tokens", "FLOPs", "FLOPs per token awake", "right", *(["bits per byte"] if in_bits else [])]
-    header += [level_label(level, some["level_name"]) for level in levels if len(levels) > 1]
+    unit = " (bits per byte)" if in_bits else ""
+    header += [f"{level_label(level, some['level_name'])}{unit}" for level in levels if len(levels) > 1]
     header += ["first answer", "wrong window"] if some["wrong_window"] is not None else []
     header += [f"right at N = {n}" for n in some.get("test_loops", ())]
     header += ["whole sequences"] if some["exact_chance"] is not None else []

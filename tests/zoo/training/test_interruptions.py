@@ -34,7 +34,7 @@ def test_interrupted_commands_end_as_uninterrupted_ones(tmp_path, wanted):
     """Also: no status 0, no traceback, no line of metrics overwritten, no process and no scratch file left."""
     module, counts = "tests.zoo.training.interruptions", [f"{kind}={count}" for kind, count in wanted.items()]
     done = subprocess.run(
-        [sys.executable, "-m", module, tmp_path, str(len(next(iter(wanted)))), *counts],
+        [sys.executable, "-m", module, tmp_path, "0", *counts],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
