@@ -38,7 +38,7 @@ MEANING = {
     "position": ("position of the first token, in the window under `hard`, otherwise in the stream", "one call"),
     "position_ids": ("position of each token; only the first is read", "one call"),
     "n_valid": ("number of valid tokens; the rest is padding at the end, any tokens", "one call"),
-    "logits": ("logits of the token that follows the last valid one; of `head.onnx`, of those that follow each", "one call"),
+    "logits": ("logits of the token after the last valid one; in `head.onnx`, of the token after each", "one call"),
     "hidden": ("hidden states after the last block", "one call"),
     "h": ("hidden states after the previous pass", "one sleep"),
     "h_out": ("hidden states, `h` of the next pass", "one sleep"),

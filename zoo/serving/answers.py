@@ -32,9 +32,9 @@ class Prompt(NamedTuple):
 class Logprob(NamedTuple):
     """Log-probability of a token and of the most likely ones in its place; None for the first token of a stream."""
 
-    token: str
+    token: bytes
     logprob: float | None
-    top: list[tuple[str, float]]
+    top: list[tuple[bytes, float]]
     offset: int
     """Offset of its text in the answer."""
 
@@ -171,12 +171,12 @@ class Answer:
         return [self._logprob(self.tokens[-1], self._logits.popleft(), offset)] if self._logits else []
 
     def _logprob(self, token: int, logits: Tensor | None, offset: int) -> Logprob:
-        name = self._tokenizer.decode([token])
+        name = self._tokenizer.bytes_of(token)
         if logits is None or self._top is None:
             return Logprob(name, None, [], offset)
         logprobs = logits.float().log_softmax(-1)
         best = logprobs.topk(min(self._top, len(logprobs)))
-        top = [(self._tokenizer.decode([other]), value) for value, other in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        top = [(self._tokenizer.bytes_of(other), value) for value, other in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
         return Logprob(name, float(logprobs[token]), top, offset)
 
     def _scored(self, ids: list[int]) -> Piece:

@@ -54,9 +54,12 @@ class CompletionBody:
 
     def logprobs(self, entries: list[Logprob]) -> dict[str, Any]:
         return {
-            "tokens": [entry.token for entry in entries],
+            "tokens": [shown(entry.token, "bytes:") for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [None if entry.logprob is None else dict(reversed(entry.top)) for entry in entries],
+            "top_logprobs": [
+                None if entry.logprob is None else {shown(token, "bytes:"): value for token, value in reversed(entry.top)}
+                for entry in entries
+            ],
             "text_offset": [entry.offset for entry in entries],
         }
 
@@ -102,6 +105,14 @@ class CompletionBody:
         return {"index": index, **fields, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
+def shown(token: bytes, prefix: str = "") -> str:
+    r"""Return the text of a token; if it is not whole characters, a prefix and its bytes as \xNN, as OpenAI's API writes them."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in token)
+
+
 class ChatBody(CompletionBody):
     """The response to a chat request."""
 
@@ -117,8 +128,8 @@ class ChatBody(CompletionBody):
         return ""
 
     def logprobs(self, entries: list[Logprob]) -> dict[str, Any]:
-        def entry(token: str, logprob: float) -> dict[str, Any]:
-            return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+        def entry(token: bytes, logprob: float) -> dict[str, Any]:
+            return {"token": shown(token), "logprob": logprob, "bytes": list(token)}
 
         content = [
             {**entry(each.token, each.logprob), "top_logprobs": [entry(*other) for other in each.top]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,14 @@ from zoo.checkpoints.stored import read_json
 from zoo.config import read_yaml
 from zoo.errors import ZooError
 from zoo.text.chat_templates import Messages, choose, plain, read_templates, render
-from zoo.text.decoding import MOST_CONTEXT, ByteDecoder, Decoder, TokenDecoder
+from zoo.text.decoding import MOST_CONTEXT, UNFINISHED, ByteDecoder, Decoder, TokenDecoder
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# byte-level vocabularies, from GPT-2 on, write a byte that cannot be printed as one of the characters from 256 on
+BYTE_OF = {
+    chr(code): byte for byte, code in zip([*PRINTED, *sorted({*range(256)} - {*PRINTED})], [*PRINTED, *range(256, 324)], strict=True)
+}
 
 
 class ByteTokenizer:
@@ -49,6 +55,10 @@ class ByteTokenizer:
         """Return the text of tokens."""
         decode = self.decoder()
         return "".join(map(decode, ids)) + decode.flush()
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes of one token, which need not be whole characters."""
+        return bytes([token]) if token < 256 else b""
 
     def count_bytes(self, ids: Sequence[int], context: Sequence[int] = ()) -> int:
         """Return the number of bytes in the text of tokens that follow `context`. Special tokens have none."""
@@ -104,6 +114,15 @@ class FolderTokenizer(ByteTokenizer):
     def decoder(self, context: Sequence[int] = ()) -> Decoder:
         return TokenDecoder(self._backend.decode, context)
 
+    def bytes_of(self, token: int) -> bytes:
+        text = self._backend.decode([token])
+        name = self._backend.name_of(token) or ""
+        if UNFINISHED not in text:
+            return text.encode()
+        if fallback := re.fullmatch("<0x([0-9A-F]{2})>", name):
+            return bytes([int(fallback[1], 16)])
+        return bytes(BYTE_OF[letter] for letter in name) if all(letter in BYTE_OF for letter in name) else text.encode()
+
     def count_bytes(self, ids: Sequence[int], context: Sequence[int] = ()) -> int:
         before = list(context[-MOST_CONTEXT:])
         both, alone = self._backend.decode([*before, *ids]), self._backend.decode(before)
@@ -145,6 +164,8 @@ class Backend(NamedTuple):
     decode: Callable[[Sequence[int]], str]
     """Returns the text of tokens, without special ones."""
     id_of: Callable[[str], int | None]
+    name_of: Callable[[int], str | None]
+    """Returns a token as it is written in the vocabulary."""
     size: int
     special: Mapping[str, str]
 
@@ -169,7 +190,8 @@ def _from_transformers(folder: Path) -> Backend | None:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     vocabulary = tokenizer.get_vocab()
-    return Backend(encode, decode, vocabulary.get, max(vocabulary.values(), default=-1) + 1, tokenizer.special_tokens_map)
+    size = max(vocabulary.values(), default=-1) + 1
+    return Backend(encode, decode, vocabulary.get, tokenizer.convert_ids_to_tokens, size, tokenizer.special_tokens_map)
 
 
 def _from_tokenizers(folder: Path) -> Backend:
@@ -194,7 +216,8 @@ def _from_tokenizers(folder: Path) -> Backend:
         return list(tokenizer.encode(text, add_special_tokens=special).ids)
 
     vocabulary = tokenizer.get_vocab()
-    return Backend(encode, tokenizer.decode, tokenizer.token_to_id, max(vocabulary.values(), default=-1) + 1, _special_tokens(settings))
+    size = max(vocabulary.values(), default=-1) + 1
+    return Backend(encode, tokenizer.decode, tokenizer.token_to_id, tokenizer.id_to_token, size, _special_tokens(settings))
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -112,6 +112,23 @@ def test_chat(client, model):
         client.delete(f"/sessions/{session}", cast_to=object)
 
 
+def test_bytes_of_tokens(client, model):
+    """They join to the answer, whatever characters its bytes are part of."""
+    session = zoo.Session(model)
+    ids = [int(token) for token in session.generate(torch.tensor([ByteTokenizer(256).encode("user: hi\nassistant: ")]), 20)]
+    chat = client.chat.completions.create(messages=[{"role": "user", "content": "hi"}], logprobs=True, top_logprobs=3, **GREEDY)
+    content = chat.choices[0].logprobs.content
+    assert [entry.bytes for entry in content] == [[token] for token in ids]
+    assert max(ids) > 127  # bytes that are no characters
+    for entry in (*content, *(other for each in content for other in each.top_logprobs)):
+        (byte,) = entry.bytes
+        assert entry.token == (chr(byte) if byte < 128 else f"\\x{byte:02x}")
+    answer = client.completions.create(prompt="user: hi\nassistant: ", logprobs=3, **GREEDY)
+    found = answer.choices[0].logprobs
+    assert found.tokens == [chr(token) if token < 128 else f"bytes:\\x{token:02x}" for token in ids]
+    assert [len(top) for top in found.top_logprobs] == [3] * 20
+
+
 def test_streaming(client, model):
     pieces = list(client.completions.create(prompt="abc", stream=True, **GREEDY))
     assert "".join(p.choices[0].text for p in pieces) == alone(model, "abc")[0]

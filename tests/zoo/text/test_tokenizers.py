@@ -41,6 +41,20 @@ def test_round_trip(folder):
         assert not any("\ufffd" in piece for piece in pieces)  # an incomplete character is not shown
 
 
+def test_bytes_of_tokens(folder):
+    """They join to the text, whatever characters its bytes are part of."""
+    for tokenizer in (ByteTokenizer(256), load_tokenizer(folder, 1000)):
+        assert b"".join(map(tokenizer.bytes_of, tokenizer.encode(WORDS))) == WORDS.encode()
+    fallback = Tokenizer(
+        models.BPE({name: i for i, name in enumerate(["<unk>", *(f"<0x{i:02X}>" for i in range(256))])}, [], byte_fallback=True)
+    )
+    fallback.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    (folder / "tokenizer_config.json").unlink()
+    fallback.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder, 1000)
+    assert b"".join(map(tokenizer.bytes_of, tokenizer.encode("é🦊"))) == "é🦊".encode()
+
+
 def test_bytes_that_are_not_text():
     tokenizer = ByteTokenizer()
     assert "".join(decoded(tokenizer, [72, 255, 105, 299])) == "H\ufffdi"
