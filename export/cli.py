@@ -147,6 +147,8 @@ def _write(
     plan = validate(Plan, {field: value for field, value in asked.items() if field in Plan.model_fields}, "zoo-export")
     options = {field: value for field, value in asked.items() if field not in Plan.model_fields}
     validate(targets.get(target), options, f"target {target}").check(dtype or "float32", plan)
+    if not repository:
+        refuse_existing(out)
     usable_device(device, meta=False)
     console = Console()
     started = time.perf_counter()

@@ -13,7 +13,7 @@ import torch
 
 import zoo
 from tests.export.conftest import graphs_in
-from zoo.export import graphs
+from zoo.export import assembly
 from zoo.export.bundle import write_onnx
 from zoo.export.manifest import Bundle
 from zoo.export.page import page
@@ -143,7 +143,7 @@ def test_genai_generates_the_same(bundles):
 
 def test_the_page_is_not_stale(tmp_path, monkeypatch):
     """Graphs whose blocks and loop are still placeholders have the same inputs and outputs."""
-    monkeypatch.setattr(graphs, "build", lambda graph, dialect: trace(graph, graph.example(), {}))
+    monkeypatch.setattr(assembly, "build", lambda graph, dialect: trace(graph, graph.example(), {}))
     bundle = write_onnx(zoo.create("gdn4-sleep4"), tmp_path, Plan(prefill=8))
     written = Path(__file__).parents[2] / "docs" / "deploy.md"
     assert written.read_text(encoding="utf-8") == page(bundle)

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 import zoo
 from tests.export.conftest import ALL, build, graphs_in
-from zoo.export import cli, graphs
+from zoo.export import assembly, cli
 from zoo.export.manifest import Bundle
 from zoo.export.page import page
 from zoo.export.plan import Plan
@@ -35,7 +35,7 @@ def repositories(bundles, tmp_path_factory):
         model, place = bundles(case).model, tmp_path_factory.mktemp(case)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cli, "_model", lambda *_, **__: model)
-            patch.setattr(graphs, "build", build)
+            patch.setattr(assembly, "build", build)
             plan = {"prefill": 0} | ALL[case][1]
             flags = [part for name, value in plan.items() for part in FLAGS[name].format(value).split()]
             result = CliRunner().invoke(cli.main, ["tiny", "--triton-server", str(place), *flags])
@@ -105,7 +105,7 @@ def test_every_form_is_compared_with_pytorch(repositories, case):
 
 
 def test_a_graph_that_does_not_sleep_is_refused(bundles, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "build", build)
+    monkeypatch.setattr(assembly, "build", build)
     monkeypatch.setattr("zoo.export.sleeping.SelfSleeping._slept", lambda self, write, full, now: {})
     plan = Plan(prefill=None, self_sleeping=True)
     with pytest.raises(zoo.ZooError, match="sleeping by itself: the graph differs"):

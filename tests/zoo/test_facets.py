@@ -84,7 +84,7 @@ def test_facets_are_combined(monkeypatch):
 
 def test_unknown_names():
     assert zoo.list_models(family="llama") == []  # it has no shipped config
-    with pytest.raises(zoo.ZooError, match="family: 'nothing' is unknown; allowed: bamba, "):
+    with pytest.raises(zoo.ZooError, match=r"family: 'nothing' is unknown; allowed: .* and \d+ others$"):
         zoo.list_models("gdn*", family="nothing")
     with pytest.raises(zoo.ZooError, match="mixer: 'gnd' is unknown; did you mean 'gdn'"):
         zoo.list_models(mixer="gnd")

@@ -511,7 +511,7 @@ class Form(BaseModel):
         ({"name": 3}, "name: 3: want text"),
         ({"each": 3}, "each: 3: want a list"),
         ({"each": [1, "x"]}, "each.1: 'x': want an integer"),
-        ({"each": []}, "each: []: want at least 1 entries"),
+        ({"each": []}, "each: []: want at least 1 entry"),
         ({"each": [1, 2, 3]}, "each: [1, 2, 3]: want at most 2 entries"),
         ({"more": 1}, "more: 1: want a mapping of fields"),
         ({"name": ["x" * 10**6] * 100}, "name: ['xxxxxxxxxxxx...xxxxxxxxxxxxx', "),

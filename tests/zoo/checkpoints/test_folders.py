@@ -504,7 +504,7 @@ def test_folders_of_the_authors_of_gated_delta_net(tmp_path: Path) -> None:
     ("name", "fields", "words"),
     [
         ("llama-swa-a", {"use_sliding_window": False}, ("layer_types", "use_sliding_window")),
-        ("llama-swa-a", {"layer_types": ["full_attention"]}, ("layer_types", "1 entries", "num_hidden_layers is 5")),
+        ("llama-swa-a", {"layer_types": ["full_attention"]}, ("layer_types", "1 entry", "num_hidden_layers is 5")),
         ("llama-swa-a", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, ("type", "'longrope'", "'llama3'")),
         ("llama-swa-a", {"rope_scaling": {"type": "linear"}}, ("factor", "missing")),
         ("llama-swa-a", {"rope_scaling": {"type": "linear", "factor": -1.0}}, ("rope_scaling.factor", "-1.0")),
@@ -519,7 +519,7 @@ def test_folders_of_the_authors_of_gated_delta_net(tmp_path: Path) -> None:
         ("gdn-kimi-linear-a", {"hidden_act": "situ"}, ("hidden_act: 'situ'",)),  # Kimi K3
         ("gdn-kimi-linear-a", {"q_lora_rank": 8}, ("q_lora_rank: 8 is not supported",)),
         ("gdn-kimi-linear-a", {"num_expert_group": 2}, ("num_expert_group: 2 is not supported",)),
-        ("gdn-kimi-linear-a", {"mlp_layer_types": ["dense"]}, ("mlp_layer_types", "1 entries", "num_hidden_layers is 4")),
+        ("gdn-kimi-linear-a", {"mlp_layer_types": ["dense"]}, ("mlp_layer_types", "1 entry", "num_hidden_layers is 4")),
         ("jamba-a", {"attn_layer_offset": 4}, ("attn_layer_offset: 4; want 0 to 3",)),
         ("bamba-a", {"attn_rotary_emb": 16}, ("attn_rotary_emb: 16",)),
         ("bamba-a", {"mamba_n_heads": 6}, ("mamba_n_heads: 6 heads of mamba_d_head 16",)),

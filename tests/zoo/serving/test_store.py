@@ -188,7 +188,7 @@ def test_torn_lines(tmp_path):
         ("journal.jsonl", lambda text: text.replace("[2]", "[7]"), "journal.jsonl: line 2 is damaged"),
         ("journal.jsonl", lambda text: text.replace("[3]", "[7]"), "journal.jsonl: line 3 is damaged"),
         ("lease", lambda text: "x", "lease: damaged: invalid literal"),
-        ("session.json", lambda text: text.replace("weights", "heights"), "weights: it was stored for None"),
+        ("session.json", lambda text: text.replace("weights", "heights"), "it was stored with weights: the default; this server has"),
         ("session.json", lambda text: "[" * 100_000, "session.json: cannot be read"),
     ],
 )
