@@ -133,6 +133,12 @@ def outcome(out):
     return runs
 
 
+def logged(out):
+    """Return what the command has printed; nothing if it was killed before it could."""
+    log = out.parent / "log"
+    return log.read_text() if log.exists() else ""
+
+
 def finished(kind, out):
     return (out / END.get(kind, "results.json")).exists()
 
@@ -149,7 +155,7 @@ def interrupt(kind, out, chance, duration):
         if interrupted:
             send(kind, pid, number, out)
             count += 1
-        status, log = wait(pid), (out.parent / "log").read_text()
+        status, log = wait(pid), logged(out)
         what = f"{out.parent.name}: {number.name} after {moment:.2f} s of {duration:.2f}"
         if interrupted and (status == 0 or (kind != "torchrun" and status not in (128 + number, -number))):
             problems.append(f"{what}: status {status}: {log[-300:]}")
@@ -193,7 +199,7 @@ def main(folder, seed, wanted):
         out = folder / f"{kind}-whole" / "out"
         out.parent.mkdir(parents=True)
         begun = time.monotonic()
-        assert wait(start(kind, out), 3000) == 0, (out.parent / "log").read_text()
+        assert wait(start(kind, out), 3000) == 0, logged(out)
         duration, expected, count, number = time.monotonic() - begun, outcome(out), 0, 0
         while count < least:
             more, found = trial(kind, folder / f"{kind}-{number}" / "out", chance, duration, expected)
