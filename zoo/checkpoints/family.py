@@ -44,6 +44,10 @@ class Heads(NamedTuple):
     ours: tuple[str, ...]
 
 
+UNITS: Mapping[type, tuple[int, ...]] = {Taps: (1,), Heads: (0, 1, 3)}
+"""Axes of size 1 of upstream's tensors, which ours lack."""
+
+
 class FirstOf(NamedTuple):
     """The first of several of our names that the block has."""
 
@@ -100,7 +104,7 @@ class Link(NamedTuple):
     ours: tuple[str, ...]
     groups: int = 1
     units: tuple[int, ...] = ()
-    """Axes of size 1 of upstream's tensors, which ours lack."""
+    """See `UNITS`."""
     ones: int = 0
     others: tuple[str, ...] = ()
     """Further upstream tensors of the same shape, concatenated after the first."""
@@ -177,8 +181,7 @@ def links(family: Family, model: Model) -> list[Link]:
                 if "{}" in first:
                     experts = range(len(shapes[whole[0]]))
                     first, *others = (name.format(expert) for expert in experts for name in (first, *others))
-                units = (1,) if isinstance(our_names, Taps) else (0, 1, 3) if isinstance(our_names, Heads) else ()
-                yield Link(first, whole, groups, units, others=tuple(others))
+                yield Link(first, whole, groups, UNITS.get(type(our_names), ()), others=tuple(others))
 
     found = list(of(family.top, "", ""))
     number = 0
@@ -232,15 +235,17 @@ def truncated_ratio(ratio: float) -> float:
     return math.ceil(ratio * 1e10) / 1e10
 
 
-def layer_kinds(config: Mapping[str, Any], words: Mapping[str, str], default: Callable[[int], str]) -> list[str]:
-    """Return the kind of every layer: `layer_types` translated by `words`, or the default of each layer."""
+def layer_kinds(
+    config: Mapping[str, Any], words: Mapping[str, str], default: Callable[[int], str], field: str = "layer_types"
+) -> list[str]:
+    """Return the kind of every layer: the list in `field` translated by `words`, or the default of each layer."""
     count = config["num_hidden_layers"]
-    types = config.get("layer_types")
+    types = config.get(field)
     if types is None:
         return [default(i) for i in range(count)]
     if len(types) != count:
-        raise ZooError(f"layer_types: has {counted(len(types), 'entry')}, num_hidden_layers is {count}")
-    return [words[expect({"layer_types": name}, "layer_types", *words)] for name in types]
+        raise ZooError(f"{field}: has {counted(len(types), 'entry')}, num_hidden_layers is {count}")
+    return [words[expect({field: name}, field, *words)] for name in types]
 
 
 def attention_kinds(config: Mapping[str, Any], window: int | None) -> list[str]:

@@ -10,7 +10,6 @@ from zoo.checkpoints.experts import gated, one_by_one
 from zoo.checkpoints.family import Family, Heads, Names, Stacked, Taps, compact, expect, families, layer_kinds, options
 from zoo.checkpoints.llama import BLOCK, LAYER, TOP, size, write_size
 from zoo.config import ModelConfig
-from zoo.errors import ZooError, counted
 
 KINDS = {"linear_attention": "kda", "full_attention": "mla"}
 MLPS = {"dense": "swiglu", "sparse": "moe"}
@@ -38,14 +37,11 @@ MOE: Names = {
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
     refuse_kimi_k3(config)
-    count, linear = config["num_hidden_layers"], config.get("linear_attn_config") or {}
+    linear = config.get("linear_attn_config") or {}
     full = linear.get("full_attn_layers")
     kinds = layer_kinds(config, KINDS, lambda i: "mla" if (i + 1 in full if full is not None else i and i % 4 == 0) else "kda")
-    dense, types = config.get("first_k_dense_replace", 1), config.get("mlp_layer_types") or ()
-    mlps = [MLPS[expect({"mlp_layer_types": name}, "mlp_layer_types", *MLPS)] for name in types]
-    mlps = mlps or ["swiglu" if i < dense else "moe" for i in range(count)]
-    if len(mlps) != count:
-        raise ZooError(f"mlp_layer_types: has {counted(len(mlps), 'entry')}, num_hidden_layers is {count}")
+    dense = config.get("first_k_dense_replace", 1)
+    mlps = layer_kinds(config, MLPS, lambda i: "swiglu" if i < dense else "moe", "mlp_layer_types")
     heads, eps = config["num_attention_heads"], config.get("rms_norm_eps", 1e-5)
     blocks = {
         "kda": {
@@ -95,17 +91,9 @@ def refuse_kimi_k3(config: Mapping[str, Any]) -> None:
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
-    kda, mla, moe = options(config, "kda"), options(config, "mla"), config.mlps.get("moe", {})
+    kda, mla = options(config, "kda"), options(config, "mla")
     words, mlp_words = ({ours: theirs for theirs, ours in names.items()} for names in (KINDS, MLPS))
     head_dim = mla.head_dim or config.d_model // mla.heads
-    routed = {
-        "num_experts": moe["experts"],
-        "num_experts_per_token": moe["top_k"],
-        "moe_intermediate_size": moe["width"],
-        "num_shared_experts": (moe.get("shared") or 0) // moe["width"],
-        "moe_renormalize": moe.get("normalise", True),
-        "routed_scaling_factor": moe.get("scale", 1.0),
-    }
     return {
         **write_size(config, "kimi_linear", "KimiLinearForCausalLM"),
         "num_attention_heads": mla.heads,
@@ -122,7 +110,18 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "layer_types": [words[kind] for kind in config.pattern],
         "mlp_layer_types": [mlp_words[kind] for kind in config.mlp_pattern],
         "pad_token_id": None,  # upstream's default is in a vocabulary of 163,840
-        **(routed if moe else {}),
+        **(write_experts(config.mlps["moe"]) if "moe" in config.mlp_pattern else {}),
+    }
+
+
+def write_experts(moe: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": moe["experts"],
+        "num_experts_per_token": moe["top_k"],
+        "moe_intermediate_size": moe["width"],
+        "num_shared_experts": (moe.get("shared") or 0) // moe["width"],
+        "moe_renormalize": moe.get("normalise", True),
+        "routed_scaling_factor": moe.get("scale", 1.0),
     }
 
 

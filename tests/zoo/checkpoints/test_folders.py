@@ -542,6 +542,17 @@ def test_fields_that_change_what_is_computed(name: str, fields: dict, words: tup
     refuses(folder, "config.json", *words)
 
 
+@torch.no_grad()
+def test_kimi_linear_without_experts(tmp_path: Path) -> None:
+    """Every layer dense, written without the config.json that was read."""
+    parent = zoo.load(ORACLES / "gdn-kimi-linear-a").config
+    made = zoo.create({**parent.model_dump(), "mlp": "swiglu", "mlps": {}, "upstream": {"model_type": "kimi_linear"}})
+    zoo.save(made, tmp_path / "x", format="hf")
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["mlp_layer_types"] == ["dense"] * 4
+    ids = torch.arange(20)[None]
+    assert torch.equal(zoo.load(tmp_path / "x")(ids).logits, made(ids).logits)
+
+
 def test_defaults_of_upstream_where_a_field_is_absent() -> None:
     """As in the config classes of transformers 5."""
     base = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 30, "num_attention_heads": 32}
