@@ -74,6 +74,11 @@ class KV(NamedTuple):
         return torch.cat(outputs, dim=2), KV(*(torch.cat(parts) for parts in zip(*aligned, strict=True)))
 
 
+def kept(tokens: int, reach: int | None) -> int:
+    """Return how many of this many cached tokens later tokens can see."""
+    return tokens if reach is None else min(tokens, reach - 1)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """Run torch's attention; under torch.func, its only implementation that has all derivatives."""
     if transformed():
@@ -135,11 +140,10 @@ class Attention(Mixer):
         return KV(empty, empty)
 
     def window_bytes(self, tokens: int) -> int:
-        kept = tokens if self.reach is None else min(tokens, self.reach - 1)
-        return 2 * self.kv_heads * self.head_dim * kept * self.dtype.itemsize
+        return 2 * self.kv_heads * self.head_dim * kept(tokens, self.reach) * self.dtype.itemsize
 
     def flops(self, tokens: int, past: int) -> int:
-        seen = tokens + (past if self.reach is None else min(past, self.reach - 1))
+        seen = tokens + kept(past, self.reach)
         return super().flops(tokens, past) + tokens * seen * 4 * self.heads * self.head_dim  # scores and values
 
     def forward(self, x: Tensor, fast: None, window: KV, positions: Positions) -> tuple[Tensor, None, KV]:

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from zoo.blocks import mixer
-from zoo.blocks.attention import KV
+from zoo.blocks.attention import KV, kept
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import RMSNorm
 from zoo.blocks.positions import Positions
@@ -54,11 +54,10 @@ class LatentAttention(Mixer):
         return KV(self.zeros(batch, 1, 0, self.rank + self.shared_dim), self.zeros(batch, 1, 0, self.rank))
 
     def window_bytes(self, tokens: int) -> int:
-        kept = tokens if self.reach is None else min(tokens, self.reach - 1)
-        return (2 * self.rank + self.shared_dim) * kept * self.dtype.itemsize
+        return (2 * self.rank + self.shared_dim) * kept(tokens, self.reach) * self.dtype.itemsize
 
     def flops(self, tokens: int, past: int) -> int:
-        seen = tokens + (past if self.reach is None else min(past, self.reach - 1))
+        seen = tokens + kept(past, self.reach)
         absorbed = 2 * (self.key_up.numel() + self.value_up.numel())
         return super().flops(tokens, past) + tokens * (absorbed + seen * 2 * self.heads * (2 * self.rank + self.shared_dim))
 

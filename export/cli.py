@@ -158,7 +158,8 @@ def _write(
 
     shape = _model(name, overrides, seed, dtype, device="meta")
     place, write = (model_folder(shape, out), export_to_repository) if repository else (out, export)
-    refuse_existing(place)
+    if repository:
+        refuse_existing(place)
     check(shape, plan, place, verified=not no_verify)
     made = _model(name, overrides, seed, dtype)
     weights = sum(tensor.nbytes for tensor in made.parameters())

@@ -59,10 +59,10 @@ class Stdlib(Task):
         if len(text) < self.length:
             raise ZooError(f"task {self}: length: {self.length} is more than the {len(text)} bytes of the {split} split")
         starts = np.random.default_rng([seed, step, split == "test"]).integers(0, len(text) - self.length + 1, size)
-        ids = np.stack([text[start : start + self.length] for start in starts]).astype(np.int64)
-        level = np.stack([levels(row.astype(np.uint8).tobytes(), self.width) for row in ids])
+        rows = [text[start : start + self.length] for start in starts]
+        level = np.stack([levels(row.tobytes(), self.width) for row in rows])
         level[:, 0] = 0
-        return Batch(ids, level > 0, level)
+        return Batch(np.stack(rows).astype(np.int64), level > 0, level)
 
     def chance(self) -> float:
         return float(np.bincount(corpus().test).max() / len(corpus().test))

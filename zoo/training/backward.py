@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from zoo.blocks.moe import balance_loss, recorded_routes
+from zoo.blocks.moe import Route, balance_loss, recorded_routes
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 from zoo.loss import Recompute, chunks, predicted
@@ -62,7 +63,8 @@ def backward(
         raise ZooError("the task gave a batch without answers: its loss_mask marks no token that can be predicted")
     for part, count in zip(parts, counts, strict=True):
         rows = part if count else next(row for row in torch.arange(len(ids)).split(1) if _count(mask[row], config))
-        with recorded_routes() as routes:  # in the backward pass too, which may recompute them
+        recording: AbstractContextManager[list[Route]] = recorded_routes() if balance else nullcontext([])
+        with recording as routes:  # in the backward pass too, which may recompute them
             answers = answer(
                 ids[rows].to(team.device), mask[rows].to(team.device), loops=loops, recompute=recompute, backward_chunks=backward_chunks
             )

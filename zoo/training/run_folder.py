@@ -60,8 +60,8 @@ def _difference(field: str, there: dict[str, Any], asked: dict[str, Any]) -> tup
     ours, theirs = (values.get(field, "its default") for values in (there, asked))
     if isinstance(ours, dict) and isinstance(theirs, dict):
         inner = next(name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name))
-        path, *values = _difference(inner, ours, theirs)
-        return f"{field}.{path}", values[0], values[1]
+        inner, ours, theirs = _difference(inner, ours, theirs)
+        field = f"{field}.{inner}"
     return field, ours, theirs
 
 
