@@ -81,7 +81,6 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def refuse_kimi_k3(config: Mapping[str, Any]) -> None:
     """Raise ZooError for what is not Kimi Linear: Kimi K3 has the same model_type, and other equations."""
-    expect(config, "hidden_act", "silu", default="silu")
     expect(config, "q_lora_rank", None)
     expect(config, "mla_use_nope", True, default=True)
     expect(config, "num_key_value_heads", config["num_attention_heads"], None)

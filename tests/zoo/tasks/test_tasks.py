@@ -442,6 +442,17 @@ def test_every_corpus_has_its_share(corpora, options):
             assert len(times) == len(task._parts["train"][list(found).index(file)])
 
 
+@pytest.mark.parametrize("options", [{"epochs": True}, {"documents": True}], ids=["epochs", "documents"])
+def test_held_out_sequences_are_read_once_in_batches_of_any_size(corpora, options):
+    fields, found = corpora
+    task = new_task({**fields, "train": next(iter(found)), **options})
+    whole = task.batch(0, 0, task.held_out(), "test")
+    again = [task.batch(0, start, min(3, task.held_out() - start), "test") for start in range(0, task.held_out(), 3)]
+    read = [[tuple(row[level > 0]) for batch in batches for row, _, level in zip(*batch, strict=True)] for batches in ([whole], again)]
+    assert read[0] == read[1]
+    assert sorted(read[0]) == sorted(tuple(task.batch(0, n, 1, "test").ids[0][1:]) for n in range(task.held_out()))
+
+
 def test_corpora_in_a_file_are_relative_to_its_folder(corpora, tmp_path):
     fields, found = corpora
     task = {**fields, "train": {"few/train.npy": 3, "many/train.npy": 1}, "test": "many/test.npy"}
