@@ -113,7 +113,7 @@ def test_chat(client, model):
 
 
 def test_bytes_of_tokens(client, model):
-    """They join to the answer, whatever characters its bytes are part of."""
+    """Bytes of the tokens join to the answer, also where a character spans several tokens."""
     session = zoo.Session(model)
     ids = [int(token) for token in session.generate(torch.tensor([ByteTokenizer(256).encode("user: hi\nassistant: ")]), 20)]
     chat = client.chat.completions.create(messages=[{"role": "user", "content": "hi"}], logprobs=True, top_logprobs=3, **GREEDY)

@@ -42,7 +42,7 @@ def test_round_trip(folder):
 
 
 def test_bytes_of_tokens(folder):
-    """They join to the text, whatever characters its bytes are part of."""
+    """Bytes of the tokens join to the text, also where a character spans several tokens."""
     for tokenizer in (ByteTokenizer(256), load_tokenizer(folder, 1000)):
         assert b"".join(map(tokenizer.bytes_of, tokenizer.encode(WORDS))) == WORDS.encode()
     fallback = Tokenizer(
