@@ -89,10 +89,14 @@ class Graph(nn.Module):
         ids = inputs["input_ids"]
         return self.model.embedded(ids, self.tokens.positions(inputs, ids.device), asleep=self.asleep)
 
-    def run(self, layers: range, h: Tensor, state: State, inputs: Mapping[str, Tensor], loop: int = 0) -> tuple[Tensor, State]:
-        """Run these blocks, one placeholder node each; with wake loops, every loop has its own window caches."""
-        fast, window = list(state.fast), list(state.window)
+    def run(
+        self, layers: range, h: Tensor, state: State, inputs: Mapping[str, Tensor], n: int | Tensor = 0, loop: int = 0
+    ) -> tuple[Tensor, State]:
+        """Run these blocks in pass n, one placeholder node each; with wake loops, every loop has its own window caches."""
+        fast, window, span = list(state.fast), list(state.window), self.model.span
         for i in layers:
+            if i == span.start:
+                entered = h
             at = loop * len(self.model.blocks) + i
             one = State((fast[i],), (window[at],), 0)
             given = {"h": h, **{name: inputs[name] for name in self.tokens.inputs()}, **pack(one, PAST, window=not self.tokens.fresh)}
@@ -107,6 +111,7 @@ class Graph(nn.Module):
             )
             one = unpack(dict(zip(list(changed)[1:], after, strict=True)), PAST, one)
             fast[i], window[at] = one.fast[0], one.window[0]
+            h = self.model.gated(h, entered, n) if i == span.stop - 1 else h
         return h, State(tuple(fast), tuple(window), state.position)
 
 
@@ -136,7 +141,7 @@ class Wake(Graph):
         h, state = self.embedded(inputs), unpack(inputs, PAST, self.fresh(inputs["input_ids"].shape[0]))
         first, after = h, []
         for loop in range(model.config.wake_loops):
-            h, state = self.run(range(len(model.blocks)), model.between_passes(h, first) if loop else h, state, inputs, loop)
+            h, state = self.run(range(len(model.blocks)), model.between_passes(h, first) if loop else h, state, inputs, loop, loop)
             after.append(h)
         h = torch.stack(after, dim=-2) if len(after) > 1 else h
         if not self.tokens.padded:
@@ -203,7 +208,7 @@ class Pass(Asleep):
         h = inputs["h"]
         if self.model.config.loop_norm or self.model.config.inject:
             h = torch.where(inputs["pass"] > 0, self.model.between_passes(h, inputs["first"]), h)
-        h, state = self.run(self.model.span, h, self.start(inputs, h.shape[0]), inputs)
+        h, state = self.run(self.model.span, h, self.start(inputs, h.shape[0]), inputs, inputs["pass"])
         return {"h_out": h, **self.carried(state, PRESENT)}
 
 
@@ -230,7 +235,7 @@ class Sleep(Asleep):
             h, state = self._loop(h, state, inputs)
         for n in range(looped, self.model.config.loops):
             h = self.model.between_passes(h, first) if n else h
-            h, state = self.run(self.model.span, h, start._replace(fast=state.fast), inputs)
+            h, state = self.run(self.model.span, h, start._replace(fast=state.fast), inputs, n)
         h, state = self.run(self.model.coda, h, state, inputs)
         return self.evicted(state, range(len(self.model.blocks)), batch)
 

@@ -123,8 +123,13 @@ class NaiveStream:
     def awake(self, ids):
         """Run one wake pass and return its logits [T, V]."""
         h, window = self.read(ids, "awake"), {}
+        first, last = self.c.span or (0, len(self.c.pattern) - 1)
         for i in range(len(self.c.pattern)):
+            if i == first:
+                entered = h
             h = self.block(i, h, window)
+            if self.c.residual_gates and i == last:
+                h = h + self.p["residual_gates"][0] * entered
         self.cache = window
         self.position += len(ids)
         return rms(h, self.p["norm.weight"], self.c.norm_eps) @ self.p.get("head.weight", self.p["embed.weight"]).T
@@ -148,8 +153,11 @@ class NaiveStream:
                 h = h + self.p["inject"] * start
             if not self.c.feed_back:
                 h = start
+            entered = h
             for i in range(first, last + 1):
                 h = self.block(i, h, window)
+            if self.c.residual_gates:
+                h = h + self.p["residual_gates"][min(n, self.c.residual_gates - 1)] * entered
         for i in range(last + 1, len(self.c.pattern)):
             h = self.block(i, h, window)
         self.cache = window

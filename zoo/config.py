@@ -35,6 +35,10 @@ class Exit(BaseModel):
     weighted: bool = Field(False, description="without a threshold: average the loops, weighted by their exit probability")
 
 
+BETWEEN_PASSES = frozenset({"inject", "residual_gates"})
+"""Fields of a model that are also its parameters between passes, which no upstream checkpoint has."""
+
+
 class ModelConfig(BaseModel):
     """Everything that determines what a model computes. Each file in `configs/models/` holds one."""
 
@@ -78,6 +82,11 @@ class ModelConfig(BaseModel):
         True, description="whether a pass starts from the hidden states of the previous pass, rather than from the span's first input"
     )
     loop_norm: bool = Field(False, description="apply the final norm between passes")
+    residual_gates: int = Field(
+        0,
+        ge=0,
+        description="number of passes that add their own input, times a learned scalar, to their output; later passes use the last gate",
+    )
     wake_loops: int = Field(1, ge=1, le=1000, description="passes of every layer while awake, each with its own window cache")
     exit: Exit | None = Field(None, description="exit gate of the wake loops")
 

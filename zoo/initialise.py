@@ -21,8 +21,7 @@ def initialise(model: Model, device: torch.device, seed: int = 0) -> None:
         return
     blocks = [module for module in model.blocks if isinstance(module, Block)]
     added = [block for block in blocks if any(parameter.is_meta for parameter in block.parameters())]
-    injection = bool(model.config.inject) and model.inject.is_meta
-    if not model.embed.weight.is_meta and not added and not injection:
+    if not added and not any(parameter.is_meta for parameter in model.parameters(recurse=False)) and not model.embed.weight.is_meta:
         return
     whole = model.embed.weight.is_meta
     _allocate(model, device)
@@ -63,6 +62,8 @@ def init_weights(model: Model, generator: torch.Generator, added: Collection[Blo
             nn.init.normal_(module.weight, std=std, generator=generator)
         elif isinstance(module, RMSNorm):
             nn.init.constant_(module.weight, module.neutral)
+    if config.residual_gates:
+        nn.init.zeros_(model.residual_gates)
     if config.inject:
         nothing, much = (-8.0, 0.0) if config.inject == "bounded" else (0.0, 1.0)  # the bounded gate is a sigmoid of these
         nn.init.constant_(model.inject, much if added is None else nothing)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoo.blocks.mixer import parts
+from zoo.blocks.mixer import mixers, parts
 from zoo.errors import ZooError, counted
 from zoo.kernels.common import packed
 from zoo.state import State
 
 if TYPE_CHECKING:
     from zoo.blocks.mixer import Mixer
+    from zoo.blocks.positions import Positions
     from zoo.model import Model
 
 Shape = tuple[int, ...]
@@ -70,6 +71,28 @@ def longest(ids: Any, cu_seqlens: Any) -> int:
     """Return the number of tokens of the longest stream."""
     count_streams(ids, cu_seqlens)
     return ids.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
+
+
+def check_packs(model: Model, cu_seqlens: Tensor | None) -> None:
+    """Refuse packed sequences if a block of `model` cannot read them."""
+    if cu_seqlens is not None and (loose := {kind for kind in model.config.pattern if not mixers.get(kind).packs}):
+        raise ZooError(f"{model.config.name}: cu_seqlens: block '{min(loose)}' does not support packed sequences")
+
+
+def check_one_window(model: Model, ids: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Refuse a stream of more tokens than one window holds."""
+    window = model.config.window
+    if window is not None and (given := longest(ids, cu_seqlens)) > window:
+        raise ZooError(f"ids: {given} tokens are more than one window of {window}")
+
+
+def check_room(model: Model, ids: Tensor, state: State, positions: Positions) -> None:
+    """Refuse more tokens than fit into a window that restarts."""
+    end = int(positions.end.max()) if isinstance(positions.end, Tensor) else positions.end
+    if model.eviction.restarts and end > (window := model.config.window or 0):
+        given = longest(ids, positions.cu_seqlens)
+        more = f"{counted(given, 'token')} {'does' if given == 1 else 'do'} not fit"
+        raise ZooError(f"ids: {more} into a window of {window} that holds {state.position}; consolidate it first")
 
 
 def check_range(ids: Tensor, vocab_size: int) -> None:

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from zoo import inputs
 from zoo.blocks.exit_gate import ExitGate
-from zoo.blocks.mixer import Mixer, mixers
+from zoo.blocks.mixer import Mixer
 from zoo.blocks.norm import norms
 from zoo.blocks.positions import Positions
 from zoo.blocks.tied_head import TiedHead
 from zoo.config import ModelConfig
-from zoo.errors import ZooError, counted
 from zoo.eviction import evictions
-from zoo.inputs import StateForms, check_awake, check_count, check_flag, check_kept, checked_state, count_streams, longest, look_up
 from zoo.loss import Recompute, answers
-from zoo.stack import build_blocks
+from zoo.stack import build_blocks, check_fits, embedding
 from zoo.state import Answers, Output, State
 
 Passes = list[list[tuple[int, bool]]]
@@ -35,27 +34,22 @@ class Model(nn.Module):
         self.config = config
         self.companions: Mapping[str, bytes] = {}  # files that travel with the weights, such as a tokenizer
         self.eviction = evictions.get(config.evict)(config.window)
-        self.embed = _embedding(config.vocab_size, config.d_model)
+        self.embed = embedding(config.vocab_size, config.d_model)
         if config.learned_positions:
-            if not self.eviction.restarts:
-                raise ZooError(f"{config.name}: learned_positions: windows under evict '{config.evict}' do not restart; allowed: hard")
-            self.positions = _embedding(config.window or 0, config.d_model)
+            self.positions = embedding(config.window or 0, config.d_model)
         self.blocks = nn.ModuleList(build_blocks(config, self.eviction.reach))
         self.norm = norms[config.norm](config.d_model, eps=config.norm_eps)
         self.head = TiedHead(self) if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.exit = None if config.exit is None else ExitGate(config.d_model, **config.exit.model_dump())
         if config.inject:
             self.inject = nn.Parameter(torch.empty(config.d_model))
+        if config.residual_gates:
+            self.residual_gates = nn.Parameter(torch.empty(config.residual_gates))
         self._wide_residual = any(block.residual_in_fp32 for block in self.blocks)
-        self.state_forms: StateForms = {}
+        self.state_forms: inputs.StateForms = {}
         self._has_fast = [fast is not None for fast in self.init_state().fast]
-        if config.wake_loops > 1 and any(self._has_fast):
-            raise ZooError(f"{config.name}: wake_loops: {config.wake_loops} needs blocks without fast weights; these leak later tokens")
-        if self.eviction.restarts and not any(self._has_fast):
-            raise ZooError(f"{config.name}: evict: '{config.evict}' empties the window, and no block of '{config.layers}' has fast weights")
-        self.prelude = range(config.looped.start)
-        self.span = config.looped
-        self.coda = range(config.looped.stop, len(self.blocks))
+        check_fits(config, self.eviction.restarts, any(self._has_fast))
+        self.prelude, self.span, self.coda = range(config.looped.start), config.looped, range(config.looped.stop, len(self.blocks))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,7 +63,7 @@ class Model(nn.Module):
 
     def init_state(self, batch_size: int = 1) -> State:
         """Return the state of `batch_size` streams before their first token."""
-        check_count("batch_size", batch_size)
+        inputs.check_count("batch_size", batch_size)
         layers: list[Mixer] = [block.mixer for block in self.blocks]  # type: ignore[misc]
         window = tuple(m.new_window(batch_size) for _ in range(self.config.wake_loops) for m in layers)
         return State(tuple(m.new_fast(batch_size) for m in layers), window, 0)
@@ -83,10 +77,9 @@ class Model(nn.Module):
             cu_seqlens: [S + 1] int32 or int64, offsets of S sequences packed into ids: [1, total], each continuing its own stream.
             logits_to_keep: number of last tokens whose logits are computed and returned, 0 to T; default: all.
         Raises:
-            ZooError: ids, a state or `cu_seqlens` that do not fit the model or each other, more tokens than the window has room for,
-                or a `logits_to_keep` out of range.
+            ZooError: arguments that do not fit the model or each other, or more tokens than the window has room for.
         """
-        check_kept(ids, logits_to_keep)
+        inputs.check_kept(ids, logits_to_keep)
         h, state = self.wake(ids, state, cu_seqlens=cu_seqlens)
         h = h if logits_to_keep is None else h[:, h.shape[1] - logits_to_keep :]
         return Output(self.logits(h), state)
@@ -148,7 +141,7 @@ class Model(nn.Module):
             ZooError: as `forward`; also more tokens than the window holds, loops < 1, or `awake` of other tokens, or for a model
                 whose wake pass is not the first pass of a sleep.
         """
-        check_awake(self, ids, awake)
+        inputs.check_awake(self, ids, awake)
         _, state = self.run(*self.start_sleep(ids, state, loops, cu_seqlens), awake=awake, recompute=recompute)
         return self.evict(state)
 
@@ -164,7 +157,7 @@ class Model(nn.Module):
         Returns:
             Hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state after the tokens, before eviction.
         """
-        check_flag("recompute", recompute)
+        inputs.check_flag("recompute", recompute)
         first, outputs = h, []
         fast, window = list(start.fast), list(start.window)
         if awake is not None:  # the wake pass was the first one
@@ -190,10 +183,12 @@ class Model(nn.Module):
         for i, mlp in blocks:
             if i == self.span.start:
                 first, h = (h, h) if n == 0 else (first, self.between_passes(h, first))
+                entered = h
             if n and not self.config.carry and i in self.span:
                 fast[i] = start.fast[i]
             at = n % self.config.wake_loops * len(self.blocks) + i
             h, fast[i], window[at] = self.blocks[i](h, fast[i], start.window[at], positions, mlp=mlp)
+            h = self.gated(h, entered, n) if i == self.span.stop - 1 else h
         return h, first, fast, window
 
     def passes(self, loops: int, *, asleep: bool = False) -> Passes:
@@ -216,16 +211,11 @@ class Model(nn.Module):
         self, ids: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State, Positions, Passes]:
         """Return the arguments of `run` for a wake pass. Raises the same errors as `forward`."""
-        streams = count_streams(ids, cu_seqlens)
-        if cu_seqlens is not None and (loose := {kind for kind in self.config.pattern if not mixers.get(kind).packs}):
-            raise ZooError(f"{self.config.name}: cu_seqlens: block '{min(loose)}' does not support packed sequences")
-        state = self.init_state(streams) if state is None else checked_state(self, state, ids, streams)
+        streams = inputs.count_streams(ids, cu_seqlens)
+        inputs.check_packs(self, cu_seqlens)
+        state = self.init_state(streams) if state is None else inputs.checked_state(self, state, ids, streams)
         positions = Positions(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
-        end = int(positions.end.max()) if isinstance(positions.end, Tensor) else positions.end
-        if self.eviction.restarts and end > (window := self.config.window or 0):
-            given = longest(ids, cu_seqlens)
-            more = f"{counted(given, 'token')} {'does' if given == 1 else 'do'} not fit"
-            raise ZooError(f"ids: {more} into a window of {window} that holds {state.position}; consolidate it first")
+        inputs.check_room(self, ids, state, positions)
         return self.embedded(ids, positions), state, positions, self.passes(self.config.wake_loops)
 
     def start_sleep(
@@ -233,9 +223,8 @@ class Model(nn.Module):
     ) -> tuple[Tensor, State, Positions, Passes]:
         """Return the arguments of `run` for a sleep. Raises the same errors as `consolidate`."""
         loops = self.config.loops if loops is None else loops
-        check_count("loops", loops)
-        if self.config.window is not None and (given := longest(ids, cu_seqlens)) > self.config.window:
-            raise ZooError(f"ids: {given} tokens are more than one window of {self.config.window}")
+        inputs.check_count("loops", loops)
+        inputs.check_one_window(self, ids, cu_seqlens)
         h, state, positions, _ = self.start_wake(ids, state, cu_seqlens)
         h = h if self.config.learned_positions != "asleep" else self.embedded(ids, positions, asleep=True)
         return h, state, positions, self.passes(loops * self.config.wake_loops, asleep=True)
@@ -248,12 +237,7 @@ class Model(nn.Module):
     def loss(self, ids: Tensor, loss_mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy of the supervised tokens, with sleep between the chunks (Algorithm 1 of arXiv 2605.26099).
 
-        Args:
-            ids: [B, T] int64.
-            loss_mask: [B, T], bool or 0 and 1: true where a token must be predicted from those before it.
-            cu_seqlens: as in `answers`.
-        Raises:
-            ZooError: as `answers`.
+        Arguments and errors are those of `answers`.
         """
         return self.answers(ids, loss_mask, cu_seqlens=cu_seqlens).losses().mean()
 
@@ -273,12 +257,13 @@ class Model(nn.Module):
         stream, there is no prediction for it, and it carries no loss.
 
         Args:
+            ids: [B, T] int64.
+            loss_mask: [B, T], bool or 0 and 1: true where a token must be predicted from those before it.
             loops: passes per sleep, default `config.loops`.
             recompute: activations to recompute in the backward pass. "passes" stores hidden states between passes and the
                 activations of one pass; "chunks" stores the state at the start of each chunk, at the cost of two more forward passes.
             backward_chunks: truncate gradients to groups of this many chunks, counted from the last; default: no truncation.
-            cu_seqlens: [S + 1] int32 or int64, offsets of S sequences packed into ids: [1, total]. Each is a stream of its own, cut at
-                multiples of the window from its own first token.
+            cu_seqlens: as in `forward`. Each sequence is a stream of its own, cut at multiples of the window from its first token.
         Raises:
             ZooError: shapes that differ, a mask that is not bool or 0 and 1, negative ids, no token that can be predicted, `cu_seqlens`
                 that does not fit, or a model with several loops that would never sleep.
@@ -287,7 +272,7 @@ class Model(nn.Module):
 
     def embedded(self, ids: Tensor, positions: Positions, *, asleep: bool = False) -> Tensor:
         """Embed tokens and, where the model has them, their learned positions: ids [B, T] -> [B, T, D]."""
-        h = look_up(self.embed, ids)
+        h = inputs.look_up(self.embed, ids)
         h = h if self.config.embed_scale == 1 else h * self.config.embed_scale
         if self.config.learned_positions and (asleep or self.config.learned_positions != "asleep"):
             # the padding of an exported graph may reach past the window
@@ -307,7 +292,8 @@ class Model(nn.Module):
             h = h + self.inject * first
         return h
 
-
-def _embedding(rows: int, width: int) -> nn.Embedding:
-    """Make an embedding without the default initialisation, which imports for seconds on the meta device."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    def gated(self, h: Tensor, entered: Tensor, n: int | Tensor) -> Tensor:
+        """Add the input of pass n, times its residual gate, to its output h: [B, T, D] (arXiv 2605.20670)."""
+        if not (gates := self.config.residual_gates):
+            return h
+        return h + self.residual_gates[min(n, gates - 1) if isinstance(n, int) else n.clamp(max=gates - 1)] * entered

@@ -6,12 +6,32 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+from torch import nn
+
 from zoo.blocks.block import Block
 from zoo.blocks.mixer import mixers
 from zoo.blocks.mlp import mlps
 from zoo.blocks.norm import norms
 from zoo.config import ModelConfig, validate
+from zoo.errors import ZooError
 from zoo.registry import Registry
+
+
+def check_fits(config: ModelConfig, restarts: bool, has_fast: bool) -> None:
+    """Refuse an eviction, learned positions or wake loops that do not fit blocks with or without fast weights."""
+    name, evict = config.name, config.evict
+    if config.learned_positions and not restarts:
+        raise ZooError(f"{name}: learned_positions: windows under evict '{evict}' do not restart; allowed: hard")
+    if config.wake_loops > 1 and has_fast:
+        raise ZooError(f"{name}: wake_loops: {config.wake_loops} needs blocks without fast weights; these leak later tokens")
+    if restarts and not has_fast:
+        raise ZooError(f"{name}: evict: '{evict}' empties the window, and no block of '{config.layers}' has fast weights")
+
+
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """Return an embedding without the default initialisation, which imports for seconds on the meta device."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:

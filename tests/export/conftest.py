@@ -44,6 +44,7 @@ CASES = {
             "span": [1, 2],
             "loop_norm": True,
             "inject": True,
+            "residual_gates": 2,
             "blocks": {"attn": {"kv_heads": 1}},
         },
         PREFILL,
@@ -64,7 +65,16 @@ FORMS = {
         {},
     ),
     "ouro": (
-        {"layers": "attn*2", "evict": "none", "window": None, "loops": 1, "wake_loops": 3, "loop_norm": True, "exit": {}},
+        {
+            "layers": "attn*2",
+            "evict": "none",
+            "window": None,
+            "loops": 1,
+            "wake_loops": 3,
+            "loop_norm": True,
+            "residual_gates": 2,
+            "exit": {},
+        },
         {"max_length": 6},
     ),
     "full": ({"layers": "gdn swa", "evict": "none", "window": None, "loops": 1}, {"max_length": 6, **PREFILL}),
@@ -72,7 +82,7 @@ FORMS = {
     "chunks": ({"layers": "gdn", "window": 70}, {}),
     "scan": ({"layers": "gdn", "window": 530}, {}),
     "unrolled": (
-        {"layers": "attn gdn attn", "loops": 3, "span": [0, 1], "loop_norm": True, "learned_positions": True},
+        {"layers": "attn gdn attn", "loops": 3, "span": [0, 1], "loop_norm": True, "learned_positions": True, "residual_gates": 2},
         {"sleep": "unroll"},
     ),
     "per-pass": (
@@ -83,6 +93,7 @@ FORMS = {
             "loops": 3,
             "span": [1, 1],
             "inject": True,
+            "residual_gates": 3,
             "blocks": {"attn": {"kv_heads": 1}},
         },
         {"sleep": "per-pass"},

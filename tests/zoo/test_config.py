@@ -118,6 +118,7 @@ _overrides = st.fixed_dictionaries(
         "tie_embeddings": st.booleans(),
         "loops": st.integers(1, 4),
         "inject": st.booleans(),
+        "residual_gates": st.integers(0, 2),
         "loop_norm": st.booleans(),
         "sleep_on": st.sampled_from(["unsupervised", "every"]),
         "blocks": st.fixed_dictionaries({}, optional={"gdn": st.just({"heads": 2}), "swa": st.just({"window": 5, "kv_heads": 2})}),

@@ -56,6 +56,8 @@ VARIANTS = [
     {"feed_back": False, "span": (1, 2)},
     {"carry": False, "span": (1, 2)},
     {"loop_norm": True, "tie_embeddings": True},
+    {"residual_gates": 2, "inject": True},
+    {"residual_gates": 5, "loop_norm": True, "span": (1, 2)},
     {
         "blocks": {
             **TINY["blocks"],
@@ -87,6 +89,18 @@ def test_stream_equals_the_equations(evict, overrides):
             torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
         assert_same_stream(model, naive, state)
         assert state.position == naive[0].position
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("evict", ["hard6", "slide6"])
+def test_residual_gates_of_zero_have_no_effect(evict):
+    plain = zoo.create(f"gdn4-sleep3-{evict}", **TINY)
+    gated = zoo.create(f"gdn4-sleep3-{evict}", **TINY, residual_gates=2)
+    assert (gated.residual_gates == 0).all()
+    ids = tokens(2, 6)
+    states = [model.consolidate(ids) for model in (plain, gated)]
+    assert same(*states)
+    assert same(*(model(tokens(2, 3, seed=1), states[0]) for model in (plain, gated)))
 
 
 @pytest.mark.parametrize("name", ["gdn4-sleep1-hard6", "gdn4-sleep1-slide6", "gdn4-sleep1-full"])
@@ -276,7 +290,7 @@ def test_what_follows_the_last_supervised_token_is_not_run(evict, sleep_on, colu
     assert torch.equal(model.loss(ids[:, : read + 1], mask[:, : read + 1]), loss)
 
 
-INNER = {"span": (1, 1), "inject": True, "loop_norm": True}
+INNER = {"span": (1, 1), "inject": True, "loop_norm": True, "residual_gates": 2}
 SLEEPS = [
     ("hard3", {}),
     ("slide3", INNER),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.blocks.mixer import Options, mixers
-from zoo.config import ModelConfig
+from zoo.config import BETWEEN_PASSES, ModelConfig
 from zoo.errors import ZooError, counted
 from zoo.model import Model
 from zoo.registry import Registry
@@ -158,7 +158,7 @@ class Link(NamedTuple):
 
 
 def links(family: Family, model: Model) -> list[Link]:
-    """Return the links to every parameter of `model` (on any device) except those of inserted blocks and injection.
+    """Return the links to every parameter of `model` (on any device) except those of inserted blocks and `BETWEEN_PASSES`.
 
     Raises:
         ZooError: a block or a parameter that this format cannot represent.
@@ -198,7 +198,7 @@ def links(family: Family, model: Model) -> list[Link]:
             prefix, number = family.layer.format(number), number + 1
         if block.mlp is not None:
             found += of(family.mlps.get(mlp, {}), prefix, f"blocks.{i}.")
-    added = ("inject", *(f"blocks.{i}." for i, block in enumerate(model.blocks) if block.inserted))
+    added = (*BETWEEN_PASSES, *(f"blocks.{i}." for i, block in enumerate(model.blocks) if block.inserted))
     covered = {name for link in found for name in link.ours}
     if left := [name for name in shapes if name not in covered and not name.startswith(added)]:
         raise ZooError(f"{model.config.name}: this checkpoint format cannot represent '{left[0]}' ({len(left)} such tensors)")

@@ -16,7 +16,7 @@ from zoo.checkpoints.companions import read_companions, write_companions
 from zoo.checkpoints.hub import local_folder
 from zoo.checkpoints.plain import cast, empty_model, plain_tensors, unwrap, wide_parameters
 from zoo.checkpoints.stored import WEIGHTS, has_weights, kept_dtype, open_folder, refuse_adapter
-from zoo.config import ModelConfig, merge, resolve
+from zoo.config import BETWEEN_PASSES, ModelConfig, merge, resolve
 from zoo.devices import usable_device
 from zoo.dtypes import parse_dtype
 from zoo.errors import ZooError
@@ -128,8 +128,8 @@ def fill(model: Model, folder: Path, device: str | torch.device, dtype: torch.dt
     names, wide = _stored_names(model, resolve(folder / CONFIG)), wide_parameters(model)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     with open_folder(folder, device) as stored:
-        if "inject" not in stored.shapes:
-            names.pop("inject", None)
+        for added in BETWEEN_PASSES - stored.shapes.keys():
+            names.pop(added, None)
         stored.check(folder, {there: shapes[name] for name, there in names.items()}, model.config.name)
         tensors = {name: stored.read(there, kept_dtype(dtype, name in wide)) for name, there in names.items()}
     cast(model, tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True, strict=False)

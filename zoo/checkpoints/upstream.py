@@ -20,7 +20,7 @@ from zoo.checkpoints.companions import write_companions
 from zoo.checkpoints.family import Family, Link, expect, families, links
 from zoo.checkpoints.plain import cast, empty_model, one_line, plain_tensors, wide_parameters
 from zoo.checkpoints.stored import WEIGHTS, kept_dtype, open_folder, read_json
-from zoo.config import ModelConfig, resolve, validate
+from zoo.config import BETWEEN_PASSES, ModelConfig, resolve, validate
 from zoo.dtypes import DTYPES
 from zoo.errors import ZooError, counted
 from zoo.files import new_folder
@@ -130,8 +130,9 @@ def save(model: Model, path: Path) -> None:
     model = empty_model(config, config.name)
     if inserted := [i for i, block in enumerate(model.blocks) if block.inserted]:
         raise ZooError(f"{config.name}: layers {inserted} are not part of the upstream model; save it without format='hf'")
-    if config.inject:
-        raise ZooError(f"{config.name}: inject: True is not part of the upstream model; save it without format='hf'")
+    for name in sorted(BETWEEN_PASSES):
+        if value := getattr(config, name):
+            raise ZooError(f"{config.name}: {name}: {value} is not part of the upstream model; save it without format='hf'")
     if family.write is None:
         raise ZooError(f"{config.name}: upstream: checkpoints of '{config.upstream['model_type']}' can be read but not written")
     wanted, written = links(family, model), _written_config(config, family)

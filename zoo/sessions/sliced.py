@@ -67,6 +67,7 @@ async def run(
         for i, mlp in blocks:
             if i == model.span.start:
                 first, h = (h, h) if n == 0 else (first, model.between_passes(h, first))
+                entered = h
             if n and not model.config.carry and i in model.span:
                 fast[i] = start.fast[i]
             at = n % model.config.wake_loops * len(model.blocks) + i
@@ -79,6 +80,7 @@ async def run(
                 return y
 
             h = await _slices(positions.length, block)
+            h = model.gated(h, entered, n) if i == model.span.stop - 1 else h
         outputs.append(h)
     h = torch.stack(outputs, dim=-2) if model.config.wake_loops > 1 else h
     return h, State(tuple(fast), tuple(window), positions.end)

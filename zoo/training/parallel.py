@@ -112,8 +112,8 @@ class Team:
         if self.size == 1:
             return model.answers
         if strategy == "ddp":
-            # an exit gate may get no gradient, nor may the injection while a ramp is at one pass
-            unused = model.exit is not None or bool(model.config.inject)
+            # an exit gate may get no gradient, nor may the injection while a ramp is at one pass, nor gates of a span with a dead end
+            unused = model.exit is not None or bool(model.config.inject) or model.config.residual_gates > 0
             return nn.parallel.DistributedDataParallel(_Answers(model), find_unused_parameters=unused)
         self._replicated = [p for p in model.parameters() if p.dtype != model.dtype and p.requires_grad]
         # harmless: blocks never change a tensor in place

@@ -227,7 +227,7 @@ def test_parent_of_another_architecture() -> None:
 def test_parent_of_a_sleeping_model() -> None:
     folder = ORACLES / "jet-nemotron-a"
     parent = zoo.load(folder)
-    model = zoo.create(parent.config, evict="hard", window=8, loops=2, span=(1, 3), inject=True, pretrained=folder)
+    model = zoo.create(parent.config, evict="hard", window=8, loops=2, span=(1, 3), inject=True, residual_gates=2, pretrained=folder)
     assert not any(parameter.is_meta for parameter in model.parameters())
     ids = torch.arange(8)[None]
     assert torch.equal(model(ids).logits, parent(ids).logits)
@@ -252,6 +252,8 @@ def test_models_that_upstream_cannot_represent_are_not_saved(tmp_path: Path) -> 
         zoo.save(zoo.create(llama, norm="wide"), tmp_path / "x", format="hf")
     with pytest.raises(zoo.ZooError, match="inject: True is not part"):
         zoo.save(zoo.create(llama, inject=True, loops=2), tmp_path / "x", format="hf")
+    with pytest.raises(zoo.ZooError, match="residual_gates: 2 is not part"):
+        zoo.save(zoo.create(llama, residual_gates=2, loops=2), tmp_path / "x", format="hf")
     assert not (tmp_path / "x").exists()
 
 

@@ -30,6 +30,7 @@ MODELS = {
     "every pass from the same fast weights": {"layers": "gdn attn gdn", "span": (1, 2), "carry": False},
     "inner span, injected, normed": {"layers": "gdn attn gdn attn", "span": (1, 2), "inject": True, "loop_norm": True},
     "embedded again in every pass": {"layers": "attn gdn attn gdn", "span": (1, 3), "feed_back": False},
+    "residual gates": {"layers": "gdn attn gdn", "span": (0, 1), "residual_gates": 2},
     "bounded injection": {"layers": "attn gdn", "inject": "bounded"},
     "every": {"layers": "attn jet", "sleep_on": "every"},
 }
@@ -40,6 +41,8 @@ def test_gradients_are_the_same(name):
     model = zoo.create(f"gdn4-sleep3-hard{L}", d_model=16, d_ff=16, vocab_size=11, dtype=torch.float64, **MODELS[name])
     if model.config.inject:
         torch.nn.init.normal_(model.inject)
+    if model.config.residual_gates:
+        torch.nn.init.normal_(model.residual_gates)
     ids, mask = data(4, every=name == "every")
     loss, plain = gradients(model, ids, mask)
     for recompute in ("passes", "chunks"):
