@@ -1,5 +1,7 @@
 """Every shipped config has the published number of parameters; loops, exits and invalid fields of the config."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -65,6 +67,22 @@ def test_parameters(name: str) -> None:
 def test_inserted_blocks_are_less_than_a_tenth_of_ouro() -> None:
     assert parameters("ouro1.4b") < parameters("ourojet1.4b") < 1.1 * parameters("ouro1.4b")
     assert [i for i, kind in enumerate(zoo.create("ourojet1.4b", device="meta").config.pattern) if kind == "jet"] == [4, 9, 14, 19, 24, 29]
+
+
+def test_the_hybrid_of_ouro() -> None:
+    """Full attention at both ends, four times as many layers of GDN, a gate for each of four loops; the rest is Ouro's."""
+    hybrid, ouro = resolve("ouro-hybrid-1.4b"), resolve("ouro1.4b")
+    pattern, attention = hybrid.pattern, [i for i, kind in enumerate(hybrid.pattern) if kind == "attn"]
+    assert len(pattern) == len(ouro.pattern) == 24
+    assert set(pattern) == {"attn", "gdn"}
+    assert round(len(pattern) / len(attention)) == 5
+    assert attention[0] == 0
+    assert attention[-1] == 23
+    assert len(attention) == attention.index(23) + 1 == 1 + sum(b - a == 1 for a, b in pairwise(attention)) + 1  # two ends
+    assert (hybrid.residual_gates, hybrid.wake_loops, resolve("ouro-hybrid-1.4b-sleep4").loops) == (4, 1, 4)
+    same = ("vocab_size", "d_model", "d_ff", "loop_norm", "exit")
+    assert all(getattr(hybrid, name) == getattr(ouro, name) for name in same)
+    assert hybrid.blocks["attn"] == ouro.blocks["attn"]
 
 
 # larger sizes of models that are tested beside them
