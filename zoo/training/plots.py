@@ -132,19 +132,24 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 
 def figure(groups: Groups) -> Figure:
-    """Draw the panels that apply: training loss, training accuracy by level, held-out accuracy by level, and by N."""
+    """Draw the panels that apply: training loss, training accuracy by level, held-out accuracy by level, and by N.
+
+    Where every token carries loss, held-out loss takes the place of accuracy.
+    """
     levels = sorted({level for run in chain(*groups.values()) for level in run.metrics[-1]["by_level"]})
-    name = _level_name(groups)
+    name, text = _level_name(groups), next(iter(groups.values()))[0].task.loss_everywhere
     panels: list[Callable[[Axes, Groups], None]] = [loss_curves]
     if 1 < len(levels) <= MAX_PANELS:
         panels += [partial(accuracy_curves, level=level, title=f"Training accuracy, {level_label(level, name)}") for level in levels]
-    else:
+    elif not text:
         panels.append(accuracy_curves)
     finished = {name: done for name, runs in groups.items() if (done := [run for run in runs if run.results])}
     if len(levels) > 1 and finished:
         panels.append(against_level)
+    if text and finished:
+        panels.append(against_eighth)
     families = [family for family in _families(finished) if len(family) > 1]
-    panels += [partial(against_loops, loops=family) for family in families[:1]]
+    panels += [partial(loss_against_loops if text else against_loops, loops=family) for family in families[:1]]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     drawn = Figure(figsize=(max(6.0, 3.6 * columns), 3.1 * rows), layout="constrained")
@@ -208,23 +213,43 @@ def _curves(axes: Axes, groups: Groups, value: Callable[[dict[str, Any]], float 
             reach = len(points) // 40  # a running mean, since each point is of one batch
             smooth = [fmean(y for _, y in points[max(0, i - reach) : i + reach + 1]) for i in range(len(points))]
             label = name if run is runs[0] else None
-            axes.plot([x for x, _ in points], smooth, color=color, linestyle=line, linewidth=1.2, alpha=0.8, label=label)
+            marker = "o" if len(points) == 1 else None  # a line through a single point is invisible
+            axes.plot([x for x, _ in points], smooth, color=color, linestyle=line, marker=marker, linewidth=1.2, alpha=0.8, label=label)
     tidy(axes)
     axes.set_xlabel("training tokens (millions)")
 
 
-def against_level(axes: Axes, groups: Groups) -> None:
-    """Draw the held-out accuracy against the level: mean and range over the finished runs of a group."""
+def _held_out(axes: Axes, groups: Groups, measure: str) -> None:
+    """Draw a held-out measure that has a value for each level: mean and range over the finished runs of a group."""
     for (name, runs), (color, line, marker) in zip(groups.items(), styles_of(groups), strict=True):
-        done = [run.results["by_level"] for run in runs if run.results]
+        done = [found for run in runs if run.results and (found := run.results.get(measure))]
         if done:
             points = {level: [one[level] for one in done] for level in done[0]}
             error_bars(axes, points, color=color, linestyle=line, marker=marker, label=name)
-    _accuracy_axis(axes, groups)
     tidy(axes)
+
+
+def against_level(axes: Axes, groups: Groups) -> None:
+    """Draw the held-out accuracy against the level."""
+    _held_out(axes, groups, "by_level")
+    _accuracy_axis(axes, groups)
     level = _level_name(groups)
     axes.set(title=f"Held-out accuracy by {level}", xlabel=level)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def against_eighth(axes: Axes, groups: Groups) -> None:
+    """Draw the held-out loss against the position in a window."""
+    _held_out(axes, groups, "loss_by_eighth")
+    axes.set(title="Held-out loss by position in the window", xlabel="eighth of the window", ylabel="loss")
+
+
+def loss_against_loops(axes: Axes, groups: Groups, loops: Mapping[int, Sequence[Trained]]) -> None:
+    """Draw the held-out loss against N."""
+    found = {n: [run.results["loss"] for run in runs if run.results] for n, runs in sorted(loops.items())}
+    error_bars(axes, found, color=COLORS[0], marker="o")
+    tidy(axes)
+    axes.set(title="Held-out loss by N", xlabel="N (passes per sleep)", ylabel="loss", xticks=sorted(loops))
 
 
 def against_loops(axes: Axes, groups: Groups, loops: Mapping[int, Sequence[Trained]]) -> None:

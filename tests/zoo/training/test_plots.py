@@ -67,6 +67,28 @@ def test_curves_and_what_was_reached(tmp_path):
     assert dotted == [0.25]
 
 
+def test_runs_on_text_show_loss(tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("text")
+    task = {"name": "text", "train": str(corpus), "test": str(corpus), "width": 5, "length": 10, "vocab": 256}
+    runs = [write(tmp_path / name, n=n, task=task, finished=False) for name, n in (("a", 1), ("b", 4))]
+    for run, n in zip(runs, (1, 4), strict=True):
+        (run / "metrics.jsonl").write_text(
+            json.dumps({"step": 9, "tokens": 9e5, "loss": 4 / n, "accuracy": 0.5, "by_level": {1: 0.5}}) + "\n"
+        )
+        held_out = {"by_level": {1: 0.5}, "chance": 0.25, "loss": 2 / n, "loss_by_eighth": {1: 3 / n, 8: 1 / n}}
+        (run / "results.json").write_text(json.dumps(held_out))
+    drawn = panels(figure(grouped(map(read_run, runs))))
+    tokens, eighth = "training tokens (millions)", "eighth of the window"
+    by_eighth, by_n = ("Held-out loss by position in the window", eighth), ("Held-out loss by N", "N (passes per sleep)")
+    assert drawn.keys() == {("Training loss", tokens), by_eighth, by_n}
+    assert lines(drawn["Training loss", tokens]) == [[(0.9, 4.0)], [(0.9, 1.0)]]
+    assert all(line.get_marker() == "o" for line in drawn["Training loss", tokens].get_lines())  # a line of one point is invisible
+    assert lines(drawn[by_eighth]) == [[(1, 3.0), (8, 1.0)], [(1, 0.75), (8, 0.25)]]
+    assert lines(drawn[by_n]) == [[(1, 2.0), (4, 0.5)]]
+    assert {axes.get_ylabel() for axes in drawn.values()} == {"loss"}
+
+
 def test_names_say_what_differs(tmp_path):
     found = [
         write(tmp_path / "a", lr=0.1),
