@@ -169,9 +169,11 @@ def by_window(ids: NDArray[np.int64], width: int, lengths: NDArray[np.int64] | N
 def open_tokens(path: str | Path, label: str) -> Tokens:
     """Map a file of token ids into memory. Raises ValueError, starting with `label`."""
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # damaged headers make numpy raise anything
-        raise ValueError(f"{label}: {path}: not a .npy file of numbers, which `zoo tokenize` writes for a text: {error}") from None
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except OSError as error:
+        raise ValueError(f"{label}: {path}: {error.strerror or error}") from None
+    except Exception:  # damaged headers make numpy raise anything
+        raise ValueError(f"{label}: {path}: not a .npy file of numbers, which `zoo tokenize` writes for a text") from None
     if tokens.ndim != 1 or tokens.dtype.kind != "u":
         raise ValueError(f"{label}: {path}: {tokens.dtype} {list(tokens.shape)}; want one dimension of unsigned integers")
     return tokens

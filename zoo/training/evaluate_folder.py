@@ -26,7 +26,7 @@ def evaluate_folder(
     *,
     data: Path | None = None,
     length: int | None = None,
-    sequences: int = 2048,
+    sequences: int | None = None,
     seed: int | None = None,
     loops: int | None = None,
     compare: bool = False,
@@ -39,7 +39,7 @@ def evaluate_folder(
     Args:
         fields: config fields to replace.
         data: as `held_out_task` reads it.
-        sequences: largest number of sequences.
+        sequences, seed: largest number of sequences, and their seed; default: those of the run, else 2,048 and 0.
         compare: compare with `parent` (default: the run's initial weights, else its own) and with no sleep; see `comparison`.
     Returns:
         The results of `evaluate` or of `comparison`, with the folder, the step of its weights and the passes per sleep as trained.
@@ -67,13 +67,15 @@ def evaluate_folder(
         task = new_task(trained.run.task)
         if isinstance(task, Text):
             task = task.model_copy(update={"epochs": True})  # random sequences would overlap
+    run = trained.run if data is None else None
+    sequences = sequences or (run.eval_sequences if run else 2048)
     sequences = min(sequences, task.held_out() or sequences)
     if task.loss_everywhere and config.window is not None:
         fields = {"sleep_on": "every", **fields}
     has_text = task.is_text and (has_tokenizer(trained.folder) or config.vocab_size == 256)
     tokenizer = load_tokenizer(trained.folder, config.vocab_size) if has_text else None
     about = {"folder": str(trained), "step": trained.step, "trained_loops": configure(trained.folder, {}).loops}
-    given: Any = {"seed": seed or 0, "tokenizer": tokenizer}
+    given: Any = {"seed": seed if seed is not None else run.seed if run else 0, "tokenizer": tokenizer}
     if compare:
         entries = arms(trained.folder, fields, parent or trained.parent, loops)
         with fast_products(config.d_model, device), progress_bar("comparing", len(entries) * sequences) as advance:

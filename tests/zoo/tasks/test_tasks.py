@@ -248,7 +248,7 @@ def test_too_few_contexts_to_hold_any_out():
         ({"name": "passkey", "width": 6, "pairs": 4}, "pairs: 4 of two tokens each"),
         ({"name": "passkey", "keys": 15}, "keys: 15 are too few for 16 pairs"),
         ({"name": "passkey", "questions": 17}, "questions: 17: want at most 16"),
-        ({"name": "text", "train": "nowhere.npy", "test": "b.npy", "vocab": 9}, "train: nowhere.npy: not a .npy file"),
+        ({"name": "text", "train": "nowhere.npy", "test": "b.npy", "vocab": 9}, "train: nowhere.npy: No such file or directory"),
         ({"name": "text", "train": "a.npy", "test": "./a.npy", "vocab": 9}, "test: ./a.npy is also the file to train on"),
     ],
 )
@@ -514,6 +514,9 @@ def test_text_refuses(text, tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
     with pytest.raises(zoo.ZooError, match=r"train: .*objects.npy: not a .npy file of numbers"):
         new_task({**text, "train": str(tmp_path / "objects.npy")})
+    np.savez(tmp_path / "several.npz", np.zeros(100, dtype=np.uint8))
+    with pytest.raises(zoo.ZooError, match=r"train: .*several.npz: not a .npy file of numbers"):
+        new_task({**text, "train": str(tmp_path / "several.npz")})
     np.save(tmp_path / "large.npy", np.full(100, 2**63, dtype=np.uint64))
     with pytest.raises(zoo.ZooError, match=f"token {2**63} in the train file"):
         new_task({**text, "train": str(tmp_path / "large.npy")}).batch(0, 0, 4)

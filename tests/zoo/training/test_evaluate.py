@@ -120,19 +120,21 @@ def test_held_out_tokens_of_a_run_are_counted_once(tmp_path):
     files = {split: str(tmp_path / f"{split}.npy") for split in ("train", "test")}
     task = {"name": "text", **files, "vocab": 11, "length": 12, "width": 6}
     train(tiny(task=task, overrides={**TINY["overrides"], "vocab_size": 11, "sleep_on": "every"}), tmp_path / "run")
-    found = results(tmp_path / "run")
+    found = results(tmp_path / "run", "--sequences", 50)
     assert found["answers"] == 27 * 11
     model = zoo.load(tmp_path / "run")
     rows = torch.from_numpy(np.load(tmp_path / "test.npy")[: 27 * 12].astype(np.int64)).view(27, 12)
     assert found["loss"] == pytest.approx(model.loss(rows, torch.ones(27, 12)).item(), abs=1e-5)
     assert results(tmp_path / "run", "--sequences", 5)["answers"] == 5 * 11
-    assert f"{27 * 11} predicted tokens" in run(tmp_path / "run").stdout
+    assert f"{27 * 11} predicted tokens" in run(tmp_path / "run", "--sequences", 50).stdout
 
 
 def test_runs_that_have_not_finished_and_single_checkpoints(tmp_path):
-    train(tiny(steps=3, checkpoint_every=1, keep=3), tmp_path / "run")
+    train(tiny(steps=3, checkpoint_every=1, keep=3, seed=4), tmp_path / "run")
     finished = results(tmp_path / "run", "--sequences", 8)
     assert finished["step"] is None
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {name: results(tmp_path / "run")[name] for name in stored} == stored  # the sequences and the seed of the run
     first = results(tmp_path / "run" / "checkpoints" / "00000001", "--sequences", 8)
     assert first["step"] == 1
     (tmp_path / "run" / "results.json").unlink()
@@ -144,7 +146,7 @@ def test_runs_that_have_not_finished_and_single_checkpoints(tmp_path):
     for found, step in ((first, 1), (newest, 2)):
         if step == 2:
             model = zoo.load(tmp_path / "run" / "checkpoints" / f"{step:08d}")
-            assert found["loss"] == evaluate(model, task, 8)["loss"]
+            assert found["loss"] == evaluate(model, task, 8, seed=4)["loss"]
     assert len({first["loss"], newest["loss"], finished["loss"]}) == 3
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert "not written a checkpoint yet" in run(tmp_path / "run", status=2).stderr

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -68,9 +69,16 @@ def test_curves_and_what_was_reached(tmp_path):
 
 
 def test_runs_on_text_show_loss(tmp_path):
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("text")
-    task = {"name": "text", "train": str(corpus), "test": str(corpus), "width": 5, "length": 10, "vocab": 256}
+    for name in ("train", "test"):
+        np.save(tmp_path / f"{name}.npy", np.full(20, len(name), np.uint8))
+    task = {
+        "name": "text",
+        "train": str(tmp_path / "train.npy"),
+        "test": str(tmp_path / "test.npy"),
+        "width": 5,
+        "length": 10,
+        "vocab": 256,
+    }
     runs = [write(tmp_path / name, n=n, task=task, finished=False) for name, n in (("a", 1), ("b", 4))]
     for run, n in zip(runs, (1, 4), strict=True):
         (run / "metrics.jsonl").write_text(
