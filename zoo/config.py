@@ -158,7 +158,7 @@ def resolve(source: str | Path | Mapping[str, Any] | ModelConfig, overrides: Map
     else:
         raise ZooError(f"model: {reprlib.repr(source)}; want the name of a model, a YAML file, a folder or a config")
     fields.pop("sleep", None)
-    if isinstance(evict := overrides.get("evict"), str) and not evictions.get(evict).uses_window:
+    if isinstance(evict := overrides.get("evict"), str) and not evictions.get(evict, f"{label}: evict").uses_window:
         fields.pop("window", None)
     config = validate(ModelConfig, merge(fields, overrides), label)
     _check(config, label)
@@ -175,7 +175,7 @@ def _check(config: ModelConfig, label: str) -> None:
         raise ZooError(f"{label}: span: {list(config.span)}: the first layer is after the last; want them in order")
     if config.span is not None and not 0 <= config.span[0] <= config.span[1] < layers:
         raise ZooError(f"{label}: span: {list(config.span)} lies outside the layers 0 to {layers - 1} (first and last, both included)")
-    eviction = evictions.get(config.evict)
+    eviction = evictions.get(config.evict, f"{label}: evict")
     if eviction.uses_window and config.window is None:
         raise ZooError(f"{label}: window: evict '{config.evict}' needs the number of tokens in a window, at least 1")
     if not eviction.uses_window and config.window is not None:

@@ -118,9 +118,11 @@ class Registry(Generic[T]):
     def __contains__(self, name: str) -> bool:
         return name in self._entry_points() or name in self._registered
 
-    def get(self, name: str) -> T:
+    def get(self, name: str, field: str = "") -> T:
         """Return the object called `name`.
 
+        Args:
+            field: the field of a config that names it, for the message.
         Raises:
             ZooError: there is none (the message offers the nearest name), two packages offer different ones, or the package
                 that offers it cannot be imported.
@@ -129,7 +131,7 @@ class Registry(Generic[T]):
             for point in self._entry_points().get(name, ()):
                 self._load(name, point)
             if name not in self._registered:
-                raise ZooError(f"unknown {self.kind} '{name}'; {nearest(name, self.names())}")
+                raise ZooError(f"{field and field + ': '}unknown {self.kind} '{name}'; {nearest(name, self.names())}")
             self._found[name] = self._registered.get(name)
         return self._found[name]
 

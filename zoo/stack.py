@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -36,8 +36,8 @@ def embedding(rows: int, width: int) -> nn.Embedding:
 
 def build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:
     """Build the blocks of a model, each with its mixer and MLP; `reach` is that of the eviction. Raises ZooError."""
-    mixer_options = _options(mixers, config.pattern, config.blocks, f"{config.name}: blocks")
-    mlp_options = _options(mlps, (kind for kind in config.mlp_pattern if kind != "none"), config.mlps, f"{config.name}: mlps")
+    mixer_options = _options(config.name, mixers, "layers", config.pattern, "blocks", config.blocks)
+    mlp_options = _options(config.name, mlps, "mlp", [kind for kind in config.mlp_pattern if kind != "none"], "mlps", config.mlps)
     norm = partial(norms[config.norm], eps=config.norm_eps)
     for kind, mlp_kind in zip(config.pattern, config.mlp_pattern, strict=True):
         options, mlp = mixer_options[kind], None
@@ -47,6 +47,12 @@ def build_blocks(config: ModelConfig, reach: int | None) -> Iterator[Block]:
         yield Block(mixer, options, mlp, config.d_model, norm)
 
 
-def _options(registry: Registry[Any], used: Iterable[str], given: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """Return the options of every kind that is used or given, checked."""
-    return {kind: validate(registry.get(kind).Options, given.get(kind, {}), f"{label}.{kind}") for kind in dict.fromkeys((*used, *given))}
+def _options(
+    name: str, registry: Registry[Any], pattern: str, used: Collection[str], options: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options of every kind that the field `pattern` uses or the field `options` gives, checked."""
+    checked = {}
+    for kind in dict.fromkeys((*used, *given)):
+        form = registry.get(kind, f"{name}: {pattern if kind in used else options}").Options
+        checked[kind] = validate(form, given.get(kind, {}), f"{name}: {options}.{kind}")
+    return checked

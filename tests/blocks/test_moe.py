@@ -160,7 +160,7 @@ def test_kinds_of_mlps() -> None:
     ("fields", "message"),
     [
         ({"mlp": "moe*2"}, "mlp: 2 MLPs for 1 layer;"),
-        ({"mlp": "mo"}, "unknown MLP 'mo'; did you mean 'moe'"),
+        ({"mlp": "mo"}, "mlp: unknown MLP 'mo'; did you mean 'moe'"),
         ({"mlp": "moe", "mlps": {"moe": {"experts": 2, "top_k": 3}}}, "top_k: 3 of 2 experts"),
         ({"mlp": "moe", "mlps": {"moe": {"shared_gate": True}}}, "shared_gate: there is no shared expert"),
         ({"mlps": {"swiglu": {"wdth": 3}}}, "mlps.swiglu: wdth: unknown field; did you mean 'width'"),

@@ -144,4 +144,4 @@ def new_task(fields: Mapping[str, Any]) -> Task:
     name = fields.pop("name", None)
     if not isinstance(name, str):
         raise ZooError(f"task.name: {name!r}: want one of {', '.join(tasks.names())}")
-    return validate(tasks.get(name), fields, f"task {name}")
+    return validate(tasks.get(name, "task.name"), fields, f"task {name}")

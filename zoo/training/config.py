@@ -133,7 +133,7 @@ def absolute_paths(fields: Mapping[str, Any], folder: Path, task: object = None)
     given = fields.get("task")
     name = next((t["name"] for t in (given, task) if isinstance(t, Mapping) and "name" in t), None)
     if isinstance(given, Mapping) and name in tasks.names():
-        paths = tasks.get(name).paths
+        paths = tasks.get(name, "task.name").paths
         found["task"] = {field: _absolute(value, folder) if field in paths else value for field, value in given.items()}
     return found
 

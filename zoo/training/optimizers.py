@@ -136,7 +136,7 @@ def make_optimizers(
                 factor, decay = scale.get(name, 1.0), 0.0 if name in exempt else weight_decay
                 group = groups.setdefault((factor, decay), {"params": [], "lr": rate * factor, "weight_decay": decay})
                 group["params"].append(weights.wide[name])
-            made.append(optimizers.get(kind)(list(groups.values()), rate, weight_decay))
+            made.append(optimizers.get(kind, "optimizer")(list(groups.values()), rate, weight_decay))
     for one in made:
         for group in one.param_groups:
             group["initial_lr"] = group["lr"]
