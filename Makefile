@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 comma := ,
 
-.PHONY: help demo format lint test test-all docs bench gpu gpu-pack
+.PHONY: help demo format lint test test-all test-page docs bench gpu gpu-pack
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -24,10 +24,14 @@ lint: .venv/installed  ## check style, format and types
 
 test: lint  ## lint, then run every test that is fast enough for every change
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	@echo "not run: the server's page in a browser (make test-page)"
 
 # kernels for every GPU architecture and beside those of other projects, adapters to other libraries, streams that run for long
 test-all: test .venv/extended .venv/triton-server  ## also run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m extended
+
+test-page: .venv/installed  ## test the page of the server in Chromium, which must be installed with its driver
+	$(BIN)/pytest -m page
 
 docs: .venv/installed  ## build the documentation site in build/site; any warning or broken link is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d build/doctrees . build/site

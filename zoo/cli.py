@@ -442,6 +442,7 @@ def chat(
     help="Web pages that may use the server, such as https://example.com, or *; may be repeated.",
 )
 @click.option("--store", type=click.Path(file_okay=False, path_type=Path), help="Folder that keeps sessions across restarts.")
+@click.option("--page/--no-page", default=True, show_default=True, help="Serve a page for a browser at /.")
 @click.option("--name", help="Name of the model in requests.  [default: its own]")
 @click.option("--grace", type=Number(min=0), default=30.0, show_default=True, help="Seconds to finish answers after SIGTERM or Ctrl-C.")
 @DEVICE
@@ -466,6 +467,7 @@ def serve(
     hosts: tuple[str, ...],
     origins: tuple[str, ...],
     store: Path | None,
+    page: bool,
     name: str | None,
     grace: float,
     device: str,
@@ -486,7 +488,7 @@ def serve(
     opened, tokenizer = _open(model, overrides, device, dtype)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
     limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle, prefixes=prefix_bytes)
-    app = make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys, store=store, hosts=hosts, origins=origins)
+    app = make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys, store=store, hosts=hosts, origins=origins, page=page)
     if not api_keys and not is_loopback(host):
         click.echo(f"host {host}: without --api-key, everyone who can reach this address may use the server", err=True)
     with fast_decoding(opened):

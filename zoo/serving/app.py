@@ -38,6 +38,7 @@ from zoo.serving.errors import ApiKeys, BodyLimit, as_api_error
 from zoo.serving.kept import KeptSession, Messages
 from zoo.serving.metrics import Metrics
 from zoo.serving.owners import owner_of
+from zoo.serving.page import FILES, add_page
 from zoo.serving.prefixes import Prefixes, common_length
 from zoo.serving.schemas import NAME, NAMES, ApiError, ChatRequest, CompletionRequest, ErrorResponse
 from zoo.serving.session_routes import SessionRoutes
@@ -96,13 +97,15 @@ def make_app(
     store: Path | None = None,
     hosts: Sequence[str] = (),
     origins: Sequence[str] = (),
+    page: bool = True,
 ) -> FastAPI:
     """Return the server of one model as an ASGI app, with the `Server` as `app.state.server`. Closes the pool on shutdown.
 
     Args:
-        keys: API keys. If there are any, every request except those for /health and /ready needs one.
+        keys: API keys. If there are any, every request except those for /health, /ready and the files of the page needs one.
         store: folder that keeps sessions when the process ends.
         hosts, origins: names of the server, and web pages that may use it; see `browsers.protect`.
+        page: serve a page for a browser at /.
     Raises:
         ZooError: a bad host or origin.
     """
@@ -121,7 +124,7 @@ def make_app(
     app.add_middleware(BodyLimit, limit=server.limits.body, imports=session)
     app.state.keyed = bool(keys)
     if keys:
-        app.add_middleware(ApiKeys, keys=keys)
+        app.add_middleware(ApiKeys, keys=keys, public=("/health", "/ready", *FILES))
     protect(app, hosts, origins)
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, server.error)
@@ -133,6 +136,8 @@ def make_app(
     app.post("/v1/chat/completions", response_model=None, responses=ANSWERS)(server.chat)
     SessionRoutes(server.sessions, pool, server.settings).add(app, ERRORS)
     app.get("/metrics", response_class=PlainTextResponse)(server.metrics_text)
+    if page:
+        add_page(app)
     return app
 
 

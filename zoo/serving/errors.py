@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastapi import HTTPException as FastAPIHTTPException
@@ -65,14 +65,18 @@ def _shown(value: Any) -> str:
 
 
 class ApiKeys:
-    """Middleware that refuses a request without one of the API keys. /health and /ready need none."""
+    """Middleware that refuses a request without one of the API keys.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self.app = app
+    Args:
+        public: paths that need none.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], public: Collection[str]) -> None:
+        self.app, self.public = app, public
         self._expected = [f"Bearer {key}".encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in ("/health", "/ready"):
+        if scope["type"] == "http" and scope["path"] not in self.public:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not sum(hmac.compare_digest(given, expected) for expected in self._expected):  # compares all of them
                 error = ApiError(401, "authorization: no valid API key", None, "invalid_api_key")
