@@ -425,6 +425,19 @@ def chat(
 @click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Maximum number of tokens in an answer.")
 @click.option("--max-bytes", type=click.IntRange(min=1), help="Memory limit for stream states; refuses settings that may exceed it.")
 @click.option("--max-body", type=click.IntRange(min=1), default=2**20, show_default=True, help="Maximum size of a request, in bytes.")
+@click.option("--connections", type=click.IntRange(min=1), default=1000, show_default=True, help="Maximum number of connections.")
+@click.option(
+    "--client-timeout",
+    "patience",
+    type=Number(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds for a client to send a request, or to read a part of an answer.",
+)
+@click.option(
+    "--queue", type=click.IntRange(min=0), default=64, show_default=True, help="Maximum number of requests that wait for a stream."
+)
+@click.option("--wait", type=Number(min=0), default=10.0, show_default=True, help="Seconds that a request may wait for a stream.")
 @click.option(
     "--prefix-bytes",
     type=click.IntRange(min=0),
@@ -462,6 +475,10 @@ def serve(
     max_tokens: int,
     max_bytes: int | None,
     max_body: int,
+    connections: int,
+    patience: float,
+    queue: int,
+    wait: float,
     prefix_bytes: int,
     api_keys: tuple[str, ...],
     hosts: tuple[str, ...],
@@ -487,7 +504,7 @@ def serve(
     check_address(host, port)
     opened, tokenizer = _open(model, overrides, device, dtype)
     pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
-    limits = Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, idle=idle, prefixes=prefix_bytes)
+    limits = Limits(max_body, max_prompt, max_tokens, idle, prefix_bytes, connections, patience, queue, wait)
     app = make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys, store=store, hosts=hosts, origins=origins, page=page)
     if not api_keys and not is_loopback(host):
         click.echo(f"host {host}: without --api-key, everyone who can reach this address may use the server", err=True)

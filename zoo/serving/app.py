@@ -70,6 +70,14 @@ class Limits:
     """Seconds without a request after which a session may be closed."""
     prefixes: int = 2**28
     """Maximum size of the states that later prompts may continue from, in bytes."""
+    connections: int = 1_000
+    """Maximum number of connections."""
+    patience: float = 30.0
+    """Seconds that a client may take to send a request, or to read a part of an answer."""
+    queue: int = 64
+    """Maximum number of requests that wait for a free stream."""
+    wait: float = 10.0
+    """Seconds that a request may wait for a free stream."""
 
 
 def check_address(host: str, port: int) -> None:
@@ -113,7 +121,8 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        anyio.to_thread.current_default_thread_limiter().total_tokens = pool.streams + 16  # each generating stream holds a thread
+        # every request that generates or waits holds a thread
+        anyio.to_thread.current_default_thread_limiter().total_tokens = pool.streams + server.limits.queue + 16
         yield
         await anyio.to_thread.run_sync(server.sessions.close)
         pool.close()
@@ -151,7 +160,7 @@ class Server:
         due = pool.schedule.due(model.config.window)
         self.settings = {} if due == model.config.window else {"sleeps_after": "no number of tokens" if due is None else f"{due} tokens"}
         kept_in = None if store is None else Store(store, {**identity(model), "dtype": _dtype(model), **self.settings})
-        self.sessions = KeptSessions(pool, limits.idle, Prefixes(limits.prefixes), kept_in)
+        self.sessions = KeptSessions(pool, limits.idle, Prefixes(limits.prefixes), kept_in, queue=limits.queue, wait=limits.wait)
         self.metrics = Metrics(self.sessions, pool)
         self.created = int(time.time())
         self.draining = False
@@ -250,7 +259,7 @@ class Server:
             self.metrics.requests.labels(_route(request), 200).inc()
             if body.stream:
                 end = cleanup.pop_all().close
-                return EventStream(response.events(chain([first], choices), end), end)
+                return EventStream(response.events(chain([first], choices), end), end, self.limits.patience)
             return JSONResponse(response.whole(chain([first], choices)))
 
     def _choices(

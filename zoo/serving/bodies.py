@@ -6,12 +6,13 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import anyio
 import anyio.to_thread
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from zoo.serving.answers import Answer, Logprob
 from zoo.serving.errors import as_api_error
@@ -160,15 +161,20 @@ class _Usage:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. `end` is called once they are sent or the client has disconnected."""
+    """Server-sent events. `end` is called once they are sent, or the client has disconnected or has read nothing for `patience` seconds."""
 
-    def __init__(self, events: Iterator[str], end: Callable[[], None]) -> None:
+    def __init__(self, events: Iterator[str], end: Callable[[], None], patience: float) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self._end = end
+        self._end, self._patience = end, patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def in_time(message: Message) -> None:
+            with anyio.fail_after(self._patience):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(TimeoutError):
+                await super().__call__(scope, receive, in_time)
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self._end)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+
+from zoo.serving.connections import BODIES, Gate
 
 MARGIN = 5  # seconds for responses to end after their streams have been closed
 
@@ -30,7 +33,9 @@ class DrainingServer(uvicorn.Server):
 
 def run(app: FastAPI, host: str, port: int, grace: float) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain. Exits with status 130 after Ctrl-C."""
-    config = uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=int(grace) + MARGIN)
+    limits = app.state.server.limits
+    gate: Any = Gate(limits.connections, limits.patience, BODIES * limits.body)
+    config = uvicorn.Config(app, host=host, port=port, http=gate.protocol, access_log=False, timeout_graceful_shutdown=int(grace) + MARGIN)
     try:
         DrainingServer(app, config, grace).run()
     except KeyboardInterrupt:  # uvicorn raises the signal again once it has ended

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from threading import Lock
+from threading import Condition
 
 from zoo.errors import ZooError
 from zoo.serving.kept import KeptSession
@@ -22,13 +22,17 @@ class KeptSessions:
         idle: seconds without a request after which a session may leave memory.
         prefixes: states that sessions of one owner share.
         store: folder that keeps sessions when they leave memory or the process ends.
+        queue, wait: number of requests that may wait for a free stream, and for how many seconds.
     """
 
-    def __init__(self, pool: SessionPool, idle: float, prefixes: Prefixes, store: Store | None = None) -> None:
+    def __init__(
+        self, pool: SessionPool, idle: float, prefixes: Prefixes, store: Store | None = None, *, queue: int = 0, wait: float = 0.0
+    ) -> None:
         self.prefixes, self.store = prefixes, store
         self.failing = False
         """True if the store could not be written to or read from when it was last used."""
-        self._pool, self._idle, self._lock = pool, idle, Lock()
+        self._pool, self._idle, self._lock = pool, idle, Condition()
+        self._queue, self._wait, self._waiting = queue, wait, 0
         self._kept: dict[tuple[str, str], KeptSession] = {}
         first = pool.open()
         self._empty = first.snapshot()
@@ -50,22 +54,17 @@ class KeptSessions:
     def acquire(self, owner: str, name: str | None, *, new: bool = False) -> KeptSession:
         """Return the session with this id, opening it if there is none; without an id, a session for one request.
 
+        Waits for a free stream if there is none.
+
         Args:
             new: refuse a session that exists.
         Raises:
             ApiError: the session is busy, or there is no room for it, or it cannot be stored.
         """
+        end = time.monotonic() + self._wait
         with self._lock:
-            self._put_away_idle()
-            if new and name and self.exists(owner, name):
-                raise ApiError(409, f"session: '{name}' already exists", "session", "session_exists")
-            kept = self._kept.get((owner, name)) if name else None
-            if kept is not None and kept.busy:
-                raise ApiError(409, f"session: '{name}' is busy with another request", "session", "session_busy")
-            if kept is None:
-                kept = self._open(owner, name)
-                if name:
-                    self._kept[owner, name] = kept
+            while (kept := self._taken(owner, name, new)) is None:
+                self._wait_for_room(end)
             kept.busy = True
         if self.store is not None and name:
             try:
@@ -78,14 +77,39 @@ class KeptSessions:
                 raise ApiError(503, f"{error}; try again later", "session", "store_failing") from None
         return kept
 
-    def _open(self, owner: str, name: str | None) -> KeptSession:
+    def _taken(self, owner: str, name: str | None, new: bool) -> KeptSession | None:
+        """Return the session of `acquire`, or None if there is no room for it."""
+        self._put_away_idle()
+        if new and name and self.exists(owner, name):
+            raise ApiError(409, f"session: '{name}' already exists", "session", "session_exists")
+        if name and (kept := self._kept.get((owner, name))):
+            if kept.busy:
+                raise ApiError(409, f"session: '{name}' is busy with another request", "session", "session_busy")
+            return kept
         while True:
             try:
-                return KeptSession(self._pool.open(), self.prefixes, self._empty, owner, name)
-            except PoolFullError as error:
-                idle = [key for key, kept in self._kept.items() if not kept.busy]
+                kept = KeptSession(self._pool.open(), self.prefixes, self._empty, owner, name)
+            except PoolFullError:
+                idle = [key for key, other in self._kept.items() if not other.busy]
                 if self.store is None or not idle or not self._put_away(min(idle, key=lambda key: self._kept[key].used)):
-                    raise ApiError(429, f"{error}; try again later", None, "too_many_sessions") from None
+                    return None
+            else:
+                if name:
+                    self._kept[owner, name] = kept
+                return kept
+
+    def _wait_for_room(self, end: float) -> None:
+        """Wait until another request has ended. Raises ApiError at the time `end`, or if too many are waiting."""
+        left = end - time.monotonic()
+        if left <= 0 or self._waiting >= self._queue:
+            full = f"all {self._pool.streams} streams are in use"
+            full += f", and {self._waiting} other requests wait for one" if left > 0 and self._waiting else ""
+            raise ApiError(429, f"{full}; try again later", None, "too_many_sessions")
+        self._waiting += 1
+        try:
+            self._lock.wait(left)
+        finally:
+            self._waiting -= 1
 
     def _agree_with_store(self, kept: KeptSession, store: Store) -> None:
         """Take over a session that another process has used, and write what could not be written before. Raises ZooError."""
@@ -104,7 +128,9 @@ class KeptSessions:
         if not kept.name or (forget and kept.journal is None):
             self._kept.pop((kept.owner, kept.name or ""), None)
             kept.session.close()
-        kept.busy = False
+        with self._lock:
+            kept.busy = False
+            self._lock.notify()
 
     def create(self, owner: str, name: str, snapshot: Snapshot, record: Record) -> KeptSession:
         """Return a new session with this state and conversation, written to the store. Raises ApiError; nothing is left of it then."""
@@ -145,6 +171,7 @@ class KeptSessions:
             if kept is not None:
                 self._forget(kept)
             self.prefixes.forget(owner, name)
+            self._lock.notify()
             return True
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import uvicorn
 
 import zoo
 from zoo.serving.app import Limits, make_app
+from zoo.serving.connections import BODIES, Gate
 
 
 class Local:
@@ -20,7 +21,9 @@ class Local:
         self.pool = zoo.SessionPool(model, slots, streams=streams, when=when, context=context)
         app = make_app(self.pool, tokenizer, "model", options.pop("limits", Limits()), **options)
         self.state = app.state.server
-        self._uvicorn = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+        limits = self.state.limits
+        self.gate = Gate(limits.connections, limits.patience, BODIES * limits.body)
+        self._uvicorn = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", http=self.gate.protocol))
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
         self._thread.start()
         while not self._uvicorn.started:

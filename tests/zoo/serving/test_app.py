@@ -34,7 +34,7 @@ def url(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server") / "model"
     zoo.save(model, folder)
     code = "import faulthandler, signal; faulthandler.register(signal.SIGUSR1, all_threads=True); from zoo.cli import main; main()"
-    limits = ["--sessions", "40", "--max-prompt", "500", "--max-tokens", "200", "--max-body", "20000"]
+    limits = ["--sessions", "40", "--max-prompt", "500", "--max-tokens", "200", "--max-body", "20000", "--wait", "0.2"]
     with (folder.parent / "log").open("w+") as log:
         server = subprocess.Popen(
             [sys.executable, "-c", code, "serve", str(folder), "--port", "0", *limits],
@@ -279,7 +279,7 @@ def test_one_request_of_a_session_at_a_time_and_too_many_sessions(client):
         time.sleep(0.1)
     for n in range(40):
         client.completions.create(prompt="a", model=NAME, max_tokens=1, extra_body={"session": f"s{n}"})
-    with pytest.raises(openai.RateLimitError, match="streams: 40 are open"):
+    with pytest.raises(openai.RateLimitError, match="all 40 streams are in use"):
         client.completions.create(prompt="a", model=NAME, max_tokens=1)
     for n in range(40):
         client.delete(f"/sessions/s{n}", cast_to=object)

@@ -1,0 +1,104 @@
+"""Connections of the server: their number, and the time and memory of requests that have not arrived in full, are bounded.
+
+When a bound is reached, the connection that has waited longest for the rest of its request is closed. So clients that send nothing,
+or half a request, cannot keep others out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+FILES = 128  # files that are not connections
+BODIES = 64  # bodies of full size whose bytes may be held before they have arrived
+
+
+class Gate:
+    """The bounds on the connections of one server.
+
+    Args:
+        connections: maximum number; the limit of open files of this process may lower it.
+        patience: seconds that a request may take to arrive.
+        held: maximum bytes of all requests that have not arrived in full.
+    """
+
+    def __init__(self, connections: int, patience: float, held: int) -> None:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.connections = max(1, min(connections, files - FILES))
+        self.patience, self.held = patience, held
+        self.open: set[Connection] = set()
+        self.waiting: dict[Connection, None] = {}
+        """Connections without a whole request, the one that has waited longest first."""
+
+    def protocol(self, *args: Any, **options: Any) -> Connection:
+        """Return the protocol of a new connection, as uvicorn's option `http` makes them."""
+        return Connection(self, *args, **options)
+
+    def enforce(self) -> None:
+        """Close connections that wait for a request until the bounds are kept."""
+        over = len(self.open) - self.connections
+        bytes_over = sum(each.held for each in self.waiting) - self.held
+        for each in list(self.waiting):
+            if over <= 0 and bytes_over <= 0:
+                return
+            if over > 0 or each.held:
+                over, bytes_over = over - 1, bytes_over - each.held
+                each.give_up()
+
+
+class Connection(H11Protocol):
+    """A connection that is closed if its next request takes too long."""
+
+    def __init__(self, gate: Gate, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._gate, self._timer = gate, None
+        self.held = 0
+        """Bytes of a request that has not arrived in full."""
+
+    _timer: asyncio.TimerHandle | None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._gate.open.add(self)
+        self._wait()
+        self._gate.enforce()
+
+    def data_received(self, data: bytes) -> None:
+        self._wait()
+        self.held += len(data)
+        super().data_received(data)
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._arrived()
+        self._gate.enforce()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gate.open.discard(self)
+        self._arrived()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self._wait()
+
+    def give_up(self) -> None:
+        """Close the connection without an answer."""
+        self._gate.open.discard(self)  # it counts until it is lost otherwise, which takes another turn of the event loop
+        self._arrived()
+        self.transport.abort()
+
+    def _wait(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self._gate.patience, self.give_up)
+            self._gate.waiting[self] = None
+
+    def _arrived(self) -> None:
+        self.held = 0
+        self._gate.waiting.pop(self, None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
