@@ -259,7 +259,9 @@ class Server:
             self.metrics.requests.labels(_route(request), 200).inc()
             if body.stream:
                 end = cleanup.pop_all().close
-                return EventStream(response.events(chain([first], choices), end), end, self.limits.patience)
+                return EventStream(
+                    response.events(chain([first], choices), end), end, self.limits.patience, lambda: self.sessions.waiting > 0
+                )
             return JSONResponse(response.whole(chain([first], choices)))
 
     def _choices(

@@ -161,16 +161,28 @@ class _Usage:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. `end` is called once they are sent, or the client has disconnected or has read nothing for `patience` seconds."""
+    """Server-sent events.
 
-    def __init__(self, events: Iterator[str], end: Callable[[], None], patience: float) -> None:
+    Args:
+        end: called once they are sent, or the client has disconnected or reads nothing.
+        patience: seconds that a client may read nothing.
+        needed: returns True if another request waits for the stream; a client may then read nothing for one second.
+    """
+
+    def __init__(self, events: Iterator[str], end: Callable[[], None], patience: float, needed: Callable[[], bool]) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self._end, self._patience = end, patience
+        self._end, self._patience, self._needed = end, patience, needed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def in_time(message: Message) -> None:
-            with anyio.fail_after(self._patience):
-                await send(message)
+            last = time.monotonic() + self._patience
+            while (left := last - time.monotonic()) > 0:
+                with anyio.move_on_after(min(1.0, left)):  # until the client reads, uvicorn has written nothing
+                    await send(message)
+                    return
+                if self._needed():
+                    break
+            raise TimeoutError
 
         try:
             with suppress(TimeoutError):

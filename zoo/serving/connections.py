@@ -7,14 +7,35 @@ or half a request, cannot keep others out.
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
+import socket
+import time
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-FILES = 128  # files that are not connections
+FILES = 256  # files that are not connections, or belong to connections that are being closed
+BACKLOG = 128  # connections that one turn of the event loop may accept
+UNREAD = 2**17  # bytes of an answer that the system holds for a client; Linux doubles it, and by default holds megabytes
 BODIES = 64  # bodies of full size whose bytes may be held before they have arrived
+
+
+class OncePerSecond(logging.Filter):
+    """Drops a message that was logged less than a second ago."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        now, last = time.monotonic(), self._last.get(text, -1.0)
+        if now - last < 1:
+            return False
+        self._last = {text: now} if len(self._last) > 100 else {**self._last, text: now}
+        return True
 
 
 class Gate:
@@ -63,6 +84,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
         self._gate.open.add(self)
         self._wait()
         self._gate.enforce()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from types import FrameType
@@ -10,7 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from zoo.serving.connections import BODIES, Gate
+from zoo.serving.connections import BACKLOG, BODIES, Gate, OncePerSecond
 
 MARGIN = 5  # seconds for responses to end after their streams have been closed
 
@@ -35,7 +36,10 @@ def run(app: FastAPI, host: str, port: int, grace: float) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain. Exits with status 130 after Ctrl-C."""
     limits = app.state.server.limits
     gate: Any = Gate(limits.connections, limits.patience, BODIES * limits.body)
-    config = uvicorn.Config(app, host=host, port=port, http=gate.protocol, access_log=False, timeout_graceful_shutdown=int(grace) + MARGIN)
+    config = uvicorn.Config(
+        app, host=host, port=port, http=gate.protocol, backlog=BACKLOG, access_log=False, timeout_graceful_shutdown=int(grace) + MARGIN
+    )
+    logging.getLogger("uvicorn.error").addFilter(OncePerSecond())  # bad requests may come by the thousand
     try:
         DrainingServer(app, config, grace).run()
     except KeyboardInterrupt:  # uvicorn raises the signal again once it has ended

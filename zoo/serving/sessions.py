@@ -32,7 +32,9 @@ class KeptSessions:
         self.failing = False
         """True if the store could not be written to or read from when it was last used."""
         self._pool, self._idle, self._lock = pool, idle, Condition()
-        self._queue, self._wait, self._waiting = queue, wait, 0
+        self._queue, self._wait = queue, wait
+        self.waiting = 0
+        """Number of requests that wait for a free stream."""
         self._kept: dict[tuple[str, str], KeptSession] = {}
         first = pool.open()
         self._empty = first.snapshot()
@@ -101,15 +103,15 @@ class KeptSessions:
     def _wait_for_room(self, end: float) -> None:
         """Wait until another request has ended. Raises ApiError at the time `end`, or if too many are waiting."""
         left = end - time.monotonic()
-        if left <= 0 or self._waiting >= self._queue:
+        if left <= 0 or self.waiting >= self._queue:
             full = f"all {self._pool.streams} streams are in use"
-            full += f", and {self._waiting} other requests wait for one" if left > 0 and self._waiting else ""
+            full += f", and {self.waiting} other requests wait for one" if left > 0 and self.waiting else ""
             raise ApiError(429, f"{full}; try again later", None, "too_many_sessions")
-        self._waiting += 1
+        self.waiting += 1
         try:
             self._lock.wait(left)
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
 
     def _agree_with_store(self, kept: KeptSession, store: Store) -> None:
         """Take over a session that another process has used, and write what could not be written before. Raises ZooError."""

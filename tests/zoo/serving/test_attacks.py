@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import socket
 import time
 import urllib.error
@@ -12,7 +13,7 @@ import pytest
 import zoo
 from tests.zoo.serving.local import local
 from zoo.serving.app import Limits
-from zoo.serving.connections import BODIES, Gate
+from zoo.serving.connections import BODIES, Gate, OncePerSecond
 from zoo.text.tokenizers import ByteTokenizer
 
 FIELDS = {"layers": "gdn", "d_model": 16, "d_ff": 16, "vocab_size": 256}
@@ -110,12 +111,15 @@ def test_a_request_larger_than_all_that_may_be_held_is_refused_alone(model):
         assert server.complete("a", max_tokens=2)["choices"]
 
 
-def test_clients_that_read_nothing_are_dropped(model):
-    """One occupies the only stream, until a part of the answer has waited too long."""
+@pytest.mark.parametrize("patience", [0.5, 1e6])
+def test_clients_that_read_nothing_are_dropped(model, patience):
+    """One occupies the only stream, until a part of the answer has waited too long, or another request waits for the stream."""
     long = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4096, "stream": True, "logprobs": True, "top_logprobs": 20}
     sent = post(long, path="/v1/chat/completions")
-    with serving(model, streams=1, patience=0.5, wait=60.0) as server, sockets(server, 1, sent, buffer=4096) as (silent,):
+    with serving(model, streams=1, patience=patience, wait=60.0) as server, sockets(server, 1, sent, buffer=4096) as (silent,):
         until(lambda: len(server.state.pool) >= 1)
+        if patience < 1:
+            until(lambda: len(server.state.pool) == 0)
         assert server.complete("a", max_tokens=2)["choices"]
         until(lambda: ended(silent))
 
@@ -154,3 +158,14 @@ def test_a_queue_is_bounded(model, limits, message):
             assert error.value.headers["retry-after"]
         assert {one.result()[0] for one in waiting} <= {200, 429}
         assert server.complete("a", max_tokens=2)["choices"]
+
+
+def test_a_message_is_logged_once_per_second(caplog, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    logger = logging.getLogger("test_attacks")
+    kept = OncePerSecond()
+    logger.addFilter(kept)
+    for now[0], text in ((0.0, "a"), (0.5, "a"), (0.6, "b"), (1.1, "a"), (1.5, "b"), (1.7, "b"), (2.2, "a")):
+        logger.warning("%s", text)
+    assert [record.getMessage() for record in caplog.records] == ["a", "b", "a", "b", "a"]
