@@ -89,9 +89,8 @@ class Mamba(Mixer):
         # padding has a step size of zero: it neither decays nor writes
         dt = positions.without_padding(F.softplus(self.dt_proj(low).to(fast.dtype)))
         A = -self.A_log.to(fast.dtype).exp()
-        y, final = selective_scan(
-            u.to(fast.dtype), dt, A, B, C, initial_state=fast, output_final_state=True, cu_seqlens=positions.cu_seqlens
-        )
+        u = u.to(fast.dtype)
+        y, final = selective_scan(u, dt, A, B, C, initial_state=fast, output_final_state=True, cu_seqlens=positions.cu_seqlens)
         assert final is not None
-        y = (y + self.D * u).to(x.dtype) * F.silu(gate)
-        return self.o_proj(y), final, window
+        y = (y + self.D * u) * F.silu(gate.to(fast.dtype))
+        return self.o_proj(y.to(x.dtype)), final, window

@@ -58,7 +58,7 @@ def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..
     """Adapt a form that takes one row per sequence and applies neither bias nor activation."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        wide = x.dtype if x.dtype == weight.dtype else torch.promote_types(x.dtype, weight.dtype)  # promote_types is an operator
+        wide = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32  # rounded once, at the end
         y = form(packed.unpack(x.to(wide), cu_seqlens), weight.to(wide), state.to(wide))
         y = y if bias is None else y + bias
         return packed.pack(F.silu(y) if silu else y, cu_seqlens).to(x.dtype), packed.newest(x, state, cu_seqlens)
