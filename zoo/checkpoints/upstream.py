@@ -53,8 +53,8 @@ MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "total_ut_steps": 1_000}
 """Bounds on counts, checked before anything is allocated from them."""
 ROTARY = r".*\.rotary_emb\.inv_freq$"
 """Frequencies that old checkpoints store; the config determines them."""
-MAY_BE_ZERO = ("kernel_out.weight", "A_log", "o_proj.weight", "down_proj.weight")
-"""Matrices that may be all zero in a new model; outputs of residual branches are often initialised to zero."""
+MAY_BE_ZERO = ("kernel_out.weight", "A_log", "o_proj.weight", "down_proj.weight", "input_bias", "recurrence_bias")
+"""Matrices that may be all zero in a new model: outputs of residual branches, and biases by head."""
 
 
 def read_config(folder: Path) -> ModelConfig:
