@@ -28,6 +28,8 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "kernels": ("--rounds", "3"),
     "prefill": (),
     "decode": (),
+    "families": (),
+    "experts": (),
     "genai": (),
     "hotspots": (),
     "prediction_cost": (),

@@ -24,25 +24,25 @@ from benchmarks.peers import WORDS, pairs
 PROMPT, TOKENS = 128, 16
 
 
-def ours(model: zoo.Model, prompt: Tensor) -> Callable[[], Tensor]:
-    """Return a function that generates the next TOKENS greedy tokens, [B, TOKENS], of the stream after `prompt`."""
+def ours(model: zoo.Model, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tensor]:
+    """Return a function that generates the next greedy tokens, [B, `tokens`], of the stream after `prompt`."""
     session = zoo.Session(model, len(prompt))
     session.feed(prompt)
-    return lambda: torch.stack(list(session.generate(None, TOKENS)), dim=1)
+    return lambda: torch.stack(list(session.generate(None, tokens)), dim=1)
 
 
-def transformers(model: Any, prompt: Tensor) -> Callable[[], Tensor]:
+def transformers(model: Any, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tensor]:
     """Return the same for a transformers model."""
     out = model(prompt, use_cache=True)
 
     def generate() -> Tensor:
         nonlocal out
-        tokens = []
-        for _ in range(TOKENS):
-            tokens.append(out.logits[:, -1].argmax(-1))
+        generated = []
+        for _ in range(tokens):
+            generated.append(out.logits[:, -1].argmax(-1))
             cache = {name: getattr(out, name) for name in ("past_key_values", "cache_params") if hasattr(out, name)}
-            out = model(tokens[-1][:, None], **cache, use_cache=True)
-        return torch.stack(tokens, dim=1)
+            out = model(generated[-1][:, None], **cache, use_cache=True)
+        return torch.stack(generated, dim=1)
 
     return generate
 

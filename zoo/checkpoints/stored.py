@@ -53,7 +53,8 @@ class Stored:
 
     def drop(self, pattern: str) -> list[str]:
         """Drop the tensors whose names match this regular expression at the start; returns their names."""
-        dropped = [name for name in self.shapes if re.match(pattern, name)]
+        matches = re.compile(pattern).match
+        dropped = [name for name in self.shapes if matches(name)]
         for name in dropped:
             del self.shapes[name], self.dtypes[name], self.files[name], self._sources[name]
         return dropped
@@ -178,10 +179,10 @@ def _index(folder: Path) -> Path | None:
     """Return the index to read, if there is one and no single file comes first. Raises ZooError if both hold weights."""
     for whole, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
         if (folder / index).is_file():
-            shards = {shard for shard in _places(folder / index).values() if (folder / shard).is_file()} - {whole}
             if not (folder / whole).is_file():
                 return folder / index
-            if shards:
+            shards = set(_places(folder / index).values()) - {whole}
+            if any((folder / shard).is_file() for shard in shards):
                 raise ZooError(f"{folder}: holds both {whole} and the shards of {index}; remove the weights that are out of date")
         if (folder / whole).is_file():
             return None
@@ -214,15 +215,16 @@ def _places(index: Path) -> dict[str, str]:
 
 
 def _add_shards(stored: Stored, index: Path, stack: ExitStack) -> None:
-    folder, places = index.parent, _places(index)
-    for shard in sorted(set(places.values())):
-        if not (folder / shard).is_file():
+    places = _places(index)
+    files = {shard: index.parent / shard for shard in sorted(set(places.values()))}
+    for shard, file in files.items():
+        if not file.is_file():
             lost = min(name for name, place in places.items() if place == shard)
-            raise ZooError(f"{folder / shard}: the shard is missing; {index.name} puts '{lost}' there")
-        stored.add(folder / shard, stack)
+            raise ZooError(f"{file}: the shard is missing; {index.name} puts '{lost}' there")
+        stored.add(file, stack)
     for name, shard in places.items():
-        if stored.files.get(name) != folder / shard:
-            raise ZooError(f"{folder / shard}: tensor '{name}' is missing, though {index.name} puts it there")
+        if stored.files.get(name) is not files[shard]:
+            raise ZooError(f"{files[shard]}: tensor '{name}' is missing, though {index.name} puts it there")
 
 
 def _reading(label: str, read: Callable[[], T]) -> T:
