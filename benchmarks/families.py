@@ -2,8 +2,9 @@
 
     python -m benchmarks.families [FAMILY ...]
 
-Both sides run without compiled kernels. As in `zoo chat`, our weights are laid out as `zoo.arrange_weights` finds; both sides run
-under the precision that `zoo.matmul_precision` finds. Dense Qwen3.5, Mamba and Mamba-2 are in benchmarks/prefill.py and decode.py.
+Both sides run without compiled kernels, and a prompt ends with the logits of its last token, as in generation. As in `zoo chat`, our
+weights are laid out as `zoo.arrange_weights` finds; both sides run under the precision that `zoo.matmul_precision` finds. Dense
+Qwen3.5, Mamba and Mamba-2 are in benchmarks/prefill.py and decode.py.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import zoo
 from benchmarks import decode
-from benchmarks.measure import compare, record
+from benchmarks.measure import compare, difference, record
 from benchmarks.peers import WORDS
-from benchmarks.prefill import read
 
 PROMPT, TOKENS = 512, 64
+TOLERANCE = 1e-4
 KERNELS = ("fla", "mamba_ssm", "causal_conv1d", "kernels", "flash_attn", "mambapy")
 SIZE: dict[str, Any] = {
     **{"vocab_size": WORDS, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "tie_word_embeddings": True},
@@ -85,6 +87,10 @@ def pair(kind: str, fields: dict[str, Any]) -> tuple[zoo.Model, Any]:
         return zoo.load(folder), theirs.eval()
 
 
+def read(model: Any, ids: Tensor) -> Tensor:
+    return model(ids, logits_to_keep=1).logits
+
+
 @click.command()
 @click.argument("families", nargs=-1, type=click.Choice(list(FAMILIES)))
 @torch.no_grad()
@@ -97,8 +103,9 @@ def main(families: tuple[str, ...]) -> None:
     for name in families or FAMILIES:
         model, theirs = pair(*FAMILIES[name])
         zoo.arrange_weights(model)
+        assert difference(model(ids).logits, theirs(ids).logits) < TOLERANCE, name
         reading = {"ours": partial(read, model, ids), "transformers": partial(read, theirs, ids)}
-        rows.append(compare(f"{name}, {PROMPT} tokens", reading, rounds=3, target=1.3, tolerance=1e-3))
+        rows.append(compare(f"{name}, {PROMPT} tokens", reading, rounds=3, target=1.3, tolerance=TOLERANCE))
         decoding = {"ours": decode.ours(model, ids, TOKENS), "transformers": decode.transformers(theirs, ids, TOKENS)}
         rows.append(compare(f"{name}, a token", decoding, rounds=3, per=TOKENS, target=1, tolerance=0))
     record("families", rows)
