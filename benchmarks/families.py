@@ -107,7 +107,7 @@ def main(families: tuple[str, ...]) -> None:
         reading = {"ours": partial(read, model, ids), "transformers": partial(read, theirs, ids)}
         rows.append(compare(f"{name}, {PROMPT} tokens", reading, rounds=3, target=1.3, tolerance=TOLERANCE))
         decoding = {"ours": decode.ours(model, ids, TOKENS), "transformers": decode.transformers(theirs, ids, TOKENS)}
-        rows.append(compare(f"{name}, a token", decoding, rounds=3, per=TOKENS, target=1, tolerance=0))
+        rows.append(compare(f"{name}, a token", decoding, rounds=2, per=TOKENS, target=1, tolerance=0))
     record("families", rows)
 
 

@@ -75,9 +75,9 @@ class RGLRU(Mixer):
 
     def forward(self, x: Tensor, fast: Tensor, window: ConvTail, positions: Positions) -> tuple[Tensor, Tensor, ConvTail]:
         u, window = window.convolve(self.x_proj(x), self.conv_weight, self.conv_bias, positions, activation=None)
-        blocks = u.unflatten(-1, (self.heads, -1))
+        blocks = u.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # [H, B T, W / H]
         write, recurrence = (
-            (torch.einsum("bthi,hij->bthj", blocks, gate) + bias).sigmoid().flatten(2)
+            torch.baddbmm(bias[:, None], blocks, gate).transpose(0, 1).reshape(u.shape).sigmoid()
             for gate, bias in ((self.input_gate, self.input_bias), (self.recurrence_gate, self.recurrence_bias))
         )
         rate = 8 * recurrence.to(fast.dtype) * F.softplus(self.decay.to(fast.dtype))  # -log a
