@@ -42,7 +42,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         "swa": {
             "heads": heads,
             "kv_heads": config.get("num_key_value_heads") or heads,
-            "head_dim": hidden // heads,
+            "head_dim": config.get("head_dim") or hidden // heads,
             "window": config.get("attention_window_size", 2048),
             "bias": expect(config, "attention_bias", False, True, default=False),
             "o_bias": True,
@@ -86,6 +86,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "attention_window_size": attention.window,
         "attention_bias": attention.bias,
         "partial_rotary_factor": attention.rotary,
+        **({} if attention.head_dim in (None, config.d_model // attention.heads) else {"head_dim": attention.head_dim}),
         **write_rope(attention),
     }
 

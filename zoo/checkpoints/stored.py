@@ -257,8 +257,17 @@ def _entries(file: Path, source: Any) -> dict[str, tuple[list[int], torch.dtype 
 
 
 def _read_pickled(file: Path, device: str | torch.device) -> dict[str, Tensor]:
+    with file.open("rb") as opened:
+        if opened.read(9)[8:] == b"{":
+            raise ZooError(f"{file}: its content is safetensors; rename it to end in .safetensors")
     mapped = zipfile.is_zipfile(file)  # files of torch before 1.6 are not, and cannot be mapped
-    content: Any = _reading(f"{file}:", lambda: torch.load(file, map_location=device, weights_only=True, mmap=mapped))
+    try:
+        content: Any = _reading(f"{file}:", lambda: torch.load(file, map_location=device, weights_only=True, mmap=mapped))
+    except ZooError as error:
+        if "Weights only load failed" not in str(error):
+            raise
+        # torch advises to run the code
+        raise ZooError(f"{file}: cannot be read: it is damaged, or holds objects that could run code; want tensors by name") from None
     tensors = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(name, str) and type(x) is Tensor for name, x in tensors.items()):
         raise ZooError(f"{file}: want tensors by name, at the top level or under 'model'")

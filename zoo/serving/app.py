@@ -45,6 +45,7 @@ from zoo.serving.session_routes import SessionRoutes
 from zoo.serving.sessions import KeptSessions
 from zoo.serving.store import Store
 from zoo.sessions.file import identity
+from zoo.sessions.host import WindowFullError
 from zoo.sessions.sleeping_model import SleepingModel, sleeping_model
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
@@ -115,8 +116,10 @@ def make_app(
         hosts, origins: names of the server, and web pages that may use it; see `browsers.protect`.
         page: serve a page for a browser at /.
     Raises:
-        ZooError: a bad host or origin.
+        ZooError: a bad key, host or origin.
     """
+    if unusable := [key for key in keys if not re.fullmatch("[!-~]+", key)]:
+        raise ZooError(f"api_key: {unusable[0]!r}; want at least one character, all ASCII and none a space")
     server = Server(pool, tokenizer, name, limits or Limits(), store)
 
     @asynccontextmanager
@@ -254,6 +257,9 @@ class Server:
                 first = next(choices)
             except PoolClosedError:
                 raise
+            except WindowFullError as error:
+                field = "prompt" if messages is None else "messages"
+                raise ApiError(400, f"{field}{str(error).removeprefix('ids')}", field, "window_full") from None
             except ZooError as error:
                 raise ApiError(409 if isinstance(error, BusyError) else 400, str(error)) from None
             self.metrics.requests.labels(_route(request), 200).inc()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.serving.prefixes import Prefixes, Sleeps, common_length
 from zoo.serving.store import LONG_JOURNAL, Journal, Record
+from zoo.sessions.host import WindowFullError
 from zoo.sessions.session import Session
 from zoo.sessions.snapshot import Snapshot
 
@@ -51,7 +52,18 @@ class KeptSession:
         Args:
             ends: returns positions after which the state is worth keeping; it is kept after the last token in any case.
             sleeps: sleeps to repeat on the way, by default those that the stream has had; see `Snapshot.sleeps`.
+        Raises:
+            WindowFullError: the window has no room for them; the stream is as before.
         """
+        before, tokens = self.session.snapshot(), self.tokens
+        try:
+            return self._read(ids, ends, sleeps)
+        except WindowFullError:
+            self.session.restore(before)
+            self.tokens = tokens
+            raise
+
+    def _read(self, ids: list[int], ends: Ends, sleeps: Sleeps | None) -> int:
         common = common_length(self.tokens, ids)
         if sleeps is None:
             sleeps = tuple(sleep for sleep in self.session.snapshot().sleeps if sleep[0] <= common)

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from threading import Condition
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.serving.kept import KeptSession
 from zoo.serving.prefixes import Prefixes
 from zoo.serving.schemas import ApiError
@@ -104,8 +104,8 @@ class KeptSessions:
         """Wait until another request has ended. Raises ApiError at the time `end`, or if too many are waiting."""
         left = end - time.monotonic()
         if left <= 0 or self.waiting >= self._queue:
-            full = f"all {self._pool.streams} streams are in use"
-            full += f", and {self.waiting} other requests wait for one" if left > 0 and self.waiting else ""
+            full = "the only stream is in use" if self._pool.streams == 1 else f"all {self._pool.streams} streams are in use"
+            full += f", and {counted(self.waiting, 'other request')} already waiting for one" if left > 0 and self.waiting else ""
             raise ApiError(429, f"{full}; try again later", None, "too_many_sessions")
         self.waiting += 1
         try:

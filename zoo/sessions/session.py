@@ -333,8 +333,9 @@ class Session:
         if tokens > window - self._window_length:
             await self._wait_for_sleep()
         if tokens > (room := window - self._window_length):
+            after = "it never has room for so long a piece" if tokens > window else "sleep first"
             raise WindowFullError(
-                f"ids: {counted(tokens, 'token')}; the window of {window} has room for {room}, and the schedule is manual: sleep first"
+                f"ids: {counted(tokens, 'token')}; the window of {window} has room for {room}, and the schedule is manual: {after}"
             )
 
     def _check(self, ids: Tensor, least: int = 0) -> None:

@@ -196,7 +196,7 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "recurrent-gemma that is wide": (
         "recurrent_gemma",
-        {"num_hidden_layers": 3, "lru_width": 48, "attention_window_size": 7, "attention_bias": True},
+        {"num_hidden_layers": 3, "lru_width": 48, "attention_window_size": 7, "attention_bias": True, "head_dim": 16},
     ),
     "lfm2 with biases": ("lfm2", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True}),
     "lfm2-moe without correction": (

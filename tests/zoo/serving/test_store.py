@@ -160,6 +160,18 @@ def test_a_full_window_ends_an_answer_under_manual(model):
         assert "the schedule is manual: sleep first" in answer["error"]["message"]
 
 
+def test_a_message_that_does_not_fit_leaves_no_trace(model):
+    """Under manual, in a conversation whose rendering continues and in one that is read again from its first token."""
+    with local(zoo.create(model.config, window=64), BYTES, when="manual") as server:
+        server.chat([{"role": "user", "content": "a"}], session="s", max_tokens=2)
+        before, tokens = server.ask("/v1/sessions/s")[1], server.stream("s")
+        for messages, more in (([{"role": "user", "content": "b" * 30}], {"append": True}), ([{"role": "user", "content": "c" * 99}], {})):
+            status, answer = server.ask("/v1/chat/completions", {"messages": messages, "session": "s", "max_tokens": 2, **more})
+            assert (status, answer["error"]["param"]) == (400, "messages")
+            assert ("it never has room" if not more else "sleep first") in answer["error"]["message"]
+            assert (server.ask("/v1/sessions/s")[1], server.stream("s")) == (before, tokens)
+
+
 def test_torn_lines(tmp_path):
     """A journal cut at any byte has the records that were complete, and is continued after them."""
     store, records = (

@@ -1,9 +1,10 @@
 "use strict";
 
 const element = (id) => document.getElementById(id);
-let model, key, session, latest, beforeSleep, stopping;
+let model, key, session, latest, beforeSleep, stopping, polling;
 
 function newSession() {
+  show(null);
   const bytes = crypto.getRandomValues(new Uint8Array(8));
   session = "page-" + Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
   latest = beforeSleep = null;
@@ -27,7 +28,7 @@ async function request(path, options = {}) {
 
 function show(error) {
   element("login").hidden = error?.status !== 401;
-  element("error").hidden = !error || error.status === 401 || error.name === "AbortError";
+  element("error").hidden = !error || error.name === "AbortError" || (error.status === 401 && !key);
   element("error").textContent = error?.message ?? "";
 }
 
@@ -66,7 +67,7 @@ async function* deltas(response) {
 }
 
 async function answer(text) {
-  say("user", text);
+  const asked = say("user", text);
   const item = say("assistant", "");
   const body = {
     model, session, append: true, stream: true, messages: [{ role: "user", content: text }],
@@ -74,6 +75,7 @@ async function answer(text) {
   };
   stopping = new AbortController();
   try {
+    if (latest) await about();  // a session that the server has forgotten would begin anew
     const response = await request("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: stopping.signal });
     for await (const delta of deltas(response)) {
       item.textContent += delta;
@@ -81,14 +83,29 @@ async function answer(text) {
     }
     show(null);
   } catch (error) {
-    show(error);
+    if (!item.textContent && error.name !== "AbortError") {
+      for (const line of [asked, item]) line.remove();
+      element("text").value = text;
+    }
+    show(error.status === 404 && latest ? new Error("The server no longer has this conversation. Start a new chat.") : error);
   }
   stopping = null;
 }
 
+async function about() {
+  for (let tries = 0; ; tries++) {
+    try {
+      return await (await request(`v1/sessions/${session}`)).json();
+    } catch (error) {
+      if (error.status !== 409 || tries === 50) throw error;  // a stopped answer ends a moment later
+      await new Promise((resolve) => setTimeout(resolve, 200));
+    }
+  }
+}
+
 async function refresh() {
-  const before = latest;
-  latest = await (await request(`v1/sessions/${session}`)).json();
+  const now = await about(), before = latest;
+  latest = now;
   const { tokens, limit } = latest.window;
   element("fill").textContent = limit === null ? `${tokens} tokens. This model never sleeps.` : `${tokens} of ${limit} tokens`;
   element("window").max = limit ?? Math.max(tokens, 1);
@@ -123,23 +140,26 @@ function draw(norms, before) {
 }
 
 function busy(is) {
-  for (const id of ["send", "new", "now"]) element(id).disabled = is;
+  for (const id of ["send", "new"]) element(id).disabled = is;
+  element("now").disabled = is || !latest?.window.limit || !latest.window.tokens;
   element("stop").disabled = !is;
 }
 
 async function during(work) {
   busy(true);
   try {
+    await polling;  // a session serves one request at a time
     await work();
+    await refresh().catch((error) => error.status === 404 || show(error));
   } finally {
     busy(false);
   }
-  await refresh().catch((error) => error.status === 404 || show(error));
 }
 
 element("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = element("text").value;
+  if (!text.trim()) return;
   element("text").value = "";
   during(() => answer(text));
 });
@@ -157,7 +177,8 @@ element("sleep").addEventListener("submit", (event) => {
 });
 element("login").addEventListener("submit", (event) => {
   event.preventDefault();
-  key = element("key").value;
+  key = element("key").value.trim();
+  if (!/^[!-~]+$/.test(key)) return show(Object.assign(new Error("A key is ASCII without spaces."), { status: 401 }));
   element("key").value = "";
   connect();
 });
@@ -167,7 +188,12 @@ element("new").addEventListener("click", () => {
   newSession();
 });
 setInterval(() => {
-  if (latest && !stopping && !document.hidden && !element("send").disabled) refresh().catch(() => {});  // a stream may sleep while idle
+  if (!latest || document.hidden || element("send").disabled) return;
+  polling ??= refresh().catch(() => {}).finally(() => (polling = null));  // a stream may sleep while idle
 }, 3000);
+addEventListener("pagehide", () => {
+  const options = { method: "DELETE", keepalive: true };
+  if (latest) request(`v1/sessions/${session}`, options).catch(() => {});
+});
 newSession();
 connect();
