@@ -283,8 +283,9 @@ def validate(form: type[M], fields: Mapping[str, Any], label: str) -> M:
         return form.model_validate(fields)
     except ValidationError as error:
         # a misspelt field first: it is often why another one is missing
-        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        where = ".".join(str(part) for part in first["loc"])
+        found = error.errors(include_url=False)
+        first = min(found, key=lambda e: e["type"] != "extra_forbidden")
+        where = _place(first)
         if first["type"] == "extra_forbidden":
             problem = f"unknown field; {nearest(str(first['loc'][-1]), _fields_at(form, first['loc'][:-1]))}"
         elif first["type"] == "missing":
@@ -292,8 +293,15 @@ def validate(form: type[M], fields: Mapping[str, Any], label: str) -> M:
         elif first["type"] == "value_error":  # our own validators name the field
             problem = str(first["ctx"]["error"])
         else:
-            problem = f"{reprlib.repr(first['input'])}: {wanted(first['type'], first['msg'], first.get('ctx', {}))}"
+            first_end, *others = [wanted(each["type"], each["msg"], each.get("ctx", {})) for each in found if _place(each) == where]
+            others = [end.removeprefix("allowed: ").removeprefix("want ") for end in others]  # the alternatives of a union
+            problem = f"{reprlib.repr(first['input'])}: {', or '.join([first_end, *others])}"
         raise ZooError(f"{label}: {where + ': ' if where else ''}{problem}") from None
+
+
+def _place(error: Any) -> str:
+    """Return the path of the field in an error of pydantic, without the alternatives of a union, such as `bool`."""
+    return ".".join(str(part) for part in error["loc"] if not re.search(r"^(constrained-)?(str|float|int|bool|dict)$|[\[\](]", str(part)))
 
 
 WANTED = {

@@ -168,6 +168,7 @@ def test_creating_leaves_the_global_generator_alone():
         ("gdn4", {"loops": 0}, "loops: 0"),
         ("gdn4", {"d_modell": 3}, "d_modell: unknown field; did you mean 'd_model'"),
         ("gdn4", {"d_model": "wide"}, "d_model: 'wide'"),
+        ("gdn4", {"inject": "foo"}, "gdn4: inject: 'foo': want true or false, or 'bounded'$"),
         ("gdn4", {"layers": "attn gdm"}, "gdn4: layers: unknown block 'gdm'; did you mean 'gdn'"),
         ("gdn4", {"blocks": {"gdm": {}}}, "gdn4: blocks: unknown block 'gdm'"),
         ("gdn4", {"blocks": {"gdn": {"heds": 2}}}, "blocks.gdn: heds: unknown field; did you mean 'heads'"),
