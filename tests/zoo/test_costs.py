@@ -70,7 +70,7 @@ def test_a_block_of_another_package_is_counted_by_its_linear_layers(monkeypatch)
             super().__init__(d_model, options, reach)
             self.o_proj = torch.nn.Linear(d_model, d_model)
 
-    monkeypatch.setattr(mixers, "get", lambda kind: Plain)
+    monkeypatch.setattr(mixers, "get", lambda kind, field="": Plain)
     described = zoo.describe({"name": "other", "layers": "plain", "d_model": 8, "d_ff": 16, "vocab_size": 5})
     assert described.flops_per_token == 2 * (8 * 8 + 3 * 8 * 16 + 8 * 5)
     assert described.state_bytes == described.kv_bytes_per_token == 0

@@ -151,11 +151,12 @@ def test_wider_parameters_beside_narrow_weights() -> None:
     for name, parameter in mixed.named_parameters():
         if "norm" in name or name.endswith(("A_log", "dt_bias", "D")):
             parameter.data = exact.get_parameter(name).clone()
-    out = mixed(IDS[:, :8])
+    ids = torch.randint(64, (64, 8), generator=torch.Generator().manual_seed(0))  # the errors of a single row differ by a fifth
+    out = mixed(ids)
     assert out.logits.dtype == torch.bfloat16
     assert {x.dtype for cache in out.state.window for x in cache} == {torch.bfloat16}
-    want = exact(IDS[:, :8]).logits
-    assert (out.logits - want).norm() < 1.05 * (narrow(IDS[:, :8]).logits - want).norm()
+    want = exact(ids).logits
+    assert (out.logits - want).norm() < 1.05 * (narrow(ids).logits - want).norm()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
