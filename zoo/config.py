@@ -285,7 +285,7 @@ def validate(form: type[M], fields: Mapping[str, Any], label: str) -> M:
         # a misspelt field first: it is often why another one is missing
         found = error.errors(include_url=False)
         first = min(found, key=lambda e: e["type"] != "extra_forbidden")
-        where = _place(first)
+        where = path_of(first["loc"])
         if first["type"] == "extra_forbidden":
             problem = f"unknown field; {nearest(str(first['loc'][-1]), _fields_at(form, first['loc'][:-1]))}"
         elif first["type"] == "missing":
@@ -293,15 +293,15 @@ def validate(form: type[M], fields: Mapping[str, Any], label: str) -> M:
         elif first["type"] == "value_error":  # our own validators name the field
             problem = str(first["ctx"]["error"])
         else:
-            first_end, *others = [wanted(each["type"], each["msg"], each.get("ctx", {})) for each in found if _place(each) == where]
+            first_end, *others = [wanted(each["type"], each["msg"], each.get("ctx", {})) for each in found if path_of(each["loc"]) == where]
             others = [end.removeprefix("allowed: ").removeprefix("want ") for end in others]  # the alternatives of a union
             problem = f"{reprlib.repr(first['input'])}: {', or '.join([first_end, *others])}"
         raise ZooError(f"{label}: {where + ': ' if where else ''}{problem}") from None
 
 
-def _place(error: Any) -> str:
-    """Return the path of the field in an error of pydantic, without the alternatives of a union, such as `bool`."""
-    return ".".join(str(part) for part in error["loc"] if not re.search(r"^(constrained-)?(str|float|int|bool|dict)$|[\[\](]", str(part)))
+def path_of(place: Iterable[int | str]) -> str:
+    """Return the dotted path of a place where pydantic found an error, without the alternatives of a union, such as `bool`."""
+    return ".".join(str(part) for part in place if not re.search(r"^(constrained-)?(str|float|int|bool|dict)$|[\[\](]", str(part)))
 
 
 WANTED = {

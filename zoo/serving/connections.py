@@ -30,11 +30,12 @@ class OncePerSecond(logging.Filter):
         self._last: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        now, last = time.monotonic(), self._last.get(text, -1.0)
-        if now - last < 1:
+        text, now = record.getMessage(), time.monotonic()
+        if now - self._last.get(text, -1.0) < 1:
             return False
-        self._last = {text: now} if len(self._last) > 100 else {**self._last, text: now}
+        if len(self._last) > 100:
+            self._last.clear()
+        self._last[text] = now
         return True
 
 
@@ -76,11 +77,10 @@ class Connection(H11Protocol):
 
     def __init__(self, gate: Gate, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._gate, self._timer = gate, None
+        self._gate = gate
+        self._timer: asyncio.TimerHandle | None = None
         self.held = 0
         """Bytes of a request that has not arrived in full."""
-
-    _timer: asyncio.TimerHandle | None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from zoo.config import wanted
+from zoo.config import path_of, wanted
 from zoo.serving.schemas import WANTED, ApiError
 from zoo.sessions.pool import PoolClosedError
 
@@ -44,8 +43,7 @@ def _as_refusal(errors: list[dict[str, Any]]) -> ApiError:
         return ApiError(400, f"body: not JSON: {first['ctx']['error']}, character {place[-1]}", None, kind)
     if isinstance(first.get("input"), bytes):
         return ApiError(400, "body: its content type is not JSON; want Content-Type: application/json", None, "not_json")
-    # pydantic adds the alternatives of a union, such as `str` and `list[int]`
-    where = ".".join(str(part) for part in place[1:] if not re.search(r"^(constrained-)?(str|float|int|dict)$|[\[\](]", str(part)))
+    where = path_of(place[1:])
     if kind == "value_error":  # from a validator of the whole request
         named, _, message = message.partition(": ")
         where = f"{where}.{named}" if where else named

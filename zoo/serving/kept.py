@@ -55,18 +55,17 @@ class KeptSession:
         Raises:
             WindowFullError: the window has no room for them; the stream is as before.
         """
-        before, tokens = self.session.snapshot(), self.tokens
+        before, tokens, common = self.session.snapshot(), self.tokens, common_length(self.tokens, ids)
+        if sleeps is None:
+            sleeps = tuple(sleep for sleep in before.sleeps if sleep[0] <= common)
         try:
-            return self._read(ids, ends, sleeps)
+            return self._read(ids, common, ends, sleeps)
         except WindowFullError:
             self.session.restore(before)
             self.tokens = tokens
             raise
 
-    def _read(self, ids: list[int], ends: Ends, sleeps: Sleeps | None) -> int:
-        common = common_length(self.tokens, ids)
-        if sleeps is None:
-            sleeps = tuple(sleep for sleep in self.session.snapshot().sleeps if sleep[0] <= common)
+    def _read(self, ids: list[int], common: int, ends: Ends, sleeps: Sleeps) -> int:
         at, found = self.prefixes.longest(self.owner, ids, sleeps, self.name)
         if common < len(self.tokens) or at > common:
             self.session.restore(found or self.empty)

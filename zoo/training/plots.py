@@ -134,18 +134,18 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 def figure(groups: Groups) -> Figure:
     """Draw the panels that apply: training loss, training accuracy by level, held-out accuracy by level, and by N.
 
-    Where every token carries loss, held-out loss takes the place of accuracy.
+    Where every token carries loss, held-out loss by level, by position in the window and by N takes the place of accuracy.
     """
     levels = sorted({level for run in chain(*groups.values()) for level in run.metrics[-1]["by_level"]})
     name, text = _level_name(groups), next(iter(groups.values()))[0].task.loss_everywhere
     panels: list[Callable[[Axes, Groups], None]] = [loss_curves]
-    if 1 < len(levels) <= MAX_PANELS:
+    if 1 < len(levels) <= MAX_PANELS and not text:
         panels += [partial(accuracy_curves, level=level, title=f"Training accuracy, {level_label(level, name)}") for level in levels]
     elif not text:
         panels.append(accuracy_curves)
     finished = {name: done for name, runs in groups.items() if (done := [run for run in runs if run.results])}
     if len(levels) > 1 and finished:
-        panels.append(against_level)
+        panels.append(partial(against_level, loss=text))
     if text and finished:
         panels.append(against_eighth)
     families = [family for family in _families(finished) if len(family) > 1]
@@ -229,12 +229,13 @@ def _held_out(axes: Axes, groups: Groups, measure: str) -> None:
     tidy(axes)
 
 
-def against_level(axes: Axes, groups: Groups) -> None:
-    """Draw the held-out accuracy against the level."""
-    _held_out(axes, groups, "by_level")
-    _accuracy_axis(axes, groups)
-    level = _level_name(groups)
-    axes.set(title=f"Held-out accuracy by {level}", xlabel=level)
+def against_level(axes: Axes, groups: Groups, *, loss: bool = False) -> None:
+    """Draw the held-out accuracy, or loss, against the level."""
+    _held_out(axes, groups, "loss_by_level" if loss else "by_level")
+    if not loss:
+        _accuracy_axis(axes, groups)
+    level, measure = _level_name(groups), "loss" if loss else "accuracy"
+    axes.set(title=f"Held-out {measure} by {level}", xlabel=level, ylabel=measure)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -82,14 +82,17 @@ def test_runs_on_text_show_loss(tmp_path):
     runs = [write(tmp_path / name, n=n, task=task, finished=False) for name, n in (("a", 1), ("b", 4))]
     for run, n in zip(runs, (1, 4), strict=True):
         (run / "metrics.jsonl").write_text(
-            json.dumps({"step": 9, "tokens": 9e5, "loss": 4 / n, "accuracy": 0.5, "by_level": {1: 0.5}}) + "\n"
+            json.dumps({"step": 9, "tokens": 9e5, "loss": 4 / n, "accuracy": 0.5, "by_level": {1: 0.5, 2: 0.4}}) + "\n"
         )
-        held_out = {"by_level": {1: 0.5}, "chance": 0.25, "loss": 2 / n, "loss_by_eighth": {1: 3 / n, 8: 1 / n}}
+        held_out = {"by_level": {1: 0.5, 2: 0.4}, "chance": 0.25, "loss": 2 / n}
+        held_out |= {"loss_by_level": {1: 2.5 / n, 2: 1.5 / n}, "loss_by_eighth": {1: 3 / n, 8: 1 / n}}
         (run / "results.json").write_text(json.dumps(held_out))
     drawn = panels(figure(grouped(map(read_run, runs))))
     tokens, eighth = "training tokens (millions)", "eighth of the window"
     by_eighth, by_n = ("Held-out loss by position in the window", eighth), ("Held-out loss by N", "N (passes per sleep)")
-    assert drawn.keys() == {("Training loss", tokens), by_eighth, by_n}
+    by_window = ("Held-out loss by window", "window")
+    assert drawn.keys() == {("Training loss", tokens), by_window, by_eighth, by_n}
+    assert lines(drawn[by_window]) == [[(1, 2.5), (2, 1.5)], [(1, 0.625), (2, 0.375)]]
     assert lines(drawn["Training loss", tokens]) == [[(0.9, 4.0)], [(0.9, 1.0)]]
     assert all(line.get_marker() == "o" for line in drawn["Training loss", tokens].get_lines())  # a line of one point is invisible
     assert lines(drawn[by_eighth]) == [[(1, 3.0), (8, 1.0)], [(1, 0.75), (8, 0.25)]]
