@@ -25,6 +25,15 @@ def test_round_trip(saved):
     assert [p.name for p in path.parent.iterdir()] == ["model"]
 
 
+def test_what_is_added_between_passes_has_no_effect_at_first(tmp_path):
+    zoo.save(zoo.create("gdn4-sleep2-hard8", d_model=16, d_ff=16, vocab_size=11), tmp_path / "plain")
+    plain, model = zoo.load(tmp_path / "plain"), zoo.load(tmp_path / "plain", inject=True, residual_gates=2)
+    assert (model.inject == 0).all()
+    assert (model.residual_gates == 0).all()
+    ids = torch.arange(8)[None]
+    assert all(torch.equal(a, b) for a, b in zip(plain.consolidate(ids).fast, model.consolidate(ids).fast, strict=True) if a is not None)
+
+
 def test_nothing_is_overwritten(saved):
     _, path = saved
     before = (path / "model.safetensors").read_bytes()
