@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import sys
+from contextlib import suppress
 from typing import IO, Any
 
 
@@ -32,6 +34,12 @@ def peak_resident() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def release_freed() -> None:
+    """Return the memory of freed objects to the system, if the C library is glibc, which keeps it otherwise."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def lock(file: IO[Any]) -> bool:

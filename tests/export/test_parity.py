@@ -200,6 +200,17 @@ def test_other_weights_are_detected(bundles):
         verify(other, ExportedModel(folder))
 
 
+def test_rounding_of_pytorch_is_not_held_against_the_graphs(bundles):
+    model, folder, _ = bundles("hard")
+    assert verify(model, ExportedModel(folder)).reference == "float32"
+    ill_conditioned = copy.deepcopy(model)
+    ill_conditioned.head.register_forward_hook(lambda module, inputs, h: h + 0.1 if h.dtype == torch.float32 else h)
+    parity = verify(ill_conditioned, ExportedModel(folder))
+    assert parity.reference == "float64"
+    assert "PyTorch in float64" in str(parity.table().title)
+    assert max(difference.maximum for difference in parity.differences.values()) < 1e-5
+
+
 @pytest.mark.parametrize("ids", [(2, 7), (3, 1), (2, 0), (2,)])
 def test_tokens_that_do_not_fit(bundles, ids):
     exported = ExportedModel(bundles("hard").folder)

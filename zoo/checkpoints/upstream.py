@@ -26,6 +26,7 @@ from zoo.errors import ZooError, counted
 from zoo.files import new_folder
 from zoo.model import Model
 from zoo.registry import nearest
+from zoo.system import release_freed
 
 CONFIG = "config.json"
 ARCHITECTURE = (
@@ -102,6 +103,7 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
         if dtype is None and len(set(stored.dtypes.values())) > 1:
             stated = str(content.get("dtype") or content.get("torch_dtype")).removeprefix("torch.")
             dtype = DTYPES[stated] if stated in DTYPES else stored.main_dtype()
+        release_freed()  # of the names of tens of thousands of experts
         tensors: dict[str, Tensor] = {}
         for link in wanted:
             repeated = any(name in tensors for name in link.ours)
