@@ -51,15 +51,31 @@ class Route(NamedTuple):
     """Scores of all experts, divided by their sum, [n, E]."""
     chosen: Tensor
     """Chosen experts, int64 [n, K]."""
+    router: Router
+    number: int
+    """Index of the pass, from 0; a wake pass is pass 0."""
 
 
-_recorded: list[list[Route]] = []
+class Routes(list[Route]):
+    """Routes in order: pass by pass, and layer by layer within a pass."""
+
+    number = 0
+    """Index of the pass in progress."""
+
+
+_recorded: list[Routes] = []
+
+
+def begin_pass(number: int) -> None:
+    """Say which pass the routes that follow belong to."""
+    for routes in _recorded:
+        routes.number = number
 
 
 @contextmanager
-def recorded_routes() -> Iterator[list[Route]]:
-    """Collect the `Route` of every call of a router within the block, in order: pass by pass, and layer by layer within a pass."""
-    routes: list[Route] = []
+def recorded_routes() -> Iterator[Routes]:
+    """Collect the `Route` of every call of a router within the block."""
+    routes = Routes()
     _recorded.append(routes)
     try:
         yield routes
@@ -78,6 +94,15 @@ def balance_loss(routes: list[Route]) -> Tensor:
         load = F.one_hot(route.chosen, experts).sum(-2).to(route.chances.dtype).mean(0)
         losses.append(experts * (load * route.chances.mean(0)).sum())
     return torch.stack(losses).mean()
+
+
+def expert_loads(routes: list[Route]) -> dict[int, Tensor]:
+    """Return the number of tokens that chose each of E experts of R routers, int64 [R, E], by index of the pass."""
+    loads: dict[int, dict[Router, Tensor]] = {}
+    for route in routes:
+        of_pass = loads.setdefault(route.number, {})
+        of_pass[route.router] = of_pass.get(route.router, 0) + route.chosen.flatten().bincount(minlength=route.chances.shape[-1])
+    return {number: torch.stack(list(of_pass.values())) for number, of_pass in loads.items()}
 
 
 class WideLinear(nn.Linear):
@@ -111,7 +136,8 @@ class Router(nn.Module):
         if options.normalise:
             weight = weight / (weight.sum(-1, keepdim=True) + options.normalise_eps)
         for routes in _recorded:
-            routes.append(Route((scores / scores.sum(-1, keepdim=True)).flatten(0, 1), index.flatten(0, 1)))
+            chances = (scores / scores.sum(-1, keepdim=True)).flatten(0, 1)
+            routes.append(Route(chances, index.flatten(0, 1), self, routes.number))
         return weight if options.scale == 1 else weight * options.scale, index
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import inputs
 from zoo.blocks.exit_gate import ExitGate
 from zoo.blocks.mixer import Mixer
+from zoo.blocks.moe import begin_pass
 from zoo.blocks.norm import norms
 from zoo.blocks.positions import Positions
 from zoo.blocks.tied_head import TiedHead
@@ -107,8 +108,7 @@ class Model(nn.Module):
             return h.new_zeros(*h.shape[: -2 if self.config.wake_loops > 1 else -1], self.config.vocab_size, dtype=self.dtype)
         logits: Tensor = self.head(self.normed(h))
         logits = logits if self.config.logits_scale == 1 else logits * self.config.logits_scale
-        cap = self.config.logits_cap
-        return logits if cap is None else cap * (logits / cap).tanh()
+        return logits if (cap := self.config.logits_cap) is None else cap * (logits / cap).tanh()
 
     @property
     def wakes_as_it_sleeps(self) -> bool:
@@ -159,18 +159,17 @@ class Model(nn.Module):
         """
         inputs.check_flag("recompute", recompute)
         first, outputs = h, []
-        fast, window = list(start.fast), list(start.window)
+        fast, window = list(start.fast), dict(enumerate(start.window))
         if awake is not None:  # the wake pass was the first one
-            h, fast, window = awake[0], list(awake[1].fast), list(awake[1].window)
+            h, fast, window = awake[0], list(awake[1].fast), dict(enumerate(awake[1].window))
         one_pass = partial(checkpoint, self._pass, use_reentrant=False) if recompute else self._pass
         for n, blocks in enumerate(passes):
             if n > 0 or awake is None:
                 h, first, fast, caches = one_pass(n, blocks, start, positions, h, first, *fast)
-                for at, cache in caches.items():
-                    window[at] = cache
+                window |= caches
                 outputs.append(h)
         h = torch.stack(outputs, dim=-2) if self.config.wake_loops > 1 else h
-        return h, State(tuple(fast), tuple(window), positions.end)
+        return h, State(tuple(fast), tuple(window.values()), positions.end)
 
     def _pass(
         self, n: int, blocks: list[tuple[int, bool]], start: State, positions: Positions, h: Tensor, first: Tensor, *fast_in: Tensor | None
@@ -179,6 +178,7 @@ class Model(nn.Module):
 
         The fast weights are separate arguments because `checkpoint` stores no tensor that is inside a list.
         """
+        begin_pass(n)
         fast, window = list(fast_in), {}
         for i, mlp in blocks:
             if i == self.span.start:

@@ -9,7 +9,7 @@ from torch.nn.functional import gelu, relu, silu
 
 import zoo
 from zoo.blocks.mlp import mlps
-from zoo.blocks.moe import MoE, MoEOptions, balance_loss, recorded_routes
+from zoo.blocks.moe import MoE, MoEOptions, balance_loss, expert_loads, recorded_routes
 
 D, F = 8, 5
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -118,6 +118,14 @@ def test_routes_and_their_balance() -> None:
     assert len(routes) == 3 * 2 - 1  # nothing reads the last MLP of a sleep that empties the window
     assert all(route.chances.shape == (6, 4) and route.chosen.shape == (6, 2) for route in routes)
     assert not any(torch.equal(routes[0].chances, route.chances) for route in routes[2::2])  # another route in every pass
+    first, second = (model.blocks[n].mlp.router for n in range(2))
+    assert [route.router for route in routes] == [first, second, first, second, first]
+    assert [route.number for route in routes] == [0, 0, 1, 1, 2]
+    loads = expert_loads(routes)
+    assert [loads[n].shape for n in range(3)] == [(2, 4), (2, 4), (1, 4)]
+    for route, load in zip(routes, [*loads[0], *loads[1], *loads[2]], strict=True):
+        assert load.tolist() == [int((route.chosen == e).sum()) for e in range(4)]
+    assert torch.equal(expert_loads([*routes, *routes])[1], 2 * loads[1])
     with recorded_routes() as routes:
         model(ids)
     loss = balance_loss(routes)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import onnx
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import zoo
 from tests.export.conftest import CASES, FORMS, MORE
 from zoo.errors import ZooError
 from zoo.export.ring import PAST, PRESENT, pack
 from zoo.export.runtime import ExportedModel
-from zoo.export.verify import SLEEP, STRESS, verify
+from zoo.export.verify import SLEEP, STRESS, TOLERANCE, verify
 from zoo.export.verify import stream as verify_stream
 
 OF_EVERY_KIND = [*CASES, *FORMS, *(pytest.param(case, marks=pytest.mark.extended) for case in MORE if case != "ourojet-loud")]
@@ -208,7 +210,18 @@ def test_rounding_of_pytorch_is_not_held_against_the_graphs(bundles):
     parity = verify(ill_conditioned, ExportedModel(folder))
     assert parity.reference == "float64"
     assert "PyTorch in float64" in str(parity.table().title)
-    assert max(difference.maximum for difference in parity.differences.values()) < 1e-5
+    assert not parity.outside(1e-5)
+
+
+def test_the_error_of_an_ill_conditioned_model_is_bounded_by_that_of_pytorch(bundles, monkeypatch):
+    model, folder, _ = bundles("hard")
+    monkeypatch.setitem(TOLERANCE, "float32", 0.0)
+    assert verify(model, ExportedModel(folder)).reference == "float64"
+    exported, plain = ExportedModel(folder), ExportedModel.plain
+    off = partial(tree_map, lambda x: x * 1.0001 if torch.is_tensor(x) else x)
+    monkeypatch.setattr(ExportedModel, "plain", lambda self, state: off(plain(self, state)))
+    with pytest.raises(ZooError, match=r"_state.*: the graph differs from PyTorch by .*e-05, allowed: \de-06"):
+        verify(model, exported)
 
 
 @pytest.mark.parametrize("ids", [(2, 7), (3, 1), (2, 0), (2,)])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.blocks.moe import Route, balance_loss, recorded_routes
+from zoo.blocks.moe import Routes, balance_loss, expert_loads, recorded_routes
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 from zoo.loss import Recompute, chunks, predicted
@@ -25,6 +25,8 @@ class Score(NamedTuple):
     """Correctness of each answer, [n] bool."""
     level: Tensor
     """Level of each answer, [n] int."""
+    experts: dict[int, Tensor]
+    """`zoo.blocks.moe.expert_loads` of this process; empty for a model without a mixture of experts."""
     balance: float | None = None
     """Load-balancing loss, if it is added to the loss; see `zoo.blocks.moe.balance_loss`."""
 
@@ -54,6 +56,7 @@ def backward(
         balance: weight of the load-balancing loss, which counts the wake passes and every pass of a sleep.
     """
     ids, mask, level = (torch.from_numpy(x) for x in batch)
+    loads: dict[int, Tensor] = {}
     loss, unbalanced, marks = 0.0, 0.0, torch.zeros(ids.numel(), dtype=torch.uint8)
     place = torch.arange(ids.numel()).view_as(ids)
     parts = team.rows(len(ids)).tensor_split(accumulate)
@@ -63,11 +66,13 @@ def backward(
         raise ZooError("the task gave a batch without answers: its loss_mask marks no token that can be predicted")
     for part, count in zip(parts, counts, strict=True):
         rows = part if count else next(row for row in torch.arange(len(ids)).split(1) if _count(mask[row], config))
-        recording: AbstractContextManager[list[Route]] = recorded_routes() if balance else nullcontext([])
+        recording: AbstractContextManager[Routes] = recorded_routes() if "moe" in config.mlp_pattern else nullcontext(Routes())
         with recording as routes:  # in the backward pass too, which may recompute them
             answers = answer(
                 ids[rows].to(team.device), mask[rows].to(team.device), loops=loops, recompute=recompute, backward_chunks=backward_chunks
             )
+            for number, load in expert_loads(routes).items():
+                loads[number] = loads.get(number, 0) + load
             share = objective = answers.losses().sum() / total
             if balance:
                 of_experts = balance_loss(routes) * count / total
@@ -82,7 +87,8 @@ def backward(
             marks[place[rows].flatten()[answers.place.cpu()]] = 1 + answers.right().cpu().byte()  # 0: not predicted, 1: wrong, 2: right
     team.average_replicated()
     marks = team.max(marks)
-    return Score(team.sum(loss), marks[marks > 0] == 2, level.flatten()[marks > 0], team.sum(unbalanced) if balance else None)
+    right, level = marks[marks > 0] == 2, level.flatten()[marks > 0]
+    return Score(team.sum(loss), right, level, loads, team.sum(unbalanced) if balance else None)
 
 
 def _count(loss_mask: Tensor, config: ModelConfig) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from zoo.checkpoints.companions import read_companions
 from zoo.costs import peak_flops, training_flops
@@ -261,12 +262,26 @@ class Meter:
         }
         if score.balance is not None:
             metrics["balance"] = round(score.balance, 4)
+        if score.experts:
+            metrics["experts_by_pass"] = {str(number + 1): _uses(load) for number, load in sorted(score.experts.items())}
         if (memory := peak_memory(self.team.device)) is not None:
             metrics["memory"] = memory
         if self.peak is not None:
             flops = training_flops(self.model, torch.from_numpy(batch.loss_mask), loops=loops)
             metrics["mfu"] = round(metrics["tokens_per_second"] * flops / batch.tokens / (self.peak * self.team.size), 4)
         return metrics
+
+
+def _uses(load: Tensor) -> dict[str, float]:
+    """Return the load of the busiest expert in units of the mean, and the share of experts that no token chose: means over the layers.
+
+    Args:
+        load: as in `zoo.blocks.moe.expert_loads`.
+    """
+    return {
+        "busiest": round((load.amax(1) / load.double().mean(1)).mean().item(), 3),
+        "unused": round((load == 0).double().mean().item(), 4),
+    }
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -119,6 +119,11 @@ def _warn(tracker: Tracker, why: str) -> None:
 
 
 def flat(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return metrics by name, those by level as `by_level/3`."""
-    by_level = {f"by_level/{level}": share for level, share in metrics["by_level"].items()}
-    return {**{name: value for name, value in metrics.items() if name not in ("step", "by_level")}, **by_level}
+    """Return metrics by name without the step, nested ones as `by_level/3`."""
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            numbers |= {f"{name}/{inner}": number for inner, number in flat(value).items()}
+        elif name != "step":
+            numbers[name] = value
+    return numbers

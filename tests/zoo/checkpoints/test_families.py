@@ -97,9 +97,10 @@ def test_graphs(name: str, evict: str, dialect: str, tmp_path: Path) -> None:
     model = zoo.load(ORACLES / name, evict=evict, window=6, loops=3, span=(1, 2))
     zoo.export.export(model, tmp_path / "bundle", plan=Plan(dialect=dialect))
     ids = torch.randint(256, (2, 27), generator=torch.Generator().manual_seed(0))
-    want = zoo.Session(model, 2).feed(ids)
-    got = zoo.export.load(tmp_path / "bundle", batch_size=2).feed(ids)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * max(1.0, want.std().item()))
+    got, in_float32 = zoo.export.load(tmp_path / "bundle", batch_size=2).feed(ids), zoo.Session(model, 2).feed(ids)
+    want = zoo.Session(model.double(), 2).feed(ids)
+    rounding = (in_float32 - want).abs().max().item()  # some of these models amplify it a thousandfold
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=max(1e-4 * max(1.0, want.std().item()), 10 * rounding))
 
 
 SIZE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -300,15 +300,17 @@ def test_the_balance_of_experts_is_part_of_the_gradient(recompute):
     )
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    losses, balances = [], []
+    losses, balances, chosen = [], [], []
     for half in (slice(0, 2), slice(2, 4)):
         with recorded_routes() as routes:
             losses.append(model.loss(torch.from_numpy(ids[half]), torch.from_numpy(mask[half])))
         assert len(routes) == 2 + 1  # nothing reads the MLP of the last pass
         balances.append(balance_loss(routes))
+        chosen += [(route.number, expert) for route in routes for expert in route.chosen.flatten().tolist()]
     (sum(losses) / 2 + 0.7 * sum(balances) / 2).backward()
     assert score.loss == pytest.approx(sum(losses).item() / 2, abs=1e-12)
     assert score.balance == pytest.approx(sum(balances).item() / 2, abs=1e-12)
+    assert {n: load.tolist() for n, load in score.experts.items()} == {n: [[chosen.count((n, e)) for e in range(4)]] for n in range(2)}
     assert all(torch.allclose(found[name], model.get_parameter(name).grad, rtol=0, atol=1e-12) for name in found)
 
 
@@ -317,6 +319,8 @@ def test_training_balances_experts(tmp_path):
     config = tiny(steps=40, batch_size=8, lr=0.02, overrides=EXPERTS, balance=1.0)
     train(config, tmp_path / "run", report=lines.append)
     assert lines[-1]["balance"] < 1.02 < lines[0]["balance"]  # 1: all experts are chosen equally often
+    assert lines[-1]["experts_by_pass"].keys() == {"1"}  # nothing reads the MLP of the second pass
+    assert lines[-1]["experts_by_pass"]["1"]["busiest"] < 1.3 < lines[0]["experts_by_pass"]["1"]["busiest"]
     with pytest.raises(zoo.ZooError, match=r"balance: 1.0: gdn4-sleep2-hard6 has no mixture of experts"):
         train(tiny(balance=1.0), tmp_path / "dense")
 

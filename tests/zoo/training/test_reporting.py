@@ -22,6 +22,7 @@ from zoo.costs import peak_flops, training_flops
 from zoo.tasks import new_task
 from zoo.training.config import read_config
 from zoo.training.reporting import _line, _time_left, add_run, advance, new_progress, tensorboard
+from zoo.training.trackers import flat
 
 RUN = """
 model: gdn4-sleep2-hard6
@@ -69,6 +70,12 @@ def test_tensorboard_shows_what_the_lines_say(tmp_path, config):
             assert shown[name][line["step"]] == pytest.approx(line[name], rel=1e-6)
         for level, share in line["by_level"].items():
             assert shown[f"by_level/{level}"][line["step"]] == pytest.approx(share, rel=1e-6)
+
+
+def test_nested_metrics_have_paths():
+    line = {"step": 3, "loss": 1.5, "by_level": {"2": 0.5}, "experts_by_pass": {"1": {"busiest": 2.0, "unused": 0.25}}}
+    wanted = {"loss": 1.5, "by_level/2": 0.5, "experts_by_pass/1/busiest": 2.0, "experts_by_pass/1/unused": 0.25}
+    assert flat(line) == wanted
 
 
 def test_a_resumed_run_drops_the_steps_it_repeats(tmp_path, config):
