@@ -224,7 +224,7 @@ class Server:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def error(self, request: Request, error: Exception) -> JSONResponse:
-        refusal = as_api_error(error)
+        refusal = as_api_error(error, f"{request.method} {request.url.path}")
         self.metrics.requests.labels(_route(request), refusal.status).inc()
         return JSONResponse(refusal.body, refusal.status, getattr(error, "headers", None))
 

@@ -20,14 +20,15 @@ from zoo.sessions.pool import PoolClosedError
 MOST_SHOWN = 80  # characters of a value in an error
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """Return the response to an exception raised by a route or by the framework."""
+def as_api_error(error: Exception, asked: str = "") -> ApiError:
+    """Return the response to an exception raised by a route or by the framework. asked: method and path of the request."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PoolClosedError):
         return ApiError(503, "the server is shutting down")
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
+        unknown = error.status_code in (404, 405)
+        return ApiError(error.status_code, f"{asked}: {error.detail}; GET /openapi.json lists the routes" if unknown else str(error.detail))
     if not isinstance(error, RequestValidationError):
         return ApiError(500, f"{type(error).__name__}: {error}")
     return _as_refusal(list(error.errors()))

@@ -239,7 +239,13 @@ def test_a_large_body_without_a_length(url):
     code, answer = raw(url, "/v1/completions", chunks(), **{"transfer-encoding": "chunked"})
     assert code == 413
     assert "more than 20000 bytes" in json.loads(answer)["error"]["message"]
-    assert raw(url, "/nowhere", None)[0] == 404
+
+
+@pytest.mark.parametrize(("path", "status"), [("/nowhere", 404), ("/v1/chat/completions", 405)])
+def test_unknown_routes_are_named(url, path, status):
+    code, answer = raw(url, path, None)
+    assert code == status
+    assert json.loads(answer)["error"]["message"].startswith(f"GET {path}: ")
 
 
 def test_metrics(url, client):
