@@ -215,13 +215,14 @@ def data(folder: Path) -> list[Kind]:
     (folder / "data").mkdir()
     rows = [{"context": f"It is {n}.", "question": "What is it?", "answer": f"{n}"} for n in range(4)]
     problem = {"problem": "There are two lions. " * 4, "question": "How many?", "op": 2, "solution": "Answer: 2."}
-    lines = {"qa": rows, "gsm": [problem] * 3, "text": [{"text": f"document {n}"} for n in range(9)]}
+    talk = [{"role": role, "content": "hello"} for role in ("user", "assistant", "user", "assistant")]
+    lines = {"qa": rows, "chat": [{"messages": talk}] * 3, "gsm": [problem] * 3, "text": [{"text": f"document {n}"} for n in range(9)]}
     for split in ("train", "test"):
         np.save(folder / "data" / f"{split}.npy", np.arange(len(split), 60, dtype=np.uint16))
         for name, fields in lines.items():
             text = "".join(json.dumps(line | {"split": split}) + "\n" for line in fields)
             (folder / "data" / f"{name}-{split}.jsonl").write_text(text)
-    files = {"train.npy": "npy", "qa-train.jsonl": "jsonl", "gsm-train.jsonl": "jsonl"}
+    files = {"train.npy": "npy", "qa-train.jsonl": "jsonl", "chat-train.jsonl": "jsonl", "gsm-train.jsonl": "jsonl"}
     read = [Kind("data", file, partial(batch, task=task), form) for (file, form), task in zip(files.items(), TASKS, strict=True)]
     return [*read, Kind("data", "text-train.jsonl", lambda place: list(documents([place / "text-train.jsonl"], "text")) and None, "jsonl")]
 
@@ -229,6 +230,7 @@ def data(folder: Path) -> list[Kind]:
 TASKS = (
     {"name": "text", "train": "train.npy", "test": "test.npy", "vocab": 60, "length": 16, "width": 8},
     {"name": "qa", "train": "qa-train.jsonl", "test": "qa-test.jsonl", "width": 32},
+    {"name": "chat", "train": "chat-train.jsonl", "test": "chat-test.jsonl", "width": 32},
     {"name": "gsm-infinite", "train": "gsm-train.jsonl", "test": "gsm-test.jsonl", "shortest": 20, "longest": 400, "width": 40},
 )
 

@@ -100,7 +100,7 @@ def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig
         fields["tokenizer"] = str(folder) if has_tokenizer(folder) else None
         windows = trained.get("windows", 1) if trained.get("name") == "qa" else 2**20  # all of every context
         questions = Qa.model_construct(**fields, windows=windows)
-        longest = max(-(-len(row.context) // width) for row in questions._rows("test"))
+        longest = max(-(-len(row.context) // width) for row in questions.rows("test"))
         return questions.model_copy(update={"windows": max(1, min(windows, longest))})  # with the rows that were read
     if length is None:
         length = trained.get("length", 2048) if trained.get("name") == "text" else 4 * width

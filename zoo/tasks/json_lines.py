@@ -1,0 +1,106 @@
+"""The base class of tasks that read JSON lines of text."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from zoo.checkpoints.companions import GENERATION, read_companions
+from zoo.errors import ZooError
+from zoo.tasks.task import Split, Task, refuse_same_file
+from zoo.text.corpus import END_OF_BYTES
+from zoo.text.tokenizers import ByteTokenizer, load_tokenizer
+
+
+class JsonLines(Task):
+    """Rows of two files, which `row` turns into tokens; they are read once. Subclasses set `form` and implement `row`."""
+
+    form: ClassVar[str]
+    """What a line must be, for errors."""
+    is_text = True
+    paths = ("train", "test", "tokenizer")
+    train: str = Field(description="file of JSON lines")
+    test: str = Field(description="held-out file of JSON lines")
+    tokenizer: str | None = Field(None, description="folder with a tokenizer and a chat template; default: bytes")
+    vocab: int = Field(256, ge=2, description="size of the vocabulary")
+    width: int = Field(512, ge=2, description="window in tokens")
+
+    @model_validator(mode="after")
+    def _fits(self) -> JsonLines:
+        refuse_same_file(self.train, self.test)
+        try:
+            for split in (self.train, self.test):
+                with Path(split).open("rb") as file:
+                    file.read(1)
+            self.text  # noqa: B018  (the tokenizer can be read)
+        except (OSError, ZooError) as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocab
+
+    @property
+    def window(self) -> int:
+        return self.width
+
+    def companions(self) -> dict[str, bytes]:
+        """See `Task.companions`."""
+        if self.tokenizer is not None:
+            return read_companions(Path(self.tokenizer))
+        return {GENERATION: json.dumps({"eos_token_id": self.end_of_bytes}).encode() + b"\n"}
+
+    @property
+    def end_of_bytes(self) -> int:
+        """Token that ends an answer in bytes."""
+        return END_OF_BYTES
+
+    def held_out(self) -> int:
+        """See `Task.held_out`."""
+        return len(self.rows("test"))
+
+    @abstractmethod
+    def row(self, fields: Any) -> Any:
+        """Return the tokens of the object in a line. Raises ZooError for one that does not fit; other errors mean another form."""
+
+    def chosen(self, seed: int, step: int, size: int, split: Split) -> list[Any]:
+        """Return the rows of a batch: random ones, and held-out ones in order. Raises ZooError: as `rows`."""
+        rows, rng = self.rows(split), np.random.default_rng([seed, step])
+        return [rows[i] for i in (rng.integers(0, len(rows), size) if split == "train" else np.arange(step, step + size) % len(rows))]
+
+    @cached_property
+    def text(self) -> ByteTokenizer:
+        """The tokenizer."""
+        return ByteTokenizer(256, (self.end_of_bytes,)) if self.tokenizer is None else load_tokenizer(Path(self.tokenizer), self.vocab)
+
+    @cached_property
+    def _read(self) -> dict[str, list[Any]]:
+        return {}
+
+    def rows(self, split: Split) -> list[Any]:
+        """Return the tokens of every row. Raises ZooError: a row that is damaged or does not fit."""
+        if split not in self._read:
+            file = Path(self.test if split == "test" else self.train)
+            try:
+                lines = file.read_text(encoding="utf-8").split("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ZooError(f"{file}: cannot be read: {error}") from None
+            self._read[split] = [self._row(line, f"{file}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+            if not self._read[split]:
+                raise ZooError(f"{file}: no rows")
+        return self._read[split]
+
+    def _row(self, line: str, label: str) -> Any:
+        try:
+            return self.row(json.loads(line))
+        except ZooError as error:
+            raise ZooError(f"{label}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ZooError(f"{label}: want {self.form}: {error}") from None
