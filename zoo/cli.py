@@ -290,7 +290,8 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
 @click.option("--out", type=PATH, required=True, help="Folder for the ablation.")
 @click.option("--processes", type=click.IntRange(min=1), help="Number of concurrent runs.  [default: one per GPU, else one per core]")
 @SHARD
-def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | None, shard: tuple[int, int]) -> None:
+@click.option("--on", type=click.Choice(["ray"]), help="Cluster to train on: that of RAY_ADDRESS, else a Ray of this machine.")
+def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | None, shard: tuple[int, int], on: str | None) -> None:
     """Train and compare variants of a model.
 
     PLAN names the arms: a YAML file, or a shipped plan, for example `zoo ablate cycle-small base.steps=100 seeds=[0] --out FOLDER`.
@@ -305,7 +306,12 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
     from zoo.training.ablation import ablate as run
     from zoo.training.plan import read_plan
 
-    table = run(read_plan(plan, parse_overrides(overrides)), out, processes=processes, shard=shard)
+    options: dict[str, Any] = {"processes": processes, "shard": shard}
+    if on == "ray":
+        from zoo.integrations.ray import train_all  # raises a ZooError that names what to install
+
+        options["on"] = train_all
+    table = run(read_plan(plan, parse_overrides(overrides)), out, **options)
     print_markdown(table)
     click.echo(f"written to {out}")
 

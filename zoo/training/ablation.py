@@ -16,7 +16,7 @@ import csv
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,13 +44,18 @@ PLAN = "plan.yaml"
 TEST_LOOPS = "test_loops.json"
 
 
-def ablate(plan: Plan, out: Path, *, processes: int | None = None, shard: tuple[int, int] = (1, 1)) -> str:
+TrainAll = Callable[[Mapping[Run, Job], int | None], dict[Run, str]]
+"""Function that does jobs, some at once; `zoo.training.workers.train_all` and `zoo.integrations.ray.train_all` are two."""
+
+
+def ablate(plan: Plan, out: Path, *, processes: int | None = None, shard: tuple[int, int] = (1, 1), on: TrainAll | None = None) -> str:
     """Train every arm with every seed in the folder `out`, or resume what is there; then write the table and draw the plots.
 
     Processes on one or several machines may do this at the same time in the same folder: each trains runs that no other is training.
 
     Args:
         processes: runs at once, each with one thread or one GPU; default: one per GPU, or else per core.
+        on: where the runs are trained; default: in processes of this machine.
         shard: (K, N): train only the K-th of N parts of the runs; tables and plots are those of all runs that are finished.
     Returns:
         The tables as Markdown.
@@ -72,7 +77,7 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None, shard: tuple[
         raise ZooError(f"shard: {part}/{parts}: the plan has only {counted(len(runs), 'run')}")
     with deferred():
         _begin(settings, out)
-    failed = _train(runs[part - 1 :: parts], out / "runs", plan.test_loops, processes)
+    failed = (on or train_all)(_jobs(runs[part - 1 :: parts], out / "runs", plan.test_loops), processes)
     with deferred(), _sole_writer(out):
         remove_scratch(out)
         tables = _write_results(plan, arms, matched, out)
@@ -107,11 +112,11 @@ def _sole_writer(out: Path) -> Iterator[None]:
         yield
 
 
-def _train(runs: Iterable[Run], folder: Path, test_loops: tuple[int, ...], processes: int | None) -> dict[Run, str]:
-    """Train the runs that are not finished, in order. Returns those that failed, and why."""
+def _jobs(runs: Iterable[Run], folder: Path, test_loops: tuple[int, ...]) -> dict[Run, Job]:
+    """Return the jobs of the runs that are not finished, in order."""
     pending = [run for run in runs if not (folder / run.folder / _last_file(test_loops)).exists()]
     after = partial(evaluate_with, loops=test_loops) if test_loops else None
-    return train_all({run: Job(run.config, folder / run.folder, after) for run in pending}, processes)
+    return {run: Job(run.config, folder / run.folder, after) for run in pending}
 
 
 def _last_file(test_loops: tuple[int, ...]) -> str:

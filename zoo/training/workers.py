@@ -21,7 +21,7 @@ from rich.progress import Progress
 from zoo.errors import ZooError
 from zoo.signals import STOPPING, StoppedError, deferred
 from zoo.system import cores
-from zoo.training.config import TrainConfig
+from zoo.training.config import Report, TrainConfig
 from zoo.training.loop import train
 from zoo.training.reporting import add_run, advance, new_progress
 from zoo.training.run_folder import RESULTS, BusyError
@@ -152,22 +152,27 @@ def _work(connection: Connection, slot: int) -> None:
         except (EOFError, ConnectionResetError):  # the parent has ended
             return
         try:
-            try:
-                if not (job.folder / RESULTS).exists():
-                    train(job.config, job.folder, report=send)
-            except ZooError:
-                if not (job.folder / RESULTS).exists():  # otherwise another process has just finished it
-                    raise
-            if job.after is not None:
-                job.after(job.folder)
-        except BusyError:
-            send(BUSY)
-        except ZooError as error:
-            send(str(error))
+            send(finish(job, send))
         except StoppedError:
             return
-        else:
-            send(None)
+
+
+def finish(job: Job, report: Report = lambda metrics: None) -> str | None:
+    """Do a job in this process. Returns why it failed, if it did, or `BUSY`. Raises StoppedError, as `train`."""
+    try:
+        try:
+            if not (job.folder / RESULTS).exists():
+                train(job.config, job.folder, report=report)
+        except ZooError:
+            if not (job.folder / RESULTS).exists():  # otherwise another process has just finished it
+                raise
+        if job.after is not None:
+            job.after(job.folder)
+    except BusyError:
+        return BUSY
+    except ZooError as error:
+        return str(error)
+    return None
 
 
 def _end_with_parent() -> None:
