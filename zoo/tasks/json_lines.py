@@ -22,7 +22,7 @@ class JsonLines(Task):
     """Rows of two files, which `row` turns into tokens; they are read once. Subclasses set `form` and implement `row`."""
 
     form: ClassVar[str]
-    """What a line must be, for errors."""
+    """Form of a line, as errors name it."""
     is_text = True
     paths = ("train", "test", "tokenizer")
     train: str = Field(description="file of JSON lines")
