@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -27,37 +28,40 @@ def train_all(jobs: Mapping[Name, Job], processes: int | None = None) -> dict[Na
     Args:
         processes: jobs at once; default: as many as the cluster has room for.
     """
-    ours = not ray.is_initialized()
-    if ours:
+    own = not ray.is_initialized()
+    if own:
         ray.init(log_to_driver=False, include_dashboard=False)
     needs = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
     do = ray.remote(max_retries=3, **needs)(_do)
-    pending, failed, running = list(jobs), dict[Name, str](), dict[ray.ObjectRef, Name]()
-    retried = dict.fromkeys(jobs, 0.0)
+    pending = dict.fromkeys(jobs, 0.0)  # with the time before which a job is not tried again
+    running: dict[Any, Name] = {}
+    failed: dict[Name, str] = {}
     try:
         with deferred() as stop_requested:
             while (pending or running) and not stop_requested():
-                for name in [name for name in pending if retried[name] <= time.monotonic()]:
+                for name in [name for name, when in pending.items() if when <= time.monotonic()]:
                     if processes is None or len(running) < processes:
-                        pending.remove(name)
+                        del pending[name]
                         running[do.remote(jobs[name]._replace(folder=jobs[name].folder.absolute()))] = name
                 ended, _ = ray.wait(list(running), timeout=0.5) if running else ([], [])
                 for task in ended:
                     name, outcome = running.pop(task), _outcome(task)
                     if outcome == BUSY:
-                        pending.append(name)
-                        retried[name] = time.monotonic() + LOOK_AGAIN
+                        pending[name] = time.monotonic() + LOOK_AGAIN
                         continue
                     print(f"{name}: {outcome or 'done'}", flush=True)
                     if outcome is not None:
                         failed[name] = outcome
+                if not ended and not running:
+                    time.sleep(0.5)  # until a job that another process is training is tried again
             if number := stop_requested():
                 for task in running:
                     ray.cancel(task)  # as Ctrl-C: the run writes a checkpoint
-                ray.wait(list(running), num_returns=len(running))
+                if running:
+                    ray.wait(list(running), num_returns=len(running))
                 raise StoppedError("stopped; the same command resumes", number)
     finally:
-        if ours:
+        if own:
             ray.shutdown()
     return failed
 
@@ -69,7 +73,7 @@ def _do(job: Job) -> str | None:
     return "stopped"
 
 
-def _outcome(task: ray.ObjectRef) -> str | None:
+def _outcome(task: Any) -> str | None:
     try:
         outcome: str | None = ray.get(task)
     except ray.exceptions.RayError as error:
