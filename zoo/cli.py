@@ -251,8 +251,8 @@ def eval_(folder: Path, overrides: tuple[str, ...], as_json: bool, **options: An
     """Evaluate a model on held-out sequences.
 
     FOLDER is a training run, finished or not, one of its checkpoints, or the folder of a model, which needs --data: a text file, a
-    .jsonl or .parquet file of documents, a .npy file of tokens, or a .jsonl file of questions as the task qa reads them.
-    FIELD=VALUE replaces a field of the model's config, such as evict=sliding.
+    .jsonl or .parquet file of documents, a .npy file of tokens, or a .jsonl file of questions or of conversations as the tasks qa and
+    chat read them. FIELD=VALUE replaces a field of the model's config, such as evict=sliding.
     """
     from zoo.console import print_comparison, print_results
     from zoo.training.evaluate_folder import evaluate_folder

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.tasks.json_lines import JsonLines
 from zoo.tasks.task import Batch, Split, tasks
 from zoo.text.corpus import END_OF_BYTES
 
 END_OF_LINE = ord("\n")
+ROLES = ("system", "developer", "user", "assistant")
 
 Row = list[tuple[int, bool]]
 """Tokens of a conversation, and whether each is supervised."""
@@ -20,15 +23,16 @@ Row = list[tuple[int, bool]]
 
 @tasks.register("chat")
 class Chat(JsonLines):
-    """Rows `{"messages": [{"role": ..., "content": ...}, ...]}` of JSON lines, in the chat template. The answers of the assistant are
-    supervised, each with the token that ends it, in every window, so the model needs `sleep_on: every`.
+    """Rows `{"messages": [{"role": ..., "content": ...}, ...]}` of JSON lines, in the chat template; content is a text or a list of
+    text parts. The answers of the assistant are supervised, each with the token that ends it, in every window, so the model needs
+    `sleep_on: every`. In bytes, a message is a line.
 
     The level of a token is the index of its window in the conversation, from 1. What follows the last answer is dropped, and so is
     what does not fit into `length` tokens.
     """
 
     name = "chat"
-    form = "an object with messages, each of which has a role and a content"
+    form = "an object with a list of messages"
     level_name = "window"
     loss_everywhere = True
     length: int = Field(2048, ge=2, description="largest number of tokens of a conversation")
@@ -37,6 +41,12 @@ class Chat(JsonLines):
     def end_of_bytes(self) -> int:
         """See `JsonLines.end_of_bytes`: without a template, a message is a line."""
         return END_OF_LINE
+
+    @model_validator(mode="after")
+    def _has_template(self) -> Chat:
+        if self.tokenizer is not None and not self.text.templates:
+            raise ValueError(f"tokenizer: {self.tokenizer}: has no chat template")
+        return self
 
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
         """See `Task.batch`. Held-out conversations are taken in order. Raises ZooError: a row that is damaged or does not fit."""
@@ -56,7 +66,9 @@ class Chat(JsonLines):
 
     def row(self, fields: Any) -> Row:
         """See `JsonLines.row`."""
-        messages, row, written = fields["messages"], [], ""
+        if fields.get("tools"):
+            raise ZooError("tools: conversations with tools are not supported")
+        messages, row, written = [_message(message, f"messages.{n}") for n, message in enumerate(fields["messages"])], [], ""
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -68,11 +80,43 @@ class Chat(JsonLines):
             if not self.text.templates and ends != [len(answer)]:
                 raise ZooError(f"messages.{n}: {message['content']!r} has several lines, which needs a chat template")
             if not ends:
-                raise ZooError(f"messages.{n}: the chat template ends it with none of the tokens {self.text.stop}, which end an answer")
+                raise ZooError(
+                    f"messages.{n}: the chat template ends it with none of the tokens {self.text.stop}, which end an answer: eos_token_id"
+                )
             row += [(token, False) for token in self.text.encode(asked[len(written) :], special=False)]
             row += [(token, at <= ends[-1]) for at, token in enumerate(answer, 1)]
             written = answered
-        row = row[: self.length]
-        if not any(supervised for _, supervised in row[1:]):
-            raise ZooError(f"messages: no answer of the assistant within length: {self.length} tokens")
+        if not row:
+            raise ZooError("messages: none of the assistant")
         return row
+
+    def fitted(self, rows: list[Row], file: Path) -> list[Row]:
+        """See `JsonLines.fitted`: long conversations lose their end, and those without an answer before it are left out."""
+        kept = [row[: self.length] for row in rows if any(supervised for _, supervised in row[1 : self.length])]
+        if not kept:
+            raise ZooError(f"{file}: no conversation has an answer within length: {self.length} tokens")
+        if cut := sum(len(row) > self.length for row in rows):
+            left = len(rows) - len(kept)
+            warnings.warn(
+                f"{file}: {cut} of {counted(len(rows), 'conversation')} take more than length: {self.length} tokens and lose their end; "
+                f"{left} of them, which have no answer before it, are left out",
+                stacklevel=2,
+            )
+        return kept
+
+
+def _message(message: Any, label: str) -> dict[str, str]:
+    """Return a message with its text parts joined. Raises ZooError, starting with `label`."""
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise ZooError(f"{label}: want an object with role and content")
+    if message["role"] not in ROLES:
+        raise ZooError(f"{label}.role: {message['role']!r}; allowed: {', '.join(ROLES)}")
+    for field in ("tool_calls", "function_call"):
+        if message.get(field):
+            raise ZooError(f"{label}.{field}: calls are not supported")
+    parts = message["content"] if isinstance(message["content"], list) else [{"type": "text", "text": message["content"]}]
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+    joined = [text for text in texts if isinstance(text, str)]
+    if len(joined) < len(texts):
+        raise ZooError(f"{label}.content: want a text, or a list of text parts")
+    return {**message, "content": "".join(joined)}

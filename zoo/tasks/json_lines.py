@@ -34,6 +34,10 @@ class JsonLines(Task):
     @model_validator(mode="after")
     def _fits(self) -> JsonLines:
         refuse_same_file(self.train, self.test)
+        if self.tokenizer is not None and not Path(self.tokenizer).is_dir():
+            raise ValueError(
+                f"tokenizer: {self.tokenizer}: {'a file; want its folder' if Path(self.tokenizer).exists() else 'no such folder'}"
+            )
         try:
             for split in (self.train, self.test):
                 with Path(split).open("rb") as file:
@@ -70,6 +74,10 @@ class JsonLines(Task):
     def row(self, fields: Any) -> Any:
         """Return the tokens of the object in a line. Raises ZooError for one that does not fit; other errors mean another form."""
 
+    def fitted(self, rows: list[Any], file: Path) -> list[Any]:
+        """Return the rows as they are used, with a warning about those that are cut or left out."""
+        return rows
+
     def chosen(self, seed: int, step: int, size: int, split: Split) -> list[Any]:
         """Return the rows of a batch: random ones, and held-out ones in order. Raises ZooError: as `rows`."""
         rows, rng = self.rows(split), np.random.default_rng([seed, step])
@@ -89,12 +97,13 @@ class JsonLines(Task):
         if split not in self._read:
             file = Path(self.test if split == "test" else self.train)
             try:
-                lines = file.read_text(encoding="utf-8").split("\n")
+                lines = file.read_text(encoding="utf-8-sig").split("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise ZooError(f"{file}: cannot be read: {error}") from None
-            self._read[split] = [self._row(line, f"{file}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-            if not self._read[split]:
+            rows = [self._row(line, f"{file}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+            if not rows:
                 raise ZooError(f"{file}: no rows")
+            self._read[split] = self.fitted(rows, file)
         return self._read[split]
 
     def _row(self, line: str, label: str) -> Any:
@@ -102,5 +111,8 @@ class JsonLines(Task):
             return self.row(json.loads(line))
         except ZooError as error:
             raise ZooError(f"{label}: {error}") from None
+        except json.JSONDecodeError as error:
+            raise ZooError(f"{label}: not JSON: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ZooError(f"{label}: want {self.form}: {error}") from None
+            lacking = f"; {error} is missing" if isinstance(error, KeyError) else ""
+            raise ZooError(f"{label}: want {self.form}{lacking}") from None

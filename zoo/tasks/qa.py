@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, counted
 from zoo.tasks.json_lines import JsonLines
 from zoo.tasks.task import Batch, Split, tasks
 from zoo.text.corpus import END_OF_BYTES
@@ -54,11 +56,18 @@ class Qa(JsonLines):
         places = [[answer[i] for answer in answers if i < len(answer)] for i in range(longest)]
         return sum(max(map(tokens.count, set(tokens))) for tokens in places) / sum(map(len, answers))
 
+    def fitted(self, rows: list[Row], file: Path) -> list[Row]:
+        """See `JsonLines.fitted`: long contexts lose their beginning."""
+        room = self.windows * self.width
+        if cut := sum(len(row.context) > room for row in rows):
+            warnings.warn(f"{file}: {cut} of {counted(len(rows), 'context')} lose their beginning: more than {room} tokens", stacklevel=2)
+        return [row._replace(context=row.context[-room:]) for row in rows]
+
     def row(self, fields: Any) -> Row:
         """See `JsonLines.row`."""
         context, question, answer = (fields[name] for name in ("context", "question", "answer"))
         asked, said = self.text.chat([{"role": "user", "content": question}]), self.text.encode(answer, special=False)
-        row = Row(self.text.encode(context)[-self.windows * self.width :], asked, [*said, *(self.text.stop[:1] or [END_OF_BYTES])])
+        row = Row(self.text.encode(context), asked, [*said, *(self.text.stop[:1] or [END_OF_BYTES])])
         if len(row.question) + len(row.answer) > self.width:
             raise ZooError(f"question and answer take {len(row.question) + len(row.answer)} tokens; width: {self.width}")
         return row

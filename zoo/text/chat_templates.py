@@ -27,7 +27,11 @@ LEAST_OUTPUT, OUTPUT_PER_INPUT = 2**20, 4
 
 
 def plain(messages: Messages, *, add_generation_prompt: bool = True) -> str:
-    """Return one line per message, such as "user: hi", and the start of the answer."""
+    """Return one line per message, such as "user: hi", and the start of the answer. Raises ZooError: content that is not text."""
+    messages = list(messages)
+    for n, message in enumerate(messages):
+        if not isinstance(message["content"], str):
+            raise ZooError(f"messages.{n}.content: {message['content']!r}; without a chat template, want a text")
     lines = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
     return lines + ("assistant: " if add_generation_prompt else "")
 

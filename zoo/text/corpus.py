@@ -116,7 +116,7 @@ def _rows(file: Path, field: str) -> Iterator[str]:
             for number, line in enumerate(lines, 1):
                 row: Any = json.loads(line) if line.strip() else {field: ""}
                 if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                    raise ZooError(f"{file}: line {number}: no text under '{field}'; see --field")
+                    raise ZooError(f"{file}: line {number}: no text under '{field}'")
                 if line.strip():
                     yield row[field]
     except ZooError:

@@ -15,6 +15,7 @@ from zoo.checkpoints.companions import has_tokenizer
 from zoo.config import ModelConfig
 from zoo.errors import ZooError, counted
 from zoo.tasks import Batch, Task
+from zoo.tasks.chat import Chat
 from zoo.tasks.qa import Qa
 from zoo.tasks.task import Split
 from zoo.tasks.text import by_window, majority, open_tokens
@@ -84,20 +85,23 @@ def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig
     """Return the task of a held-out file.
 
     Args:
-        file: .jsonl of questions as the task `qa` reads them, token ids, or text.
+        file: .jsonl of questions as the task `qa` reads them or of conversations as `chat` reads them, token ids, or text.
         folder: folder of the model, with its tokenizer.
         run: the run that trained the model; its layout of sequences is kept if it trains on such data.
-        length: number of tokens in a sequence of text; default: of the run, else four windows.
+        length: number of tokens in a sequence of text, default: of the run, else four windows; largest number in a conversation.
     Raises:
         ZooError: the file cannot be read, or `length` is given for questions.
     """
     width = model.window or WIDTH
     trained = {} if run is None else run.task
-    if _has_questions(file):
+    keys = _keys_of_first_row(file)
+    fields: dict[str, Any] = {"train": str(file), "test": str(file), "vocab": model.vocab_size, "width": width}
+    fields["tokenizer"] = str(folder) if has_tokenizer(folder) else None
+    if "messages" in keys:
+        return Chat.model_construct(**fields, length=length or (trained.get("length", 2048) if trained.get("name") == "chat" else 2048))
+    if "question" in keys:
         if length is not None:
             raise ZooError(f"--length: {length}; {file} holds questions, which have their own lengths")
-        fields: dict[str, Any] = {"train": str(file), "test": str(file), "vocab": model.vocab_size, "width": width}
-        fields["tokenizer"] = str(folder) if has_tokenizer(folder) else None
         windows = trained.get("windows", 1) if trained.get("name") == "qa" else 2**20  # all of every context
         questions = Qa.model_construct(**fields, windows=windows)
         longest = max(-(-len(row.context) // width) for row in questions.rows("test"))
@@ -109,13 +113,13 @@ def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig
     return excerpts.model_copy(update={"length": min(length, len(excerpts.tokens))})  # with the tokens that were read
 
 
-def _has_questions(file: Path) -> bool:
-    """Return whether the first row of a file of JSON lines holds a question."""
+def _keys_of_first_row(file: Path) -> set[str]:
+    """Return the keys of the object in the first row of a file of JSON lines; none for other files."""
     if file.suffix != ".jsonl":
-        return False
+        return set()
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             first = json.loads(next((line for line in lines if line.strip()), "null"))
     except (OSError, ValueError) as error:
         raise ZooError(f"--data: {file}: cannot be read as JSON lines: {error}") from None
-    return isinstance(first, dict) and "question" in first
+    return set(first) if isinstance(first, dict) else set()

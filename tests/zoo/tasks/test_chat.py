@@ -10,6 +10,7 @@ import zoo
 from zoo.tasks import new_task
 from zoo.text.tokenizers import load_tokenizer
 from zoo.training.config import TrainConfig
+from zoo.training.evaluate_folder import evaluate_folder
 from zoo.training.loop import train
 
 TALKS = [
@@ -88,7 +89,8 @@ def test_the_loss_is_that_of_each_conversation_alone(folder, evict):
 @pytest.mark.parametrize(
     ("talk", "template", "message"),
     [
-        ([("user", "hi")], None, "line 1: messages: no answer of the assistant within length: 2048 tokens"),
+        ([("user", "hi")], None, "line 1: messages: none of the assistant"),
+        ([("wizard", "hi")], None, "line 1: messages.0.role: 'wizard'; allowed: system, developer, user, assistant"),
         ([("user", "hi"), ("assistant", "a\nb")], None, r"messages.1: 'a\\nb' has several lines, which needs a chat template"),
         ([("user", "hi"), ("assistant", "a")], "{{ messages[-1].content }}", "messages.1: the chat template changes earlier text"),
         (
@@ -106,15 +108,50 @@ def test_conversations_that_do_not_fit(folder, talk, template, message):
         task(folder, **({} if template is None else {"tokenizer": str(folder / "bytes")})).batch(0, 0, 2)
 
 
-@pytest.mark.parametrize("line", ["[", "{}", "[1]", '{"messages": 3}', '{"messages": [3]}', '{"messages": [{"role": "assistant"}]}'])
-def test_other_lines_are_refused(folder, line):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[", "not JSON: "),
+        ("{}", "want an object with a list of messages; 'messages' is missing"),
+        ("[1]", "want an object with a list of messages"),
+        ('{"messages": 3}', "want an object with a list of messages"),
+        ('{"messages": [3]}', "messages.0: want an object with role and content"),
+        ('{"messages": [{"role": "assistant"}]}', "messages.0: want an object with role and content"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', "messages.0.content: want a text, or a list of text parts"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages.0.content: want a text"),
+        ('{"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}', "messages.0.tool_calls: calls are not supported"),
+        ('{"messages": [], "tools": [{}]}', "tools: conversations with tools are not supported"),
+    ],
+)
+def test_other_lines_are_refused(folder, line, message):
     (folder / "train.jsonl").write_text(line)
-    with pytest.raises(zoo.ZooError, match="line 1: want an object with messages, each of which has a role and a content"):
+    with pytest.raises(zoo.ZooError, match=f"line 1: {message}"):
         task(folder).batch(0, 0, 2)
 
 
+def test_text_parts_are_joined_and_a_byte_order_mark_is_skipped(folder):
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    (folder / "train.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": parts}]}), encoding="utf-8-sig")
+    assert bytes(task(folder).batch(0, 0, 1).ids[0].tolist()) == b"assistant: hello\n"
+
+
+def test_tokenizers_that_do_not_fit(folder):
+    with pytest.raises(zoo.ZooError, match="tokenizer: nowhere: no such folder"):
+        task(folder, tokenizer="nowhere")
+    with pytest.raises(zoo.ZooError, match=r"tokenizer: .*jinja: a file; want its folder"):
+        task(folder, tokenizer=str(folder / "bytes" / "chat_template.jinja"))
+    (folder / "bytes" / "chat_template.jinja").unlink()
+    with pytest.raises(zoo.ZooError, match=r"tokenizer: .*bytes: has no chat template"):
+        task(folder, tokenizer=str(folder / "bytes"))
+
+
 def test_a_long_conversation_loses_its_end(folder):
-    ids, mask, _ = task(folder, length=48).batch(0, 2, 1, "test")
+    with pytest.warns(UserWarning, match=r"3 of 3 conversations take more than length: 30 tokens and lose their end; 1 of them, which"):
+        assert len(task(folder, length=30).rows("test")) == 2
+    with pytest.raises(zoo.ZooError, match="no conversation has an answer within length: 5 tokens"):
+        task(folder, length=5).rows("test")
+    with pytest.warns(UserWarning, match="0 of them"):
+        ids, mask, _ = task(folder, length=48).batch(0, 2, 1, "test")
     assert bytes(ids[0].tolist()) == b"assistant: ask me\nuser: when?\nassistant: now, or"
     assert mask[0].sum() == len("ask me\n") + len("now, or")
 
@@ -135,3 +172,13 @@ def test_training(folder):
     assert losses[-1] < 0.7 * losses[0]
     assert zoo.load(folder / "run").config.sleep_on == "every"
     assert load_tokenizer(folder / "run", 256).stop == (ord("\n"),)  # an answer is a line
+
+
+def test_evaluation_on_another_file(folder):
+    """Conversations are read as `chat` reads them, and give the loss of the task."""
+    fields = {"name": "chat", "train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "width": 16}
+    overrides = {"d_model": 16, "d_ff": 16, "layers": "attn gdn"}
+    config = TrainConfig(model="gdn4-sleep2-hard16", overrides=overrides, task=fields, steps=2, batch_size=2, eval_sequences=3)
+    results = train(config, folder / "run")
+    found = evaluate_folder(folder / "run", {}, data=folder / "test.jsonl")
+    assert found["loss"] == pytest.approx(results["loss"], rel=1e-5)

@@ -57,8 +57,8 @@ def test_the_context_is_slept_on_and_the_answer_carries_the_loss(rows):
 def test_damaged_rows_are_refused(rows, tmp_path):
     good = rows / "test.jsonl"
     for line, message in (
-        ('{"context": "a"}', "line 1: want an object with the texts context, question and answer: 'question'"),
-        ("[", "line 1: want an object"),
+        ('{"context": "a"}', "line 1: want an object with the texts context, question and answer; 'question' is missing"),
+        ("[", "line 1: not JSON"),
         ("[" * 100_000, "line 1: want an object"),
         ("\ud800", "bad.jsonl: cannot be read: 'utf-8' codec"),
         (json.dumps({"context": "", "question": "x" * 40, "answer": "y"}), "line 1: question and answer take .* tokens; width: 32"),

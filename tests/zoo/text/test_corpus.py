@@ -67,7 +67,7 @@ def test_bad_input_is_refused_and_nothing_is_left(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "c.txt").write_text("one")
     for file, message in (
-        ("a", "line 2: no text under 'text'; see --field"),
+        ("a", "line 2: no text under 'text'"),
         ("b", "cannot be read as text"),
         ("c", "1 document; want at least 2"),
     ):
