@@ -88,6 +88,9 @@ def figure(matched: Mapping[Matching, Results], arms: Sequence[Arm]) -> Figure:
         error_bars(axes, curve, color=color, linestyle=line, marker=marker, label=arm.name)
     axes.axhline(WANTED, color="#777777", linestyle=":", linewidth=1, zorder=0)
     axes.set(xscale="log", ylim=(0, 1.02), xlabel="training FLOPs", ylabel="accuracy", title=_title(matched))
+    budgets = {round(fmean(run.flops for run in results)): match.times for match, results in matched.items()}
+    axes.set_xticks([*budgets], [f"{times}x: {count(flops)}" for flops, times in budgets.items()])
+    axes.minorticks_off()
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     tidy(axes)
     add_legend(drawn)
