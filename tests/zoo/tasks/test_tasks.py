@@ -196,7 +196,7 @@ def text(tmp_path):
 
 
 def test_every_task_is_here():
-    assert tasks.names() == sorted([*SMALL, "qa", "stdlib", "text"])
+    assert tasks.names() == sorted([*SMALL, "chat", "qa", "stdlib", "text"])
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -237,7 +237,7 @@ def test_too_few_contexts_to_hold_any_out():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "task.name: None: want one of cycle, depo, gsm-infinite, passkey, qa, rule110, stdlib, text"),
+        ({}, "task.name: None: want one of chat, cycle, depo, gsm-infinite, passkey, qa, rule110, stdlib, text"),
         ({"name": "cicle"}, "unknown task 'cicle'; did you mean 'cycle'"),
         ({"name": "cycle", "node": 3}, "node: unknown field; did you mean 'nodes'"),
         ({"name": "cycle", "nodes": 4, "hops": 4}, "hops: 4 must be less than nodes: 4"),
