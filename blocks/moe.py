@@ -100,8 +100,9 @@ def expert_loads(routes: list[Route]) -> dict[int, Tensor]:
     """Return the number of tokens that chose each of E experts of R routers, int64 [R, E], by index of the pass."""
     loads: dict[int, dict[Router, Tensor]] = {}
     for route in routes:
-        of_pass = loads.setdefault(route.number, {})
-        of_pass[route.router] = of_pass.get(route.router, 0) + route.chosen.flatten().bincount(minlength=route.chances.shape[-1])
+        of_pass, chosen = loads.setdefault(route.number, {}), route.chosen.flatten()
+        load = chosen.new_zeros(route.chances.shape[-1]).scatter_add(0, chosen, torch.ones_like(chosen))  # bincount would synchronise
+        of_pass[route.router] = of_pass.get(route.router, 0) + load
     return {number: torch.stack(list(of_pass.values())) for number, of_pass in loads.items()}
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -31,11 +32,17 @@ def add_checksum(file: Path, out: Path) -> None:
     """Copy a safetensors file that was written without a checksum; the tensors are streamed."""
     fields = {**PLAIN, FIELD: _checksum(_read(file), PLAIN)}
     with file.open("rb") as source, out.open("wb") as target:
-        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        header = read_header(source)
         text = json.dumps({**header, "__metadata__": fields}).encode()
         text += b" " * (-len(text) % 8)
         target.write(len(text).to_bytes(8, "little") + text)
         shutil.copyfileobj(source, target, 2**24)
+
+
+def read_header(file: BinaryIO) -> dict[str, Any]:
+    """Return the header of an open safetensors file that `safe_open` accepts. The tensors follow."""
+    header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header
 
 
 def verify(file: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from zoo.checkpoints.checksum import verify
+from zoo.checkpoints.checksum import read_header, verify
 from zoo.checkpoints.plain import one_line
 from zoo.dtypes import DTYPES
 from zoo.errors import ZooError, counted
@@ -262,8 +262,7 @@ def _entries(file: Path, source: Any) -> dict[str, tuple[list[int], torch.dtype 
     if isinstance(source, dict):
         return {name: (list(x.shape), x.dtype if x.dtype in DTYPES.values() else str(x.dtype), 0) for name, x in source.items()}
     with file.open("rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        end = opened.tell()
+        header, end = read_header(opened), opened.tell()
     header.pop("__metadata__", None)
     return {
         name: (entry["shape"], SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), end + entry["data_offsets"][0])

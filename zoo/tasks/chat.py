@@ -14,7 +14,6 @@ from zoo.tasks.json_lines import JsonLines
 from zoo.tasks.task import Batch, Split, tasks
 from zoo.text.corpus import END_OF_BYTES
 
-END_OF_LINE = ord("\n")
 ROLES = ("system", "developer", "user", "assistant")
 
 Row = list[tuple[int, bool]]
@@ -33,14 +32,10 @@ class Chat(JsonLines):
 
     name = "chat"
     form = "an object with a list of messages"
+    end_of_bytes = ord("\n")  # without a template, a message is a line
     level_name = "window"
     loss_everywhere = True
     length: int = Field(2048, ge=2, description="largest number of tokens of a conversation")
-
-    @property
-    def end_of_bytes(self) -> int:
-        """See `JsonLines.end_of_bytes`: without a template, a message is a line."""
-        return END_OF_LINE
 
     @model_validator(mode="after")
     def _has_template(self) -> Chat:

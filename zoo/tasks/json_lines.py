@@ -23,6 +23,8 @@ class JsonLines(Task):
 
     form: ClassVar[str]
     """Form of a line, as errors name it."""
+    end_of_bytes: ClassVar[int] = END_OF_BYTES
+    """Token that ends an answer in bytes."""
     is_text = True
     paths = ("train", "test", "tokenizer")
     train: str = Field(description="file of JSON lines")
@@ -60,11 +62,6 @@ class JsonLines(Task):
         if self.tokenizer is not None:
             return read_companions(Path(self.tokenizer))
         return {GENERATION: json.dumps({"eos_token_id": self.end_of_bytes}).encode() + b"\n"}
-
-    @property
-    def end_of_bytes(self) -> int:
-        """Token that ends an answer in bytes."""
-        return END_OF_BYTES
 
     def held_out(self) -> int:
         """See `Task.held_out`."""
