@@ -60,7 +60,7 @@ class Qa(JsonLines):
         """See `JsonLines.fitted`: long contexts lose their beginning."""
         room = self.windows * self.width
         if cut := sum(len(row.context) > room for row in rows):
-            warnings.warn(f"{file}: {cut} of {counted(len(rows), 'context')} lose their beginning: more than {room} tokens", stacklevel=2)
+            warnings.warn(f"{file}: {cut} of {counted(len(rows), 'context')} cut at the beginning: more than {room} tokens", stacklevel=2)
         return [row._replace(context=row.context[-room:]) for row in rows]
 
     def row(self, fields: Any) -> Row:

@@ -73,6 +73,14 @@ def test_damaged_rows_are_refused(rows, tmp_path):
         new_task({**fields(rows), "train": "nowhere.jsonl"})
 
 
+def test_a_long_context_loses_its_beginning(rows, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"context": "a" * 40 + "b" * 30, "question": "x", "answer": "y"}) + "\n")
+    task = new_task({**fields(rows, windows=2), "test": str(tmp_path / "long.jsonl")})
+    with pytest.warns(UserWarning, match="1 of 1 context cut at the beginning: more than 64 tokens"):
+        ids = task.batch(0, 0, 1, "test").ids
+    assert bytes(ids[0, :64].tolist()) == b"a" * 34 + b"b" * 30
+
+
 CONFIG = {
     "model": "gdn4-sleep2-hard32",
     "overrides": {

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import zoo
 from zoo.text.chat_templates import choose, render
-from zoo.text.tokenizers import load_tokenizer
+from zoo.text.tokenizers import ByteTokenizer, load_tokenizer
 
 TURN = "<|start|>{{ m.role }}\n{{ m['content'] }}<|end|>\n"
 TAIL = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -131,3 +131,8 @@ def test_choice_of_a_template():
     assert choose({}, None, None) is None
     with pytest.raises(zoo.ZooError, match="there is no 'default'; allowed: rag"):
         choose({"rag": ""}, None, None)
+
+
+def test_content_that_is_not_text_needs_a_template():
+    with pytest.raises(zoo.ZooError, match=r"messages\.1\.content: None; without a chat template, want a text"):
+        ByteTokenizer().render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [{}]}])
