@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 comma := ,
+# the tests start hundreds of processes, and importing torch takes more than twice as long without bytecode
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo format lint test test-all test-page docs bench gpu gpu-pack
 help:  ## list the targets
