@@ -35,6 +35,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "prediction_cost": (),
     "sleep": (),
     "export": (),
+    "exported_streams": (),
     "integers": (),
     "scaling": (),
     "throughput": (),

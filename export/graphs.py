@@ -30,9 +30,11 @@ class Tokens(NamedTuple):
     """True for the first tokens of a window that restarts: no window cache is read or returned."""
 
     def inputs(self) -> dict[str, Tensor]:
-        """Return example scalars: the number of valid tokens and the position of the first."""
-        place = {} if self.fresh else {"position": torch.tensor(0)}
-        return ({"n_valid": torch.tensor(self.length)} if self.padded else {}) | place
+        """Return examples: for a token its position in each stream, [B]; otherwise two scalars, the number of valid tokens and the
+        position of the first."""
+        if not self.padded:
+            return {"position": torch.zeros(2, dtype=torch.int64)}
+        return {"n_valid": torch.tensor(self.length)} | ({} if self.fresh else {"position": torch.tensor(0)})
 
     def positions(self, inputs: Mapping[str, Tensor], device: torch.device) -> Positions:
         return Positions(inputs.get("position", 0), self.length, device, inputs.get("n_valid"))
@@ -118,8 +120,9 @@ class Graph(nn.Module):
 class Wake(Graph):
     """Wake pass: input_ids [B, T], position, all states -> logits [B, 1, V] of the last valid token, all states.
 
-    A piece of several tokens also returns the hidden states of all, [B, T, D] ([B, T, loops, D] with wake loops), for `Head`.
-    With `position_ids` [B, T], which some runtimes require, only the first entry is read: streams advance together.
+    A single token has a position in each stream, [B]; the streams of a piece are at the same position. A piece also returns the
+    hidden states of all tokens, [B, T, D] ([B, T, loops, D] with wake loops), for `Head`.
+    With `position_ids` [B, T], which some runtimes require, the first column is read, or in a piece the first entry.
     """
 
     def __init__(self, model: Model, slots: int, tokens: int, position_ids: bool) -> None:
@@ -137,7 +140,8 @@ class Wake(Graph):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         model = self.model
         if self.position_ids:
-            inputs = inputs | {"position": inputs["position_ids"][0, 0]}
+            position = inputs["position_ids"][:, 0]
+            inputs = inputs | {"position": position[0] if self.tokens.padded else position}
         h, state = self.embedded(inputs), unpack(inputs, PAST, self.fresh(inputs["input_ids"].shape[0]))
         first, after = h, []
         for loop in range(model.config.wake_loops):

@@ -44,10 +44,11 @@ class RingKV(NamedTuple):
     def _attend_token(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None, scale: float | None
     ) -> tuple[Tensor, RingKV]:
-        slots = self.key.shape[2]
-        ring = RingKV(_scatter(self.key, k, positions.start), _scatter(self.value, v, positions.start))
-        age = (positions.start - torch.arange(slots)) % slots
-        return attention(q, *ring, _visible(age, positions.start, reach), scale), ring
+        slots, position = self.key.shape[2], positions.position  # [B, 1]
+        at = position[:, 0] % slots  # TensorRT has no circular mode
+        ring = RingKV(_scatter(self.key, k, at), _scatter(self.value, v, at))
+        visible = _visible((position - torch.arange(slots)) % slots, position, reach)
+        return attention(q, *ring, visible[:, None, None, None], scale), ring
 
     def _attend_piece(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, valid: Tensor, reach: int | None, scale: float | None
@@ -84,7 +85,7 @@ class RingKV(NamedTuple):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:
-    """Softmax attention of q [B, H, T, D] to k, v [B, Hkv, S, D] where visible [T, S].
+    """Softmax attention of q [B, H, T, D] to k, v [B, Hkv, S, D] where visible, [T, S] or [B, 1, 1, T, S].
 
     Written as matrix products because TensorRT-RTX 1.7 cannot build ONNX Attention inside a Loop, nor in float32 for T > 1.
     """
@@ -102,9 +103,8 @@ def _visible(age: Tensor, position: int | Tensor, reach: int | None) -> Tensor:
     return exists if reach is None else exists & (age < reach)
 
 
-def _scatter(cache: Tensor, new: Tensor, position: int | Tensor) -> Tensor:
-    """Write new [B, Hkv, 1, D] into slot position mod L of cache [B, Hkv, L, D], as ONNX TensorScatter (graphs only)."""
-    slot = torch.as_tensor(position % cache.shape[2]).expand(new.shape[0])  # TensorRT has no circular mode
+def _scatter(cache: Tensor, new: Tensor, slot: Tensor) -> Tensor:
+    """Write new [B, Hkv, 1, D] into slot [B] of cache [B, Hkv, L, D], as ONNX TensorScatter (graphs only)."""
     return torch.onnx.ops.symbolic("TensorScatter", (cache, new, slot), dtype=cache.dtype, shape=cache.shape, version=24)
 
 

@@ -105,31 +105,32 @@ class ExportedModel:
     def __call__(self, ids: Tensor, state: State, *, logits_to_keep: int | None = None) -> Output:
         """Run one wake pass over ids [B, T] int64. Returns the logits of all tokens, or of the last `logits_to_keep`.
 
-        Long inputs go through the prefill graph if the bundle has one; otherwise tokens run one at a time.
+        Long inputs go through the prefill graph if the bundle has one and all streams are at the same position; otherwise tokens run
+        one at a time. The position of the state is an int, or int64 [B], one per stream.
 
         Raises:
             ZooError: ids or a state that do not fit the bundle or each other, or more tokens than the window has room for.
         """
         self._check(ids, state)
         T = ids.shape[1]
-        if not self._slides and state.position + T > self._slots:
+        if not self._slides and (held := int(torch.as_tensor(state.position).max())) + T > self._slots:
             fit = "does not fit" if T == 1 else "do not fit"
             raise ZooError(
-                f"ids: {counted(T, 'token')} {fit} into a window of {self._slots} that holds {state.position}"
+                f"ids: {counted(T, 'token')} {fit} into a window of {self._slots} that holds {held}"
                 + ("; consolidate it first" if self._eviction.uses_window else "")
             )
         kept = ids.shape[1] if logits_to_keep is None else logits_to_keep
         logits = [torch.empty(ids.shape[0], 0, self.config.vocab_size, dtype=self._shapes.dtype, device=self.device)]
         prefill = self.bundle.plan.prefill
         while ids.shape[1]:
-            position = torch.tensor(state.position, device=self.device)
-            if prefill is None or ids.shape[1] <= 1 + prefill // STEP:
+            position = torch.as_tensor(state.position, device=self.device)
+            if prefill is None or ids.shape[1] <= 1 + prefill // STEP or position.ndim:
                 piece, name = ids[:, :1], PREDICTION
-                given = {"input_ids": piece}
+                given, position = {"input_ids": piece}, position.expand(len(piece))
             else:
                 piece, name = ids[:, :prefill], PREFILL
                 given = self._padded(piece, prefill)
-            given |= {"position": position, "position_ids": position.expand_as(given["input_ids"])}
+            given |= {"position": position, "position_ids": position.reshape(-1, 1).expand_as(given["input_ids"])}
             out = self._graphs[name](given | pack(state, PAST))
             n, ids = piece.shape[1], ids[:, piece.shape[1] :]
             state = unpack(out, PRESENT, state)._replace(position=state.position + n)

@@ -128,11 +128,10 @@ class SelfSleeping:
     def _read(self, write: _Writer, piece: ir.Value, room: ir.Value, position: ir.Value, now: Values) -> tuple[ir.Value, ir.Value, Values]:
         """Read at most `room` [1] tokens from a piece [1, most]. Returns the logits, the number of tokens [1], and the states."""
         one = write.constant([1])
-        given = {f"{PAST}.{name}": now[name] for name in self.awake} | {"position": write("Squeeze", position)}
+        given = {f"{PAST}.{name}": now[name] for name in self.awake}
         first = write("Slice", piece, write.constant([0]), one, one)
-        token = self._part(
-            self.token, "token", given | {"input_ids": first, "position_ids": write("Reshape", position, write.constant([1, 1]))}
-        )
+        column = write("Reshape", position, write.constant([1, 1]))
+        token = self._part(self.token, "token", given | {"input_ids": first, "position": position, "position_ids": column})
         if self.piece is None:
             logits, *states = token.outputs
             token.outputs.clear()
@@ -144,6 +143,7 @@ class SelfSleeping:
         given |= {
             "input_ids": piece,
             "n_valid": write("Squeeze", n),
+            "position": write("Squeeze", position),
             "position_ids": write("Expand", position, write.constant([1, self.most])),
         }
         several = self._part(self.piece, "piece", given)

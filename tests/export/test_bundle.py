@@ -151,13 +151,14 @@ def test_names_and_shapes(bundles):
     prediction, consolidation = manifest["graphs"]["prediction.onnx"], manifest["graphs"]["consolidation.onnx"]
     given = {tensor["name"]: (tensor["dtype"], tensor["shape"]) for tensor in prediction["inputs"]}
     assert given["input_ids"] == ("int64", ["batch", 1])
-    assert given["position"] == ("int64", [])
+    assert given["position"] == ("int64", ["batch"])
     assert given["past_key_values.3.key"] == ("float32", ["batch", 1, 5, 8])
     assert given["past_key_values.0.recurrent_state"] == ("float32", ["batch", 2, 8, 16])
     assert given["past_key_values.2.conv_state"] == ("float32", ["batch", 64, 3])
     states = [name for name in given if name.startswith("past_key_values.")]
     assert len(states) == 8
     assert [tensor["name"] for tensor in consolidation["inputs"]] == ["input_ids", "n_valid", "position", *states]
+    assert consolidation["inputs"][2]["shape"] == []
     present = [name.replace("past_key_values", "present") for name in states]
     assert [tensor["name"] for tensor in prediction["outputs"]] == ["logits", *present]
     assert [tensor["name"] for tensor in consolidation["outputs"]] == present
@@ -232,7 +233,7 @@ def test_another_format_is_refused(bundles, tmp_path):
     folder = shutil.copytree(bundles("hard").folder, tmp_path / "bundle")
     manifest = json.loads((folder / "bundle.json").read_text())
     (folder / "bundle.json").write_text(json.dumps(manifest | {"format": 1}))
-    with pytest.raises(ZooError, match=r"bundle.json: format: 1; want 2: export the model again"):
+    with pytest.raises(ZooError, match=r"bundle.json: format: 1; want 3: export the model again"):
         zoo.export.load(folder)
 
 

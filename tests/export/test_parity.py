@@ -18,6 +18,7 @@ from zoo.export.ring import PAST, PRESENT, pack
 from zoo.export.runtime import ExportedModel
 from zoo.export.verify import SLEEP, STRESS, TOLERANCE, verify
 from zoo.export.verify import stream as verify_stream
+from zoo.sessions.rows import Rows
 
 OF_EVERY_KIND = [*CASES, *FORMS, *(pytest.param(case, marks=pytest.mark.extended) for case in MORE if case != "ourojet-loud")]
 
@@ -136,6 +137,33 @@ def test_a_piece_is_its_tokens_one_by_one(bundles, case):
     assert torch.allclose(exported._head(piece)["logits"][:, :3], torch.cat(logits, dim=1), atol=1e-5)
     for name, tensor in pack(state, PRESENT).items():
         assert torch.allclose(piece[name], tensor, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, "mix", "ouro", "full", "ort", "half", *(pytest.param(case, marks=pytest.mark.extended) for case in ("swa", "ort-kda", "mla"))],
+)
+def test_streams_of_a_batch_may_be_at_different_positions(bundles, case):
+    """Each reads a token as PyTorch does alone; one has just begun, and a ring has turned where windows slide."""
+    model, folder, _ = bundles(case)
+    exported, ids = ExportedModel(folder), stream(model, 3, 9)
+    starts = [0, 2, 7 if model.config.evict == "sliding" else 3]
+    alone = [model(row[None, :start]).state if start else model.init_state() for row, start in zip(ids, starts, strict=True)]
+    rows = Rows(exported, 3)
+    for n in (2, 0, 1):
+        rows.put(n, exported.ringed(alone[n]))
+    close = partial(torch.testing.assert_close, atol=2e-2 if model.embed.weight.dtype == torch.float16 else 1e-4, rtol=1e-3)
+    for read in ([0, 1, 2], [2, 0], [1]):
+        tokens = ids[read, 8:]
+        logits = rows.read(read, tokens)
+        for n, token, found in zip(read, tokens, logits, strict=True):
+            wanted, alone[n] = model(token[None], alone[n])
+            close(found, wanted[0])
+    for n, state in enumerate(alone):
+        taken = rows.take(n)
+        assert taken.position == state.position
+        for name, tensor in pack(exported.plain(taken), PAST).items():
+            close(tensor, pack(state, PAST)[name])
 
 
 @pytest.mark.parametrize("case", ["sliding", "hard", "full"])

@@ -15,7 +15,7 @@ from zoo.sessions.host import BusyError as BusyError
 from zoo.sessions.host import PoolClosedError as PoolClosedError
 from zoo.sessions.host import PoolFullError as PoolFullError
 from zoo.sessions.host import Stream
-from zoo.sessions.one_by_one import OneByOne
+from zoo.sessions.rows import Rows
 from zoo.sessions.scheduler import Scheduler
 from zoo.sessions.session import Session
 from zoo.sessions.sleeping_model import SleepingModel, check_model
@@ -33,7 +33,7 @@ class SessionPool:
     a token.
 
     Args:
-        model: a `zoo.Model`, or the model of a bundle, whose graphs read the tokens of one stream at a time.
+        model: a `zoo.Model`, or the model of a bundle.
         slots: maximum number of streams in a batch, at most `streams`; more streams take turns. Default 8, or `streams` if that is less.
         streams: maximum number of open streams, default `slots`.
         when: the schedule of every stream. Under `interval(n)` with n below the window, and `idle`, streams continue to answer
@@ -72,8 +72,8 @@ class SessionPool:
         if max_bytes is not None and self.bytes > max_bytes:
             asked = f"{counted(slots, 'slot')} and {counted(streams, 'stream')}"
             raise ZooError(f"max_bytes: {max_bytes}; {asked} of {model.config.name} may need {self.bytes}: allow fewer")
-        places: Slots[Stream] | OneByOne[Stream]
-        places = Slots(model, slots, self.context) if isinstance(model, nn.Module) else OneByOne(model, slots)
+        places: Slots[Stream] | Rows[Stream]
+        places = Slots(model, slots, self.context) if isinstance(model, nn.Module) else Rows(model, slots)
         self._scheduler = Scheduler(places, streams, self.context)
 
     def open(self) -> Session:
@@ -115,7 +115,8 @@ class SessionPool:
 
 def _bytes(model: Model | SleepingModel, slots: int, streams: int, context: int) -> int:
     if not isinstance(model, nn.Module):  # its caches are rings of fixed size
-        return (slots + 6 * streams) * (size(model.init_state()) + 4 * model.config.vocab_size)
+        # the slots before and after a pass, and a copy of those that take part; per stream, states before, during and after a sleep
+        return (3 * slots + 6 * streams) * (size(model.init_state()) + 4 * model.config.vocab_size)
     sleeps = model.config.window is not None
     fast = size(model.init_state().fast) + model.config.vocab_size * model.embed.weight.element_size()  # and the last logits
     awake = fast + window_bytes(model, context)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.sessions.host import Answer, BusyError, Call, Host, PoolClosedError, PoolFullError, SleepEnd, Stream, Token, Wanted
-from zoo.sessions.one_by_one import OneByOne
 from zoo.sessions.pending import Pending, PendingEach
+from zoo.sessions.rows import Rows
 from zoo.sessions.sleep_queue import SleepQueue
 from zoo.sessions.sleeping import Sleep
 from zoo.sessions.sliced import finish
@@ -45,7 +45,7 @@ class Scheduler:
     reads_while_asleep = True
     keeps_hidden = False
 
-    def __init__(self, slots: Slots[Stream] | OneByOne[Stream], streams: int, context: int) -> None:
+    def __init__(self, slots: Slots[Stream] | Rows[Stream], streams: int, context: int) -> None:
         self.streams = streams
         self.context: int | None = context
         self.sleeps = SleepQueue()
