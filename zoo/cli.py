@@ -543,16 +543,15 @@ def _open(model: str, overrides: tuple[str, ...], device: str, dtype: str | None
     from zoo.factory import create
     from zoo.text.tokenizers import load_tokenizer
 
-    usable_device(device, meta=False)
     folder, fields = path if (path := local_folder(model, "MODEL")).is_dir() else None, parse_overrides(overrides)
     opened: Any
     with spinner(f"loading {model}" if folder else f"creating {model}"):
-        if folder is None:
-            opened = create(model, device=device, dtype=dtype or "float32", **fields)
-        elif (folder / "bundle.json").is_file():
+        if folder is not None and (folder / "bundle.json").is_file():
             opened = _open_bundle(folder, overrides, device, dtype)
+        elif folder is not None:
+            opened = load(folder, device=usable_device(device, meta=False), dtype=dtype, **fields)
         else:
-            opened = load(folder, device=device, dtype=dtype, **fields)
+            opened = create(model, device=usable_device(device, meta=False), dtype=dtype or "float32", **fields)
     tokenizer = load_tokenizer(folder, opened.config.vocab_size)
     if folder is None:
         click.echo(f"{model}: random weights; give a folder for trained ones", err=True)

@@ -62,6 +62,9 @@ def test_commands_take_bundles(tmp_path, monkeypatch):
     assert said[0] == said[1]
     result = CliRunner().invoke(main, ["chat", str(tmp_path / "bundle"), "--dtype", "float16"])
     assert (result.exit_code, "dtype float16" in result.output) == (2, True)
+    for device, message in {"tensorrt": "has no prediction.engine; zoo-export", "cuda:7": "unknown provider 'cuda:7'"}.items():
+        result = CliRunner().invoke(main, ["chat", str(tmp_path / "bundle"), "--device", device])
+        assert (result.exit_code, message in result.output) == (2, True)
     result = CliRunner().invoke(main, ["chat", str(tmp_path / "bundle"), "--loops", "5"], input="")
     assert (result.exit_code, "loops: 5; this bundle was exported with 2" in result.output) == (2, True)
     served = []
