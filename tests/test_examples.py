@@ -10,6 +10,7 @@ import catalogue
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+ELSEWHERE = ("sleep", "ray_serve")  # tested below, and in tests/zoo/integrations/test_ray_serve.py
 LAST_LINE = {
     "fine_tune": "step 20: loss ",
     "many_streams": "sleeps: ",
@@ -19,7 +20,7 @@ LAST_LINE = {
 }
 
 
-@pytest.mark.parametrize("example", [file for file in EXAMPLES if file.stem != "sleep"], ids=lambda file: file.stem)
+@pytest.mark.parametrize("example", [file for file in EXAMPLES if file.stem not in ELSEWHERE], ids=lambda file: file.stem)
 def test_an_example_runs(example, tmp_path, monkeypatch, capsys):
     """In this process, which has imported torch."""
     monkeypatch.chdir(tmp_path)

@@ -196,7 +196,7 @@ def test_nothing_is_copied_between_tokens(made):
     with Copies() as copies:
         for token in ids[:, 1:].split(1, dim=1):
             state = exported(token, state).state
-    assert copies.sizes == (2, 1, 2, 1)  # input_ids and position, twice
+    assert copies.sizes == (2, 2, 2, 2)  # input_ids and position, twice
 
 
 def test_states_from_elsewhere_are_not_changed(made):
