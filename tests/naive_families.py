@@ -103,28 +103,42 @@ def mamba(x, p, o, S, tail):
     return torch.stack(out), S, tail
 
 
+def delta_rule(row, q, k, v, p, o, S):
+    """Write k and v of one token into S: [HV, K, V], and read it with q. Returns y: [D] and S."""
+    heads, states, reads = o["heads"], [], []
+    q, k, v = q.view(heads, -1), k.view(heads, -1), v.view(len(S), -1)
+    q, k = (y / torch.sqrt((y * y).sum(-1, keepdim=True) + 1e-6) for y in (q, k))
+    decay = torch.exp(-p["A_log"].exp() * softplus(p["a_proj.weight"] @ row + p["dt_bias"]))
+    beta = (2 if o.get("neg_eigval") else 1) * torch.sigmoid(p["b_proj.weight"] @ row)
+    for h in range(len(S)):
+        g = h // (len(S) // heads)
+        s = decay[h] * S[h]
+        s = s + torch.outer(k[g], beta[h] * (v[h] - s.T @ k[g]))
+        states.append(s)
+        reads.append(s.T @ q[g] / math.sqrt(q.shape[-1]))
+    normed = rms(torch.stack(reads), p["o_norm.weight"], o.get("norm_eps", 1e-5))
+    return p["o_proj.weight"] @ (normed.flatten() * silu(p["g_proj.weight"] @ row)), torch.stack(states)
+
+
 def gdn(x, p, o, S, tail):
-    """S: [HV, K, V]."""
-    out, heads = [], o["heads"]
+    out, keys = [], o["heads"] * S.shape[1]
     conv = torch.cat([p["q_conv"], p["k_conv"], p["v_conv"]])
-    keys = heads * S.shape[1]
     for row in x:
         mixed, tail = convolved(conv, None, tail, torch.cat([p[f"{n}_proj.weight"] @ row for n in "qkv"]))
-        q, k, v = silu(mixed).split([keys, keys, len(mixed) - 2 * keys])
-        q, k, v = q.view(heads, -1), k.view(heads, -1), v.view(len(S), -1)
-        q, k = (y / torch.sqrt((y * y).sum(-1, keepdim=True) + 1e-6) for y in (q, k))
-        decay = torch.exp(-p["A_log"].exp() * softplus(p["a_proj.weight"] @ row + p["dt_bias"]))
-        beta = (2 if o.get("neg_eigval") else 1) * torch.sigmoid(p["b_proj.weight"] @ row)
-        states, reads = [], []
-        for h in range(len(S)):
-            g = h // (len(S) // heads)
-            s = decay[h] * S[h]
-            s = s + torch.outer(k[g], beta[h] * (v[h] - s.T @ k[g]))
-            states.append(s)
-            reads.append(s.T @ q[g] / math.sqrt(q.shape[-1]))
-        S = torch.stack(states)
-        o_norm = rms(torch.stack(reads), p["o_norm.weight"], o.get("norm_eps", 1e-5))
-        out.append(p["o_proj.weight"] @ (o_norm.flatten() * silu(p["g_proj.weight"] @ row)))
+        y, S = delta_rule(row, *silu(mixed).split([keys, keys, len(mixed) - 2 * keys]), p, o, S)
+        out.append(y)
+    return torch.stack(out), S, tail
+
+
+def jet(x, p, o, S, tail):
+    """A kernel of its own for each token convolves the values."""
+    out = []
+    for row in x:
+        kernel = linear(p, "kernel_out", silu(p["kernel_in.weight"] @ row))
+        v, tail = convolved(kernel.view(-1, len(tail) + 1), None, tail, p["v_proj.weight"] @ row)
+        q, k = (silu(p[f"{n}_proj.weight"] @ row) for n in "qk")
+        y, S = delta_rule(row, q, k, silu(v), p, o, S)
+        out.append(y)
     return torch.stack(out), S, tail
 
 
@@ -194,7 +208,7 @@ def rglru(x, p, o, S, tail):
     return torch.stack(out), S, tail
 
 
-RECURRENT = {"mamba2": mamba2, "mamba": mamba, "gdn": gdn, "kda": kda, "conv": conv, "rglru": rglru}
+RECURRENT = {"mamba2": mamba2, "mamba": mamba, "gdn": gdn, "jet": jet, "kda": kda, "conv": conv, "rglru": rglru}
 
 
 def mlp(x, p, kind, o):
@@ -248,6 +262,10 @@ class NaiveFamily(NaiveStream):
             if kind in ("gdn", "kda"):
                 shapes = [p[f"blocks.{i}.mixer.{n}_conv"].shape for n in "qkv"]
                 self.cache[i] = [torch.zeros(sum(s[0] for s in shapes), dtype=torch.float64)] * (shapes[0][1] - 1)
+            elif kind == "jet":
+                channels = len(p[f"blocks.{i}.mixer.v_proj.weight"])
+                taps = len(p[f"blocks.{i}.mixer.kernel_out.weight"]) // channels
+                self.cache[i] = [torch.zeros(channels, dtype=torch.float64)] * (taps - 1)
             elif weight := [x for name, x in p.items() if name.endswith(".conv_weight")]:
                 channels, taps = weight[0].shape
                 tail = [torch.zeros(channels, dtype=torch.float64)] * (taps - 1)

@@ -90,7 +90,7 @@ class ModelConfig(BaseModel):
     wake_loops: int = Field(1, ge=1, le=1000, description="passes of every layer while awake, each with its own window cache")
     exit: Exit | None = Field(None, description="exit gate of the wake loops")
 
-    hub: str | None = Field(None, description="Hugging Face repository of pretrained weights")
+    hub: str | None = Field(None, description="Hugging Face repository of pretrained weights: OWNER/NAME or OWNER/NAME@REVISION")
     upstream: dict[str, Any] = Field({}, description="config.json of the checkpoint family; its `model_type` names the family")
 
     @property

@@ -14,6 +14,7 @@ from zoo.checkpoints.own import read_config, stored_dtype
 from zoo.config import ModelConfig
 from zoo.costs import describe
 from zoo.errors import ZooError, counted
+from zoo.training.config import TrainConfig
 from zoo.training.run_folder import RESULTS
 from zoo.training.trained import Trained, find
 
@@ -57,7 +58,7 @@ def push(path: Path, repository: str, *, revision: str | None = None, public: bo
 
 
 def card(trained: Trained, config: ModelConfig, repository: str) -> str:
-    """Return the text of a model card: metadata, how to load the model, its sizes and costs, and the results of its run."""
+    """Return the text of a model card: metadata, how to load the model, its sizes and costs, and the command and results of its run."""
     metadata: dict[str, Any] = {
         "library_name": "sleep-zoo",
         "pipeline_tag": "text-generation",
@@ -67,6 +68,9 @@ def card(trained: Trained, config: ModelConfig, repository: str) -> str:
     sizes = describe(config, dtype=stored_dtype(trained.folder))
     text = f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {config.name}\n\n"
     text += f'```python\nimport zoo\n\nmodel = zoo.load("{PREFIX}{repository}")\n```\n\n```\n{sizes}\n```\n'
+    if trained.run is not None:
+        progress = "" if trained.step is None else f", stopped after step {trained.step}"
+        text += f"\n## Training\n\n`zoo train train.yaml`{progress}, where train.yaml is:\n\n```yaml\n{_settings(trained.run)}```\n"
     results = trained.folder / RESULTS
     if trained.run is not None and results.is_file():
         found = json.loads(results.read_text(encoding="utf-8"))
@@ -75,3 +79,16 @@ def card(trained: Trained, config: ModelConfig, repository: str) -> str:
         text += "| held-out loss | accuracy | best guess |\n|---:|---:|---:|\n"
         text += f"| {found['loss']:.4f} | {found['accuracy']:.2%} | {found['chance']:.2%} |\n"
     return text
+
+
+def _settings(run: TrainConfig) -> str:
+    """Return the settings of a run that are not defaults, as YAML, without the folders in which its files lie."""
+
+    def public(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: public(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [public(inner) for inner in value]
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    return yaml.safe_dump(public(run.model_dump(mode="json", exclude_defaults=True)), sort_keys=False)

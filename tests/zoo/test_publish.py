@@ -6,12 +6,15 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 
 import zoo
-from tests.zoo.training.tiny import tiny
+from tests.zoo.training.tiny import TINY, tiny
 from zoo.cli import main
+from zoo.config import validate
 from zoo.publish import push
+from zoo.training.config import TrainConfig
 from zoo.training.loop import train
 
 
@@ -43,7 +46,9 @@ def uploads(tmp_path, monkeypatch):
 
 
 def test_a_run_loads_back_equal(tmp_path, uploads):
-    train(tiny(), tmp_path / "run")
+    zoo.save(zoo.create(TINY["model"], **TINY["overrides"], vocab_size=8), tmp_path / "parent")
+    settings = tiny(model=str(tmp_path / "parent"), overrides={"loops": 3})
+    train(settings, tmp_path / "run")
     (tmp_path / "run" / "tokenizer_config.json").write_text("{}")
     result = CliRunner().invoke(main, ["push", str(tmp_path / "run"), "me/sleeper", "--revision", "v1"])
     assert (result.exit_code, result.stdout) == (0, "published as hf://me/sleeper@v1\n"), result.output
@@ -58,6 +63,9 @@ def test_a_run_loads_back_equal(tmp_path, uploads):
     assert "passes of layers 0-1" in card.text
     assert re.search(r"\| accuracy \| best guess \|\n.*\n\| \d\.\d{4} \| \d+\.\d\d% \| ", card.text)
     assert str(tmp_path) not in card.content
+    assert "`zoo train train.yaml`, where train.yaml is:" in card.text
+    made = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", card.text, re.MULTILINE | re.DOTALL)[1])
+    assert validate(TrainConfig, made, "card") == settings.model_copy(update={"model": "parent"})
 
 
 def test_an_existing_card_is_kept(tmp_path, uploads):

@@ -297,8 +297,8 @@ class Hub:
     def __init__(self, repositories: Path, cache: Path) -> None:
         self.repositories, self.cache, self.fetched, self.revisions = repositories, cache, [], []
 
-    def snapshot_download(self, repo_id: str, *, allow_patterns: list[str], revision: str | None, etag_timeout: float) -> str:
-        assert etag_timeout < 5
+    def snapshot_download(self, repo_id: str, *, allow_patterns: list[str], revision: str | None, **how: float) -> str:
+        assert how == {"etag_timeout": 3, "local_files_only": False}
         self.revisions.append(revision)
         found = [file for file in sorted((self.repositories / repo_id).iterdir()) if any(map(file.match, allow_patterns))]
         (self.cache / repo_id).mkdir(parents=True, exist_ok=True)
@@ -311,6 +311,7 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setitem(sys.modules, "huggingface_hub", made := Hub(tmp_path / "hub", tmp_path / "cache"))
+    monkeypatch.setattr("zoo.checkpoints.hub._why_offline", lambda repository: None)
     return made
 
 
@@ -322,7 +323,8 @@ def test_pretrained_downloads_one_format_of_the_weights(hub: Hub) -> None:
     for other in ("pytorch_model.bin", "consolidated.safetensors", "tokenizer.json", "modeling_jet_nemotron.py", "flax_model.msgpack"):
         (folder / other).write_bytes(b"x")
     parent = zoo.load(folder)
-    model = zoo.create(parent.config, evict="hard", window=8, loops=2, hub="jet-ai/tiny", pretrained=True)
+    model = zoo.create(parent.config, evict="hard", window=8, loops=2, hub="jet-ai/tiny@94cbd12", pretrained=True)
+    assert hub.revisions == ["94cbd12"]
     assert hub.fetched == ["config.json", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), INDEX, "tokenizer.json"]
     for name, tensor in parent.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -88,17 +90,29 @@ def saved(folder, seed, **fields):
     return model, {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_a_model_is_pulled_by_its_revision(tmp_path):
-    model, newest = saved(tmp_path / "main", 0)
-    before, first = saved(tmp_path / "v1", 1, loops=3)
+def loaded(endpoint, folder, *addresses):
+    """Load models in a process whose hub is at `endpoint`; returns what it says of each."""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *addresses], env=environment, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def pulled(tmp_path_factory):
+    """Two revisions of a model, what is said of each address while the hub answers, and the folder with the cache."""
+    folder = tmp_path_factory.mktemp("pulled")
+    model, newest = saved(folder / "main", 0)
+    before, first = saved(folder / "v1", 1, loops=3)
     torn = {**newest, "model.safetensors": None}
     revisions = {"main": newest, "v1": first, "torn": torn, "bare": {"README.md": b"x"}}
     named = ("", "@v1", "@v2", "@torn", "@bare")
     with hub(revisions) as address:
-        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-        addresses = [*(f"hf://me/sleeper{revision}" for revision in named), "hf://me/other"]
-        done = subprocess.run([sys.executable, "-c", PROGRAM, *addresses], env=environment, capture_output=True, text=True, check=True)
-    right, tagged, wrong, missing, bare, unknown = map(json.loads, done.stdout.splitlines())
+        return model, before, loaded(address, folder, *(f"hf://me/sleeper{revision}" for revision in named), "hf://me/other"), folder
+
+
+def test_a_model_is_pulled_by_its_revision(pulled):
+    model, before, found, _ = pulled
+    right, tagged, wrong, missing, bare, unknown = found
     for found, wanted in ((right, model), (tagged, before)):
         assert (found["loops"], found["weight"]) == (wanted.config.loops, wanted.embed.weight.double().sum().item())
     assert not torch.equal(model.embed.weight, before.embed.weight)
@@ -112,3 +126,22 @@ def test_a_model_is_pulled_by_its_revision(tmp_path):
         assert revision in found["error"]
         assert why in found["error"]
         assert found["seconds"] < 5
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [(False, r"\[Errno \d+\] Connection refused"), (True, "no answer within 3 seconds|.*timed out")],
+    ids=["refused", "silent"],
+)
+def test_without_a_network_only_what_is_here_is_loaded(pulled, answers, why):
+    """No one listens at the port, or a host accepts and says nothing."""
+    model, _, _, folder = pulled
+    with socket.create_server(("127.0.0.1", 0)) as host:
+        port = host.getsockname()[1]
+        if not answers:
+            host.close()
+        here, elsewhere = loaded(f"http://127.0.0.1:{port}", folder, "hf://me/sleeper", "hf://me/other")
+    assert here["weight"] == model.embed.weight.double().sum().item()
+    message = f"path: hf://me/other: me/other cannot be downloaded: ({why}); give the path of a folder instead"
+    assert re.fullmatch(message, elsewhere["error"]), elsewhere
+    assert elsewhere["seconds"] < 5

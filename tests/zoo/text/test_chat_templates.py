@@ -112,13 +112,16 @@ def test_templates_render_as_in_transformers(name, in_file, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_are_refused_in_time(name):
-    started, cpu = time.monotonic(), time.process_time()
-    with pytest.raises(zoo.ZooError, match=r"^chat template: .") as refused:
-        render(HOSTILE[name], MESSAGES)
-    assert "\n" not in str(refused.value)
-    assert time.process_time() - cpu < 0.2  # the work is done in another process, which is ended
-    assert time.monotonic() - started < 10  # a second on a quiet machine
-    assert render("{{ messages[1].content }}", MESSAGES) == "Où est 日本?"  # and the next one is served
+    took = []
+    for _ in range(3):
+        assert render("{{ messages[1].content }}", MESSAGES) == "Où est 日本?"  # whatever was refused before
+        started, cpu = time.monotonic(), time.process_time()
+        with pytest.raises(zoo.ZooError, match=r"^chat template: .") as refused:
+            render(HOSTILE[name], MESSAGES)
+        took.append(time.monotonic() - started)
+        assert "\n" not in str(refused.value)
+        assert time.process_time() - cpu < 0.2  # the work is done in another process, which is ended
+    assert min(took) < 1
 
 
 def test_a_long_conversation_is_rendered():

@@ -26,8 +26,10 @@ from zoo.training.loop import train
 from zoo.training.plan import arms_of, read_plan, runs_of
 from zoo.training.plots import read_run
 from zoo.training.prepare import prepare
+from zoo.training.workers import finish
 
 BASE = {**TINY, "model": "gdn4-sleep2-hard5", "task": {"name": "cycle", "nodes": 5, "hops": 2}, "steps": 4, "eval_sequences": 8}
+ZOO = [sys.executable, "-c", "from zoo.cli import main; main()"]
 PLAN = {"base": BASE, "grid": {"overrides.loops": [1, 4]}, "seeds": [0, 3]}
 
 
@@ -196,14 +198,7 @@ def test_shipped_plans_fit_together(name):
 
 def in_this_process(jobs, processes):
     """Train every job here. Stands for the pool of workers, which takes seconds to start and has tests of its own."""
-    failed = {}
-    for name, job in jobs.items():
-        try:
-            train(job.config, job.folder)
-            job.after(job.folder)
-        except zoo.ZooError as error:
-            failed[name] = str(error)
-    return failed
+    return {name: why for name, job in jobs.items() if (why := finish(job))}
 
 
 def test_a_folder_becomes_a_table(planned, tmp_path, monkeypatch):
@@ -266,7 +261,7 @@ def test_an_interrupted_ablation_resumes(planned, tmp_path, blow):
         tmp_path / "out",
     )
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")))
-    command = [sys.executable, "-c", "from zoo.cli import main; main()", "ablate", tmp_path / "plan.yaml", "--out", out, "--processes", "1"]
+    command = [*ZOO, "ablate", tmp_path / "plan.yaml", "--out", out, "--processes", "1"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     folder = out / "runs" / "lr=0.001-100steps-seed0"
     wait_for(lambda: list(folder.glob("checkpoints/[0-9]*")))
@@ -303,6 +298,24 @@ def test_shards_in_one_folder_end_with_the_files_of_one_process(planned, tmp_pat
     with pytest.raises(zoo.ZooError, match="shard: 7/7: the plan has only 6 runs"):
         ablate(plan, tmp_path / "many", shard=(7, 7))
     assert not (tmp_path / "many").exists()
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("shards", [["--shard=1/2", "--shard=2/2"], [None, None]], ids=["shards", "whole"])
+def test_commands_at_once_end_with_the_files_of_one_process(planned, tmp_path, monkeypatch, shards):
+    """In one folder, with parts of the plan or without: both succeed, and no run is trained twice."""
+    plan, shared = planned({"base": {"steps": 60}}, grid={"overrides.loops": [1, 2]}, match=["tokens"]), tmp_path / "shared"
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")))
+    command = [*ZOO, "ablate", tmp_path / "plan.yaml", "--out", shared, "--processes", "1"]
+    running = [subprocess.Popen([*command, *filter(None, [shard])], stderr=subprocess.PIPE, text=True) for shard in shards]
+    monkeypatch.setattr("zoo.training.ablation.train_all", in_this_process)
+    ablate(plan, tmp_path / "whole")
+    errors = [process.communicate(timeout=1800)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    for name in ("runs.csv", "table.md", "plan.yaml"):
+        assert (shared / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for whole in (tmp_path / "whole" / "runs").iterdir():
+        assert (shared / "runs" / whole.name / "metrics.jsonl").read_text().count("\n") == 60
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/0", "-1/2", "a/b"])
