@@ -200,7 +200,10 @@ def tokenize(corpus: tuple[Path, ...], out: Path, tokenizer: Path | None, field:
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=PATH, help="Folder for the run.  [default: runs/<name of CONFIG>]")
 @click.option(
-    "--track", multiple=True, metavar="NAME", help="Also send metrics to this tracker: wandb, or a class as package.module:Class."
+    "--track",
+    multiple=True,
+    metavar="NAME",
+    help="Also send metrics to this tracker: wandb, one of accelerate's, or a class as package.module:Class.",
 )
 @click.option("--wandb", metavar="PROJECT", help="As --track wandb, with the project.")
 @THREADS

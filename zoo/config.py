@@ -119,8 +119,8 @@ class ModelConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=100)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, with the one that peft reads when it merges adapters."""
-        return {**self.model_dump(mode="json"), "tie_word_embeddings": self.tie_embeddings}
+        """Return the fields by name, with those that peft reads when it chooses layers and merges adapters."""
+        return {**self.model_dump(mode="json"), "model_type": "sleep_zoo", "tie_word_embeddings": self.tie_embeddings}
 
 
 def shipped(folder: str) -> dict[str, Traversable]:

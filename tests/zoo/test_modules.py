@@ -76,15 +76,16 @@ def by_torch(model: zoo.Model) -> None:
 
 
 def by_torchao(model: zoo.Model) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
 
 
 def by_bitsandbytes(model: zoo.Model) -> None:
-    nf4 = pytest.importorskip("bitsandbytes").nn.Linear4bit
+    from bitsandbytes.nn import Linear4bit
 
     def new(base: nn.Module) -> nn.Module:
-        made = nf4(base.in_features, base.out_features, base.bias is not None, torch.float32, quant_type="nf4")
+        made = Linear4bit(base.in_features, base.out_features, base.bias is not None, torch.float32, quant_type="nf4")
         made.load_state_dict(base.state_dict())
         return made
 
@@ -98,7 +99,6 @@ def by_bitsandbytes(model: zoo.Model) -> None:
     ("quantise", "error"),
     [
         (by_torch, 0.1),
-        # these packages are not among the extras
         pytest.param(by_torchao, 0.1, marks=pytest.mark.extended),
         pytest.param(by_bitsandbytes, 0.5, marks=pytest.mark.extended),
     ],

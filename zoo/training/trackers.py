@@ -6,8 +6,9 @@ import hashlib
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -17,6 +18,10 @@ from zoo.errors import ZooError
 from zoo.registry import Registry
 from zoo.training.config import Report, TrainConfig
 
+ACCELERATE = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio")
+"""Names of accelerate's trackers, apart from wandb."""
+PROJECT = "sleep-zoo"
+"""Project of runs in accelerate's trackers."""
 PATIENCE = 30.0
 """Seconds that a run waits at its end for a tracker."""
 
@@ -43,7 +48,7 @@ class Tracker(ABC):
         """Send what has not been sent: the run has finished, stopped or failed."""
 
 
-trackers: Registry[type[Tracker]] = Registry("tracker", "trackers")
+trackers: Registry[Callable[[], Tracker]] = Registry("tracker", "trackers")
 
 
 @trackers.register("wandb")
@@ -67,6 +72,51 @@ class WeightsAndBiases(Tracker):
 
     def end(self) -> None:
         self._run.finish()
+
+
+class Accelerate(Tracker):
+    """A run of one of accelerate's trackers. Raises ZooError if accelerate or the tracker is not installed.
+
+    A resumed run continues in those that let a run choose its id: comet_ml, swanlab and trackio; and in those that write to its folder:
+    dvclive and tensorboard.
+    """
+
+    def __init__(self, name: str) -> None:
+        try:
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        except ImportError:
+            raise ZooError(f"--track: {name}: needs pip install accelerate {name}") from None
+        if name not in map(str, get_available_trackers()):
+            raise ZooError(f"--track: {name}: needs pip install {name}")
+        self._class = LOGGER_TYPE_TO_CLASS[name]
+
+    def begin(self, run_id: str, name: str, config: dict[str, Any], folder: Path) -> None:
+        from accelerate import PartialState
+
+        identity: dict[str, dict[str, Any]] = {
+            "clearml": {"task_name": name},
+            "comet_ml": {"experiment_key": 2 * run_id},  # at least 32 characters
+            "dvclive": {"dir": str(folder / "dvclive"), "resume": True},
+            "mlflow": {"run_name": name},
+            "swanlab": {"id": run_id, "experiment_name": name, "resume": "allow"},
+            "trackio": {"name": f"{name}-{run_id}", "resume": "allow"},
+        }
+        options = identity.get(self._class.name, {}) | ({"logging_dir": folder} if self._class.requires_logging_directory else {})
+        PartialState(cpu=True)  # without it, the trackers cannot log
+        self._tracker = self._class(PROJECT, **options)
+        self._tracker.start()
+        fields = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flat(config).items()}
+        self._tracker.store_init_configuration(fields)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._tracker.log(metrics, step=step)
+
+    def end(self) -> None:
+        self._tracker.finish()
+
+
+for _name in ACCELERATE:
+    trackers.register(_name, partial(Accelerate, _name))
 
 
 def new_tracker(name: str) -> Tracker:

@@ -225,7 +225,8 @@ def randomised(made: torch.nn.Module) -> torch.nn.Module:
 def test_beside_transformers(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, gradients, and folders in the form of transformers 5, both ways."""
     monkeypatch.setitem(sys.modules, "fla", None)  # type: ignore[arg-type]
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     kind, fields = MADE[case]
     theirs = randomised(transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **{**SIZE, **fields})).eval())
     theirs.save_pretrained(tmp_path / "theirs")
@@ -278,7 +279,8 @@ def test_bfloat16_beside_transformers(case: str, tmp_path: Path, monkeypatch: py
     undecided between two experts, on both sides equally often.
     """
     monkeypatch.setitem(sys.modules, "fla", None)  # type: ignore[arg-type]
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     kind, fields = MADE[case]
     made = randomised(transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **{**SIZE, **fields})))
     made.bfloat16().save_pretrained(tmp_path)

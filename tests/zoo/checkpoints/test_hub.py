@@ -11,12 +11,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
-import pytest
 import torch
 
 import zoo
 
-pytest.importorskip("huggingface_hub")
 PROGRAM = """
 import json, sys, time
 import zoo

@@ -103,7 +103,6 @@ def test_sharded_bin_with_stored_frequencies(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:partial_rotary_factor")
 @pytest.mark.parametrize("case", CASES)
 def test_beside_transformers(case: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     theirs = model(case)
     theirs.save_pretrained(tmp_path / "x")
     made = zoo.load(tmp_path / "x")
@@ -116,7 +115,8 @@ def test_beside_transformers(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.extended
 def test_transformers_reads_the_old_spelling_alike() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     for case, stored in STORED.items():
         old = transformers.AutoConfig.for_model(**old_spelling(stored["config"]))
         assert old.rope_parameters.items() >= {k: v for k, v in stored["config"]["rope_parameters"].items() if k != "type"}.items(), case
@@ -125,7 +125,8 @@ def test_transformers_reads_the_old_spelling_alike() -> None:
 @pytest.mark.extended
 def test_float32_norms_beside_bfloat16(tmp_path: Path) -> None:
     """Mean KL divergence from float64 over 4,096 positions: at most 1.1 times that of transformers."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     path = folder_of("llama3", tmp_path / "x")
     tensors = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()

@@ -132,7 +132,8 @@ def test_a_merged_folder_exports_and_verifies(tmp_path):
 
 @pytest.mark.extended
 def test_peft_reads_an_adapter_and_merges_the_same(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = with_adapters()
     write_adapter(model, SETTINGS, tmp_path / "adapter", "gdn4")
     theirs = peft.PeftModel.from_pretrained(zoo.create("gdn4-sleep2-hard16", **SIZE, seed=3), tmp_path / "adapter")
@@ -147,14 +148,16 @@ def test_quantised_weights_train_and_run_in_a_pool(kind):
     """The loss falls, the weights stay as they are, and a pool gives the tokens of a session."""
     model = zoo.create("gdn4-sleep2-hard16", **{**SIZE, "d_model": 64, "d_ff": 64}, sleep_on="every", seed=3)
     if kind == "int8":
-        torchao = pytest.importorskip("torchao.quantization")
-        torchao.quantize_(model.blocks, torchao.Int8WeightOnlyConfig())
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model.blocks, Int8WeightOnlyConfig())
     else:
-        bnb = pytest.importorskip("bitsandbytes")
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
         for name, layer in list(model.blocks.named_modules()):
             if isinstance(layer, nn.Linear):
-                narrow = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None, quant_type="nf4")
-                narrow.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+                narrow = Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None, quant_type="nf4")
+                narrow.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.blocks.get_submodule(parent), leaf, narrow.to("cpu"))
     add_adapters(model, SETTINGS)

@@ -195,7 +195,7 @@ def test_a_tracker_that_fails_or_hangs_only_causes_a_warning(tmp_path, config, s
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("wandbb", "unknown tracker 'wandbb'; did you mean 'wandb'?"),
+        ("wandbb", "unknown tracker 'wandbb'; did you mean 'wandb'? allowed: aim, clearml, comet_ml, dvclive, mlflow, swanlab, "),
         ("my_trackers:Nothing", "--track: my_trackers:Nothing: AttributeError: "),
         ("nowhere.at_all:Stub", "--track: nowhere.at_all:Stub: ModuleNotFoundError: "),
         ("pathlib:Path", "--track: pathlib:Path: PosixPath; want a subclass of zoo.training.trackers.Tracker"),
@@ -206,6 +206,57 @@ def test_a_tracker_that_is_none_is_an_error_before_any_work(tmp_path, config, st
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_accelerate_not_installed_is_an_error_before_any_work(tmp_path, config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.setitem(sys.modules, "accelerate.tracking", None)
+    said = command("train", config, "--out", tmp_path / "run", "--track", "trackio", status=2).stderr
+    assert said == "Error: --track: trackio: needs pip install accelerate trackio\n"
+
+
+@pytest.mark.extended
+def test_a_tracker_of_accelerate_that_is_not_installed_is_an_error(tmp_path, config, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    said = command("train", config, "--out", tmp_path / "run", "--track", "mlflow", status=2).stderr
+    assert said == "Error: --track: mlflow: needs pip install mlflow\n"
+
+
+@pytest.mark.extended
+def test_a_tracker_of_accelerate_gets_config_steps_and_the_same_run_when_resumed(tmp_path, config, monkeypatch):
+    """A stub stands in for trackio, behind accelerate's own class."""
+    from accelerate.utils import LoggerType
+
+    calls, logged, fields = [], [], {}
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: calls.append("finish"))
+    stub = types.SimpleNamespace(
+        init=lambda **settings: calls.append(settings) or run,
+        config=types.SimpleNamespace(update=lambda values, allow_val_change: fields.update(values)),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", stub)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TRACKIO])
+    with monkeypatch.context() as stopping:
+        stopping.setattr("zoo.training.loop.deferred", lambda: nullcontext(lambda: signal.SIGTERM))
+        command("train", config, "--out", tmp_path / "run", "--track", "trackio", status=143)
+    for folder in ("run", "other"):
+        command("train", config, "--out", tmp_path / folder, "--track", "trackio")
+    first, resumed, other = calls[::2]
+    assert calls[1::2] == ["finish"] * 3
+    assert first == resumed
+    assert first["resume"] == "allow"
+    assert other["name"] != first["name"]
+    assert (fields["steps"], fields["task/name"], fields["dtype"]) == (6, "cycle", "float32")
+    assert [step for step, _ in logged] == [*range(1, 7), *range(1, 7)]
+    for (_, metrics), line in zip(logged, lines(tmp_path / "run"), strict=False):
+        assert (metrics["loss"], metrics["by_level/1"]) == (line["loss"], line["by_level"]["1"])
+
+
+@pytest.mark.extended
+def test_a_tracker_of_accelerate_without_a_network(tmp_path, config):
+    command("train", config, "--out", tmp_path / "run", "--track", "tensorboard")
+    shown = events(tmp_path / "run" / "sleep-zoo")
+    for name in ("loss", "grad_norm", "lr"):
+        assert shown[name] == pytest.approx({line["step"]: line[name] for line in lines(tmp_path / "run")}, rel=1e-6)
 
 
 @pytest.mark.parametrize(
