@@ -64,7 +64,7 @@ def right(model):
     [
         ("fill", range(0, 1000, 125)),
         ("fail_after", [0, 3, 4, 5, 6, 9]),
-        pytest.param("fill", range(0, 1000, 7), marks=pytest.mark.extended),
+        pytest.param("fill", range(0, 1000, 20), marks=pytest.mark.extended),
         pytest.param("fail_after", range(12), marks=pytest.mark.extended),
     ],
     ids=["full", "sync", "full-all", "sync-all"],
