@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 import zoo
 from tests.zoo.serving.local import local, post
+from tests.zoo.sessions.test_threads import check
 from zoo.cli import main
 from zoo.export.runtime import ExportedModel
 from zoo.text.tokenizers import ByteTokenizer
@@ -39,6 +40,16 @@ def test_streams_of_a_pool(bundles, case, tmp_path):
         assert answer == want
         torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(twin, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", ["hard", "sliding"])
+def test_random_threads(bundles, case, seed, tmp_path):
+    """Every call of random threads on a bundle returns what a session of the PyTorch model returns."""
+    model, folder, _ = bundles(case)
+    with zoo.SessionPool(ExportedModel(folder), slots=2, streams=20) as pool:
+        check(pool, model, seed, tmp_path, loops=[None])
 
 
 def test_the_bound_in_bytes(bundles):

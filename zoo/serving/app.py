@@ -124,6 +124,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        server.sessions.tend()
         # every request that generates or waits holds a thread
         anyio.to_thread.current_default_thread_limiter().total_tokens = pool.streams + server.limits.queue + 16
         yield

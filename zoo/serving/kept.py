@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo.serving.prefixes import Prefixes, Sleeps, common_length
-from zoo.serving.store import LONG_JOURNAL, Journal, Record
+from zoo.serving.store import Journal, Record
 from zoo.sessions.host import WindowFullError
 from zoo.sessions.session import Session
 from zoo.sessions.snapshot import Snapshot
@@ -45,6 +45,8 @@ class KeptSession:
     """The conversation, with the last answer."""
     used: float = field(default_factory=time.monotonic)
     busy: bool = False
+    saved: bool = False
+    """True if its state is in the store, or was before another process took it over."""
 
     def read(self, ids: list[int], ends: Ends = tuple, sleeps: Sleeps | None = None) -> int:
         """Make the stream hold exactly `ids`. Returns the number of tokens that were not read again.
@@ -114,23 +116,26 @@ class KeptSession:
         if self.tokens and now.logits is not None:
             self.prefixes.keep(self.owner, self.tokens, now, self.name)
 
-    def store(self, *, state: bool = False) -> None:
-        """Write to the journal what has changed; with `state` or a long journal, the state too. Raises StoreError."""
+    def store(self) -> None:
+        """Write to the journal what has changed. Raises StoreError, PoolClosedError."""
         if self.journal is not None:
             self.journal.write(Record(list(self.tokens), self.session.snapshot().sleeps, list(self.messages)))
-            if state or self.journal.size > LONG_JOURNAL:
-                self.journal.write_snapshot(self.session)
 
-    def recall(self) -> None:
+    def store_state(self) -> None:
+        """Write the state, after which a restart reads no token again. Raises StoreError, PoolClosedError."""
+        if self.journal is not None:
+            self.journal.write_snapshot(self.session)
+
+    def recall(self, journal: Journal) -> None:
         """Restore the session from the store: load the newest state there and read the tokens after it again. Raises ZooError."""
-        assert self.journal is not None
-        record = self.journal.stored
-        if read := self.journal.restore(self.session):
+        record = journal.stored
+        if read := journal.restore(self.session):
             self.prefixes.keep(self.owner, record.tokens[:read], self.session.snapshot(), self.name)
         self.session.restore(self.empty)
         self.tokens = []
         self.read(record.tokens, sleeps=record.sleeps)
         self.messages = list(record.messages)
+        self.journal = journal
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], dtype=torch.int64, device=self.session.device)

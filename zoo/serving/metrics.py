@@ -24,7 +24,7 @@ class Metrics:
         self._gauge("zoo_streams_bytes", "Upper bound on the memory of all stream states").set(pool.bytes)
         self._gauge("zoo_prefixes", "States that later prompts may continue from").set_function(lambda: len(sessions.prefixes))
         self._gauge("zoo_prefixes_bytes", "Size of these states").set_function(lambda: sessions.prefixes.bytes)
-        self._gauge("zoo_store_failing", "1 if the store could not be used when it was last tried").set_function(lambda: sessions.failing)
+        self._gauge("zoo_store_failing", "1 while the store cannot be used, or lacks something").set_function(lambda: sessions.failing)
         self._gauge("zoo_sleeps", "Completed sleeps").set_function(lambda: pool.sleeps)
         self._gauge("zoo_sleep_seconds", "Seconds from start to end of all completed sleeps").set_function(lambda: pool.seconds_asleep)
         waiting = prometheus.Gauge("zoo_waiting", "Streams that wait, by what they wait for", ["what"], registry=self.registry)

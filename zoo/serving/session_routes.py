@@ -16,7 +16,7 @@ from zoo.serving.owners import owner_of
 from zoo.serving.schemas import ApiError, Name, Strict
 from zoo.serving.session_files import from_file, to_file
 from zoo.serving.sessions import KeptSessions
-from zoo.serving.store import Record, StoreError
+from zoo.serving.store import Record
 from zoo.sessions.pool import PoolClosedError, SessionPool
 from zoo.sessions.sleeping_model import sleeping_model
 from zoo.sessions.snapshot import Snapshot
@@ -105,11 +105,7 @@ class SessionRoutes:
             self.sessions.release(kept)
 
     def delete(self, session: str, request: Request) -> dict[str, Any]:
-        try:
-            deleted = self.sessions.delete(owner_of(request), session)
-        except StoreError as error:
-            raise ApiError(503, str(error), "session", "store_failing") from None
-        if not deleted:
+        if not self.sessions.delete(owner_of(request), session):
             raise ApiError(404, f"session: '{session}' does not exist, or is busy", "session", "session_not_found")
         return {"id": session, "object": "session", "deleted": True}
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
-from threading import Condition
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from threading import Condition, Event, Thread
 
 from zoo.errors import ZooError, counted
 from zoo.serving.kept import KeptSession
 from zoo.serving.prefixes import Prefixes
 from zoo.serving.schemas import ApiError
-from zoo.serving.store import OtherServerError, Record, Store, StoreError
-from zoo.sessions.pool import PoolFullError, SessionPool
+from zoo.serving.store import LONG_JOURNAL, OtherServerError, Record, Store, StoreError, TakenOverError
+from zoo.sessions.pool import PoolClosedError, PoolFullError, SessionPool
 from zoo.sessions.snapshot import Snapshot
+
+TICK = 1.0  # seconds between two looks at idle sessions
+SETTLED = 5.0  # seconds without a request after which the state of a session is written
 
 
 class KeptSessions:
@@ -30,8 +34,8 @@ class KeptSessions:
     ) -> None:
         self.prefixes, self.store = prefixes, store
         self.failing = False
-        """True if the store could not be written to or read from when it was last used."""
-        self._pool, self._idle, self._lock = pool, idle, Condition()
+        """True from an error of the store until everything has been written and the store works again."""
+        self._pool, self._idle, self._lock, self._ended = pool, idle, Condition(), Event()
         self._queue, self._wait = queue, wait
         self.waiting = 0
         """Number of requests that wait for a free stream."""
@@ -48,10 +52,12 @@ class KeptSessions:
         """Return the ids of an owner's sessions."""
         with self._lock:
             held = {name for of, name in self._kept if of == owner}
-        return sorted(held.union(self.store.names(owner) if self.store else ()))
+        with self._using_store():
+            return sorted(held.union(self.store.names(owner) if self.store else ()))
 
     def exists(self, owner: str, name: str) -> bool:
-        return (owner, name) in self._kept or (self.store is not None and self.store.exists(owner, name))
+        with self._using_store():
+            return (owner, name) in self._kept or (self.store is not None and self.store.exists(owner, name))
 
     def acquire(self, owner: str, name: str | None, *, new: bool = False) -> KeptSession:
         """Return the session with this id, opening it if there is none; without an id, a session for one request.
@@ -67,21 +73,36 @@ class KeptSessions:
         with self._lock:
             while (kept := self._taken(owner, name, new)) is None:
                 self._wait_for_room(end)
-            kept.busy = True
+            kept.busy, kept.saved = True, False
         if self.store is not None and name:
             try:
-                self._agree_with_store(kept, self.store)
-            except ZooError as error:
+                with self._using_store():
+                    self._agree_with_store(kept, self.store)
+            except BaseException:
                 self.release(kept, forget=True)
-                if isinstance(error, OtherServerError):
-                    raise ApiError(503, str(error), "session", "session_of_another_server") from None
-                self.failing = self.failing or isinstance(error, StoreError)
-                raise ApiError(503, f"{error}; try again later", "session", "store_failing") from None
+                raise
         return kept
+
+    @contextmanager
+    def _using_store(self) -> Iterator[None]:
+        """Turn an error of the store into an ApiError with status 503."""
+        try:
+            yield
+        except PoolClosedError:
+            raise
+        except OtherServerError as error:
+            raise ApiError(503, str(error), "session", "session_of_another_server") from None
+        except (OSError, ZooError) as error:
+            self._report(error)
+            why = error if isinstance(error, ZooError) else f"store: {error.strerror}"
+            raise ApiError(503, f"{why}; try again later", "session", "store_failing") from None
+
+    def _report(self, error: Exception) -> None:
+        """Remember that the store fails, unless only another process has taken a session over."""
+        self.failing = self.failing or (isinstance(error, OSError | StoreError) and not isinstance(error, TakenOverError))
 
     def _taken(self, owner: str, name: str | None, new: bool) -> KeptSession | None:
         """Return the session of `acquire`, or None if there is no room for it."""
-        self._put_away_idle()
         if new and name and self.exists(owner, name):
             raise ApiError(409, f"session: '{name}' already exists", "session", "session_exists")
         if name and (kept := self._kept.get((owner, name))):
@@ -92,8 +113,8 @@ class KeptSessions:
             try:
                 kept = KeptSession(self._pool.open(), self.prefixes, self._empty, owner, name)
             except PoolFullError:
-                idle = [key for key, other in self._kept.items() if not other.busy]
-                if self.store is None or not idle or not self._put_away(min(idle, key=lambda key: self._kept[key].used)):
+                idle = sorted((key for key, other in self._kept.items() if not other.busy), key=lambda key: self._kept[key].used)
+                if self.store is None or not any(map(self._put_away, idle)):  # the first that can be stored
                     return None
             else:
                 if name:
@@ -117,10 +138,8 @@ class KeptSessions:
         """Take over a session that another process has used, and write what could not be written before. Raises ZooError."""
         assert kept.name is not None
         if kept.journal is None or not kept.journal.check():
-            kept.journal = store.open(kept.owner, kept.name)
-            kept.recall()
+            kept.recall(store.open(kept.owner, kept.name))
         kept.store()
-        self.failing = False
 
     def release(self, kept: KeptSession, *, forget: bool = False) -> None:
         """End a request's use of its session, and write it to the store if that works."""
@@ -140,17 +159,16 @@ class KeptSessions:
         try:
             kept.session.restore(snapshot)
             kept.tokens, kept.messages = list(record.tokens), list(record.messages)
-            kept.store(state=True)
-        except BaseException as error:
+            with self._using_store():
+                kept.store()
+                kept.store_state()
+        except BaseException:
             with self._lock:
                 self._forget(kept)
                 if kept.journal is not None:
                     with suppress(StoreError):
                         kept.journal.delete()
-            if not isinstance(error, StoreError):
-                raise
-            self.failing = True
-            raise ApiError(503, f"{error}; try again later", "session", "store_failing") from None
+            raise
         return kept
 
     def _forget(self, kept: KeptSession) -> None:
@@ -162,8 +180,8 @@ class KeptSessions:
         self.prefixes.forget(kept.owner, kept.name)
 
     def delete(self, owner: str, name: str) -> bool:
-        """Close a session and forget its states. Returns False if there is none with this id, or if it is busy. Raises StoreError."""
-        with self._lock:
+        """Close a session and forget its states. Returns False if there is none with this id, or if it is busy. Raises ApiError."""
+        with self._lock, self._using_store():
             kept = self._kept.get((owner, name))
             if (kept is not None and kept.busy) or not self.exists(owner, name):
                 return False
@@ -176,34 +194,59 @@ class KeptSessions:
             self._lock.notify()
             return True
 
+    def tend(self) -> None:
+        """Until `close`, write the states of idle sessions to the store, and move them out of memory."""
+        Thread(target=self._tend, name="zoo-sessions", daemon=True).start()
+
+    def _tend(self) -> None:
+        while not self._ended.wait(TICK):
+            failed, stored = self.failing, True
+            with self._lock:
+                all_kept = list(self._kept.items())
+            for key, kept in all_kept:
+                with self._lock:
+                    idle = time.monotonic() - kept.used
+                    if kept.busy or self._kept.get(key) is not kept:
+                        continue
+                    if idle > self._idle:
+                        stored &= self._put_away(key)
+                    elif not kept.saved and (failed or idle > SETTLED):
+                        stored &= self._store(kept, state=idle > SETTLED)
+            if failed and stored and self.store is not None:
+                self.failing = not self._written(self.store.check)
+
     def close(self) -> None:
         """Write the states of all sessions to the store."""
+        self._ended.set()
         with self._lock:
             for kept in self._kept.values():
                 self._store(kept, state=True)
 
     def _store(self, kept: KeptSession, *, state: bool = False) -> bool:
-        """Write a session to the store, if there is one. Returns False if that fails."""
+        """Write a session to the store, if there is one. Returns False if it is not in the journal, with or without its state."""
+        stored = self._written(kept.store)
+        if stored and (state or (kept.journal is not None and kept.journal.size > LONG_JOURNAL)):
+            kept.saved = self._written(kept.store_state)
+        return stored
+
+    def _written(self, write: Callable[[], None]) -> bool:
+        """Write something to the store. Returns False if that fails."""
         try:
-            kept.store(state=state)
-        except StoreError:
-            self.failing = True
-            return False
-        except ZooError:  # the pool is closed; the journal has the tokens
+            write()
+        except TakenOverError:  # it is not ours to write
+            return True
+        except ZooError as error:
+            self._report(error)
             return False
         return True
 
     def _put_away(self, key: tuple[str, str]) -> bool:
-        """Move a session out of memory. Returns False if it cannot be stored."""
+        """Move a session out of memory. Returns False if it cannot be stored: without its state, its tokens are read again."""
         kept = self._kept[key]
         if self.store is not None and not self._store(kept, state=True):
             return False
         del self._kept[key]
         with suppress(ZooError):
             kept.session.close()
+        self._lock.notify()
         return True
-
-    def _put_away_idle(self) -> None:
-        now = time.monotonic()
-        for key in [key for key, kept in self._kept.items() if not kept.busy and now - kept.used > self._idle]:
-            self._put_away(key)

@@ -11,8 +11,9 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from zoo.checkpoints.plain import one_line
 from zoo.errors import ZooError
@@ -22,7 +23,7 @@ from zoo.sessions.pool import PoolClosedError
 from zoo.sessions.session import Session
 from zoo.system import lock
 
-JOURNAL, LEASE = "journal.jsonl", "lease"
+ABOUT, JOURNAL, LEASE = "session.json", "journal.jsonl", "lease"
 LONG_JOURNAL = 2**20  # bytes after which a journal is rewritten
 
 
@@ -80,29 +81,25 @@ class Journal:
             self.stored = record
 
     def write_snapshot(self, session: Session) -> None:
-        """Write the state after all tokens, if it is not in a file yet, and shorten a long journal. Raises StoreError."""
+        """Write the state after all tokens, if it is not in a file yet, and shorten a long journal. Raises StoreError, PoolClosedError."""
         count = len(self.stored.tokens)
         if not count or (self.snapshot == count and self.size < LONG_JOURNAL):
             return
         with self._ours():
-            try:
-                session.save(self.folder / f"{count}.safetensors")
-            except PoolClosedError:
-                raise
-            except ZooError as error:
-                raise StoreError(f"store: {error}") from error
+            session.save(self.folder / f"{count}.safetensors")
             if self.size >= LONG_JOURNAL:
                 whole = {"keep": 0, "tokens": self.stored.tokens, "sleeps": self.stored.sleeps, "keep_messages": 0}
                 content = _line({**whole, "messages": self.stored.messages}) + _line({"snapshot": count})
-                with replacing(self.folder / JOURNAL) as file:
+                with replacing(self.folder / JOURNAL) as scratch, scratch.open("wb", buffering=0) as file:
                     _write_synced(file, content)
                 self.size = len(content)
         if self.snapshot != count:
             self._append({"snapshot": count})
         self.snapshot = count
-        for old in self.folder.glob("*.safetensors"):
-            if old.stem != str(count):
-                old.unlink(missing_ok=True)
+        with self._ours():
+            for file in self.folder.iterdir():  # older snapshots, and what a killed process left
+                if file.name not in (ABOUT, JOURNAL, LEASE, f"{count}.safetensors"):
+                    file.unlink(missing_ok=True)
 
     def restore(self, session: Session) -> int:
         """Load the newest state into a session. Returns the number of tokens that it has read; 0 if there is no such state."""
@@ -128,14 +125,12 @@ class Journal:
             shutil.rmtree(self.folder)
 
     def _append(self, fields: dict[str, Any]) -> None:
-        with self._ours(), (self.folder / JOURNAL).open("r+b") as file:
+        with self._ours(), (self.folder / JOURNAL).open("r+b", buffering=0) as file:
             line = _line(fields)
             file.seek(self.size)
             file.truncate()  # what a kill left of a line
             try:
-                write(file, line)
-                file.flush()
-                os.fsync(file.fileno())
+                _write_synced(file, line)
             except OSError:
                 with contextlib.suppress(OSError):
                     file.truncate(self.size)
@@ -154,6 +149,10 @@ class Journal:
             raise TakenOverError(f"session: another process has deleted {self.folder.name}") from None
         except OSError as error:
             raise StoreError(f"store: {self.folder}: {error.strerror or error}") from error
+        except (StoreError, PoolClosedError):
+            raise
+        except ZooError as error:
+            raise StoreError(f"store: {error}") from error
 
 
 class Store:
@@ -167,11 +166,12 @@ class Store:
         self.folder, self.identity = folder, identity
 
     def names(self, owner: str) -> list[str]:
-        """Return the ids of all sessions of an owner."""
-        found = [_read_json(file) for file in self.folder.glob("*/session.json") if _has_content(file.with_name(JOURNAL))]
+        """Return the ids of all sessions of an owner. Raises StoreError, OSError."""
+        found = [_read_json(file) for file in self.folder.glob(f"*/{ABOUT}") if _has_content(file.with_name(JOURNAL))]
         return sorted(str(fields.get("name")) for fields in found if fields.get("owner") == _digest(owner))
 
     def exists(self, owner: str, name: str) -> bool:
+        """Return whether a session is stored. Raises OSError."""
         return _has_content(self._place(owner, name) / JOURNAL)
 
     def open(self, owner: str, name: str) -> Journal:
@@ -181,26 +181,35 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / JOURNAL).exists():
-                with replacing(folder / "session.json") as file:
+                with replacing(folder / ABOUT) as scratch, scratch.open("wb", buffering=0) as file:
                     _write_synced(file, json.dumps(about).encode())
                 (folder / JOURNAL).touch()
                 _sync(folder)
                 _sync(self.folder)
-            for key, value in {**dict.fromkeys(about), **_read_json(folder / "session.json")}.items():
+            for key, value in {**dict.fromkeys(about), **_read_json(folder / ABOUT)}.items():
                 if about.get(key) != value:
                     held, here = (repr(one) if one is not None else "the default" for one in (value, about.get(key)))
                     raise OtherServerError(f"session: '{name}': it was stored with {key}: {held}; this server has {here}")
             with _locked(folder / LEASE) as file:
                 lease = _number(file) + 1
-                file.truncate(0)
-                file.write(str(lease))
-                file.flush()
-                os.fsync(file.fileno())
+                file.seek(0)
+                _write_synced(file, b"%020d" % lease)  # in place: needs no room, and can only become larger
             journal = Journal(folder, lease)
             _replay(journal)
         except (OSError, ZooError) as error:
             raise error if isinstance(error, StoreError) else StoreError(f"store: {folder}: {error}") from error
         return journal
+
+    def check(self) -> None:
+        """Write a file of the size of a small state, and remove it. Raises StoreError."""
+        scratch = self.folder / f".check.{os.getpid()}"
+        try:
+            with scratch.open("wb", buffering=0) as file:
+                _write_synced(file, bytes(2**16))
+        except OSError as error:
+            raise StoreError(f"store: {self.folder}: {error.strerror}") from error
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def _place(self, owner: str, name: str) -> Path:
         return self.folder / _digest(f"{_digest(owner)} {name}")
@@ -243,29 +252,23 @@ def _shared(a: list[Any], b: list[Any]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def write(file: IO[bytes], content: bytes) -> None:
-    """Write all of `content`: the only place where a full disk is noticed."""
-    file.write(content)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        write(file, content)
-        file.flush()
-        os.fsync(file.fileno())
+def _write_synced(file: FileIO, content: bytes) -> None:
+    """Write all of `content` to an unbuffered file: a buffer would write its rest later, when there is room again."""
+    while content:
+        content = content[file.write(content) :]
+    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[IO[str]]:
-    """Open a file that no other process has locked."""
-    with path.open("a+") as file:
+def _locked(path: Path) -> Iterator[FileIO]:
+    """Open a file that no other process has locked, and that need not exist."""
+    with open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as file:
         while not lock(file):
             time.sleep(0.001)
-        file.seek(0)
         yield file
 
 
-def _number(lease: IO[str]) -> int:
+def _number(lease: FileIO) -> int:
     """Read the number in a lease. Raises StoreError."""
     try:
         return int(lease.read() or 0)
@@ -292,7 +295,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _has_content(journal: Path) -> bool:
-    """Return whether a session was stored, not only opened before the process was killed."""
+    """Return whether a session was stored, not only opened before the process was killed. Raises OSError."""
     return journal.is_file() and journal.stat().st_size > 0
 
 

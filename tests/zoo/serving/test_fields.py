@@ -186,6 +186,26 @@ def test_unknown_fields(server, route):
     assert (status, answer["error"]["message"], answer["error"]["param"]) == (400, "temprature: there is no such field", "temprature")
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_top_p_and_seed(server, route):
+    """Sampled: from the fewest tokens whose probabilities add up to `top_p`; the same answer for the same `seed`, another for others."""
+
+    def said(**how):
+        status, answer = server.ask(route, {**ROUTES[route][2], "max_tokens": 40, "temperature": 1, **how})
+        assert status == 200
+        return text(answer)
+
+    a, b = (math.exp(LEAST + LOGITS[token]) for token in (A, B))
+    assert said(top_p=0.99 * a) == "a" * 40
+    for total in (1.01 * a, 0.99 * (a + b)):
+        assert set(said(top_p=total, seed=0)) == set("ab")
+    assert len(set(said(top_p=1.01 * (a + b), seed=0))) == 3
+    answers = [said(seed=seed) for seed in (*range(5), *range(5))]
+    assert answers[:5] == answers[5:]
+    assert len(set(answers)) == 5
+    assert len({said() for _ in range(5)}) == 5  # without one, every answer is another
+
+
 def test_scoring_a_text(server, model):
     """`echo` with `max_tokens: 0` returns the log-probability of each prompt token: those of the model itself."""
     ids = list(b"hello axb")

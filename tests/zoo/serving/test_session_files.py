@@ -1,8 +1,6 @@
 """Sessions move between servers as files."""
 
-import errno
 import http.client
-import os
 import urllib.error
 import urllib.request
 
@@ -12,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import zoo
+from tests.zoo.serving.disk import Disk, recovers
 from tests.zoo.serving.local import local
 from tests.zoo.serving.test_store import BYTES, answers, uninterrupted
 from zoo.checkpoints.checksum import metadata
-from zoo.serving import store as store_module
 
 NAME = "gdn4-sleep2-hard16"
 FIELDS = {"layers": "attn gdn", "d_model": 32, "d_ff": 16, "vocab_size": 256}
@@ -152,26 +150,19 @@ def test_sessions_are_bound_to_the_key(model):
         assert server.ask("/v1/sessions/s", **other)[0] == 200
 
 
-@pytest.mark.parametrize("room", [0, 100, 350])
+@pytest.mark.parametrize("room", [0, 100, 350, 2_000])
 def test_an_import_onto_a_full_disk_leaves_nothing(model, content, tmp_path, monkeypatch, room):
-    def write(file, part):
-        nonlocal room
-        file.write(part[:room])
-        room -= len(part)
-        if room < 0:
-            room = 0
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    disk = Disk(tmp_path, monkeypatch)
     with local(model, BYTES, store=tmp_path) as server:
-        monkeypatch.setattr(store_module, "write", write)
+        disk.fill(room)
         assert imported(server, "t", content)[0] == 503
         assert server.ask("/ready")[0] == 503
         assert server.ask("/v1/sessions/t")[0] == 404
         assert server.ask("/v1/sessions")[1]["data"] == []
         assert len(server.state.sessions) == len(server.pool) == 0
-        monkeypatch.undo()
+        disk.heal()
         assert imported(server, "t", content)[0] == 200
-        assert server.ask("/ready")[0] == 200
+        recovers(server)
 
 
 def test_a_deleted_session_is_gone_everywhere(model, tmp_path):
