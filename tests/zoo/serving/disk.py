@@ -31,11 +31,11 @@ class Disk:
         self.size, self.syncs, self.unreadable = None, None, None
 
     def fill(self, room):
-        """Leave so many bytes."""
+        """Leave this many bytes."""
         self.size = self.used() + room
 
     def fail_after(self, syncs):
-        """Let so many calls of fsync succeed."""
+        """Let this many calls of fsync succeed."""
         self.syncs = syncs
 
     def used(self):

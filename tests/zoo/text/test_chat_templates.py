@@ -114,7 +114,7 @@ def test_templates_render_as_in_transformers(name, in_file, tmp_path, monkeypatc
 def test_hostile_templates_are_refused_in_time(name):
     took = []
     for _ in range(3):
-        assert render("{{ messages[1].content }}", MESSAGES) == "Où est 日本?"  # whatever was refused before
+        assert render("{{ messages[1].content }}", MESSAGES) == "Où est 日本?"  # after all the refusals
         started, cpu = time.monotonic(), time.process_time()
         with pytest.raises(zoo.ZooError, match=r"^chat template: .") as refused:
             render(HOSTILE[name], MESSAGES)
