@@ -132,7 +132,11 @@ def _columns(file: Path, field: str) -> Iterator[str]:
         raise ZooError(f"{file}: Parquet needs pip install pyarrow") from None
     try:
         for batch in parquet.ParquetFile(file).iter_batches(columns=[field]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+            for text in batch.column(0).to_pylist():
+                if isinstance(text, str):
+                    yield text
+                elif text is not None:
+                    raise ZooError(f"{file}: the column '{field}' holds no text")
     except (OSError, ValueError, IndexError) as error:
         raise ZooError(f"{file}: cannot be read as Parquet with a column '{field}': {error}") from None
 
