@@ -36,7 +36,7 @@ def evaluate(
     team: Team | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Evaluate a model on `sequences` held-out sequences.
+    """Evaluate a model on `sequences` held-out sequences, or on all if there are fewer.
 
     Args:
         loops: passes per sleep; default: as configured.
@@ -54,6 +54,7 @@ def evaluate(
         ZooError: the model does not fit the task.
     """
     check_fit(model, task)
+    sequences = min(sequences, task.held_out() or sequences)
     team = team or Team(model.embed.weight.device)
     parts: dict[str, list[Tensor]] = defaultdict(list)
     given: Counter[tuple[int, tuple[int, ...]]] = Counter()

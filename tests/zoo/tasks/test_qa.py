@@ -90,13 +90,14 @@ CONFIG = {
             "gdn": {"heads": 2, "expand_v": 1, "conv_init": "identity", "decay_init": 1, "gate": False},
         },
     },
-    "batch_size": 64, "lr": 3e-3, "warmup": 0.08, "eval_sequences": 200,
+    "batch_size": 64, "lr": 3e-3, "warmup": 0.08,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("steps", [2, pytest.param(300, marks=pytest.mark.extended)])
 def test_a_model_answers_about_evicted_context(rows, tmp_path, steps):
     results = train(TrainConfig(task=fields(rows), steps=steps, **CONFIG), tmp_path / "run")
+    assert results["answers"] == 400  # of 200 questions, each of which is evaluated once
     assert load_tokenizer(tmp_path / "run", 256).stop == (0,)
     if steps > 2:
         assert results["first"] > 0.95
