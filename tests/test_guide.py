@@ -1,27 +1,34 @@
 """The commands of docs/guide.md, run in order on a checkpoint of the same family with fewer and narrower layers."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
 
 import zoo
+from tests.zoo.text.test_chat_templates import write_folder
 from zoo.cli import main
 from zoo.costs import training_flops
 from zoo.export.cli import main as export
 
-GUIDE = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 SMALLER = {
     "=512": "=64",
     "window: 512": "window: 64",
     "width: 512": "width: 64",
     "2048": "256",
-    "100352": "256",
+    "100352": "258",
     "steps: 1000": "steps: 2",
     "batch_size: 8": "batch_size: 2",
     "--sequences 256": "--sequences 4",
@@ -37,16 +44,17 @@ def block(language):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with a checkpoint, its byte tokenizer, and documents."""
+    """A folder with a checkpoint, its tokenizer, and documents."""
     model = zoo.create(
         "granite4-h-350m",
         layers="mamba2 attn mamba2",
         d_model=32,
         d_ff=64,
-        vocab_size=256,
+        vocab_size=258,
         blocks={"mamba2": {"head_dim": 16, "state_dim": 16}, "attn": {"heads": 2, "kv_heads": 1}},
     )
     zoo.save(model, tmp_path / "models" / "granite", format="hf")
+    write_folder(tmp_path / "models" / "granite", "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", in_file=True)
     words = ["the", "model", "sleeps", "over", "its", "window", "and", "keeps", "what", "it", "has", "read"]
     rows = [json.dumps({"text": " ".join(random.Random(i).choices(words, k=150))}) for i in range(200)]
     (tmp_path / "notes").mkdir()
@@ -56,10 +64,27 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def served_answer(command, folder):
+    """Start a server, ask it in the session `s`, and stop it."""
+    with (folder / "log").open("w") as log:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        server = subprocess.Popen([sys.executable, "-m", "zoo", *command, "--port", "0"], stdout=log, stderr=log, env=environment)
+    try:
+        while not (address := re.search(r"http://127\.0\.0\.1:\d+", (folder / "log").read_text())):
+            assert server.poll() is None, (folder / "log").read_text()
+            time.sleep(0.1)
+        client = openai.OpenAI(base_url=f"{address[0]}/v1", api_key="none", max_retries=0)
+        asked = {"messages": [{"role": "user", "content": "the model sleeps"}], "temperature": 0, "max_tokens": 4}
+        return client.chat.completions.create(model=client.models.list().data[0].id, **asked, extra_body={"session": "s"})
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
 @pytest.mark.parametrize("exported", [False, pytest.param(True, marks=pytest.mark.extended)])
 def test_the_commands_of_the_guide(folder, exported):
     said = {}
-    for line in block("bash").replace(" --tokenizer models/granite", "").splitlines():
+    for line in block("bash").splitlines():
         if "bundle" in line and not exported:
             continue
         program, *arguments = line.split()
@@ -71,6 +96,13 @@ def test_the_commands_of_the_guide(folder, exported):
     assert all(arm in compared for arm in ("full attention", "sliding", "hard"))
     config = zoo.load("runs/sleeper").config
     assert (config.loops, config.evict, config.window) == (4, "hard", 64)
+    assert yaml.safe_load(Path("data/data.yaml").read_text())["vocab"] == 258
+    if exported:
+        (command,) = re.findall(r"`zoo (serve bundle [^`]*)`", GUIDE)
+        first, again = (served_answer(command.split(), folder) for _ in range(2))
+        assert first.choices == again.choices
+        assert first.usage.prompt_tokens_details.cached_tokens == 0
+        assert again.usage.prompt_tokens_details.cached_tokens == again.usage.prompt_tokens  # the conversation was kept
 
 
 def test_the_figures_of_the_guide():

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click import Command
 from click.testing import CliRunner
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import zoo
 from zoo.cli import main
-from zoo.export.plan import Plan
+from zoo.export.cli import main as export
 from zoo.text.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.extended  # the checkpoints are written by transformers
@@ -20,8 +21,8 @@ FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "addi
 END = 257
 
 
-def zoo_command(*arguments: object, **more: object) -> str:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments], **more)
+def zoo_command(*arguments: object, command: Command = main, **more: object) -> str:
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments], **more)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -106,10 +107,13 @@ def test_train_and_export_keep_the_whole_model(source: Path, tmp_path: Path) -> 
     with pytest.MonkeyPatch.context() as elsewhere:
         elsewhere.chdir(source)
         assert "window" in zoo_command("eval", run, "--sequences", 2)
-    zoo.save(zoo.load(source, evict="sliding", window=8), tmp_path / "sleeps")
-    zoo.export.export(zoo.load(tmp_path / "sleeps"), tmp_path / "bundle", plan=Plan(prefill=None), verified=False)
-    assert carries(tmp_path / "bundle", source)
-    assert answer(tmp_path / "bundle") == answer(tmp_path / "sleeps")
+    assert answer(run) == answer(source, "evict=sliding", "window=8")
+    assert answer(run, "evict=none") == answer(source)
+    for name, options in {"plain": ["--max-length", "128"], "bundle": ["evict=sliding", "window=8"]}.items():
+        zoo_command(source, "--out", tmp_path / name, *options, "--prefill", "0", "--no-verify", command=export)
+        assert carries(tmp_path / name, source)
+    assert answer(tmp_path / "plain") == answer(source)
+    assert answer(tmp_path / "bundle") == answer(run)
     result = CliRunner().invoke(main, ["chat", str(tmp_path / "bundle"), "loops=2"])
     assert (result.exit_code, "an exported bundle is fixed" in result.output) == (2, True)
 
