@@ -50,6 +50,13 @@ def exit_status() -> Iterator[None]:
         sys.exit(stopped.status)
 
 
+class Source(click.Path):
+    """A path that exists, or the address of a dataset."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if str(value).startswith("hf://datasets/") else super().convert(value, param, ctx)
+
+
 class Group(click.Group):
     """Group that lists its commands in sections and prints one-line errors."""
 
@@ -173,22 +180,24 @@ def push(folder: Path, repository: str, revision: str | None, public: bool) -> N
 
 
 @main.command()
-@click.argument("corpus", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="CORPUS...")
+@click.argument("corpus", nargs=-1, required=True, type=Source(exists=True, path_type=Path), metavar="CORPUS...")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder for the tokens.")
 @click.option(
     "--tokenizer", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder with a tokenizer.  [default: bytes]"
 )
 @click.option("--field", default="text", show_default=True, help="Field of a row that holds the text.")
+@click.option("--split", default="train", show_default=True, help="Split of datasets that is read.")
 @click.option("--held-out", type=Number(0, 1), default=0.01, show_default=True, help="Fraction of documents held out in test.npy.")
-def tokenize(corpus: tuple[Path, ...], out: Path, tokenizer: Path | None, field: str, held_out: float) -> None:
+def tokenize(corpus: tuple[Path | str, ...], out: Path, tokenizer: Path | None, field: str, split: str, held_out: float) -> None:
     """Turn text into tokens for the task `text`.
 
-    CORPUS is a text file, which is one document, a .jsonl or .parquet file with a document in each row, or a folder of these. Writes
-    train.npy, test.npy and data.yaml, and a copy of the tokenizer. An end token follows every document.
+    CORPUS is a text file, which is one document, a .jsonl or .parquet file with a document in each row, a folder of these, or
+    hf://datasets/OWNER/NAME, a dataset of the Hugging Face hub. Writes train.npy, test.npy and data.yaml, and a copy of the
+    tokenizer. An end token follows every document.
     """
     from zoo.text.corpus import tokenize as run
 
-    made = run(corpus, out, tokenizer=tokenizer, field=field, held_out=held_out)
+    made = run(corpus, out, tokenizer=tokenizer, field=field, split=split, held_out=held_out)
     click.echo(
         f"{counted(made.documents, 'document')}, {counted(made.train, 'token')} to train on, {made.test} held out; vocabulary: {made.vocab}"
     )

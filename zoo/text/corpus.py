@@ -1,9 +1,10 @@
-"""A corpus as token ids: text files, JSON lines or Parquet become train.npy and test.npy, next to a copy of the tokenizer."""
+"""A corpus as token ids: text files, JSON lines, Parquet or datasets become train.npy and test.npy, next to a copy of the tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,13 +14,16 @@ import numpy as np
 import yaml
 
 from zoo.checkpoints.companions import GENERATION, read_companions, write_companions
+from zoo.checkpoints.plain import one_line
 from zoo.errors import ZooError, counted
 from zoo.files import new_folder
+from zoo.registry import nearest
 from zoo.text.tokenizers import ByteTokenizer, FolderTokenizer
 
 END_OF_BYTES = 0
 """Token that ends a document of bytes, and an answer of a model that is trained on them."""
 SUMMARY = "data.yaml"
+DATASETS = "hf://datasets/"
 
 
 class Corpus(NamedTuple):
@@ -37,11 +41,12 @@ class Corpus(NamedTuple):
 
 
 def tokenize(
-    sources: Sequence[Path],
+    sources: Sequence[Path | str],
     out: Path,
     *,
     tokenizer: Path | None = None,
     field: str = "text",
+    split: str = "train",
     held_out: float = 0.01,
     advance: Callable[[int], None] = lambda documents: None,
 ) -> Corpus:
@@ -51,8 +56,10 @@ def tokenize(
 
     Args:
         sources: files, or folders of files: .jsonl and .parquet hold a document in each row, any other file is one document.
+            "hf://datasets/owner/name" is a dataset of the Hugging Face hub, with "/subset" and "@revision" where it has several.
         tokenizer: folder of a tokenizer; default: bytes.
         field: field of a row that holds the text.
+        split: split of datasets that is read.
         held_out: share of the documents in test.npy.
         advance: called after each document with the number of documents done.
     Raises:
@@ -67,21 +74,21 @@ def tokenize(
     with new_folder(out) as folder:
         with (folder / "train.raw").open("wb") as train, (folder / "test.raw").open("wb") as test:
             files: dict[str, IO[bytes]] = {"train": train, "test": test}
-            for done, text in enumerate(documents(sources, field), 1):
+            for done, text in enumerate(documents(sources, field, split), 1):
                 ids = [*encode.encode(text, special=False), *end]
                 share = int.from_bytes(hashlib.sha256(text.encode("utf-8", errors="replace")).digest()[:4], "big") / 2**32
-                split = "test" if share < held_out else "train"
-                files[split].write(np.asarray(ids, dtype).tobytes())
-                counts[split] += len(ids)
+                part = "test" if share < held_out else "train"
+                files[part].write(np.asarray(ids, dtype).tobytes())
+                counts[part] += len(ids)
                 characters += len(text)
                 advance(done)
         if done < 2:
             raise ZooError(f"{out}: {counted(done, 'document')}; want at least 2, of which some are held out")
-        for split, count in counts.items():
+        for part, count in counts.items():
             if not count:
                 held = counted(done, "document")
-                raise ZooError(f"{out}: {split}.npy would hold none of {held}; change --held-out, which is {held_out}, or add documents")
-            _with_header(folder / f"{split}.raw", folder / f"{split}.npy", dtype, count)
+                raise ZooError(f"{out}: {part}.npy would hold none of {held}; change --held-out, which is {held_out}, or add documents")
+            _with_header(folder / f"{part}.raw", folder / f"{part}.npy", dtype, count)
         corpus = Corpus(size, end[0], done, characters, **counts)
         (folder / SUMMARY).write_text(yaml.safe_dump(corpus._asdict(), sort_keys=False), encoding="utf-8")
         companions = {} if tokenizer is None else read_companions(tokenizer)
@@ -91,9 +98,13 @@ def tokenize(
     return corpus
 
 
-def documents(sources: Sequence[Path], field: str) -> Iterator[str]:
+def documents(sources: Sequence[Path | str], field: str, split: str = "train") -> Iterator[str]:
     """Yield the text of every document. Raises ZooError."""
     for source in sources:
+        if str(source).startswith(DATASETS):
+            yield from _dataset(str(source), field, split)
+            continue
+        source = Path(source)
         for file in sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]:
             if file.suffix == ".jsonl":
                 yield from _rows(file, field)
@@ -139,6 +150,27 @@ def _columns(file: Path, field: str) -> Iterator[str]:
                     raise ZooError(f"{file}: the column '{field}' holds no text")
     except (OSError, ValueError, IndexError) as error:
         raise ZooError(f"{file}: cannot be read as Parquet with a column '{field}': {error}") from None
+
+
+def _dataset(address: str, field: str, split: str) -> Iterator[str]:
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@(.+))?", address.removeprefix(DATASETS))
+    if found is None:
+        raise ZooError(f"{address}: want {DATASETS}OWNER/NAME, with /SUBSET and @REVISION if needed")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ZooError(f"{address}: needs pip install datasets") from None
+    name, subset, revision = found.groups()
+    try:
+        rows = load_dataset(name, subset, split=split, revision=revision)
+    except Exception as error:  # whichever exception the network, the hub or the library raises
+        raise ZooError(f"{address}: cannot be loaded: {one_line(error)}") from None
+    if field not in rows.column_names:
+        raise ZooError(f"{address}: no column '{field}'; {nearest(field, rows.column_names)}")
+    for number, text in enumerate(rows[field], 1):
+        if not isinstance(text, str):
+            raise ZooError(f"{address}: row {number}: no text under '{field}'")
+        yield text
 
 
 def _with_header(raw: Path, file: Path, dtype: np.dtype[Any], count: int) -> None:

@@ -47,6 +47,10 @@ class Tracker(ABC):
     def end(self) -> None:
         """Send what has not been sent: the run has finished, stopped or failed."""
 
+    def __str__(self) -> str:
+        """Return its name in warnings."""
+        return type(self).__name__
+
 
 trackers: Registry[Callable[[], Tracker]] = Registry("tracker", "trackers")
 
@@ -114,6 +118,9 @@ class Accelerate(Tracker):
     def end(self) -> None:
         self._tracker.finish()
 
+    def __str__(self) -> str:
+        return self._class.name
+
 
 for _name in ACCELERATE:
     trackers.register(_name, partial(Accelerate, _name))
@@ -165,7 +172,7 @@ def _deliver(lines: SimpleQueue[dict[str, Any] | None], tracker: Tracker, config
 
 
 def _warn(tracker: Tracker, why: str) -> None:
-    print(f"tracker {type(tracker).__name__}: {why}", file=sys.stderr, flush=True)
+    print(f"tracker {tracker}: {why}", file=sys.stderr, flush=True)
 
 
 def flat(metrics: dict[str, Any]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Text becomes tokens, with the tokenizer beside them; from two files to a chatting model in four commands."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -75,6 +76,46 @@ def test_bad_input_is_refused_and_nothing_is_left(tmp_path):
         with pytest.raises(zoo.ZooError, match=message):
             tokenize([source], tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.extended
+def test_a_split_of_a_dataset_is_read_by_its_name(tmp_path, monkeypatch):
+    """A folder of that name takes precedence over the hub, also in `datasets`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "me" / "notes").mkdir(parents=True)
+    for split, texts in (("train", TEXTS[:200]), ("validation", TEXTS[200:])):
+        lines = [json.dumps({"body": text, "number": i}) + "\n" for i, text in enumerate(texts)]
+        (tmp_path / "me" / "notes" / f"{split}.jsonl").write_text("".join(lines))
+
+    def run(address, *options):
+        return CliRunner().invoke(main, ["tokenize", address, "--held-out", "0.2", *options])
+
+    done = run("hf://datasets/me/notes", "--split", "validation", "--field", "body", "--out", "data")
+    assert done.exit_code == 0, done.output
+    tokenize([tmp_path / "me" / "notes" / "validation.jsonl"], tmp_path / "same", field="body", held_out=0.2)
+    for name in ("train.npy", "test.npy", "data.yaml"):
+        assert (tmp_path / "data" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    for address, options, message in (
+        ("hf://datasets/me/notes", ["--field", "bodies"], "no column 'bodies'; allowed: body, number"),
+        ("hf://datasets/me/notes", ["--field", "number"], "row 1: no text under 'number'"),
+        ("hf://datasets/me/notes", ["--split", "test"], 'cannot be loaded: Unknown split "test"'),
+    ):
+        said = run(address, *options, "--out", "refused")
+        assert said.exit_code == 2
+        assert said.stderr.startswith(f"Error: {address}: {message}")
+        assert said.stderr.count("\n") == 1
+        assert not (tmp_path / "refused").exists()
+
+
+def test_a_dataset_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for address, message in (
+        ("hf://datasets/notes", "want hf://datasets/OWNER/NAME, with /SUBSET and @REVISION if needed"),
+        ("hf://datasets/me/notes/small@v1", "needs pip install datasets"),
+    ):
+        said = CliRunner().invoke(main, ["tokenize", address, "--out", str(tmp_path / "data")])
+        assert said.stderr == f"Error: {address}: {message}\n"
 
 
 def test_from_two_text_files_to_a_chatting_model_in_four_commands(tmp_path, monkeypatch):
