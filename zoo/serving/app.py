@@ -138,7 +138,7 @@ def make_app(
     if keys:
         app.add_middleware(ApiKeys, keys=keys, public=("/health", "/ready", *FILES))
     protect(app, hosts, origins)
-    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, PoolClosedError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, server.error)
     app.get("/health", responses=ERRORS)(server.health)
     app.get("/ready", responses=ERRORS)(server.ready)
@@ -226,7 +226,7 @@ class Server:
     async def error(self, request: Request, error: Exception) -> JSONResponse:
         refusal = as_api_error(error, f"{request.method} {request.url.path}")
         self.metrics.requests.labels(_route(request), refusal.status).inc()
-        return JSONResponse(refusal.body, refusal.status, getattr(error, "headers", None))
+        return JSONResponse(refusal.body, refusal.status, refusal.headers or getattr(error, "headers", None))
 
     def _answer(
         self,
@@ -262,13 +262,15 @@ class Server:
                 raise ApiError(400, f"{field}{str(error).removeprefix('ids')}", field, "window_full") from None
             except ZooError as error:
                 raise ApiError(409 if isinstance(error, BusyError) else 400, str(error)) from None
-            self.metrics.requests.labels(_route(request), 200).inc()
+            answer: Response
             if body.stream:
                 end = cleanup.pop_all().close
-                return EventStream(
-                    response.events(chain([first], choices), end), end, self.limits.patience, lambda: self.sessions.waiting > 0
-                )
-            return JSONResponse(response.whole(chain([first], choices)))
+                events = response.events(chain([first], choices), end)
+                answer = EventStream(events, end, self.limits.patience, lambda: self.sessions.waiting > 0)
+            else:
+                answer = JSONResponse(response.whole(chain([first], choices)))
+            self.metrics.requests.labels(_route(request), 200).inc()
+            return answer
 
     def _choices(
         self,

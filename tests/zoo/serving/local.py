@@ -91,6 +91,13 @@ def post(server, path, body=None):
         return error.code, json.loads(error.read())
 
 
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def local(*args, **options):
     server = Local(*args, **options)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import zoo
-from tests.zoo.serving.local import local
+from tests.zoo.serving.local import local, until
 from zoo.serving.app import Limits
 from zoo.serving.connections import BODIES, OncePerSecond
 from zoo.text.tokenizers import ByteTokenizer
@@ -53,13 +53,6 @@ def closed(one):
         return False
     except ConnectionError:
         return True
-
-
-def until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def post(body, length=None, path="/v1/completions"):
