@@ -22,7 +22,7 @@ from zoo.text.tokenizers import ByteTokenizer
 
 try:
     import anyio.to_thread
-    from fastapi import FastAPI, Request
+    from fastapi import Depends, FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse, Response
     from prometheus_client import CONTENT_TYPE_LATEST
@@ -36,6 +36,7 @@ from zoo.serving.browsers import protect
 from zoo.serving.conversations import chat_ids, message_ends, takes_tools
 from zoo.serving.errors import ApiKeys, BodyLimit, as_api_error
 from zoo.serving.kept import KeptSession, Messages
+from zoo.serving.leaving import notice
 from zoo.serving.metrics import Metrics
 from zoo.serving.owners import owner_of
 from zoo.serving.page import FILES, add_page
@@ -144,8 +145,8 @@ def make_app(
     app.get("/ready", responses=ERRORS)(server.ready)
     app.get("/v1/models", responses=ERRORS)(server.models)
     app.get("/v1/models/{model}", responses=ERRORS)(server.one_model)
-    app.post("/v1/completions", response_model=None, responses=ANSWERS)(server.completions)
-    app.post("/v1/chat/completions", response_model=None, responses=ANSWERS)(server.chat)
+    for route, answer in {"/v1/completions": server.completions, "/v1/chat/completions": server.chat}.items():
+        app.post(route, response_model=None, responses=ANSWERS, dependencies=[Depends(notice)])(answer)
     SessionRoutes(server.sessions, pool, server.settings).add(app, ERRORS)
     app.get("/metrics", response_class=PlainTextResponse)(server.metrics_text)
     if page:
@@ -251,6 +252,7 @@ class Server:
         with ExitStack() as cleanup:
             kept = self.sessions.acquire(owner_of(request), name)
             cleanup.callback(self.sessions.release, kept)
+            kept.left = request.state.left
             try:
                 choices = self._choices(kept, prompts(kept), body, max_tokens, messages, schema)
                 cleanup.callback(choices.close)

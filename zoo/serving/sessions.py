@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from threading import Condition
+from threading import Condition, Event
 
 from zoo.errors import ZooError, counted
 from zoo.serving.kept import KeptSession
@@ -126,7 +126,7 @@ class KeptSessions:
         """End a request's use of its session, and write it to the store if that works."""
         if kept.name and not forget:
             self._store(kept)
-        kept.used = time.monotonic()
+        kept.used, kept.left = time.monotonic(), Event()
         if not kept.name or (forget and kept.journal is None):
             self._kept.pop((kept.owner, kept.name or ""), None)
             kept.session.close()
