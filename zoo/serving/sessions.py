@@ -176,6 +176,11 @@ class KeptSessions:
             self._lock.notify()
             return True
 
+    def wake(self) -> None:
+        """Let requests that wait for a stream notice that the pool is closed."""
+        with self._lock:
+            self._lock.notify_all()
+
     def close(self) -> None:
         """Write the states of all sessions to the store."""
         with self._lock:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import resource
 import socket
 import time
 import urllib.error
@@ -12,8 +13,8 @@ import pytest
 
 import zoo
 from tests.zoo.serving.local import local, until
-from zoo.serving.app import Limits
-from zoo.serving.connections import BODIES, OncePerSecond
+from zoo.serving.connections import BODIES, Gate, OncePerSecond
+from zoo.serving.limits import Limits
 from zoo.text.tokenizers import ByteTokenizer
 
 FIELDS = {"layers": "gdn", "d_model": 16, "d_ff": 16, "vocab_size": 256}
@@ -145,6 +146,12 @@ def test_a_queue_is_bounded(model, limits, message):
             assert error.value.headers["retry-after"]
         assert {one.result()[0] for one in waiting} <= {200, 429}
         assert server.complete("a", max_tokens=2)["choices"]
+
+
+@pytest.mark.parametrize(("files", "connections"), [(10**6, 1000), (1024, 768), (300, 44), (20, 1)])
+def test_connections_leave_files_for_the_rest(monkeypatch, files, connections):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (files, 10**6))
+    assert Gate(Limits()).connections == connections
 
 
 def test_a_message_is_logged_once_per_second(caplog, monkeypatch):

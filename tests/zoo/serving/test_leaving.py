@@ -8,7 +8,7 @@ import pytest
 
 import zoo
 from tests.zoo.serving.local import local, until
-from zoo.serving.app import Limits
+from zoo.serving.limits import Limits
 from zoo.text.tokenizers import ByteTokenizer
 
 FIELDS = {"layers": "gdn", "d_model": 16, "d_ff": 16, "vocab_size": 256}
@@ -35,7 +35,9 @@ def leave(server, body, condition):
     client.close()
 
 
-@pytest.mark.parametrize("more", [{}, {"stream": True, "stop": "x" * 5000}, {"echo": True, "logprobs": 1}], ids=["whole", "held back", "scored"])
+@pytest.mark.parametrize(
+    "more", [{}, {"stream": True, "stop": "x" * 5000}, {"echo": True, "logprobs": 1}], ids=["whole", "held back", "scored"]
+)
 def test_an_answer_ends(server, more):
     """Also one whose text may all begin a stop string, so that no event has been sent."""
     before = tokens(server, "completion")
