@@ -148,6 +148,14 @@ def test_a_queue_is_bounded(model, limits, message):
         assert server.complete("a", max_tokens=2)["choices"]
 
 
+def test_an_answer_that_nobody_reads_is_given_up(model):
+    """Also when the connection is to close after it, and is not waited for."""
+    ask = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    with serving(model, patience=0.5) as server, sockets(server, 3, ask, buffer=4096):
+        until(lambda: server.gate.open)
+        until(lambda: not server.gate.open)
+
+
 @pytest.mark.parametrize(("files", "connections"), [(10**6, 1000), (1024, 768), (300, 44), (20, 1)])
 def test_connections_leave_files_for_the_rest(monkeypatch, files, connections):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (files, 10**6))
