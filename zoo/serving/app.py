@@ -35,6 +35,7 @@ from zoo.serving.errors import ApiKeys, BodyLimit, as_api_error
 from zoo.serving.kept import KeptSession, Messages
 from zoo.serving.leaving import notice
 from zoo.serving.limits import Limits
+from zoo.serving.methods import HeadAsGet, methods_of
 from zoo.serving.metrics import Metrics
 from zoo.serving.owners import owner_of
 from zoo.serving.page import FILES, add_page
@@ -93,6 +94,7 @@ def make_app(
     app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = server
     session = pool.bytes // pool.streams + MOST_CONVERSATION  # bytes of an imported session
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, limit=server.limits.body, imports=session, draining=lambda: server.draining)
     app.state.keyed = bool(keys)
     if keys:
@@ -192,7 +194,8 @@ class Server:
     async def error(self, request: Request, error: Exception) -> JSONResponse:
         refusal = as_api_error(error, f"{request.method} {request.url.path}")
         self.metrics.requests.labels(_route(request), refusal.status).inc()
-        return JSONResponse(refusal.body, refusal.status, refusal.headers or getattr(error, "headers", None))
+        headers = {"allow": methods_of(request)} if refusal.status == 405 else refusal.headers or getattr(error, "headers", None)
+        return JSONResponse(refusal.body, refusal.status, headers)
 
     def _answer(
         self,
