@@ -515,19 +515,23 @@ def serve(
     On SIGTERM or Ctrl-C, requests in progress are answered and new ones refused.
     """
     from zoo.products import fast_decoding
-    from zoo.serving.app import Limits, check_address, is_loopback, make_app  # raises a ZooError that names what to install
+    from zoo.serving.app import make_app  # raises a ZooError that names what to install
     from zoo.serving.draining import run
+    from zoo.serving.limits import Limits
+    from zoo.serving.listening import is_loopback, listen, loading
     from zoo.sessions.pool import SessionPool
 
-    check_address(host, port)
-    opened, tokenizer = _open(model, overrides, device, dtype)
-    pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
     limits = Limits(max_body, max_prompt, max_tokens, idle, prefix_bytes, connections, patience, queue, wait)
-    app = make_app(pool, tokenizer, name or opened.config.name, limits, keys=api_keys, store=store, hosts=hosts, origins=origins, page=page)
-    if not api_keys and not is_loopback(host):
-        click.echo(f"host {host}: without --api-key, everyone who can reach this address may use the server", err=True)
-    with fast_decoding(opened):
-        run(app, host, port, grace)
+    with listen(host, port) as listener:
+        with loading(listener, limits):
+            opened, tokenizer = _open(model, overrides, device, dtype)
+            pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
+            of = name or opened.config.name
+            app = make_app(pool, tokenizer, of, limits, keys=api_keys, store=store, hosts=hosts, origins=origins, page=page)
+        if not api_keys and not is_loopback(host):
+            click.echo(f"host {host}: without --api-key, everyone who can reach this address may use the server", err=True)
+        with fast_decoding(opened):
+            run(app, listener, grace)
 
 
 @main.command()

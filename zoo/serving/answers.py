@@ -49,7 +49,7 @@ class Piece(NamedTuple):
 class Answer:
     """The answer to one prompt, in pieces, cut where a stop string begins.
 
-    Creating it reads the prompt and samples the first token. Raises ZooError.
+    Creating it reads the prompt and samples the first token. Raises ZooError; ApiError if the client has left, also later.
 
     Args:
         number: index among the answers to the same prompt, which is added to the seed.
@@ -147,6 +147,7 @@ class Answer:
                 self.finish_reason = "stop"
                 break
             yield self._decode(self.tokens[-1])
+            self._kept.check_client()
             try:
                 following = next(self._generated, None)
             except WindowFullError:  # the answer ends as at the end of a context

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from zoo.text.tokenizers import ByteTokenizer
 
 try:
     import anyio.to_thread
-    from fastapi import FastAPI, Request
+    from fastapi import Depends, FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse, Response
     from prometheus_client import CONTENT_TYPE_LATEST
@@ -36,6 +33,9 @@ from zoo.serving.browsers import protect
 from zoo.serving.conversations import chat_ids, message_ends, takes_tools
 from zoo.serving.errors import ApiKeys, BodyLimit, as_api_error
 from zoo.serving.kept import KeptSession, Messages
+from zoo.serving.leaving import notice
+from zoo.serving.limits import Limits
+from zoo.serving.methods import HeadAsGet, methods_of
 from zoo.serving.metrics import Metrics
 from zoo.serving.owners import owner_of
 from zoo.serving.page import FILES, add_page
@@ -55,45 +55,6 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 MOST_CONVERSATION = 2**24  # bytes of the tokens and messages of a session that is imported
 SESSION_HEADERS = ("x-session-id", "x-openwebui-chat-id")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of one server."""
-
-    body: int = 2**20
-    """Maximum size of a request's body, in bytes."""
-    prompt: int = 32_768
-    """Maximum number of tokens that a request may add to its session."""
-    tokens: int = 4_096
-    """Maximum number of tokens in an answer."""
-    idle: float = 3_600.0
-    """Seconds without a request after which a session may be closed."""
-    prefixes: int = 2**28
-    """Maximum size of the states that later prompts may continue from, in bytes."""
-    connections: int = 1_000
-    """Maximum number of connections."""
-    patience: float = 30.0
-    """Seconds that a client may take to send a request, or to read a part of an answer."""
-    queue: int = 64
-    """Maximum number of requests that wait for a free stream."""
-    wait: float = 10.0
-    """Seconds that a request may wait for a free stream."""
-
-
-def check_address(host: str, port: int) -> None:
-    """Raise a ZooError if the server cannot listen at this address."""
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise ZooError(f"host {host}, port {port}: {error.strerror}") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach the address."""
-    with suppress(OSError):
-        return all(ipaddress.ip_address(found[4][0]).is_loopback for found in socket.getaddrinfo(host, None))
-    return False
 
 
 def make_app(
@@ -134,19 +95,21 @@ def make_app(
     app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = server
     session = pool.bytes // pool.streams + MOST_CONVERSATION  # bytes of an imported session
-    app.add_middleware(BodyLimit, limit=server.limits.body, imports=session)
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(BodyLimit, limit=server.limits.body, imports=session, draining=lambda: server.draining)
     app.state.keyed = bool(keys)
     if keys:
         app.add_middleware(ApiKeys, keys=keys, public=("/health", "/ready", *FILES))
     protect(app, hosts, origins)
-    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, PoolClosedError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, server.error)
     app.get("/health", responses=ERRORS)(server.health)
     app.get("/ready", responses=ERRORS)(server.ready)
     app.get("/v1/models", responses=ERRORS)(server.models)
     app.get("/v1/models/{model}", responses=ERRORS)(server.one_model)
-    app.post("/v1/completions", response_model=None, responses=ANSWERS)(server.completions)
-    app.post("/v1/chat/completions", response_model=None, responses=ANSWERS)(server.chat)
+    answering: dict[str, Any] = {"response_model": None, "responses": ANSWERS, "dependencies": [Depends(notice)]}
+    app.post("/v1/completions", **answering)(server.completions)
+    app.post("/v1/chat/completions", **answering)(server.chat)
     SessionRoutes(server.sessions, pool, server.settings).add(app, ERRORS)
     app.get("/metrics", response_class=PlainTextResponse)(server.metrics_text)
     if page:
@@ -167,8 +130,14 @@ class Server:
         self.sessions = KeptSessions(pool, limits.idle, Prefixes(limits.prefixes), kept_in, queue=limits.queue, wait=limits.wait)
         self.metrics = Metrics(self.sessions, pool)
         self.created = int(time.time())
-        self.draining = False
-        """True once the server is shutting down: requests in progress are answered, new ones are refused."""
+        self.draining = self.over = False
+        """True once the server is shutting down: requests in progress are answered, new ones are refused; once those are cut short."""
+
+    def cut_short(self) -> None:
+        """End all requests in progress."""
+        self.over = True
+        self.pool.close()
+        self.sessions.wake()
 
     def health(self) -> dict[str, str]:
         return {"status": "ok"}
@@ -227,7 +196,8 @@ class Server:
     async def error(self, request: Request, error: Exception) -> JSONResponse:
         refusal = as_api_error(error, f"{request.method} {request.url.path}")
         self.metrics.requests.labels(_route(request), refusal.status).inc()
-        return JSONResponse(refusal.body, refusal.status, getattr(error, "headers", None))
+        headers = {"allow": methods_of(request)} if refusal.status == 405 else refusal.headers or getattr(error, "headers", None)
+        return JSONResponse(refusal.body, refusal.status, headers)
 
     def _answer(
         self,
@@ -252,6 +222,7 @@ class Server:
         with ExitStack() as cleanup:
             kept = self.sessions.acquire(owner_of(request), name)
             cleanup.callback(self.sessions.release, kept)
+            kept.left = request.state.left
             try:
                 choices = self._choices(kept, prompts(kept), body, max_tokens, messages, schema)
                 cleanup.callback(choices.close)
@@ -263,13 +234,15 @@ class Server:
                 raise ApiError(400, f"{field}{str(error).removeprefix('ids')}", field, "window_full") from None
             except ZooError as error:
                 raise ApiError(409 if isinstance(error, BusyError) else 400, str(error)) from None
-            self.metrics.requests.labels(_route(request), 200).inc()
+            answer: Response
             if body.stream:
                 end = cleanup.pop_all().close
-                return EventStream(
-                    response.events(chain([first], choices), end), end, self.limits.patience, lambda: self.sessions.waiting > 0
-                )
-            return JSONResponse(response.whole(chain([first], choices)))
+                events = response.events(chain([first], choices), end)
+                answer = EventStream(events, end, self.limits.patience, lambda: self.over or self.sessions.waiting > 0)
+            else:
+                answer = JSONResponse(response.whole(chain([first], choices)))
+            self.metrics.requests.labels(_route(request), 200).inc()
+            return answer
 
     def _choices(
         self,

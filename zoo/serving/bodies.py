@@ -17,6 +17,8 @@ from starlette.types import Message, Receive, Scope, Send
 from zoo.serving.answers import Answer, Logprob
 from zoo.serving.errors import as_api_error
 
+SILENCE = 1.0  # seconds that a client may read nothing while another request waits for its stream
+
 
 class Choice(NamedTuple):
     """An answer and its place in the response."""
@@ -166,7 +168,7 @@ class EventStream(StreamingResponse):
     Args:
         end: called once they are sent, or the client has disconnected or reads nothing.
         patience: seconds that a client may read nothing.
-        needed: returns True if another request waits for the stream; a client may then read nothing for one second.
+        needed: returns True if another request waits for the stream, or the server ends; a client may then read nothing for `SILENCE`.
     """
 
     def __init__(self, events: Iterator[str], end: Callable[[], None], patience: float, needed: Callable[[], bool]) -> None:
@@ -175,13 +177,11 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def in_time(message: Message) -> None:
-            last = time.monotonic() + self._patience
-            while (left := last - time.monotonic()) > 0:
-                with anyio.move_on_after(min(1.0, left)):  # until the client reads, uvicorn has written nothing
+            started = time.monotonic()
+            while (waited := time.monotonic() - started) < self._patience and (waited < SILENCE or not self._needed()):
+                with anyio.move_on_after(0.1):  # until the client reads, uvicorn has written nothing
                     await send(message)
                     return
-                if self._needed():
-                    break
             raise TimeoutError
 
         try:

@@ -16,9 +16,11 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from zoo.serving.limits import Limits
+
 FILES = 256  # files that are not connections, or belong to connections that are being closed
 BACKLOG = 128  # connections that one turn of the event loop may accept
-UNREAD = 2**17  # bytes of an answer that the system holds for a client; Linux doubles it, and by default holds megabytes
+UNSENT = 2**12  # bytes of an answer that wait here and in the system for a client to read; by default, megabytes
 BODIES = 64  # bodies of full size whose bytes may be held before they have arrived
 
 
@@ -40,18 +42,15 @@ class OncePerSecond(logging.Filter):
 
 
 class Gate:
-    """The bounds on the connections of one server.
+    """The bounds on the connections of one server."""
 
-    Args:
-        connections: maximum number; the limit of open files of this process may lower it.
-        patience: seconds that a request may take to arrive.
-        held: maximum bytes of all requests that have not arrived in full.
-    """
-
-    def __init__(self, connections: int, patience: float, held: int) -> None:
+    def __init__(self, limits: Limits) -> None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.connections = max(1, min(connections, files - FILES))
-        self.patience, self.held = patience, held
+        self.connections = max(1, min(limits.connections, files - FILES))
+        """Maximum number of connections."""
+        self.patience = limits.patience
+        self.held = BODIES * limits.body
+        """Maximum bytes of all requests that have not arrived in full."""
         self.open: set[Connection] = set()
         self.waiting: dict[Connection, None] = {}
         """Connections without a whole request, the one that has waited longest first."""
@@ -84,7 +83,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
+        transport.set_write_buffer_limits(UNSENT)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         self._gate.open.add(self)
         self._wait()
         self._gate.enforce()
@@ -104,7 +104,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+        if self.conn.their_state is h11.IDLE or self.transport.is_closing():  # it closes once the client has read everything
             self._wait()
 
     def give_up(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 import threading
 from types import FrameType
@@ -11,13 +12,13 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from zoo.serving.connections import BACKLOG, BODIES, Gate, OncePerSecond
+from zoo.serving.connections import BACKLOG, Gate, OncePerSecond
 
-MARGIN = 5  # seconds for responses to end after their streams have been closed
+MARGIN = 5  # seconds for responses to end after they have been cut short
 
 
 class DrainingServer(uvicorn.Server):
-    """Server of uvicorn whose app refuses new requests from the first signal on, and closes its pool `grace` seconds later."""
+    """Server of uvicorn whose app refuses new requests from the first signal on, and ends those in progress `grace` seconds later."""
 
     def __init__(self, app: FastAPI, config: uvicorn.Config, grace: float) -> None:
         super().__init__(config)
@@ -25,22 +26,34 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         server = self.app.state.server
-        server.draining = True
-        timer = threading.Timer(self.grace, server.pool.close)
+        timer = threading.Timer(0 if server.draining else self.grace, server.cut_short)  # a second signal cuts answers short at once
         timer.daemon = True
+        server.draining = True
         timer.start()
         super().handle_exit(sig, frame)
+        self.force_exit = False  # requests end in order in any case
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._log_started_message(sockets or [])  # uvicorn names only the addresses that it opens itself
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for connection in self.server_state.connections:
+            cycle = getattr(connection, "cycle", None)
+            if cycle is not None:
+                cycle.message_event.set()  # requests that have not arrived in full notice that they are refused
+        await super().shutdown(sockets)
 
 
-def run(app: FastAPI, host: str, port: int, grace: float) -> None:
+def run(app: FastAPI, listener: socket.socket, grace: float) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain. Exits with status 130 after Ctrl-C."""
-    limits = app.state.server.limits
-    gate: Any = Gate(limits.connections, limits.patience, BODIES * limits.body)
+    host, port = listener.getsockname()[:2]
+    http: Any = Gate(app.state.server.limits).protocol
     config = uvicorn.Config(
-        app, host=host, port=port, http=gate.protocol, backlog=BACKLOG, access_log=False, timeout_graceful_shutdown=int(grace) + MARGIN
+        app, host=host, port=port, http=http, backlog=BACKLOG, access_log=False, timeout_graceful_shutdown=int(grace) + MARGIN
     )
     logging.getLogger("uvicorn.error").addFilter(OncePerSecond())  # bad requests may come by the thousand
     try:
-        DrainingServer(app, config, grace).run()
+        DrainingServer(app, config, grace).run([listener])
     except KeyboardInterrupt:  # uvicorn raises the signal again once it has ended
         sys.exit(130)

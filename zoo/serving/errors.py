@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from fastapi import HTTPException as FastAPIHTTPException
@@ -90,10 +90,11 @@ class BodyLimit:
     Args:
         limit: maximum number of bytes.
         imports: maximum number of bytes of a session that is imported.
+        draining: returns True if a body that has not arrived in full is refused.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, imports: int) -> None:
-        self.app, self.limit, self.imports = app, limit, imports
+    def __init__(self, app: ASGIApp, limit: int, imports: int, draining: Callable[[], bool]) -> None:
+        self.app, self.limit, self.imports, self.draining = app, limit, imports, draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -108,6 +109,8 @@ class BodyLimit:
             read += len(message.get("body", b""))
             if read > limit:
                 raise FastAPIHTTPException(413, f"body: more than {limit} bytes")
+            if message.get("more_body") and self.draining():
+                raise FastAPIHTTPException(503, "the server is shutting down")
             return message
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")

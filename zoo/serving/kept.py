@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.serving.prefixes import Prefixes, Sleeps, common_length
+from zoo.serving.schemas import ApiError
 from zoo.serving.store import Journal, Record
 from zoo.sessions.host import WindowFullError
 from zoo.sessions.session import Session
@@ -19,7 +21,7 @@ from zoo.sessions.snapshot import Snapshot
 Messages = list[dict[str, Any]]
 Ends = Callable[[], Iterable[int]]
 STRIDE = 1024  # tokens of a long prompt after which a state is kept even in the middle of a message
-PIECE = 256  # tokens of a prompt whose logits are computed at a time
+PIECE = 256  # tokens of a prompt that are read at a time
 
 
 @dataclass(eq=False)
@@ -47,6 +49,8 @@ class KeptSession:
     busy: bool = False
     saved: bool = False
     """True if its state is in the store, or was before another process took it over."""
+    left: Event = field(default_factory=Event)
+    """Set once the client of the current request has left."""
 
     def read(self, ids: list[int], ends: Ends = tuple, sleeps: Sleeps | None = None) -> int:
         """Make the stream hold exactly `ids`. Returns the number of tokens that were not read again.
@@ -56,6 +60,7 @@ class KeptSession:
             sleeps: sleeps to repeat on the way, by default those that the stream has had; see `Snapshot.sleeps`.
         Raises:
             WindowFullError: the window has no room for them; the stream is as before.
+            ApiError: the client has left; the stream holds some of them.
         """
         before, tokens, common = self.session.snapshot(), self.tokens, common_length(self.tokens, ids)
         if sleeps is None:
@@ -79,7 +84,8 @@ class KeptSession:
             again = dict(sleeps)
             worth = {*range(at - at % STRIDE + STRIDE, len(ids), STRIDE), *ends(), len(ids)}
             start = at
-            for end in sorted(end for end in {*worth, *again} if at < end <= len(ids)):
+            for end in sorted(end for end in {*worth, *again, *range(at, len(ids), PIECE)} if at < end <= len(ids)):
+                self.check_client()
                 self._sleep_again(again.pop(start, None))
                 self.session.read(self._tensor(ids[start:end]))
                 start = end
@@ -103,11 +109,17 @@ class KeptSession:
         before, self.tokens = self.session.snapshot().logits, [*self.tokens, *ids]
         last = None if before is None else before[0]
         for start in range(0, len(ids), PIECE):
+            self.check_client()
             piece = ids[start : start + PIECE]
             logits = self.session.feed(self._tensor(piece))[0]
             for n, token in enumerate(piece):
                 yield token, logits[n - 1] if n else last
             last = logits[-1]
+
+    def check_client(self) -> None:
+        """Raise ApiError if the client of the current request has left."""
+        if self.left.is_set():
+            raise ApiError(499, "the client has left")
 
     def settle(self) -> None:
         """Keep in `tokens` only those that the stream has actually read or generated."""

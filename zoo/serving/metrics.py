@@ -20,6 +20,7 @@ class Metrics:
         self.first_token = self._histogram("zoo_first_token_seconds", "Time to the first token")
         self.next_token = self._histogram("zoo_token_seconds", "Time between tokens")
         self._gauge("zoo_sessions", "Sessions kept").set_function(lambda: len(sessions))
+        self._gauge("zoo_queue", "Requests that wait for a free stream").set_function(lambda: sessions.waiting)
         self._gauge("zoo_streams", "Open streams").set_function(lambda: len(pool))
         self._gauge("zoo_streams_bytes", "Upper bound on the memory of all stream states").set(pool.bytes)
         self._gauge("zoo_prefixes", "States that later prompts may continue from").set_function(lambda: len(sessions.prefixes))

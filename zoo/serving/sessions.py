@@ -145,7 +145,7 @@ class KeptSessions:
         """End a request's use of its session, and write it to the store if that works."""
         if kept.name and not forget:
             self._store(kept)
-        kept.used = time.monotonic()
+        kept.used, kept.left = time.monotonic(), Event()
         if not kept.name or (forget and kept.journal is None):
             self._kept.pop((kept.owner, kept.name or ""), None)
             kept.session.close()
@@ -214,6 +214,11 @@ class KeptSessions:
                         stored &= self._store(kept, state=idle > SETTLED)
             if failed and stored and self.store is not None:
                 self.failing = not self._written(self.store.check)
+
+    def wake(self) -> None:
+        """Let requests that wait for a stream notice that the pool is closed."""
+        with self._lock:
+            self._lock.notify_all()
 
     def close(self) -> None:
         """Write the states of all sessions to the store."""

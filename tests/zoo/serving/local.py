@@ -10,8 +10,9 @@ import urllib.request
 import uvicorn
 
 import zoo
-from zoo.serving.app import Limits, make_app
-from zoo.serving.connections import BODIES, Gate
+from zoo.serving.app import make_app
+from zoo.serving.connections import Gate
+from zoo.serving.limits import Limits
 
 
 class Local:
@@ -21,8 +22,7 @@ class Local:
         self.pool = zoo.SessionPool(model, slots, streams=streams, when=when, context=context)
         app = make_app(self.pool, tokenizer, "model", options.pop("limits", Limits()), **options)
         self.state = app.state.server
-        limits = self.state.limits
-        self.gate = Gate(limits.connections, limits.patience, BODIES * limits.body)
+        self.gate = Gate(self.state.limits)
         self._uvicorn = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", http=self.gate.protocol))
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
         self._thread.start()
@@ -89,6 +89,13 @@ def post(server, path, body=None):
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
+
+
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

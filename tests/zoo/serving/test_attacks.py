@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import resource
 import socket
 import time
 import urllib.error
@@ -11,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import zoo
-from tests.zoo.serving.local import local
-from zoo.serving.app import Limits
-from zoo.serving.connections import BODIES, OncePerSecond
+from tests.zoo.serving.local import local, until
+from zoo.serving.connections import BODIES, Gate, OncePerSecond
+from zoo.serving.limits import Limits
 from zoo.text.tokenizers import ByteTokenizer
 
 FIELDS = {"layers": "gdn", "d_model": 16, "d_ff": 16, "vocab_size": 256}
@@ -53,13 +54,6 @@ def closed(one):
         return False
     except ConnectionError:
         return True
-
-
-def until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def post(body, length=None, path="/v1/completions"):
@@ -152,6 +146,20 @@ def test_a_queue_is_bounded(model, limits, message):
             assert error.value.headers["retry-after"]
         assert {one.result()[0] for one in waiting} <= {200, 429}
         assert server.complete("a", max_tokens=2)["choices"]
+
+
+def test_an_answer_that_nobody_reads_is_given_up(model):
+    """Also when the connection is to close after it, and is not waited for."""
+    ask = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    with serving(model, patience=0.5) as server, sockets(server, 3, ask, buffer=4096):
+        until(lambda: server.gate.open)
+        until(lambda: not server.gate.open)
+
+
+@pytest.mark.parametrize(("files", "connections"), [(10**6, 1000), (1024, 768), (300, 44), (20, 1)])
+def test_connections_leave_files_for_the_rest(monkeypatch, files, connections):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (files, 10**6))
+    assert Gate(Limits()).connections == connections
 
 
 def test_a_message_is_logged_once_per_second(caplog, monkeypatch):

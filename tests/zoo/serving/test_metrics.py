@@ -30,6 +30,7 @@ def test_metrics(metrics):
     assert {name: value for name, value in metrics.items() if name.startswith("zoo_waiting")} == {
         f'zoo_waiting{{what="{what}"}}': 0 for what in ("prompt", "token", "sleep")
     }
+    assert metrics["zoo_queue"] == 0
     assert metrics["zoo_prefixes_bytes"] > 0
 
 

@@ -1,5 +1,7 @@
 """Refused requests: each error names the field, its value and what is allowed."""
 
+import urllib.error
+
 import pytest
 
 import zoo
@@ -81,3 +83,38 @@ def test_a_session_by_header_takes_one_prompt_and_one_answer(server):
     for change, field in (({"n": 2}, "n"), ({"prompt": ["a", "b"]}, "prompt")):
         status, answer = server.ask("/v1/completions", {"prompt": "a", **change}, **{"x-session-id": "s"})
         assert (status, answer["error"]["param"]) == (400, field)
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompt": "\ud800"}, {"prompt": ["a", "\udfff"]}, {"stop": "\ud800"}, {"user": "\ud800"}, {"\ud800": 1}]
+)
+def test_text_that_is_no_unicode(server, change):
+    assert server.ask("/v1/completions", {"prompt": "a", **change})[0] == 400
+    assert server.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]})[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/v1/models", "GET, HEAD"),
+        ("GET", "/v1/completions", "POST"),
+        ("HEAD", "/v1/completions", "POST"),
+        ("PUT", "/v1/sessions/s", "DELETE, GET, HEAD"),
+        ("POST", "/v1/sessions/s", "DELETE, GET, HEAD"),
+        ("GET", "/v1/sessions/s/fork", "POST"),
+        ("POST", "/page.js", "GET, HEAD"),
+    ],
+)
+def test_a_refused_method_lists_those_of_the_path(server, method, path, allowed):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.open(path, method=method)
+    assert (refused.value.code, refused.value.headers["allow"]) == (405, allowed)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/openapi.json", "/", "/v1/sessions"])
+def test_head_is_get_without_the_body(server, path):
+    with server.open(path) as get, server.open(path, method="HEAD") as head:
+        assert (get.status, head.status, head.read()) == (200, 200, b"")
+        assert head.headers["content-length"] == get.headers["content-length"] == str(len(get.read()))
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        server.open("/v1/models/none", method="HEAD")
