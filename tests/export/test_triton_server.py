@@ -1,8 +1,9 @@
-"""The Python backend on a Triton Inference Server, that of nvidia-pytriton; its requests as JSON over HTTP."""
+"""Our repositories on a Triton Inference Server, that of nvidia-pytriton; its requests as JSON over HTTP."""
 
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,18 +36,19 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def url(model, tmp_path_factory):
-    place, python = tmp_path_factory.mktemp("triton"), f"{sys.version_info.major}.{sys.version_info.minor}"
-    export_to_repository(model, place / "models", plan=Plan(prefill=4), verified=False)
-    (place / "backends/python").mkdir(parents=True)
-    for file in [*(server_folder() / "backends/python").iterdir(), *(server_folder() / "python_backend_stubs" / python).iterdir()]:
-        (place / "backends/python" / file.name).symlink_to(file)
+def repository(model, tmp_path_factory):
+    place = tmp_path_factory.mktemp("triton") / "models"
+    export_to_repository(model, place, plan=Plan(prefill=4), verified=False)
+    return place
+
+
+def start(repository, backends, log, *options):
+    """Start a server. Returns its process and its address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
-        server_folder() / "bin/tritonserver", "--model-repository", place / "models", "--model-config-name", "python",
-        "--backend-directory", place / "backends", "--http-address", "127.0.0.1", "--http-port", port,
-        "--allow-grpc", "false", "--allow-metrics", "false",
+        server_folder() / "bin/tritonserver", "--model-repository", repository, "--backend-directory", backends,
+        "--http-address", "127.0.0.1", "--http-port", port, "--allow-grpc", "false", "--allow-metrics", "false", *options,
     ]  # fmt: skip
     environment = {  # its Python is the first in the path
         **os.environ,
@@ -54,13 +56,22 @@ def url(model, tmp_path_factory):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
     }
-    with (place / "log").open("w") as log:
-        server = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
+    with log.open("w") as out:
+        return subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=environment), f"http://127.0.0.1:{port}/v2"
+
+
+@pytest.fixture(scope="module")
+def url(repository, tmp_path_factory):
+    place, python = tmp_path_factory.mktemp("server"), f"{sys.version_info.major}.{sys.version_info.minor}"
+    (place / "python").mkdir()
+    for file in [*(server_folder() / "backends/python").iterdir(), *(server_folder() / "python_backend_stubs" / python).iterdir()]:
+        (place / "python" / file.name).symlink_to(file)
+    server, address = start(repository, place, place / "log", "--model-config-name", "python")
     try:
-        while not answers(f"http://127.0.0.1:{port}/v2/health/ready"):
+        while not answers(f"{address}/health/ready"):
             assert server.poll() is None, (place / "log").read_text()
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v2/models/{NAME}/infer"
+        yield f"{address}/models/{NAME}/infer"
     finally:
         server.terminate()
         server.wait(60)
@@ -112,3 +123,29 @@ def test_refused_requests(url):
     assert ask(url, [2], 5, start=False, end=True).shape == first.shape
     for sequence in (5, 6):
         assert "must specify the START flag" in ask(url, [1], sequence, start=False, end=False)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ("", "", "unable to find backend library for backend 'onnxruntime'"),
+        ("initial_state", "initial_states", 'has no field named "initial_states"'),
+        ("zero_data: true", "zero_data: true data_file: 'zeros'", 'Field "data_file" is specified along with field "zero_data"'),
+        ("TYPE_INT64", "TYPE_INT65", 'Unknown enumeration value of "TYPE_INT65"'),
+    ],
+    ids=["ours", "field", "twice", "type"],
+)
+def test_the_server_reads_our_config_up_to_the_missing_backend(repository, tmp_path, old, new, error):
+    """The server of nvidia-pytriton has no onnxruntime backend; it looks for one only if nothing is wrong with the config."""
+    shutil.copytree(repository, tmp_path / "models")
+    config = tmp_path / "models" / NAME / "config.pbtxt"
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new, 1))
+    (tmp_path / "backends").mkdir()
+    server, _ = start(tmp_path / "models", tmp_path / "backends", tmp_path / "log")
+    try:
+        assert server.wait(120) != 0
+    finally:
+        server.kill()
+    assert error in (tmp_path / "log").read_text()

@@ -1,7 +1,9 @@
-"""Random conversations over HTTP: what a stream holds and says, beside a plain rendering and a plain session."""
+"""Random conversations over HTTP: what a stream holds and says, beside another rendering and a plain session."""
 
 import json
 import random
+import shutil
+from itertools import pairwise
 
 import jinja2
 import pytest
@@ -9,7 +11,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import zoo
-from tests.zoo.serving.local import local
+from tests.zoo.serving.local import local, post
+from zoo.sessions.sampling import Sampler, Sampling
 from zoo.text.tokenizers import load_tokenizer
 
 PLAIN = (
@@ -23,6 +26,7 @@ REASONING = (
     "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('e')[-1] }}{% else %}{{ m['content'] }}{% endif %}"
     "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+END = 1  # the token
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "end", "of", "world", "is", "beginning"]
 
 
@@ -44,24 +48,42 @@ def folder(path, template, merges):
     return zoo.load(path)
 
 
+ERRORS = [
+    ({"bad": 1}, 400),
+    ({"max_tokens": 10**6}, 400),
+    ({"model": "other"}, 404),
+    ({"messages": [{"role": "robot", "content": "hi"}]}, 400),
+    ({"messages": []}, 400),
+    ({"temperature": 3}, 400),
+    ({"n": 2}, 400),
+]
+
+
 class Client:
     """A chat window: it holds the messages, and does to them what users do."""
 
-    def __init__(self, server, model, path, seed):
-        self.server, self.model, self.random, self.name = server, model, random.Random(seed), f"chat-{seed}"
-        template = json.loads((path / "tokenizer_config.json").read_text())["chat_template"]
-        self.template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
-        self.oracle = Tokenizer.from_file(str(path / "tokenizer.json"))
+    def __init__(self, model, path, seed, render):
+        self.model, self.random, self.name, self.render = model, random.Random(seed), f"chat-{seed}", render
         self.tokenizer = load_tokenizer(path, model.config.vocab_size)
         self.messages = [{"role": "system", "content": "Answer briefly, please."}] if seed % 2 else []
-        self.agreed = False
+        self.agreed, self.stream, self.server = False, [], None
 
-    def act(self):
+    def act(self, server):
         """Do one thing, and compare what the server makes of it."""
+        self.server = server
         answered = [n for n, message in enumerate(self.messages) if message["role"] == "assistant"]
-        kind = self.random.choice(["turn", "turn", "edit", "again", "cancel", "stop", "error", "append"])
+        kind = self.random.choice(["turn", "turn", "edit", "again", "cancel", "stop", "error", "append", "sleep"])
         if kind == "error":
-            assert self.server.ask("/v1/chat/completions", {"messages": self.messages, "session": self.name, "bad": 1})[0] == 400
+            wrong, status = self.random.choice(ERRORS)
+            body = {"messages": [{"role": "user", "content": "hi"}], "session": self.name, **wrong}
+            assert self.server.ask("/v1/chat/completions", body)[0] == status, wrong
+        elif kind == "sleep":
+            loops = self.random.choice([1, 2, 5])
+            assert post(self.server, f"/v1/sessions/{self.name}/sleep", {"loops": loops})[0] == (200 if self.stream else 404)
+        if kind in ("error", "sleep"):
+            if self.stream and kind == "sleep":
+                assert self.about()["window"]["tokens"] == 0
+            assert not self.stream or self.server.ask(f"/v1/sessions/{self.name}")[1]["tokens"] == len(self.stream)
             return
         if kind == "edit" and answered:
             del self.messages[self.random.choice(answered) - 1 :]
@@ -74,39 +96,88 @@ class Client:
 
     def ask(self, kind):
         how = {"temperature": self.random.choice([0, 1.0]), "seed": self.random.randint(0, 9)}
-        body = {"messages": self.messages, "session": self.name, "max_tokens": self.random.randint(1, 20), **how}
-        prompt = self.rendered()
-        fresh = [int(token) for token in zoo.Session(self.model).generate(torch.tensor([prompt]), body["max_tokens"], stop=[1], **how)]
-        text = self.tokenizer.decode(fresh[:-1] if fresh[-1] == 1 else fresh)
-        if kind == "stop" and len(text) > 3:
-            body["stop"] = text[2:4]
-            text = text[: text.index(body["stop"])]
+        most, prompt = self.random.randint(1, 20), self.render(self.messages)
+        body = {"messages": self.messages, "session": self.name, "max_tokens": most, **how}
+        if kind == "stop":
+            body["stop"] = self.random.choice("abcdefgh") if self.random.random() < 0.5 else [" ", "e"]
         if kind == "append" and self.agreed and self.messages[-1]["role"] == "user":
             body |= {"messages": self.messages[-1:], "append": True}
         if kind == "cancel":
             events = self.server.events("/v1/chat/completions", body, most=self.random.randint(1, 5))
             said = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
-            assert text.startswith(said)
         else:
             said = self.server.chat(**body)["choices"][0]["message"]["content"]
-            assert said == text, (kind, body)
-        stream = self.server.stream(self.name)
-        assert stream[: len(prompt)] == prompt
-        assert stream[len(prompt) :] == fresh[: len(stream) - len(prompt)]  # a prefix: where the answer was ended
+        self.stream = self.server.stream(self.name)
+        assert self.stream[: len(prompt)] == prompt
+        answer = self.stream[len(prompt) :]
+        assert answer == self.replayed(prompt, len(answer), how)
+        self.check_text(kind, said, answer, most, body.get("stop", []))
         self.messages.append({"role": "assistant", "content": said})
         self.agreed = kind != "cancel"  # then the server may have sent more than the client has read
 
-    def rendered(self):
-        text = self.template.render(messages=self.messages, add_generation_prompt=True)
-        return self.oracle.encode(text, add_special_tokens=False).ids
+    def check_text(self, kind, said, answer, most, stop):
+        """What the client got is the text of the stream; the stream ends where the answer had to end."""
+        text = self.tokenizer.decode(answer[:-1] if answer[-1] == END else answer)
+        if kind == "cancel":
+            assert text.startswith(said)
+            return
+        ends = [text.index(each) for each in stop if each in text]
+        assert said == text[: min(ends, default=None)]
+        assert ends or answer[-1] == END or len(answer) == most
+
+    def replayed(self, prompt, count, how):
+        """Answer of a fresh session that sleeps only where the server says that the stream has slept, and with as many loops."""
+        sleeps = {sleep["position"]: sleep["loops"] for sleep in self.about()["sleeps"]}
+        session, said = zoo.Session(self.model, when="manual"), []
+        sampler = Sampler(Sampling(tokens=count, **how), torch.tensor([prompt]), self.model.config.vocab_size)
+        cuts = [0, *sorted(at for at in sleeps if 0 < at < len(prompt)), len(prompt)]
+        for start, end in pairwise(cuts):
+            if start in sleeps:
+                session.sleep(sleeps[start])
+            logits = session.feed(torch.tensor([prompt[start:end]]))
+        while True:
+            said.append(int(sampler(logits[:, -1])))
+            if len(said) == count:
+                return said
+            if (at := len(prompt) + len(said) - 1) in sleeps:
+                session.sleep(sleeps[at])
+            logits = session.feed(torch.tensor([said[-1:]]))
+
+    def about(self):
+        status, about = self.server.ask(f"/v1/sessions/{self.name}")
+        assert status == 200
+        return about
 
 
-@pytest.mark.parametrize("conversations", [2, pytest.param(50, marks=pytest.mark.extended)])
+def plainly(path):
+    """Render conversations without transformers."""
+    template = json.loads((path / "tokenizer_config.json").read_text())["chat_template"]
+    rendered = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    return lambda messages: tokenizer.encode(rendered.render(messages=messages, add_generation_prompt=True), add_special_tokens=False).ids
+
+
+def with_transformers(path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return lambda messages: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "oracle"), [(2, plainly), pytest.param(50, with_transformers, marks=pytest.mark.extended)], ids=["few", "many"]
+)
+@pytest.mark.parametrize("when", ["full", "idle(0.01)"])
 @pytest.mark.parametrize(("template", "merges"), [(PLAIN, 0), (REASONING, 40)], ids=["plain", "reasoning"])
-def test_random_conversations(tmp_path, template, merges, conversations):
-    model = folder(tmp_path / "model", template, merges)
-    with local(model, load_tokenizer(tmp_path / "model", model.config.vocab_size), streams=conversations + 1) as server:
-        for seed in range(conversations):
-            client = Client(server, model, tmp_path / "model", seed)
-            for _ in range(8):
-                client.act()
+def test_random_conversations(tmp_path, template, merges, when, conversations, oracle):
+    """Some are interrupted by the end of the server, or by a kill, after which its store is what it was at that moment."""
+    path, store, turns = tmp_path / "model", tmp_path / "store", 10
+    model = folder(path, template, merges)
+    clients = [Client(model, path, seed, oracle(path)) for seed in range(conversations)]
+    for start in range(0, turns, 2):
+        with local(model, load_tokenizer(path, model.config.vocab_size), store=store, streams=conversations // 2 + 1, when=when) as server:
+            for client in clients * 2:
+                client.act(server)
+            if start % 4 == 0:
+                with server.state.sessions._lock:  # nothing is removed while it is copied
+                    store = shutil.copytree(store, tmp_path / f"killed-{start}")
