@@ -97,9 +97,9 @@ class Journal:
             self._append({"snapshot": count})
         self.snapshot = count
         with self._ours():
-            for file in self.folder.iterdir():  # older snapshots, and what a killed process left
-                if file.name not in (ABOUT, JOURNAL, LEASE, f"{count}.safetensors"):
-                    file.unlink(missing_ok=True)
+            for old in self.folder.iterdir():  # older snapshots, and what a killed process left
+                if old.name not in (ABOUT, JOURNAL, LEASE, f"{count}.safetensors"):
+                    old.unlink(missing_ok=True)
 
     def restore(self, session: Session) -> int:
         """Load the newest state into a session. Returns the number of tokens that it has read; 0 if there is no such state."""
