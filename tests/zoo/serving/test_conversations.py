@@ -40,6 +40,9 @@ def folder(path, template, merges):
     )
     made.train_from_iterator([" ".join(WORDS)] * 3, trainer)
     model = zoo.create("gdn4-sleep2-hard24", layers="attn gdn", d_model=32, d_ff=16, vocab_size=made.get_vocab_size())
+    with torch.no_grad():  # so that what it says depends on how it has slept
+        for name, weight in model.named_parameters():
+            weight.mul_(3 if name.endswith(("o_proj.weight", "head.weight")) else 1)
     zoo.save(model, path)
     made.save(str(path / "tokenizer.json"))
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "chat_template": template}
@@ -72,13 +75,13 @@ class Client:
         """Do one thing, and compare what the server makes of it."""
         self.server = server
         answered = [n for n, message in enumerate(self.messages) if message["role"] == "assistant"]
-        kind = self.random.choice(["turn", "turn", "edit", "again", "cancel", "stop", "error", "append", "sleep"])
+        kind = self.random.choice(["turn", "turn", "edit", "again", "cancel", "stop", "error", "append", "sleep", "sleep"])
         if kind == "error":
             wrong, status = self.random.choice(ERRORS)
             body = {"messages": [{"role": "user", "content": "hi"}], "session": self.name, **wrong}
             assert self.server.ask("/v1/chat/completions", body)[0] == status, wrong
         elif kind == "sleep":
-            loops = self.random.choice([1, 2, 5])
+            loops = self.random.choice([1, 5])
             assert post(self.server, f"/v1/sessions/{self.name}/sleep", {"loops": loops})[0] == (200 if self.stream else 404)
         if kind in ("error", "sleep"):
             if self.stream and kind == "sleep":
