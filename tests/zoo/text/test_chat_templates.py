@@ -1,6 +1,7 @@
 """Chat templates render as in transformers, from every place, with and without it; hostile ones are refused in time."""
 
 import json
+import resource
 import sys
 import time
 from datetime import date
@@ -110,18 +111,22 @@ def test_templates_render_as_in_transformers(name, in_file, tmp_path, monkeypatc
             ours[0].render(MESSAGES, template="rga")
 
 
+def cpu_of_children():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_are_refused_in_time(name):
-    took = []
-    for _ in range(3):
-        assert render("{{ messages[1].content }}", MESSAGES) == "Où est 日本?"  # after all the refusals
-        started, cpu = time.monotonic(), time.process_time()
-        with pytest.raises(zoo.ZooError, match=r"^chat template: .") as refused:
-            render(HOSTILE[name], MESSAGES)
-        took.append(time.monotonic() - started)
-        assert "\n" not in str(refused.value)
-        assert time.process_time() - cpu < 0.2  # the work is done in another process, which is ended
-    assert min(took) < 1
+    assert render("{{ messages[1].content }}", MESSAGES) == "Où est 日本?"  # a process renders
+    started, own, children = time.monotonic(), time.process_time(), cpu_of_children()
+    with pytest.raises(zoo.ZooError, match=r"^chat template: .") as refused:
+        render(HOSTILE[name], MESSAGES)
+    assert "\n" not in str(refused.value)
+    assert time.process_time() - own < 0.2  # the work is done in the other process, which is ended
+    assert cpu_of_children() - children < 1.5  # its start, and half a second for the template
+    assert time.monotonic() - started < 10  # less than a second on a quiet machine
+    assert render("{{ messages[1].content }}", MESSAGES) == "Où est 日本?"  # and the next one is served
 
 
 def test_a_long_conversation_is_rendered():
