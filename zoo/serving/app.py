@@ -236,7 +236,7 @@ class Server:
             if body.stream:
                 end = cleanup.pop_all().close
                 events = response.events(chain([first], choices), end)
-                answer = EventStream(events, end, self.limits.patience, lambda: self.over or self.sessions.waiting > 0)
+                answer = EventStream(events, end, lambda: self.over or self.sessions.waiting > 0)
             else:
                 answer = JSONResponse(response.whole(chain([first], choices)))
             self.metrics.requests.labels(_route(request), 200).inc()
