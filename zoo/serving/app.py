@@ -106,8 +106,9 @@ def make_app(
     app.get("/ready", responses=ERRORS)(server.ready)
     app.get("/v1/models", responses=ERRORS)(server.models)
     app.get("/v1/models/{model}", responses=ERRORS)(server.one_model)
-    for route, answer in {"/v1/completions": server.completions, "/v1/chat/completions": server.chat}.items():
-        app.post(route, response_model=None, responses=ANSWERS, dependencies=[Depends(notice)])(answer)
+    answers: dict[str, Any] = {"response_model": None, "responses": ANSWERS, "dependencies": [Depends(notice)]}
+    app.post("/v1/completions", **answers)(server.completions)
+    app.post("/v1/chat/completions", **answers)(server.chat)
     SessionRoutes(server.sessions, pool, server.settings).add(app, ERRORS)
     app.get("/metrics", response_class=PlainTextResponse)(server.metrics_text)
     if page:
