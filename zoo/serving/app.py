@@ -107,9 +107,9 @@ def make_app(
     app.get("/ready", responses=ERRORS)(server.ready)
     app.get("/v1/models", responses=ERRORS)(server.models)
     app.get("/v1/models/{model}", responses=ERRORS)(server.one_model)
-    answering: dict[str, Any] = {"response_model": None, "responses": ANSWERS, "dependencies": [Depends(notice)]}
-    app.post("/v1/completions", **answering)(server.completions)
-    app.post("/v1/chat/completions", **answering)(server.chat)
+    answers: dict[str, Any] = {"response_model": None, "responses": ANSWERS, "dependencies": [Depends(notice)]}
+    app.post("/v1/completions", **answers)(server.completions)
+    app.post("/v1/chat/completions", **answers)(server.chat)
     SessionRoutes(server.sessions, pool, server.settings).add(app, ERRORS)
     app.get("/metrics", response_class=PlainTextResponse)(server.metrics_text)
     if page:
@@ -238,7 +238,7 @@ class Server:
             if body.stream:
                 end = cleanup.pop_all().close
                 events = response.events(chain([first], choices), end)
-                answer = EventStream(events, end, self.limits.patience, lambda: self.over or self.sessions.waiting > 0)
+                answer = EventStream(events, end, lambda: self.over or self.sessions.waiting > 0)
             else:
                 answer = JSONResponse(response.whole(chain([first], choices)))
             self.metrics.requests.labels(_route(request), 200).inc()

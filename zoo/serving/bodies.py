@@ -167,18 +167,17 @@ class EventStream(StreamingResponse):
 
     Args:
         end: called once they are sent, or the client has disconnected or reads nothing.
-        patience: seconds that a client may read nothing.
         needed: returns True if another request waits for the stream, or the server ends; a client may then read nothing for `SILENCE`.
     """
 
-    def __init__(self, events: Iterator[str], end: Callable[[], None], patience: float, needed: Callable[[], bool]) -> None:
+    def __init__(self, events: Iterator[str], end: Callable[[], None], needed: Callable[[], bool]) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self._end, self._patience, self._needed = end, patience, needed
+        self._end, self._needed = end, needed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def in_time(message: Message) -> None:
             started = time.monotonic()
-            while (waited := time.monotonic() - started) < self._patience and (waited < SILENCE or not self._needed()):
+            while time.monotonic() - started < SILENCE or not self._needed():
                 with anyio.move_on_after(0.1):  # until the client reads, uvicorn has written nothing
                     await send(message)
                     return

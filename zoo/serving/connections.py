@@ -72,12 +72,13 @@ class Gate:
 
 
 class Connection(H11Protocol):
-    """A connection that is closed if its next request takes too long."""
+    """A connection that is closed if its next request takes too long, or if its client reads nothing for as long."""
 
     def __init__(self, gate: Gate, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._gate = gate
         self._timer: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self.held = 0
         """Bytes of a request that has not arrived in full."""
 
@@ -97,9 +98,18 @@ class Connection(H11Protocol):
             self._arrived()
         self._gate.enforce()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._gate.patience, self.give_up)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._read()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._gate.open.discard(self)
         self._arrived()
+        self._read()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
@@ -117,6 +127,11 @@ class Connection(H11Protocol):
         if self._timer is None:
             self._timer = self.loop.call_later(self._gate.patience, self.give_up)
             self._gate.waiting[self] = None
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _arrived(self) -> None:
         self.held = 0

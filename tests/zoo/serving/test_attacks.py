@@ -105,7 +105,7 @@ def test_clients_that_read_nothing_are_dropped(model, patience):
     with serving(model, streams=1, patience=patience, wait=60.0) as server, sockets(server, 1, sent, buffer=4096) as (silent,):
         until(lambda: len(server.state.pool) >= 1)
         if patience < 1:
-            until(lambda: len(server.state.pool) == 0)
+            until(lambda: len(server.state.pool) == len(server.gate.open) == 0)
         assert server.complete("a", max_tokens=2)["choices"]
         until(lambda: ended(silent))
 

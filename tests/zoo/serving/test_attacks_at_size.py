@@ -83,7 +83,7 @@ def test_clients_that_read_nothing(server, path):
     sent = post({**asked, "max_tokens": 4096, "stream": True}, path=path)
     with sockets(server, 8, sent):
         until(lambda: server.metric("zoo_streams") == 8)
-        until(lambda: pauses(server))
+        until(lambda: pauses(server), 300)
         check_answered(server)
 
 
