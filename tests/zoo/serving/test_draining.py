@@ -71,6 +71,14 @@ def refused(client):
     return response.status == 503 and response.headers["retry-after"] == "1"
 
 
+def refuses_connections(url):
+    try:
+        http.client.HTTPConnection(url.removeprefix("http://")).connect()
+    except OSError:
+        return True
+    return False
+
+
 def events(response):
     return [line[6:].strip() for line in response if line.startswith(b"data: ")]
 
@@ -111,6 +119,7 @@ def test_requests_end_when_the_grace_is_over(folder, grace, signals, status):
         until(lambda: server.metric("zoo_queue") == 1)
         for number in signals:
             server.child.send_signal(number)
+            until(lambda: refuses_connections(server.url))  # a signal that comes before the last one is handled is lost
         *_, error, done = reading.result()
         assert json.loads(error)["error"]["message"] == "the server is shutting down"
         assert done == b"[DONE]"
