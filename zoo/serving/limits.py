@@ -1,4 +1,4 @@
-"""What clients may ask of a server at most."""
+"""Limits on what clients may ask of a server."""
 
 from __future__ import annotations
 

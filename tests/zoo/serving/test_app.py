@@ -243,7 +243,7 @@ def test_a_large_body_without_a_length(url):
 
 @pytest.mark.parametrize(("path", "status"), [("/nowhere", 404), ("/v1/models/", 404), ("/v1/chat/completions", 405)])
 def test_unknown_routes_are_named(url, path, status):
-    """A path with a slash too many too: a redirect would lead to whatever host was asked."""
+    """A path with a slash too many too: a redirect would lead to the host of the request."""
     code, answer = raw(url, path, None)
     assert code == status
     assert json.loads(answer)["error"]["message"].startswith(f"GET {path}: ")

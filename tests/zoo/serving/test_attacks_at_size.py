@@ -78,7 +78,7 @@ def test_half_requests(server, count, sent):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_clients_that_read_nothing(server, path):
-    """They occupy every stream. While they are answered as fast as others, nobody can tell; afterwards they give way."""
+    """They occupy every stream. While their answers still fit into buffers, they look like others; afterwards they give way."""
     asked = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
     sent = post({**asked, "max_tokens": 4096, "stream": True}, path=path)
     with sockets(server, 8, sent):

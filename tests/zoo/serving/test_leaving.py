@@ -44,7 +44,7 @@ def test_an_answer_ends(server, more):
     leave(server, {"prompt": "a", "max_tokens": 10**9, **more}, lambda: tokens(server, "completion") > before + 5)
     stream = server.stream("s")
     assert 5 < len(stream) < LONG
-    answer = server.complete([stream[-1]], session="s")  # the next request goes on from there
+    answer = server.complete([stream[-1]], session="s")  # the next request continues from there
     assert answer["usage"]["completion_tokens"] == 8
     assert server.stream("s")[: len(stream)] == stream
     assert server.ask("/v1/sessions/s", method="DELETE")[0] == 200
