@@ -131,7 +131,8 @@ class KeptSession:
     def store(self) -> None:
         """Write to the journal what has changed. Raises StoreError, PoolClosedError."""
         if self.journal is not None:
-            self.journal.write(Record(list(self.tokens), self.session.snapshot().sleeps, list(self.messages)))
+            now = self.session.snapshot()
+            self.journal.write(Record(list(self.tokens), now.sleeps, list(self.messages), now.pending.shape[1]))
 
     def store_state(self) -> None:
         """Write the state, after which a restart reads no token again. Raises StoreError, PoolClosedError."""
@@ -140,12 +141,17 @@ class KeptSession:
 
     def recall(self, journal: Journal) -> None:
         """Restore the session from the store: load the newest state there and read the tokens after it again. Raises ZooError."""
-        record = journal.stored
+        record, end = journal.stored, len(journal.stored.tokens) - journal.stored.pending
         if read := journal.restore(self.session):
             self.prefixes.keep(self.owner, record.tokens[:read], self.session.snapshot(), self.name)
-        self.session.restore(self.empty)
-        self.tokens = []
-        self.read(record.tokens, sleeps=record.sleeps)
+        now = self.session.snapshot()
+        if (read, now.sleeps, now.pending.shape[1]) != (len(record.tokens), record.sleeps, record.pending):
+            self.session.restore(self.empty)
+            self.tokens = []
+            self.read(record.tokens[:end], sleeps=record.sleeps)
+            self.session.read(self._tensor([]))  # the pending token of an older state
+            self.session.restore(self.session.snapshot()._replace(pending=self._tensor(record.tokens[end:])))
+        self.tokens = list(record.tokens)
         self.messages = list(record.messages)
         self.journal = journal
 

@@ -46,6 +46,8 @@ class Record:
     tokens: list[int] = field(default_factory=list)
     sleeps: Sleeps = ()
     messages: list[dict[str, Any]] = field(default_factory=list)
+    pending: int = 0
+    """Number of tokens at the end that have been generated and not read, 0 or 1."""
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Journal:
             "sleeps": record.sleeps,
             "keep_messages": messages,
             "messages": record.messages[messages:],
+            "pending": record.pending,
         }
         if record != self.stored:
             self._append(changed)
@@ -89,7 +92,8 @@ class Journal:
             session.save(self.folder / f"{count}.safetensors")
             if self.size >= LONG_JOURNAL:
                 whole = {"keep": 0, "tokens": self.stored.tokens, "sleeps": self.stored.sleeps, "keep_messages": 0}
-                content = _line({**whole, "messages": self.stored.messages}) + _line({"snapshot": count})
+                whole |= {"messages": self.stored.messages, "pending": self.stored.pending}
+                content = _line(whole) + _line({"snapshot": count})
                 with replacing(self.folder / JOURNAL) as scratch, scratch.open("wb", buffering=0) as file:
                     _write_synced(file, content)
                 self.size = len(content)
@@ -232,6 +236,7 @@ def _replay(journal: Journal) -> None:
         record.tokens[fields["keep"] :] = fields["tokens"]
         record.messages[fields["keep_messages"] :] = fields["messages"]
         record.sleeps = tuple((position, loops) for position, loops in fields["sleeps"])
+        record.pending = fields.get("pending", 0)
         journal.snapshot = journal.snapshot if fields["keep"] >= journal.snapshot else 0
 
 

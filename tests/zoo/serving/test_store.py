@@ -68,6 +68,27 @@ def test_a_restart(model, tmp_path):
         assert answers(server, "s", "one") == want[:1]
 
 
+@pytest.mark.parametrize("snapshots", [0, 1, 2])
+def test_a_session_is_read_back_as_it_was(model, tmp_path, snapshots):
+    """Its last token is still pending, so that the next sleep is on the same tokens. Nothing is saved, or an older state, or the last one."""
+    with local(model, BYTES, store=tmp_path) as server:
+        for turn in range(2):
+            answers(server, "s", "hello")
+            if turn < snapshots:
+                (kept,) = server.state.sessions._kept.values()
+                kept.store_state()
+        if snapshots:
+            post(server, "/v1/sessions/s/sleep")  # a state has not slept yet
+            answers(server, "s", "you")
+        shutil.copytree(tmp_path, tmp_path / "killed")
+        want = [server.ask("/v1/sessions/s")[1], post(server, "/v1/sessions/s/sleep")[1], answers(server, "s", "more")]
+    with local(model, BYTES, store=tmp_path / "killed") as server:
+        found = [server.ask("/v1/sessions/s")[1], post(server, "/v1/sessions/s/sleep")[1], answers(server, "s", "more")]
+    for one, other in zip(found[:2], want[:2], strict=True):
+        assert one.pop("norms")[1] == pytest.approx(other.pop("norms")[1], rel=1e-4)
+    assert found == want
+
+
 def test_a_conversation_after_a_restart(model, tmp_path):
     """The messages are stored too, so that `append` continues them; an edit after the restart reads again what it must."""
     hi, more = {"role": "user", "content": "hi"}, {"role": "user", "content": "more"}
