@@ -100,7 +100,7 @@ def read_config(folder: Path) -> ModelConfig:
     if (folder / upstream.CONFIG).is_file():
         return upstream.read_config(folder)
     if (folder / "bundle.json").is_file():
-        raise ZooError(f"{folder}: an exported bundle; want the folder of the model that it was exported from")
+        raise ZooError(f"{folder}: an exported bundle, which zoo.export.load opens; want the folder of a model")
     raise ZooError(f"{folder}: no {CONFIG} and no upstream {upstream.CONFIG}; want a folder written by zoo.save, zoo train or upstream")
 
 

@@ -252,5 +252,5 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         self.status = status
         self.headers = {"retry-after": "1"} if status in (429, 503) else None
-        kind = "server_error" if status >= 500 else "invalid_request_error"
+        kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -87,7 +87,7 @@ def check_model(model: Any) -> None:
     """Refuse anything that is neither a model nor a module that wraps one. Raises ZooError."""
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
-        raise ZooError(f"model: {type(model).__name__}; want a zoo.Model, or the model of a bundle")
+        raise ZooError(f"model: {type(model).__name__}; want a zoo.Model, or the model of a bundle, zoo.export.load(DIR).model")
     if isinstance(model, nn.Module) and all(parameter.is_meta for parameter in model.parameters()):
         raise ZooError(f"model: {config.name} is on the meta device and has no weights")
 

@@ -66,6 +66,8 @@ class Qa(JsonLines):
     def row(self, fields: Any) -> Row:
         """See `JsonLines.row`."""
         context, question, answer = (fields[name] for name in ("context", "question", "answer"))
+        if not answer:
+            raise ZooError("answer: empty; want a text")
         asked, said = self.text.chat([{"role": "user", "content": question}]), self.text.encode(answer, special=False)
         row = Row(self.text.encode(context), asked, [*said, *(self.text.stop[:1] or [END_OF_BYTES])])
         if len(row.question) + len(row.answer) > self.width:

@@ -70,7 +70,7 @@ def test_a_restart(model, tmp_path):
 
 @pytest.mark.parametrize("snapshots", [0, 1, 2])
 def test_a_session_is_read_back_as_it_was(model, tmp_path, snapshots):
-    """Its last token is still pending, so that the next sleep is on the same tokens. Nothing is saved, or an older state, or the last one."""
+    """Its last token is still pending, so the next sleep is on the same tokens. Nothing is saved, or an older state, or the last one."""
     with local(model, BYTES, store=tmp_path) as server:
         for turn in range(2):
             answers(server, "s", "hello")

@@ -58,6 +58,7 @@ def test_damaged_rows_are_refused(rows, tmp_path):
     good = rows / "test.jsonl"
     for line, message in (
         ('{"context": "a"}', "line 1: want an object with the texts context, question and answer; 'question' is missing"),
+        ('{"context": "a", "question": "b", "answer": ""}', "line 1: answer: empty; want a text"),
         ("[", "line 1: not JSON"),
         ("[" * 100_000, "line 1: want an object"),
         ("\ud800", "bad.jsonl: cannot be read: 'utf-8' codec"),
