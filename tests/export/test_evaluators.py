@@ -64,7 +64,7 @@ def feeds(bundled, name):
     for spec in bundled["graphs"][name]["inputs"]:
         shape = [B if size == "batch" else size for size in spec["shape"]]
         if spec["name"] in scalars:
-            made[spec["name"]] = scalars[spec["name"]] + np.arange(B if shape else 1).reshape(shape)
+            made[spec["name"]] = np.asarray(scalars[spec["name"]] + np.arange(B if shape else 1).reshape(shape))
         elif spec["name"] == "position_ids":
             made[spec["name"]] = np.zeros(shape, np.int64) + np.arange(B)[:, None]
         elif spec["dtype"] == "int64":

@@ -240,7 +240,7 @@ def test_an_engine_of_many_tokens_changes_no_input(made):
     spec = Bundle.read(folder).engines["prediction.engine"]
     engine = runtime.Engine(folder / "prediction.engine", spec)
     state = ExportedModel(folder, "cpu").init_state(2)
-    given = {"input_ids": stream(model, 2, 1), "position": torch.tensor(0), **pack(state, PAST)}
+    given = {"input_ids": stream(model, 2, 1), "position": torch.zeros(2, dtype=torch.int64), **pack(state, PAST)}
     before = {name: tensor.clone() for name, tensor in given.items()}
     out = engine(given)
     assert torch.allclose(out["logits"], model(given["input_ids"]).logits, atol=1e-4)
