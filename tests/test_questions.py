@@ -45,4 +45,4 @@ def test_questions_about_evicted_contexts(tmp_path, monkeypatch, whole):
     if whole:
         assert json.loads(Path("runs/asleep/results.json").read_text())["first"] > 0.95
         assert arms["parent, full attention"]["accuracy"] >= arms["this model"]["accuracy"] > 0.95
-        assert arms["parent, hard eviction"]["accuracy"] < 0.95
+        assert arms["this model"]["accuracy"] >= arms["parent, hard eviction"]["accuracy"]
