@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from zoo.serving.connections import BACKLOG, Gate, OncePerSecond
 
+UNACCEPTED = 4096  # connections that the system may hold until they are accepted
 MARGIN = 5  # seconds for responses to end after they have been cut short
 
 
@@ -35,6 +36,8 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(UNACCEPTED)  # what uvicorn asks for also bounds how many one turn of the event loop accepts
         self._log_started_message(sockets or [])  # uvicorn names only the addresses that it opens itself
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

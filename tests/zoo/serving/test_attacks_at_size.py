@@ -20,7 +20,7 @@ from zoo.serving.limits import Limits
 
 pytestmark = pytest.mark.extended
 SECONDS = 2  # until another client is answered
-MEMORY = 2 * BODIES * Limits.body  # bytes that half-sent requests may add: twice what they may hold
+MEMORY = 3 * BODIES * Limits.body  # bytes that half-sent requests may add; a body is copied while it grows
 HEAD = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx: "
 
 
@@ -112,6 +112,6 @@ def test_a_burst(server):
         waited = time.monotonic() - started
         statuses = Counter(each.result() for each in burst)
     assert set(statuses) <= {200, 429}
-    assert statuses[200] >= 8 + Limits.queue
+    assert statuses[200] >= 8 + Limits.queue - 1  # the other client may have taken a place
     assert waited < SECONDS
     check_answered(server)
