@@ -518,16 +518,15 @@ def serve(
     from zoo.serving.app import make_app  # raises a ZooError that names what to install
     from zoo.serving.draining import run
     from zoo.serving.limits import Limits
-    from zoo.serving.listening import is_loopback, listen, loading
+    from zoo.serving.listening import is_loopback, listen
     from zoo.sessions.pool import SessionPool
 
     limits = Limits(max_body, max_prompt, max_tokens, idle, prefix_bytes, connections, patience, queue, wait)
-    with listen(host, port) as listener:
-        with loading(listener, limits):
-            opened, tokenizer = _open(model, overrides, device, dtype)
-            pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
-            of = name or opened.config.name
-            app = make_app(pool, tokenizer, of, limits, keys=api_keys, store=store, hosts=hosts, origins=origins, page=page)
+    with listen(host, port) as listener:  # requests wait while the model is loaded
+        opened, tokenizer = _open(model, overrides, device, dtype)
+        pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
+        of = name or opened.config.name
+        app = make_app(pool, tokenizer, of, limits, keys=api_keys, store=store, hosts=hosts, origins=origins, page=page)
         if not api_keys and not is_loopback(host):
             click.echo(f"host {host}: without --api-key, everyone who can reach this address may use the server", err=True)
         with fast_decoding(opened):

@@ -14,7 +14,6 @@ import zoo
 from tests.zoo.serving.local import local, until
 from tests.zoo.serving.process import process
 from zoo.serving.limits import Limits
-from zoo.serving.listening import listen, loading
 from zoo.text.tokenizers import ByteTokenizer
 
 FIELDS = {"layers": "gdn", "d_model": 16, "d_ff": 16, "vocab_size": 256}
@@ -126,15 +125,3 @@ def test_requests_end_when_the_grace_is_over(folder, grace, signals, status):
         assert all(map(refused, cut))
         assert server.child.wait(60) == status
         assert not {"Traceback", "Exception", "Cancel"} & set(server.log.split())
-
-
-def test_the_address_answers_while_the_model_is_loaded():
-    with listen("127.0.0.1", 0) as listener, loading(listener, Limits()):
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
-            assert response.status == 200
-        response = begin(url, {"prompt": "a"}).getresponse()
-        assert (response.status, response.headers["retry-after"]) == (503, "1")
-        assert json.load(response)["error"]["message"] == "the model is loading"
-        with pytest.raises(urllib.error.HTTPError, match="503"):
-            urllib.request.urlopen(f"{url}/ready", timeout=60)
