@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import zoo
+from tests.zoo.training.test_lora import check_it_learns
 from zoo.training.lora import LoRA, adapted, add_adapters
 
 pytestmark = pytest.mark.extended
@@ -29,6 +30,7 @@ def logits(model):
 def test_the_default_layers_are_those_of_our_own_adapters():
     import peft
 
+    import zoo.integrations.peft  # noqa: F401  (registers the default layers)
     from zoo.integrations.transformers import SleepZooForCausalLM
 
     ours = small()
@@ -44,16 +46,7 @@ def test_adapters_train_through_sleeps_are_saved_loaded_and_merged(tmp_path):
     import zoo.integrations.peft
 
     model = peft.get_peft_model(small(), peft.LoraConfig(r=2, lora_alpha=6))
-    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    mask = torch.ones_like(IDS, dtype=torch.bool)
-    losses = []
-    for _ in range(12):
-        loss = model.loss(IDS, mask)
-        loss.backward()
-        adam.step()
-        adam.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.3
+    check_it_learns(model, IDS)
     expected = logits(model.get_base_model())
     assert (expected - logits(small())).abs().max() > 0.1
 

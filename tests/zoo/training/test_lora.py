@@ -142,6 +142,21 @@ def test_peft_reads_an_adapter_and_merges_the_same(tmp_path):
     assert all(torch.allclose(ours[name], merged[name], atol=1e-6) for name in ours)
 
 
+def check_it_learns(model, ids):
+    """Twelve steps of the parameters that need gradients, over which the loss of ids [B, T] falls."""
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = False
+    losses = []
+    for _ in range(12):
+        loss = model.loss(ids, mask)
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantised_weights_train_and_run_in_a_pool(kind):
@@ -161,17 +176,7 @@ def test_quantised_weights_train_and_run_in_a_pool(kind):
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.blocks.get_submodule(parent), leaf, narrow.to("cpu"))
     add_adapters(model, SETTINGS)
-    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    mask = torch.ones_like(IDS, dtype=torch.bool)
-    mask[:, 0] = False
-    losses = []
-    for _ in range(12):
-        loss = model.loss(IDS, mask)
-        loss.backward()
-        adam.step()
-        adam.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.3
+    check_it_learns(model, IDS)
     with pytest.raises(zoo.ZooError, match="quantised, so no adapter can be merged"):
         merge_adapters(model)
     alone = [int(t) for t in zoo.Session(model).generate(IDS[:1], 24, temperature=0)]
