@@ -13,7 +13,6 @@ import click
 
 from zoo.cli import CONTEXT, exit_status
 from zoo.errors import ZooError
-from zoo.files import as_path
 from zoo.options import PATH, THREADS
 
 if TYPE_CHECKING:
@@ -83,7 +82,8 @@ def main(
 ) -> None:
     """Export a model as ONNX graphs or TensorRT engines, and verify them against PyTorch.
 
-    RUN_OR_NAME is the folder of a model, of a training run or of an upstream checkpoint, or the name of a model (random weights).
+    RUN_OR_NAME is the folder of a model, of a training run or of an upstream checkpoint, hf://OWNER/NAME[@REVISION], or the name of
+    a model (random weights).
     FIELD=VALUE replaces a field of its config, for example loops=4.
     """
     if sum(folder is not None for folder in (out, triton_server, verify_only)) != 1:
@@ -198,21 +198,14 @@ def _compare(name: str, overrides: tuple[str, ...], seed: int, device: str, fold
 
 
 def _model(name: str, overrides: tuple[str, ...], seed: int, dtype: str | None, device: str = "cpu") -> Model:
-    import torch
-
-    from zoo.checkpoints.own import load
+    from zoo.checkpoints.hub import local_folder
+    from zoo.checkpoints.own import configure, load, stored_dtype
     from zoo.config import parse_overrides
     from zoo.factory import create
 
-    fields = parse_overrides(overrides)
-    precision = None if dtype is None else getattr(torch, dtype)
-    if not as_path(name, "RUN_OR_NAME").is_dir():
-        return create(name, seed=seed, dtype=precision or torch.float32, device=device, **fields)
-    stored = load(name, dtype=precision)
-    model = create(stored.config, device="meta", dtype=stored.embed.weight.dtype, **fields)
-    try:
-        model.load_state_dict(stored.state_dict(), assign=True)
-        model.companions = stored.companions
-    except RuntimeError:
-        raise ZooError(f"{name}: the weights do not fit {' '.join(overrides)}") from None
-    return model
+    folder, fields = local_folder(name, "RUN_OR_NAME"), parse_overrides(overrides)
+    if not folder.is_dir():
+        return create(name, seed=seed, dtype=dtype or "float32", device=device, **fields)
+    if device == "meta":
+        return create(configure(folder, fields), device=device, dtype=dtype or stored_dtype(folder))
+    return load(folder, dtype=dtype, **fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,11 @@ SECTIONS = {
 
 @contextmanager
 def exit_status() -> Iterator[None]:
-    """Report bad input in one line and exit with status 2. A command that a signal stopped exits with 128 + its number."""
+    """Report bad input in one line and exit with status 2. A command that a signal stopped exits with 128 + its number.
+
+    Warnings take one line, too.
+    """
+    warnings.formatwarning = lambda message, *place: f"Warning: {message}\n"
     try:
         yield
     except ZooError as error:
@@ -54,7 +59,11 @@ class Source(click.Path):
     """A path that exists, or the address of a dataset."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if str(value).startswith("hf://datasets/") else super().convert(value, param, ctx)
+        if not str(value).startswith("hf://"):
+            return super().convert(value, param, ctx)
+        if not str(value).startswith("hf://datasets/"):
+            self.fail(f"'{value}': want hf://datasets/OWNER/NAME, or a path", param, ctx)
+        return value
 
 
 class Group(click.Group):

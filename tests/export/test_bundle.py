@@ -348,7 +348,15 @@ def test_a_saved_model_against_its_bundle(bundles, tmp_path):
     assert result.exit_code == 2
     assert "from PyTorch" in result.stderr
     result = run(tmp_path / "run", "d_model=32", "--verify-only", folder)
-    assert "the weights do not fit d_model=32" in result.stderr
+    assert "the config wants" in result.stderr
+
+
+def test_blocks_inserted_into_a_folder_are_exported(tmp_path):
+    zoo.save(zoo.create("gdn4", layers="attn", d_model=16, vocab_size=32), tmp_path / "parent")
+    fields = "layers=attn gdn", "evict=hard", "window=8", "loops=2"
+    result = run(tmp_path / "parent", *fields, "--out", tmp_path / "bundle")
+    assert result.exit_code == 0, result.output
+    assert zoo.export.load(tmp_path / "bundle").model.config.pattern == ("attn", "gdn")
 
 
 def test_a_folder_in_use_is_found_before_any_work(bundles, tmp_path, monkeypatch):

@@ -127,9 +127,26 @@ def test_an_interrupted_run_resumes(tmp_path, config, monkeypatch):
     assert "stopped after step 1 of 3" in run("train", config, "log_every=1", "--out", tmp_path / "run", status=143).stderr
     monkeypatch.undo()
     assert "holds a run with lr: 0.003, not 0.1" in run("train", config, "log_every=1", "lr=.1", "--out", tmp_path / "run", status=2).stderr
-    run("train", tmp_path / "run")
+    assert f"{tmp_path / 'run'}: resumes after step 1 of 3\n" in run("train", tmp_path / "run").stdout
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     assert "finished" in run("train", tmp_path / "run", status=2).stderr
+
+
+def test_warnings_take_one_line(tmp_path):
+    row = {"context": "a" * 70, "question": "x", "answer": "y"}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row) + "\n")
+    zoo.save(zoo.create("gdn4-sleep2-hard32", d_model=16, vocab_size=256), tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(f"""model: {tmp_path}/model
+task: {{name: qa, width: 32, windows: 2, train: asked.jsonl, test: other.jsonl}}
+steps: 1
+batch_size: 1
+""")
+    (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
+    lines = subprocess.run(
+        [sys.executable, "-m", "zoo", "train", "run.yaml", "--out", "run"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stderr.splitlines()
+    for name in ("asked", "other"):
+        assert f"Warning: {tmp_path}/{name}.jsonl: 1 of 1 context cut at the beginning: more than 64 tokens" in lines
 
 
 def test_convert_round_trip(tmp_path):

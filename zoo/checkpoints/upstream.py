@@ -127,6 +127,8 @@ def save(model: Model, path: Path) -> None:
     Sleep settings are written to config.json as `sleep`, which other readers ignore.
     """
     config, companions, tensors = model.config, model.companions, plain_tensors(model)
+    if not config.upstream:
+        raise ZooError(f"{config.name}: its config names no upstream project; save it without format='hf'")
     family = _family(config.upstream, f"{config.name}: upstream")
     family = family.forms.get(str(config.upstream.get(FORM)), family)
     model = empty_model(config, config.name)

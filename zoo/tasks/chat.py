@@ -114,4 +114,6 @@ def _message(message: Any, label: str) -> dict[str, str]:
     joined = [text for text in texts if isinstance(text, str)]
     if len(joined) < len(texts):
         raise ZooError(f"{label}.content: want a text, or a list of text parts")
+    if message["role"] == "assistant" and not any(joined):
+        raise ZooError(f"{label}.content: empty; want a text")
     return {**message, "content": "".join(joined)}

@@ -119,7 +119,10 @@ def _keys_of_first_row(file: Path) -> set[str]:
         return set()
     try:
         with file.open(encoding="utf-8-sig") as lines:
-            first = json.loads(next((line for line in lines if line.strip()), "null"))
+            line = next((line for line in lines if line.strip()), None)
+            first = None if line is None else json.loads(line)
     except (OSError, ValueError) as error:
         raise ZooError(f"--data: {file}: cannot be read as JSON lines: {error}") from None
+    if line is None:
+        raise ZooError(f"--data: {file}: no rows")
     return set(first) if isinstance(first, dict) else set()

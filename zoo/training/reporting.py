@@ -43,11 +43,14 @@ def progress_bar(config: TrainConfig, folder: Path) -> Iterator[Report]:
     if not is_main_process():
         yield lambda metrics: None
         return
+    done = max((int(checkpoint.name) for checkpoint in folder.glob("checkpoints/[0-9]*")), default=0)
     if not Console(stderr=True).is_terminal:
+        if done:
+            print(f"{folder}: resumes after step {done} of {config.steps}", flush=True)
         yield lambda metrics: print(_line(config.model, config.steps, metrics), flush=True)
         return
     with new_progress() as progress:
-        bar = add_run(progress, config.model, config.steps)
+        bar = add_run(progress, config.model, config.steps, done)
         yield lambda metrics: advance(progress, bar, metrics)
 
 
@@ -86,9 +89,9 @@ def new_progress() -> Progress:
     )
 
 
-def add_run(progress: Progress, name: str, steps: int) -> TaskID:
-    """Add the bar of a run that has no metrics yet."""
-    return progress.add_task(name, total=steps, quality="starting", speed="", mfu="", memory="")
+def add_run(progress: Progress, name: str, steps: int, done: int = 0) -> TaskID:
+    """Add the bar of a run that resumes after step `done` and has no metrics yet."""
+    return progress.add_task(name, total=steps, completed=done, quality="resuming" if done else "starting", speed="", mfu="", memory="")
 
 
 def advance(progress: Progress, bar: TaskID, metrics: dict[str, Any]) -> None:

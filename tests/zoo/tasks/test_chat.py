@@ -118,6 +118,8 @@ def test_conversations_that_do_not_fit(folder, talk, template, message):
         ('{"messages": [3]}', "messages.0: want an object with role and content"),
         ('{"messages": [{"role": "assistant"}]}', "messages.0: want an object with role and content"),
         ('{"messages": [{"role": "assistant", "content": null}]}', "messages.0.content: want a text, or a list of text parts"),
+        ('{"messages": [{"role": "assistant", "content": ""}]}', "messages.0.content: empty; want a text"),
+        ('{"messages": [{"role": "assistant", "content": [{"type": "text", "text": ""}]}]}', "messages.0.content: empty; want a text"),
         ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages.0.content: want a text"),
         ('{"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}', "messages.0.tool_calls: calls are not supported"),
         ('{"messages": [], "tools": [{}]}', "tools: conversations with tools are not supported"),

@@ -116,6 +116,8 @@ def test_a_dataset_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     ):
         said = CliRunner().invoke(main, ["tokenize", address, "--out", str(tmp_path / "data")])
         assert said.stderr == f"Error: {address}: {message}\n"
+    said = CliRunner().invoke(main, ["tokenize", "hf://me/notes", "--out", str(tmp_path / "data")])
+    assert "'hf://me/notes': want hf://datasets/OWNER/NAME, or a path" in said.stderr
 
 
 def test_from_two_text_files_to_a_chatting_model_in_four_commands(tmp_path, monkeypatch):

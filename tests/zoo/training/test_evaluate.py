@@ -42,6 +42,7 @@ def folders(tmp_path_factory):
     (base / "held.txt").write_text(TEXT)
     rows = [{"context": f"a={n}", "question": "a?", "answer": str(n)} for n in range(6)]
     (base / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (base / "empty.jsonl").write_text("\n")
     return base
 
 
@@ -200,11 +201,12 @@ def test_an_arm_that_cannot_run_says_why(folders, tmp_path):
         (["{folder}/parent", "--data", "{folder}/held.txt", "--compare"], "--compare: gdn4 never sleeps"),
         (["{folder}/model", "--data", "{folder}/asked.jsonl", "--length", "9"], "--length: 9; "),
         (["{folder}/model", "--data", "{folder}/model/model.safetensors"], "cannot be read as text"),
+        (["{folder}/model", "--data", "{folder}/empty.jsonl"], "--data: {folder}/empty.jsonl: no rows"),
     ],
 )
 def test_bad_options_are_one_line(folders, arguments, message):
     error = run(*(a.format(folder=folders) for a in arguments), status=2).stderr
-    assert message in error
+    assert message.format(folder=folders) in error
     assert error.count("\n") == 1
 
 
