@@ -2,7 +2,8 @@
 
     python -m benchmarks [BENCHMARK ...] [--against GIT_REF]
 
-`--against` alternates between this tree and that commit, each with its own benchmarks, and prints the speedup of this tree.
+`--against` runs the benchmarks of this tree and of that commit in two processes, which take turns after every measurement, and prints
+the speedup of this tree: the median and the quartiles of five rounds.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
+import numpy as np
 from rich.table import Table
 
-from benchmarks.measure import HERE, console
+from benchmarks.measure import HERE, SCALE, console, quartiles, spread
 from benchmarks.report import write
 
 BENCHMARKS: dict[str, tuple[str, ...]] = {
@@ -48,65 +50,76 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
 }
 
 
-def run(benchmark: str, tree: Path, results: Path, **environment: str) -> float:
-    """Run one benchmark and return its duration in seconds. Raises CalledProcessError."""
-    started = time.perf_counter()
-    environment |= {**os.environ, "PYTHONPATH": str(tree), "ZOO_BENCHMARK_RESULTS": str(results)}
-    subprocess.run([sys.executable, "-m", f"benchmarks.{benchmark}", *BENCHMARKS[benchmark]], check=True, cwd=tree, env=environment)
-    return time.perf_counter() - started
+def start(benchmark: str, tree: Path, results: Path, turns: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
+    """Start the process of one benchmark."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "ZOO_BENCHMARK_RESULTS": str(results)}
+    environment |= {"ZOO_BENCHMARK_TURNS": " ".join(map(str, turns))} if turns else {}
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", *BENCHMARKS[benchmark]]
+    return subprocess.Popen(command, cwd=tree, env=environment, pass_fds=turns)
 
 
 def run_all(benchmarks: Sequence[str]) -> list[str]:
     """Run the benchmarks, update the page, and return those that failed."""
     failed = []
     for benchmark in benchmarks:
-        try:
-            console.print(f"[dim]{benchmark}: {run(benchmark, HERE.parent, HERE / 'results'):.0f} s[/]")
-        except subprocess.CalledProcessError as error:
-            console.print(f"[bold red]{benchmark}: {error}[/]")
+        started = time.perf_counter()
+        if status := start(benchmark, HERE.parent, HERE / "results").wait():
+            console.print(f"[bold red]{benchmark}: ended with status {status}[/]")
             failed.append(benchmark)
+        console.print(f"[dim]{benchmark}: {time.perf_counter() - started:.0f} s[/]")
     write()
     return failed
 
 
-def against(benchmarks: Sequence[str], ref: str, rounds: int) -> None:
+def against(benchmarks: Sequence[str], ref: str) -> None:
     """Print the speedup of this tree over the commit `ref`."""
     with tempfile.TemporaryDirectory() as scratch:
         other = Path(scratch) / "other"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", other, ref], cwd=HERE, check=True)
         try:
             shutil.copy(HERE / "measure.py", other / "benchmarks/measure.py")  # the same stopwatch
-            trees = {"this": HERE.parent, ref: other}
             for benchmark in benchmarks:
-                for _ in range(rounds):
-                    for name, tree in trees.items():
-                        run(benchmark, tree, Path(scratch) / name.replace("/", "-"), ZOO_BENCHMARK_ONCE="1")
-                now, then = (_medians(Path(scratch) / name.replace("/", "-") / f"{benchmark}.jsonl") for name in trees)
+                places = {HERE.parent: Path(scratch) / "now", other: Path(scratch) / "then"}
+                in_turns(benchmark, places)
+                now, then = (_taken(place / f"{benchmark}.jsonl") for place in places.values())
                 table = Table("case", f"speedup over {ref}", "this", ref, title=benchmark)
                 for case in sorted(now.keys() & then.keys()):
-                    table.add_row(case, f"{then[case] / now[case]:.2f}", f"{now[case]:.4g}", f"{then[case]:.4g}")
+                    ratio = quartiles(np.array(then[case]) / np.array(now[case]))
+                    table.add_row(case, spread(ratio), *(f"{1e3 * statistics.median(taken[case]):.4g} ms" for taken in (now, then)))
                 console.print(table)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", other], cwd=HERE, check=True)
 
 
-def _medians(file: Path) -> dict[str, float]:
-    """Return our median times by case."""
-    seen: dict[str, list[float]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        seen.setdefault(row["case"], []).append(next(iter(row["times"].values()))[1])
-    return {case: statistics.median(values) for case, values in seen.items()}
+def in_turns(benchmark: str, places: Mapping[Path, Path]) -> None:
+    """Run a benchmark in several trees at once, one process at a time; `places` are the folders of their results."""
+    ends: list[tuple[int, int]] = []
+    for tree, results in places.items():
+        (reader, give), (taken, writer) = os.pipe(), os.pipe()
+        start(benchmark, tree, results, (reader, writer))
+        os.close(reader)
+        os.close(writer)
+        ends.append((give, taken))
+    while ends:
+        for give, taken in list(ends):
+            os.write(give, b".")
+            if not os.read(taken, 1):  # it has ended
+                ends.remove((give, taken))
+
+
+def _taken(file: Path) -> dict[str, list[float]]:
+    """Return the seconds of our rounds by case; of benchmarks with rounds of their own, the median."""
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return {row["case"]: row.get("taken") or [next(iter(row["times"].values()))[1] / SCALE[row["unit"]]] for row in rows}
 
 
 @click.command()
 @click.argument("benchmarks", nargs=-1, type=click.Choice(list(BENCHMARKS)))
 @click.option("--against", "ref", metavar="GIT_REF", help="Compare with this commit; write no results.")
-@click.option("--rounds", default=5, show_default=True, help="Alternations with that commit.")
-def main(benchmarks: tuple[str, ...], ref: str | None, rounds: int) -> None:
+def main(benchmarks: tuple[str, ...], ref: str | None) -> None:
     chosen = benchmarks or tuple(BENCHMARKS)
     if ref is not None:
-        against(chosen, ref, rounds)
+        against(chosen, ref)
     elif failed := run_all(chosen):
         sys.exit(f"failed: {', '.join(failed)}")
 

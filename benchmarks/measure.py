@@ -34,8 +34,9 @@ HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("ZOO_BENCHMARK_RESULTS", HERE / "results"))
 PLOTS = RESULTS if "ZOO_BENCHMARK_RESULTS" in os.environ else HERE.parent / "docs"
 OURS = "ours"
-ONCE = "ZOO_BENCHMARK_ONCE" in os.environ  # one long measurement of ours per case, for alternation between processes
-TURN = 0.5 if ONCE else 0.02  # minimum seconds per measurement
+TURNS = tuple(map(int, os.environ.get("ZOO_BENCHMARK_TURNS", "").split()))
+"""Pipes to read a turn from and to end it with, where two commits are compared: one process works at a time, and only ours is timed."""
+MINIMUM = 0.1 if TURNS else 0.02  # seconds per measurement
 PATIENCE = 15  # seconds after which no further round starts
 SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
 console = Console(width=None if Console().is_terminal else 160)
@@ -62,8 +63,8 @@ def compare(
             A contender above it is not timed, and the row records the problem.
     """
     ours = next(iter(contenders))
-    if ONCE:
-        rounds, contenders = 1, {ours: contenders[ours]}
+    if TURNS:
+        rounds, contenders = 5, {ours: contenders[ours]}
     problems, errors, results, first = {}, {}, {}, {}
     for name, work in contenders.items():
         started = time.perf_counter()
@@ -75,19 +76,29 @@ def compare(
             if not errors[name] <= tolerance:
                 problems[name] = f"differs by {errors[name]:.0e}"
     timed = {name: work for name, work in contenders.items() if name not in problems}
-    calls = {name: math.ceil(TURN / seconds(work)) if first[name] < 1 else 1 for name, work in timed.items()}
+    calls = {name: math.ceil(MINIMUM / seconds(work)) if first[name] < 1 else 1 for name, work in timed.items()}
     times: dict[str, list[float]] = {name: [] for name in timed}
     started = time.perf_counter()
     for turn in range(rounds):
-        if turn and time.perf_counter() - started > PATIENCE:
+        if turn and not TURNS and time.perf_counter() - started > PATIENCE:
             rounds = turn
             break
+        take_turns()
         for name in list(timed)[:: 1 if turn % 2 == 0 else -1]:
             times[name].append(seconds(timed[name], calls[name]))
     row: dict[str, Any] = {"case": case, "unit": unit, "rounds": rounds, "target": target}
     row["times"] = {name: quartiles(SCALE[unit] / per * np.array(taken)) for name, taken in times.items()}
     row["ratios"] = {name: quartiles(np.array(taken) / np.array(times[ours])) for name, taken in times.items() if name != ours}
+    row |= {"taken": times[ours]} if TURNS else {}
     return row | ({"errors": errors} if errors else {}) | ({"problems": problems} if problems else {})
+
+
+def take_turns() -> None:
+    """Let the process of the other commit work until its next turn ends, if there is one."""
+    if TURNS:
+        reader, writer = TURNS
+        os.write(writer, b".")
+        os.read(reader, 1)
 
 
 def seconds(work: Callable[[], Any], calls: int = 1) -> float:
@@ -137,7 +148,7 @@ def record(question: str, rows: list[dict[str, Any]]) -> None:
     with (RESULTS / f"{question}.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({"question": question, **row, **stamp}) + "\n" for row in rows)
     console.print(table(question, rows, stamp))
-    if ONCE:
+    if TURNS:
         raise SystemExit  # pictures need the other contenders
 
 
@@ -203,3 +214,7 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+if TURNS:
+    os.read(TURNS[0], 1)  # the other process begins
