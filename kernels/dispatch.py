@@ -65,6 +65,8 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
     Raises:
         ZooError: `form` does not exist, or Triton is forced where it cannot run.
     """
+    if not torch.compiler.is_compiling() and (operator, plain) in _logged and form is None and _nothing_forced(x):
+        return kernels.get(f"{operator}.{plain}")  # a token asks dozens of times
     _look_around()
     forced = _forced if _forced is not None else os.environ.get(ENVIRONMENT)
     if isinstance(forced, Mapping):
@@ -89,6 +91,11 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
         log.info("%s: %s (%s)", operator, chosen, reason)
     run = kernels.get(f"{operator}.{chosen}")
     return _without_autocast(run, x.device.type) if not x.is_meta and torch.is_autocast_enabled(x.device.type) else run
+
+
+def _nothing_forced(x: Tensor) -> bool:
+    """Return whether x is on the CPU, without autocast, and neither `use` nor ZOO_KERNELS forces a form."""
+    return x.is_cpu and _forced is None and ENVIRONMENT not in os.environ and not torch.is_autocast_enabled("cpu")
 
 
 def _without_autocast(run: Callable[..., Any], device: str) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from zoo.kernels.dispatch import choose, kernels, operators, triton_form
 from zoo.kernels.rmsnorm.reference import normed
 
 Style = Literal["plain", "wide", "centred"]
+STYLES = get_args(Style)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, style: Style = "plain", form: str | None = None) -> Tensor:
@@ -27,8 +28,8 @@ def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, style: Style = "pla
         ZooError: the form does not exist or cannot run here.
     """
     check_weight(x, weight)
-    if style not in get_args(Style):
-        raise ValueError(f"style: '{style}' is not one of: {', '.join(get_args(Style))}")
+    if style not in STYLES:
+        raise ValueError(f"style: '{style}' is not one of: {', '.join(STYLES)}")
     y: Tensor = choose("rmsnorm", x, "reference", form)(x, weight, eps, style)
     return y
 
