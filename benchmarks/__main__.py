@@ -47,7 +47,13 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "operations": (),
     "token_latency": (),
     "server_load": (),
+    "server_prefix": (),
+    "server_sessions": (),
+    "server_sleep": (),
 }
+
+LONG = {"server_prefix", "server_sessions", "server_sleep"}
+"""Benchmarks that only run if they are named."""
 
 
 def start(benchmark: str, tree: Path, results: Path, turns: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
@@ -117,7 +123,7 @@ def _taken(file: Path) -> dict[str, list[float]]:
 @click.argument("benchmarks", nargs=-1, type=click.Choice(list(BENCHMARKS)))
 @click.option("--against", "ref", metavar="GIT_REF", help="Compare with this commit; write no results.")
 def main(benchmarks: tuple[str, ...], ref: str | None) -> None:
-    chosen = benchmarks or tuple(BENCHMARKS)
+    chosen = benchmarks or tuple(name for name in BENCHMARKS if name not in LONG)
     if ref is not None:
         against(chosen, ref)
     elif failed := run_all(chosen):

@@ -1,4 +1,4 @@
-"""What sleeps cost the other streams of a server, and what they cost the next token of their own stream.
+"""Cost of sleeps on a server: to the tokens of other streams, and to the next token of their own.
 
     python -m benchmarks.server_sleep [CLIENTS] [SECONDS]
 
