@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from zoo.kernels.common.recording import recorded
+from zoo.kernels.common.recording import pure, recorded
+from zoo.kernels.common.second_order import gradients
 
 
 def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
@@ -13,10 +16,50 @@ def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
 
     A few fused multiply-adds: on a CPU the backward pass of a grouped convolution takes ten times as long for short kernels.
     """
+    if pure():
+        return _definition(x, weight, tail)
+    if recorded(x, weight, tail):
+        y: Tensor = _Convolve.apply(x, weight, tail)
+        return y
+    return _convolve(torch.cat([tail.mT, x], dim=1), weight.mT.contiguous())
+
+
+def _definition(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+    """Compute it without changing a tensor in place."""
     T, taps = x.shape[1], weight.mT.contiguous()
     inputs = torch.cat([tail.mT, x], dim=1)
     y = inputs[:, :T] * taps[0]
-    into = None if recorded(x, weight, tail) else y
     for tap in range(1, len(taps)):
-        y = torch.addcmul(y, inputs[:, tap : tap + T], taps[tap], out=into)
+        y = torch.addcmul(y, inputs[:, tap : tap + T], taps[tap])
     return y
+
+
+def _convolve(inputs: Tensor, taps: Tensor) -> Tensor:
+    """Convolve inputs [B, K - 1 + T, C] with taps [K, C]."""
+    T = inputs.shape[1] - len(taps) + 1
+    y = inputs[:, :T] * taps[0]
+    for tap in range(1, len(taps)):
+        y.addcmul_(inputs[:, tap : tap + T], taps[tap])
+    return y
+
+
+class _Convolve(torch.autograd.Function):
+    """A hand-written gradient: autograd would pad and add a tensor for each tap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+        inputs, taps = torch.cat([tail.mT, x], dim=1), weight.mT.contiguous()
+        ctx.save_for_backward(x, weight, tail, inputs, taps)
+        return _convolve(inputs, taps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, tail, inputs, taps = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return gradients(lambda *given: [_definition(*given)], (x, weight, tail), (dy,))  # type: ignore[return-value]
+        T, before, dinputs, dtaps = x.shape[1], tail.shape[-1], torch.zeros_like(inputs), torch.empty_like(taps)
+        for tap in range(len(taps)):
+            reached = slice(tap, tap + T)
+            dinputs[:, reached].addcmul_(dy, taps[tap])
+            torch.sum(dy * inputs[:, reached], dim=(0, 1), out=dtaps[tap])
+        return dinputs[:, before:], dtaps.mT, dinputs[:, :before].mT

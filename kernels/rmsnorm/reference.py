@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.common.recording import recorded
-from zoo.kernels.common.squares import square_sum
+from zoo.kernels.common.normalise import normalise
 
 
 def scaled(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) in float32 or wider, cast to `dtype`, times the weight; shapes as below."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    at_once = weight.ndim == 1 and weight.dtype == dtype == x.dtype
     if not torch.compiler.is_compiling():
-        y = (x * (square_sum(x) / x.shape[-1] + eps).rsqrt()).to(dtype)
-        return y * weight if weight.dtype != dtype or recorded(y, weight) else y.mul_(weight)
-    if weight.ndim == 1 and weight.dtype == dtype == x.dtype:
+        y = normalise(x, weight if at_once else None, eps, mean=True)
+        return y if at_once else y.to(dtype) * weight
+    if at_once:
         return F.rms_norm(x, weight.shape, weight, eps)  # one operator of an exported graph
     return F.rms_norm(x, x.shape[-1:], None, eps).to(dtype) * weight
 
