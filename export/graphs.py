@@ -219,7 +219,7 @@ class Pass(Asleep):
 class Sleep(Asleep):
     """Whole sleep: input_ids [B, L], position, all states -> all states, evicted. The passes are one Loop, or `unrolled`.
 
-    The last pass follows the Loop where a part of it is dead: what no output reads is not in the graph.
+    The last pass follows the Loop where part of it is dead code: what no output reads is not in the graph.
     """
 
     def __init__(self, model: Model, slots: int, unrolled: bool, whole: bool = False) -> None:

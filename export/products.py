@@ -21,7 +21,7 @@ class Use(NamedTuple):
 
 
 def uses(weight: ir.Value) -> Iterator[Use]:
-    """Yield every use of a linear layer's weight in a graph and in the graphs inside it; Transposes between are passed over."""
+    """Yield every use of a linear layer's weight in a graph and in the graphs inside it; Transposes in between are skipped."""
     for node, _ in list(weight.uses()):
         if node.op_type == "Transpose":
             yield from (Use(product, lookup=False) for product, _ in list(node.outputs[0].uses()))
@@ -32,7 +32,7 @@ def uses(weight: ir.Value) -> Iterator[Use]:
 def store_transposed(models: Mapping[str, ir.Model], weights: Mapping[str, Tensor]) -> None:
     """Store weights [out, in] as [in, out] in all graphs of a bundle, except where rows are looked up, as in a tied embedding.
 
-    Runtimes then multiply by the mapped file itself, and keep no transposed copies.
+    Runtimes then multiply by the memory-mapped weights directly, and keep no transposed copies.
     """
     for name, weight in weights.items():
         values = [model.graph.initializers[PARAMETER + name] for model in models.values() if PARAMETER + name in model.graph.initializers]

@@ -26,7 +26,7 @@ GROUPS = 32, 16  # inputs per scale: the first that divides a width, which Tenso
 
 
 class Quantised(NamedTuple):
-    """A weight [out, in] as integers times scales, rounded to nearest. The last group is filled up with zeros."""
+    """A weight [out, in] as integers times scales, rounded to nearest. The last group is padded with zeros."""
 
     integers: Tensor
     """Integers [out, groups, inputs per scale] int8; from -127 to 127, or in 4 bits from -8 to 7."""
@@ -107,7 +107,7 @@ class _Stored(NamedTuple):
     scale: ir.TensorProtocol
 
     def values(self, graph: ir.Graph, number: int = 0) -> tuple[ir.Value, ir.Value]:
-        """Return the two as initializers of `graph`; other numbers make other initializers of the same tensors."""
+        """Return both as initializers of `graph`; each `number` has its own initializers of the same tensors."""
         return tuple(_initializer(graph, tensor, number) for tensor in self)  # type: ignore[return-value]
 
 
@@ -204,7 +204,7 @@ def _fuse(outer: ir.Graph, use: Use, weight: Quantised, stored: _Stored, accurac
 
 
 class _Writer:
-    """Writer of nodes before a node, which are named after it."""
+    """Inserts nodes before a node, and names them after it."""
 
     def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
         self._graph, self._before, self._count = graph, before, 0

@@ -67,8 +67,8 @@ class ExportedModel:
     """The graphs of a bundle with the interface of the PyTorch model; a `SleepingModel`. States are never modified in place.
 
     Args:
-        exact_activations: compute products with integer weights from activations as they are, as `zoo.export.plan.Plan` can ask for
-            too. This is slow for bundles that were not exported so.
+        exact_activations: do not round activations before products with integer weights, which `zoo.export.plan.Plan` can also
+            ask for. This is slow for bundles that were not exported that way.
     Raises:
         ZooError: as in `load`.
     """
@@ -181,7 +181,7 @@ class ExportedModel:
         return unpack(out, PRESENT, state)._replace(position=0 if self._eviction.restarts else state.position + T)
 
     def check_loops(self, loops: int) -> None:
-        """Refuse a number of passes that the graph of a sleep does not make. Raises ZooError."""
+        """Refuse a number of passes that the graph of a sleep does not support. Raises ZooError."""
         check_count("loops", loops)
         if loops != self.config.loops and CONSOLIDATION in self._graphs:
             raise ZooError(f"loops: {loops}; this bundle was exported with {self.config.loops}; --per-pass allows any number")

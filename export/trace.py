@@ -243,7 +243,7 @@ def is_parameter(value: ir.Value) -> bool:
 def save(models: Mapping[str, ir.Model], parameters: Mapping[str, ir.TensorProtocol], folder: Path, weights: str) -> None:
     """Write each graph to the file of its name, and every parameter once to the file `weights`, which all graphs share.
 
-    A parameter whose value is not in the form of `parameters` has it already.
+    A parameter that already has a value, in another form than in `parameters`, keeps it.
     """
     graphs = [graph for model in models.values() for graph in model.graphs()]
     values: list[Any] = [value for graph in graphs for value in graph.initializers.values() if is_parameter(value)]

@@ -54,7 +54,7 @@ class Loss:
     """Mean Kullback-Leibler divergence of the predicted distributions, in nats per token."""
     difference: Difference
     agreement: float
-    """Rate of equal greedy tokens."""
+    """Rate at which greedy tokens agree."""
 
     def __str__(self) -> str:
         return (
@@ -65,7 +65,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Parity:
-    """Result of a comparison: differences by (stage, name of an output or state), and the rate of equal greedy tokens."""
+    """Result of a comparison: differences by (stage, name of an output or state), and the rate at which greedy tokens agree."""
 
     differences: dict[tuple[str, str], Difference]
     agreement: float
@@ -125,7 +125,7 @@ def verify(model: Model, exported: ExportedModel, device: str | torch.device = "
 
     Each side keeps its own states from sleep to sleep. Both read every window as whole chunks and token by token; in the
     middle of long windows, the graphs start from PyTorch's state. With integer weights, PyTorch has the same rounded weights, and
-    the graphs do not round activations; the error of the bundle as it runs is measured apart.
+    the graphs do not round activations; the error of the bundle as it runs is measured separately.
     PyTorch computes in float32. An ill-conditioned model can amplify rounding beyond `TOLERANCE`: if the graphs differ by more,
     PyTorch in float64 decides, and `AMPLIFIED` times the error of PyTorch in float32 is allowed.
 

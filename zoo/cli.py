@@ -202,7 +202,7 @@ def tokenize(corpus: tuple[Path | str, ...], out: Path, tokenizer: Path | None, 
 
     CORPUS is a text file, which is one document, a .jsonl or .parquet file with a document in each row, a folder of these, or
     hf://datasets/OWNER/NAME, a dataset of the Hugging Face hub. Writes train.npy, test.npy and data.yaml, and a copy of the
-    tokenizer. An end token follows every document.
+    tokenizer. An EOS token follows every document.
     """
     from zoo.text.corpus import tokenize as run
 

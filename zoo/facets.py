@@ -77,7 +77,7 @@ def _range(text: str) -> tuple[Decimal, Decimal]:
 
 
 def _made_of(config: ModelConfig) -> set[str]:
-    """Return the mixers of which those in the layers are made: their options stand under the names of these mixers."""
+    """Return the mixers that those in the layers are made of: a field of their options is named after each."""
     from zoo.blocks.mixer import mixers
 
     return {name for kind in config.pattern for name in mixers.get(kind).Options.model_fields if name in mixers}

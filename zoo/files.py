@@ -1,4 +1,4 @@
-"""Files and folders are written completely or not at all, and nothing that exists is overwritten."""
+"""Files and folders are written atomically, and nothing that exists is overwritten."""
 
 from __future__ import annotations
 

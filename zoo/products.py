@@ -1,4 +1,4 @@
-"""Products of matrices on a CPU: the faster library of torch, dtype and layout of weights, found by measurement."""
+"""Matrix multiplication on a CPU: which of torch's libraries, which dtype and which weight layout is fastest, found by measurement."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torc
 
 
 def matmul_precision(width: int = 512) -> str:
-    """Return the setting for `torch.set_float32_matmul_precision` under which this CPU multiplies faster without loss.
+    """Return the setting for `torch.set_float32_matmul_precision` under which this CPU multiplies faster without losing accuracy.
 
-    With "medium", torch sends products to oneDNN. On some CPUs that is twice as fast as MKL and as exact, on others it rounds to
+    With "medium", torch sends products to oneDNN. On some CPUs that is twice as fast as MKL and as accurate; on others it rounds to
     bfloat16. Both settings are timed on 16 rows and a weight [2 W, W], W = min(width, 512), in a few milliseconds.
 
     Args:
         width: d_model of the model.
     Returns:
         "medium" if it is at least 1.3 times faster with an error below 1e-6; otherwise, and if the process has been set to anything
-        but "highest", the present setting, which is not changed.
+        but "highest", the current setting, which is not changed.
     """
     before, width = torch.get_float32_matmul_precision(), min(width, 512)
     if before != "highest":
@@ -88,7 +88,7 @@ def arrange_weights(model: nn.Module) -> bool:
 
     Decoding multiplies one row per stream, which takes as long as reading the weights: MKL reads them by columns up to twice as
     fast. Only strides change. Names, shapes, values and files stay as they are, and nothing is stored twice; training, hooks and
-    later changes of the weights work as before. Weights of other modules, quantised, parametrised or not float32 are not touched.
+    later changes of the weights work as before. Weights of other modules, and quantised, parametrised or non-float32 ones, are not touched.
 
     Returns:
         True if the weights are stored by columns now. Both layouts are timed for a few milliseconds.
@@ -148,7 +148,7 @@ def fast_products(width: int, device: str) -> Iterator[None]:
 
 @contextmanager
 def fast_bfloat16(model: Model) -> Iterator[None]:
-    """Multiply in float32 until the context ends, if `model` is bfloat16 on a CPU that is faster so. In this thread."""
+    """Multiply in float32 until the context ends, in this thread, if `model` is bfloat16 on a CPU where that is faster."""
     weight = model.embed.weight
     slow = weight.is_cpu and weight.dtype == torch.bfloat16 and bfloat16_products() == "float32"
     with Float32Products() if slow else nullcontext():
@@ -167,7 +167,7 @@ def fast_decoding(model: object) -> Iterator[None]:
 
 
 def announced(precision: str) -> str:
-    """Return `precision`, after a line on stderr if it differs from the present setting."""
+    """Return `precision`, after a line on stderr if it differs from the current setting."""
     if precision != torch.get_float32_matmul_precision():
         print(f"float32 matmul precision: {precision}, which this CPU was found to compute faster without loss", file=sys.stderr)
     return precision

@@ -21,7 +21,7 @@ Decorated = TypeVar("Decorated")
 LISTED, FEW = 16, 5
 """Maximum number of words that an error lists; of more, it lists a few."""
 CLOSE = 0.65
-"""Closeness from which a word may be a misspelling or a part of another."""
+"""Minimum similarity at which a word may be a misspelling or a part of another."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ def check_fits(config: ModelConfig, restarts: bool, has_fast: bool) -> None:
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """Return an embedding without the default initialisation, which imports for seconds on the meta device."""
+    """Return an embedding without the default initialisation, which spends seconds on imports on the meta device."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 

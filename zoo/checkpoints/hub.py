@@ -43,7 +43,7 @@ def _download(repository: str, revision: str | None, label: str) -> Path:
         revision: branch, tag or commit; default: the main branch.
         label: start of an error.
     Raises:
-        ZooError: huggingface_hub is not installed, or the repository or the revision cannot be had.
+        ZooError: huggingface_hub is not installed, or the repository or the revision cannot be downloaded.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -65,7 +65,7 @@ def _download(repository: str, revision: str | None, label: str) -> Path:
 
 
 def _why_offline(repository: str) -> str | None:
-    """Return why the hub gives no answer; None if it gives any. huggingface_hub itself may wait for one without end."""
+    """Return why the hub does not answer; None if it does. huggingface_hub itself may wait for an answer forever."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

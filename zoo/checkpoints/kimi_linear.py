@@ -80,7 +80,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_kimi_k3(config: Mapping[str, Any]) -> None:
-    """Raise ZooError for what is not Kimi Linear: Kimi K3 has the same model_type, and other equations."""
+    """Raise ZooError for anything but Kimi Linear: Kimi K3 has the same model_type but different equations."""
     expect(config, "q_lora_rank", None)
     expect(config, "mla_use_nope", True, default=True)
     expect(config, "num_key_value_heads", config["num_attention_heads"], None)

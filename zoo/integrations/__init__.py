@@ -1,1 +1,1 @@
-"""Adapters to libraries of others, each optional: none is imported before it is used."""
+"""Adapters to other libraries, each optional: none is imported before it is used."""

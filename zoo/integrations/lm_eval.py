@@ -91,14 +91,14 @@ class ZooLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Token that ends a text."""
+        """The EOS token."""
         if not self.text.stop and isinstance(self.text, FolderTokenizer):
             raise ZooError(f"{self.config.name}: the tokenizer names no end token; set eos_token in tokenizer_config.json")
         return self.text.stop[0] if self.text.stop else END_OF_BYTES
 
     @property
     def prefix_token_id(self) -> int:
-        """Token before a text without context: the one that begins texts, else the one that ends them."""
+        """Token before a text without context: the BOS token, else the EOS token."""
         begin = self.text.encode("")
         return begin[0] if begin else self.eot_token_id
 

@@ -73,7 +73,7 @@ def make_app(
 
     Args:
         keys: API keys. If there are any, every request except those for /health, /ready and the files of the page needs one.
-        store: folder that keeps sessions when the process ends.
+        store: folder that keeps sessions after the process ends.
         hosts, origins: names of the server, and web pages that may use it; see `browsers.protect`.
         page: serve a page for a browser at /.
     Raises:

@@ -167,7 +167,7 @@ class EventStream(StreamingResponse):
 
     Args:
         end: called once they are sent, or the client has disconnected or reads nothing.
-        needed: returns True if another request waits for the stream, or the server ends; a client may then read nothing for `SILENCE`.
+        needed: returns True if another request waits for the stream, or the server shuts down; a client may then pause for `SILENCE`.
     """
 
     def __init__(self, events: Iterator[str], end: Callable[[], None], needed: Callable[[], bool]) -> None:

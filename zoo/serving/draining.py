@@ -19,7 +19,7 @@ MARGIN = 5  # seconds for responses to end after they have been cut short
 
 
 class DrainingServer(uvicorn.Server):
-    """Server of uvicorn whose app refuses new requests from the first signal on, and ends those in progress `grace` seconds later."""
+    """A uvicorn server whose app refuses new requests from the first signal on, and ends those in progress `grace` seconds later."""
 
     def __init__(self, app: FastAPI, config: uvicorn.Config, grace: float) -> None:
         super().__init__(config)

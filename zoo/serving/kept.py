@@ -135,7 +135,7 @@ class KeptSession:
             self.journal.write(Record(list(self.tokens), now.sleeps, list(self.messages), now.pending.shape[1]))
 
     def store_state(self) -> None:
-        """Write the state, after which a restart reads no token again. Raises StoreError, PoolClosedError."""
+        """Write the state, so that a restart need not read any token again. Raises StoreError, PoolClosedError."""
         if self.journal is not None:
             self.journal.write_snapshot(self.session)
 

@@ -154,7 +154,7 @@ class KeptSessions:
             self._lock.notify()
 
     def create(self, owner: str, name: str, snapshot: Snapshot, record: Record) -> KeptSession:
-        """Return a new session with this state and conversation, written to the store. Raises ApiError; nothing is left of it then."""
+        """Return a new session with this state and conversation, written to the store. Raises ApiError, and leaves nothing behind then."""
         kept = self.acquire(owner, name, new=True)
         try:
             kept.session.restore(snapshot)

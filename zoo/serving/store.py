@@ -1,4 +1,4 @@
-"""Sessions in a folder, kept when the process ends: a journal of tokens for each, snapshots of its state, and a lease."""
+"""Sessions in a folder, kept after the process ends: a journal of tokens for each, snapshots of its state, and a lease."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ class Store:
 
 
 def _replay(journal: Journal) -> None:
-    """Read the complete lines of a journal, of which a kill can cut the last. Raises StoreError if another one is damaged."""
+    """Read the complete lines of a journal; a kill can truncate the last one. Raises StoreError if any other line is damaged."""
     record, file = journal.stored, journal.folder / JOURNAL
     lines = file.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):

@@ -105,12 +105,12 @@ class Session:
     def sleep(self, loops: int | None = None, *, wait: bool = True) -> None:
         """Consolidate the window's tokens and evict them. Does nothing if there are none.
 
-        The last token of a generation is pending: it has not been read, and is not slept on. `read` of no token reads it.
+        The last token of a generation is pending: it has not been read, and is not slept on. `read` with no tokens reads it.
 
         Args:
             loops: passes of the span; default: as in the model's config.
             wait: if False, sleep in the background. The session continues from its waking state; the first call after the sleep
-                has ended commits its result, as if the sleep had happened at once.
+                has ended commits its result, as if the sleep had been instantaneous.
         """
         if loops is not None:
             self._model.check_loops(loops)
@@ -139,7 +139,7 @@ class Session:
         """Read prompt: [B, T] and continue it: yields each token, [B] int64, as soon as it is known.
 
         Tokens that were yielded are part of the stream. The last one is pending: the next call reads it first.
-        Until the generation has ended or `close` of the iterator was called, every other call raises BusyError.
+        Until the generation has ended or the iterator has been closed, every other call raises BusyError.
 
         Args:
             prompt: the tokens to read first; None: continue the stream.

@@ -67,7 +67,7 @@ class SleepingModel(Protocol):
         ...
 
     def check_loops(self, loops: int) -> None:
-        """Refuse a number of passes that a sleep cannot make. Raises ZooError."""
+        """Refuse a number of passes that a sleep cannot run. Raises ZooError."""
         ...
 
     def slots(self, streams: int) -> Slots[int] | None:

@@ -24,7 +24,7 @@ Row = list[tuple[int, bool]]
 class Chat(JsonLines):
     """Rows `{"messages": [{"role": ..., "content": ...}, ...]}` of JSON lines, in the chat template; content is a text or a list of
     text parts. The answers of the assistant are supervised, each with the token that ends it, in every window, so the model needs
-    `sleep_on: every`. In bytes, a message is a line.
+    `sleep_on: every`. Without a tokenizer, a message is a line of bytes.
 
     The level of a token is the index of its window in the conversation, from 1. What follows the last answer is dropped, and so is
     what does not fit into `length` tokens.

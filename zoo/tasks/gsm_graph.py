@@ -57,7 +57,7 @@ class _FailedError(Exception):
 
 
 class Names(NamedTuple):
-    """Numbers of places and kinds, which number the quantities."""
+    """Numbers of places and kinds, which determine the index of each quantity."""
 
     places: int
     kinds: int

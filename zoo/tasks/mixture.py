@@ -1,4 +1,4 @@
-"""Which corpus each sequence of a run is from, and which part of it. Both hold exactly, not only on average."""
+"""Which corpus each sequence of a run comes from, and which part of it: in exact proportions, not just on average."""
 
 from __future__ import annotations
 

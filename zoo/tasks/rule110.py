@@ -125,7 +125,7 @@ def _guess_from_earlier_cells(width: int, steps: int) -> float:
 
 
 def _evolved(states: NDArray[np.uint64], width: int, steps: int) -> NDArray[np.uint64]:
-    """Return states, one bit per cell and the first cell on top, after `steps` steps."""
+    """Return states after `steps` steps: one bit per cell, the first cell in the most significant bit."""
     last, one, everything = np.uint64(width - 1), np.uint64(1), np.uint64(2**width - 1)
     for _ in range(steps):
         left, right = (states >> one) | (states << last), (states << one) | (states >> last)

@@ -117,9 +117,9 @@ def levels(text: bytes, width: int) -> NDArray[np.int64]:
 
 
 def floor(order: int = 4, sample: int = 1 << 20) -> float:
-    """Return the bits per byte, on the first `sample` bytes of the held-out files, of counts of `order` bytes and the next.
+    """Return the bits per byte of an n-gram model with `order` bytes of context, on the first `sample` bytes of the held-out files.
 
-    A shorter context fills in for one that is rare: p_k = (count + c p_{k-1}) / (total + c), where c is the number of different bytes
+    Contexts are interpolated with shorter ones: p_k = (count + c p_{k-1}) / (total + c), where c is the number of different bytes
     seen after the context (Witten-Bell smoothing), and p_0 = 1/256.
     """
     train, test = corpus().train, corpus().test[:sample]

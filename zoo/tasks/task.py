@@ -46,7 +46,7 @@ class Task(BaseModel):
     loss_everywhere: ClassVar[bool] = False
     """True if every chunk carries loss, so that the model must sleep on every chunk."""
     long_answers: ClassVar[bool] = False
-    """True if supervised tokens in a row are one answer; otherwise each is a separate answer."""
+    """True if consecutive supervised tokens are one answer; otherwise each is a separate answer."""
     of_bytes: ClassVar[bool] = False
     """True if every token is a byte, so that the loss gives bits per byte."""
     is_text: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """The process that renders chat templates: one JSON request per line on stdin, one JSON reply per line on stdout.
 
 A template comes with a checkpoint and is not trusted. Here it has access to its input only, in Jinja's sandbox, and the kernel ends
-the process when it uses too much time. The environment equals that of transformers' `apply_chat_template`. The worker is started as a
+the process when it uses too much time. The environment is that of transformers' `apply_chat_template`. The worker is started as a
 file, so that nothing else is imported.
 """
 

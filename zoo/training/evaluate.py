@@ -138,7 +138,7 @@ def _text_bytes(tokenizer: ByteTokenizer, ids: Tensor, scored: Tensor) -> int:
 
 
 def _beginnings(answered: NDArray[np.bool_], *, long: bool) -> NDArray[np.int64]:
-    """Return which of the answered tokens, counted row by row, begin an answer; `long`: tokens in a row are one answer."""
+    """Return which of the answered tokens, counted row by row, begin an answer; `long`: consecutive ones are one answer."""
     continues = answered & np.roll(answered, 1, axis=1) if long else np.zeros_like(answered)
     continues[:, 0] = False
     return np.flatnonzero(~continues[answered])

@@ -42,7 +42,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
     Args:
         report: called with each line of metrics.
         measure_products: begin a run on a CPU under the precision that `zoo.matmul_precision` finds, and multiply bfloat16 in float32
-            where that is faster, as `zoo train` does; default: the present settings. A run resumes under those that it began with.
+            where that is faster, as `zoo train` does; default: the current settings. A run resumes under those that it began with.
     Returns:
         The result of `evaluate` on the test split.
     Raises:

@@ -71,7 +71,7 @@ class Team:
         self.sum(0)
 
     def save(self, tensors: Mapping[str, Tensor], file: Path) -> None:
-        """Write a safetensors file, whole or not at all.
+        """Write a safetensors file atomically.
 
         Each process writes its shards of sharded tensors (torch.distributed.checkpoint), then rank 0 joins them into one file,
         which does not depend on the number of processes.

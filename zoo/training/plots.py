@@ -180,7 +180,7 @@ def add_legend(drawn: Figure) -> None:
 
 
 def save(drawn: Figure, out: Path) -> None:
-    """Write the file `out`, whole or not at all, replacing one that exists."""
+    """Write the file `out` atomically, replacing one that exists."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as file:
         drawn.savefig(file, format=out.suffix[1:], dpi=150)

@@ -1,7 +1,7 @@
 """Probes of a sleep on a cycle: after each pass, which hops can be read linearly from the fast weights S, and norms of h, S and gradients.
 
 The read-out is a ridge regression from the entries of S to f^k(x), for every node x and every number of hops k. It is fitted on held-out
-cycles of the task, its strength is chosen on others, and it is scored on a third set; all cycles are distinct. The controls are the
+cycles of the task, its penalty is chosen on others, and it is scored on a third set; all cycles are distinct. The controls are the
 same read-out of an untrained model, with shuffled labels, and of the tokens of the window.
 """
 
@@ -68,7 +68,7 @@ def probe(model: Model, task: Task, *, loops: int | None = None, cycles: int = 6
 
     Args:
         loops: N, passes per sleep; default: as configured.
-        cycles: number of held-out cycles to fit on. A quarter as many choose the strength, and a quarter as many are scored. Cycles
+        cycles: number of held-out cycles to fit on. A quarter as many choose the penalty, and a quarter as many are scored. Cycles
             are drawn at random and used once, so that there are fewer if some are drawn twice.
         seed: seed of the cycles, of the projection, and of the untrained model.
     Returns:
@@ -135,7 +135,7 @@ def read_out(features: Tensor, labels: Tensor, fit: int, choose: int) -> list[fl
         features: [C, F], float64.
         labels: [C, K, M], values below M.
         fit: number of rows, the first ones, on which weights are fitted.
-        choose: number of rows after these on which the strength of the ridge is chosen for each of the K. All others are scored.
+        choose: number of rows after these on which the ridge penalty is chosen for each of the K. All others are scored.
     """
     x = features - features[:fit].mean(0)
     target = F.one_hot(labels[:fit], labels.shape[2]).flatten(1).to(x.dtype)

@@ -3,7 +3,7 @@
 train.yaml                      the settings; a run resumes only with the same ones, or with more steps once it has taken them all
 metrics.jsonl                   a line per logged step
 no_decay.txt                    names of the parameters without weight decay, if there is weight decay
-checkpoints/00001000/           each written whole or not at all; the last one is of the last step
+checkpoints/00001000/           each written atomically; the last one is of the last step
     model.safetensors zoo.yaml  a folder for zoo.load, independent of the number of processes
     optimizer.safetensors       tensors of the optimiser states
     progress.json               steps done, held-out loss, settings of products, numbers of the optimiser states, checksums of zoo.yaml
@@ -48,7 +48,7 @@ CHECKSUMS = "sha256"
 
 
 class BusyError(ZooError):
-    """The run that another process is training."""
+    """Another process is training the run."""
 
 
 class NotFiniteError(Exception):

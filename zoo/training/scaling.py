@@ -17,7 +17,7 @@ from zoo.training.plots import add_legend, error_bars, styles_of, tidy
 from zoo.training.tables import Results, accuracy_by_level, aligned, first_answers_tell, level_label, mean_and_range
 
 WANTED = 0.9
-"""Accuracy whose price in FLOPs is compared."""
+"""Accuracy whose cost in FLOPs is compared."""
 
 Curve = Mapping[int, Sequence[float]]
 """Accuracies of the seeds by training FLOPs, ascending."""

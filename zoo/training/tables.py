@@ -102,7 +102,7 @@ def first_answers_tell(found: Mapping[str, Any]) -> bool:
 
 
 def accuracy_by_level(found: Mapping[str, Any]) -> dict[int, float]:
-    """Return the accuracy of first answers by level where these are what tells, else that of all answers."""
+    """Return the accuracy of first answers by level where these are the meaningful measure, else that of all answers."""
     chosen: dict[int, float] = found["first_by_level" if first_answers_tell(found) else "by_level"]
     return chosen
 

@@ -117,7 +117,7 @@ class _Worker(Generic[Name]):
             self.connection.send(job)
 
     def receive(self) -> tuple[Name | None, str | None]:
-        """Handle a message of the process. Returns the job that it ended, if any, and why it failed, if it did."""
+        """Handle a message from the process. Returns the job that it ended, if any, and why it failed, if it did."""
         try:
             message = self.connection.recv()
         except (EOFError, ConnectionResetError):

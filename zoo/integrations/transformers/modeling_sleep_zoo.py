@@ -34,8 +34,8 @@ class SleepZooConfig(PreTrainedConfig):
     """Config of a Sleep Zoo model.
 
     Args:
-        zoo: fields of `zoo.ModelConfig`, as in zoo.yaml. Another value for one of them, as in `config.zoo["loops"] = 4`, has an
-            effect on models that are loaded with the config afterwards.
+        zoo: fields of `zoo.ModelConfig`, as in zoo.yaml. Changing one of them, as in `config.zoo["loops"] = 4`, affects
+            models that are loaded with the config afterwards.
     """
 
     model_type = "sleep_zoo"
