@@ -364,7 +364,7 @@ def test_bad_inputs_are_refused_in_one_line(wrap, tmp_path):
     for message, call in {
         "attention_mask: padding that is not on the left": lambda: hf.generate(ids, attention_mask=mask, max_new_tokens=2),
         "attention_mask: padding between tokens": lambda: hf(ids, attention_mask=holes, labels=ids),
-        r"input_ids: 1 rows for 2 streams": lambda: hf(ids[:1], past_key_values=streams),
+        "input_ids: 1 row for 2 streams": lambda: hf(ids[:1], past_key_values=streams),
         "attention_mask: pads tokens that continue streams": lambda: hf(ids, attention_mask=mask.flip(1), past_key_values=streams),
         r"vocab_size: 32": lambda: hf.resize_token_embeddings(40),
     }.items():
@@ -388,7 +388,7 @@ def test_the_examples_of_the_page_run(tmp_path, monkeypatch):
         exec(example, names)
     assert names["tokens"].shape == (1, 56)
     assert names["deeper"].zoo.config.loops == 4
-    assert zoo.load("back").config.loops == 2
+    assert zoo.load("back").config.loops == zoo.load("merged").config.loops == 2
 
 
 def test_without_transformers():

@@ -260,7 +260,7 @@ def test_an_interrupted_ablation_resumes(planned, tmp_path, blow):
         planned({"base": {"steps": 100, "checkpoint_every": 5}}, grid={"lr": [0.001]}, seeds=[0], match=["tokens"]),
         tmp_path / "out",
     )
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")))
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False))
     command = [*ZOO, "ablate", tmp_path / "plan.yaml", "--out", out, "--processes", "1"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     folder = out / "runs" / "lr=0.001-100steps-seed0"
@@ -305,7 +305,7 @@ def test_shards_in_one_folder_end_with_the_files_of_one_process(planned, tmp_pat
 def test_commands_at_once_end_with_the_files_of_one_process(planned, tmp_path, monkeypatch, shards):
     """In one folder, with parts of the plan or without: both succeed, and no run is trained twice."""
     plan, shared = planned({"base": {"steps": 60}}, grid={"overrides.loops": [1, 2]}, match=["tokens"]), tmp_path / "shared"
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")))
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False))
     command = [*ZOO, "ablate", tmp_path / "plan.yaml", "--out", shared, "--processes", "1"]
     running = [subprocess.Popen([*command, *filter(None, [shard])], stderr=subprocess.PIPE, text=True) for shard in shards]
     monkeypatch.setattr("zoo.training.ablation.train_all", in_this_process)
