@@ -94,14 +94,19 @@ def main() -> None:
                         found["llama.cpp", case].append(seconds)
                 llama.close()
         for case in ("first user", *TARGETS):
-            times = {"ours": found["ours", case]}
-            times |= {"first user": found["ours", "first user"]} if case in TARGETS else {}
-            times |= {"llama.cpp": found["llama.cpp", case]} if INSTALLED else {}
-            ratios = {other: quartiles(np.array(taken) / np.array(times["ours"])) for other, taken in times.items() if other != "ours"}
-            shown = {who: quartiles(1e3 * np.array(taken)) for who, taken in times.items()}
-            row = {"case": f"{name}: {case}", "unit": "ms", "times": shown, "ratios": ratios, "target": TARGETS.get(case)}
-            rows.append(row | ({} if INSTALLED else {"problems": {"llama.cpp": "not installed"}}))
+            taken = found["ours", case]
+            if case in TARGETS:
+                rows.append(_row(f"{name}: {case}", taken, "first user", found["ours", "first user"]) | {"target": TARGETS[case]})
+            rows.append(_row(f"{name}: {case}, beside llama.cpp", taken, "llama.cpp", found["llama.cpp", case]))
     record("server_prefix", rows)
+
+
+def _row(case: str, ours: list[float], other: str, theirs: list[float]) -> dict[str, Any]:
+    times = {"ours": quartiles(1e3 * np.array(ours))}
+    if not theirs:
+        return {"case": case, "unit": "ms", "times": times, "ratios": {}, "problems": {other: "not installed"}}
+    times[other] = quartiles(1e3 * np.array(theirs))
+    return {"case": case, "unit": "ms", "times": times, "ratios": {other: quartiles(np.array(theirs) / np.array(ours))}}
 
 
 if __name__ == "__main__":
