@@ -29,8 +29,8 @@ class SessionPool:
     """Sessions of one stream each that share a model and a thread.
 
     Every turn reads one token for each stream that waits for one, in one batch. Prompts and sleeps run in slices in between: after
-    a batch for up to a quarter of its usual time, longer if streams wait for prompts or sleeps, and all the time if no stream waits for
-    a token.
+    a batch for up to a quarter of its usual time, up to twice that time if streams wait for prompts or sleeps, and all the time if no
+    stream waits for a token.
 
     Args:
         model: a `zoo.Model`, or the model of a bundle.

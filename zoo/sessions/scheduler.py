@@ -26,14 +26,15 @@ T = TypeVar("T")
 SLICE = 32  # tokens per slice while a stream is waiting for a token
 LONG_SLICE = 256  # tokens per slice otherwise, and tokens of a prompt that are read in one pass
 SHARE = 0.25  # of the usual time of a token: the time for background sleeps after it
+MOST = 2.0  # times the usual time of a token: the longest time for prompts and sleeps after it
 
 
 class Scheduler:
     """Host of all streams in a pool.
 
     Every turn reads one token for each stream that requests one, in one batch. Prompts and sleeps run in slices, one block over up
-    to `SLICE` tokens: after a batch of tokens for `SHARE` of its usual time, or longer if streams wait for prompts and sleeps; all
-    the time if none requests a token. Sleeps that start at the same position with the same number of tokens while no stream
+    to `SLICE` tokens: after a batch of tokens for `SHARE` of its usual time, up to `MOST` times it if streams wait for prompts and
+    sleeps; all the time if none requests a token. Sleeps that start at the same position with the same number of tokens while no stream
     requests a token run as one batch.
 
     Args:
@@ -249,7 +250,7 @@ class Scheduler:
         usual = self._usual[len(batch)] = 0.9 * self._usual.get(len(batch), seconds) + 0.1 * seconds
         self._patience = SHARE * usual
         waiting = len(self._in_slices) + len(self._for_sleeps)
-        gap = max(SHARE, waiting / len(batch)) * usual  # equal time for every stream that waits, for a token or for slices
+        gap = min(max(SHARE, waiting / len(batch)), MOST) * usual  # equal time for every stream that waits, for a token or for slices
         # less after a token that took longer, so that no turn is much longer than others
         self._credit = min(self._credit + usual + gap - seconds, gap)
         while self._credit >= min(self._cost, gap) and (self._in_slices or self.sleeps.in_progress or self.sleeps.due()):
