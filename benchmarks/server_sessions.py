@@ -14,13 +14,21 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import zoo
 from benchmarks.measure import quartiles, record
 from benchmarks.serving import Answer, Server, ask, expected, percentiles, serving
 
-MODEL = {"model": "gdn4-sleep2-hard32", "d_model": 256, "vocab_size": 256}
-TOKENS, SAMPLED = 12, 200
+MODEL: dict[str, Any] = {  # small, with large states
+    "model": "gdn4-sleep2-hard16",
+    "layers": "attn gdn",
+    "d_model": 64,
+    "d_ff": 64,
+    "vocab_size": 256,
+    "blocks": {"gdn": {"heads": 4, "head_dim": 64, "expand_v": 4}},
+}
+TOKENS, SAMPLED = 6, 200
 PREFIXES, STREAMS = 2**27, 3 * 2**27  # bytes for cached states and for those of streams: 512 MiB together
 SLOTS = 16
 
@@ -67,14 +75,14 @@ class Visits:
 
 
 def prompt(session: int, visit: int) -> str:
-    return f"{session} says {visit}"
+    return f"{session}: {visit}"
 
 
 def main(sessions: int = 10_000, clients: int = 32) -> None:
     model, rng = zoo.create(**MODEL), random.Random(0)
     with zoo.SessionPool(model, SLOTS) as pool, zoo.SessionPool(model, SLOTS, streams=SLOTS + 1) as larger:
         streams = SLOTS + (STREAMS - pool.bytes) // (larger.bytes - pool.bytes)
-        state = pool.open().stats.state_bytes
+        state = pool.open().stats().state_bytes
     order = [name for name in range(sessions) for _ in range(2)]
     rng.shuffle(order)
     with tempfile.TemporaryDirectory() as folder:
