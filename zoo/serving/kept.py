@@ -47,10 +47,16 @@ class KeptSession:
     """The conversation, with the last answer."""
     used: float = field(default_factory=time.monotonic)
     busy: bool = False
+    writing: bool = False
+    """True while it is written to the store between two requests, which wait for that."""
     saved: bool = False
     """True if its state is in the store, or was before another process took it over."""
     left: Event = field(default_factory=Event)
     """Set once the client of the current request has left."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.owner, self.name or ""
 
     def read(self, ids: list[int], ends: Ends = tuple, sleeps: Sleeps | None = None) -> int:
         """Make the stream hold exactly `ids`. Returns the number of tokens that were not read again.

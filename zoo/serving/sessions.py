@@ -69,11 +69,7 @@ class KeptSessions:
         Raises:
             ApiError: the session is busy, or there is no room for it, or it cannot be stored.
         """
-        end = time.monotonic() + self._wait
-        with self._lock:
-            while (kept := self._taken(owner, name, new)) is None:
-                self._wait_for_room(end)
-            kept.busy, kept.saved = True, False
+        kept = self._take(owner, name, new)
         if self.store is not None and name:
             try:
                 with self._using_store():
@@ -101,7 +97,28 @@ class KeptSessions:
         """Remember that the store fails, unless only another process has taken a session over."""
         self.failing = self.failing or (isinstance(error, OSError | StoreError) and not isinstance(error, TakenOverError))
 
-    def _taken(self, owner: str, name: str | None, new: bool) -> KeptSession | None:
+    def _take(self, owner: str, name: str | None, new: bool) -> KeptSession:
+        """Return the session of `acquire`, busy from now on, as it is in memory."""
+        end, unwritable = time.monotonic() + self._wait, set[KeptSession]()
+        while True:
+            with self._lock:
+                self._wait_while_writing(owner, name)
+                kept = self._found(owner, name, new)
+                if kept is not None:
+                    kept.busy, kept.saved = True, False
+                    return kept
+                idle = self._claim_idle(unwritable)
+                if idle is None:
+                    self._wait_for_room(end)
+            if idle is not None and not self._put_away(idle):  # without the lock: a disk may be slow
+                unwritable.add(idle)
+
+    def _wait_while_writing(self, owner: str, name: str | None) -> None:
+        """Wait while a session is written to the store between two requests."""
+        while name and (kept := self._kept.get((owner, name))) is not None and kept.writing:
+            self._lock.wait()
+
+    def _found(self, owner: str, name: str | None, new: bool) -> KeptSession | None:
         """Return the session of `acquire`, or None if there is no room for it."""
         if new and name and self.exists(owner, name):
             raise ApiError(409, f"session: '{name}' already exists", "session", "session_exists")
@@ -109,17 +126,22 @@ class KeptSessions:
             if kept.busy:
                 raise ApiError(409, f"session: '{name}' is busy with another request", "session", "session_busy")
             return kept
-        while True:
-            try:
-                kept = KeptSession(self._pool.open(), self.prefixes, self._empty, owner, name)
-            except PoolFullError:
-                idle = sorted((key for key, other in self._kept.items() if not other.busy), key=lambda key: self._kept[key].used)
-                if self.store is None or not any(map(self._put_away, idle)):  # the first that can be stored
-                    return None
-            else:
-                if name:
-                    self._kept[owner, name] = kept
-                return kept
+        try:
+            kept = KeptSession(self._pool.open(), self.prefixes, self._empty, owner, name)
+        except PoolFullError:
+            return None
+        if name:
+            self._kept[owner, name] = kept
+        return kept
+
+    def _claim_idle(self, but: set[KeptSession]) -> KeptSession | None:
+        """Return the session that has been idle for longest, for `_put_away`; None without a store, or if there is none."""
+        idle = [kept for kept in self._kept.values() if not (kept.busy or kept.writing or kept in but)]
+        if self.store is None or not idle:
+            return None
+        longest = min(idle, key=lambda kept: kept.used)
+        longest.writing = True
+        return longest
 
     def _wait_for_room(self, end: float) -> None:
         """Wait until another request has ended. Raises ApiError at the time `end`, or if too many are waiting."""
@@ -147,11 +169,11 @@ class KeptSessions:
             self._store(kept)
         kept.used, kept.left = time.monotonic(), Event()
         if not kept.name or (forget and kept.journal is None):
-            self._kept.pop((kept.owner, kept.name or ""), None)
+            self._kept.pop(kept.key, None)
             kept.session.close()
         with self._lock:
             kept.busy = False
-            self._lock.notify()
+            self._lock.notify_all()
 
     def create(self, owner: str, name: str, snapshot: Snapshot, record: Record) -> KeptSession:
         """Return a new session with this state and conversation, written to the store. Raises ApiError, and leaves nothing behind then."""
@@ -174,7 +196,7 @@ class KeptSessions:
     def _forget(self, kept: KeptSession) -> None:
         """Remove a session from memory."""
         assert kept.name is not None
-        self._kept.pop((kept.owner, kept.name), None)
+        self._kept.pop(kept.key, None)
         with suppress(ZooError):  # the pool is closed
             kept.session.close()
         self.prefixes.forget(kept.owner, kept.name)
@@ -182,6 +204,7 @@ class KeptSessions:
     def delete(self, owner: str, name: str) -> bool:
         """Close a session and forget its states. Returns False if there is none with this id, or if it is busy. Raises ApiError."""
         with self._lock, self._using_store():
+            self._wait_while_writing(owner, name)
             kept = self._kept.get((owner, name))
             if (kept is not None and kept.busy) or not self.exists(owner, name):
                 return False
@@ -191,7 +214,7 @@ class KeptSessions:
             if kept is not None:
                 self._forget(kept)
             self.prefixes.forget(owner, name)
-            self._lock.notify()
+            self._lock.notify_all()
             return True
 
     def tend(self) -> None:
@@ -202,15 +225,18 @@ class KeptSessions:
         while not self._ended.wait(TICK):
             failed, stored = self.failing, True
             with self._lock:
-                all_kept = list(self._kept.items())
-            for key, kept in all_kept:
+                all_kept = list(self._kept.values())
+            for kept in all_kept:
                 with self._lock:
                     idle = time.monotonic() - kept.used
-                    if kept.busy or self._kept.get(key) is not kept:
+                    leaves, due = idle > self._idle, not kept.saved and (failed or idle > SETTLED)
+                    if kept.busy or kept.writing or not (leaves or due) or self._kept.get(kept.key) is not kept:
                         continue
-                    if idle > self._idle:
-                        stored &= self._put_away(key)
-                    elif not kept.saved and (failed or idle > SETTLED):
+                    kept.writing = True
+                if leaves:
+                    stored &= self._put_away(kept)
+                else:
+                    with self._writing(kept):
                         stored &= self._store(kept, state=idle > SETTLED)
             if failed and stored and self.store is not None:
                 self.failing = not self._written(self.store.check)
@@ -224,8 +250,10 @@ class KeptSessions:
         """Write the states of all sessions to the store."""
         self._ended.set()
         with self._lock:
-            for kept in self._kept.values():
-                self._store(kept, state=True)
+            for kept in list(self._kept.values()):
+                self._wait_while_writing(*kept.key)
+                if self._kept.get(kept.key) is kept:
+                    self._store(kept, state=True)
 
     def _store(self, kept: KeptSession, *, state: bool = False) -> bool:
         """Write a session to the store, if there is one. Returns False if it is not in the journal, with or without its state."""
@@ -245,13 +273,25 @@ class KeptSessions:
             return False
         return True
 
-    def _put_away(self, key: tuple[str, str]) -> bool:
-        """Move a session out of memory. Returns False if it cannot be stored: without its state, its tokens are read again."""
-        kept = self._kept[key]
-        if self.store is not None and not self._store(kept, state=True):
-            return False
-        del self._kept[key]
-        with suppress(ZooError):
-            kept.session.close()
-        self._lock.notify()
-        return True
+    def _put_away(self, kept: KeptSession) -> bool:
+        """Move a session that is marked as `writing` out of memory. Returns False if it cannot be stored.
+
+        Without its state in the store, its tokens are read again.
+        """
+        with self._writing(kept):
+            stored = self.store is None or self._store(kept, state=True)
+            if stored:
+                with suppress(ZooError):
+                    kept.session.close()
+                del self._kept[kept.key]
+        return stored
+
+    @contextmanager
+    def _writing(self, kept: KeptSession) -> Iterator[None]:
+        """Let requests have the session, which is marked as `writing`, when the block ends."""
+        try:
+            yield
+        finally:
+            with self._lock:
+                kept.writing = False
+                self._lock.notify_all()

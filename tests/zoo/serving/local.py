@@ -70,6 +70,14 @@ class Local:
                         break
         return found
 
+    @contextlib.contextmanager
+    def nothing_written(self):
+        """Context in which no session is being written to the store."""
+        sessions = self.state.sessions
+        with sessions._lock:
+            sessions._lock.wait_for(lambda: not any(kept.writing for kept in sessions._kept.values()))
+            yield
+
     def stream(self, session, owner=""):
         """Tokens in a session's stream, once no request uses it."""
         for _ in range(2000):

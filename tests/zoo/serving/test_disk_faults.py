@@ -42,7 +42,7 @@ def reports(server):
 
 
 def files(server):
-    with server.state.sessions._lock:  # none is being written
+    with server.nothing_written():
         return stored(server.state.sessions.store.folder)
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,8 +22,9 @@ import torch
 import zoo
 from tests.zoo.serving.disk import stored
 from tests.zoo.serving.local import local, post
+from zoo.serving.limits import Limits
 from zoo.serving.prefixes import common_length
-from zoo.serving.store import Record, Store, StoreError, TakenOverError
+from zoo.serving.store import Journal, Record, Store, StoreError, TakenOverError
 from zoo.text.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer(256)
@@ -46,6 +48,30 @@ def uninterrupted(model, *prompts, tokens=8):
 
 def answers(server, session, *prompts, **more):
     return [server.complete(prompt, session=session, **more)["choices"][0]["text"] for prompt in prompts]
+
+
+def test_a_slow_disk_delays_only_the_session_that_is_written(model, tmp_path, monkeypatch):
+    """The oldest session makes room for a new one; a third is answered in the meantime, and the first continues when it is written."""
+    want, disk, writing = uninterrupted(model, "one", "two"), threading.Event(), threading.Event()
+    write = Journal.write_snapshot
+
+    def slowly(journal, session):
+        writing.set()
+        assert disk.wait(60)
+        write(journal, session)
+
+    with local(model, BYTES, store=tmp_path, streams=2, limits=Limits(wait=60)) as server, ThreadPoolExecutor(2) as threads:
+        assert answers(server, "first", "one") == answers(server, "second", "one") == want[:1]
+        monkeypatch.setattr(Journal, "write_snapshot", slowly)
+        new = threads.submit(answers, server, "new", "one")
+        assert writing.wait(60)
+        first = threads.submit(answers, server, "first", "two")
+        try:
+            assert answers(server, "second", "two") == want[1:]
+            assert not (new.done() or first.done())
+        finally:
+            disk.set()
+        assert (new.result(60), first.result(60)) == (want[:1], want[1:])
 
 
 def test_a_restart(model, tmp_path):
