@@ -78,7 +78,7 @@ def _gdn_fields(writer: Any, model: zoo.Model) -> None:
     writer.add_ssm_state_size(mixer.key_dim)
     writer.add_ssm_time_step_rank(mixer.value_heads)
     writer.add_ssm_group_count(mixer.heads)
-    writer.add_recurrent_layers([kind == "gdn" for kind in model.config.pattern])
+    writer.add_array("qwen35.attention.recurrent_layers", [kind == "gdn" for kind in model.config.pattern])
     writer.add_rope_dimension_sections([11, 11, 10, 0])  # of images; all equal for text
 
 
@@ -162,6 +162,8 @@ class Llama:
         self._model = self._llama.llama_model_load_from_file(str(file).encode(), self._llama.llama_model_default_params())
         options = self._llama.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_seq_max, options.no_perf = context * streams, max(context, streams), streams, True
+        options.type_k = options.type_v = self._llama.GGML_TYPE_F32  # the attention cache, as ours
+        options.flash_attn_type = self._llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         options.n_threads = options.n_threads_batch = threads or torch.get_num_threads()
         self._context = self._llama.llama_init_from_model(self._model, options)
         self._memory = self._llama.llama_get_memory(self._context)
