@@ -14,6 +14,7 @@ from zoo.serving.schemas import ApiError
 from zoo.serving.store import LONG_JOURNAL, OtherServerError, Record, Store, StoreError, TakenOverError
 from zoo.sessions.pool import PoolClosedError, PoolFullError, SessionPool
 from zoo.sessions.snapshot import Snapshot
+from zoo.system import release_freed
 
 TICK = 1.0  # seconds between two looks at idle sessions
 SETTLED = 5.0  # seconds without a request after which the state of a session is written
@@ -40,6 +41,8 @@ class KeptSessions:
         self.waiting = 0
         """Number of requests that wait for a free stream."""
         self._kept: dict[tuple[str, str], KeptSession] = {}
+        self._freed = False
+        """True once a session has left memory since the last tick."""
         first = pool.open()
         self._empty = first.snapshot()
         first.close()
@@ -238,6 +241,9 @@ class KeptSessions:
                 else:
                     with self._writing(kept):
                         stored &= self._store(kept, state=idle > SETTLED)
+            if self._freed:
+                self._freed = False
+                release_freed()  # states of all sizes, freed in every thread, would fragment the heap more and more
             if failed and stored and self.store is not None:
                 self.failing = not self._written(self.store.check)
 
@@ -284,6 +290,7 @@ class KeptSessions:
                 with suppress(ZooError):
                     kept.session.close()
                 del self._kept[kept.key]
+                self._freed = True
         return stored
 
     @contextmanager
