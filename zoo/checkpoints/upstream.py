@@ -128,15 +128,15 @@ def save(model: Model, path: Path) -> None:
     """
     config, companions, tensors = model.config, model.companions, plain_tensors(model)
     if not config.upstream:
-        raise ZooError(f"{config.name}: its config names no upstream project; save it without format='hf'")
+        raise ZooError(f"{config.name}: its config names no upstream project; format 'zoo' can hold it")
     family = _family(config.upstream, f"{config.name}: upstream")
     family = family.forms.get(str(config.upstream.get(FORM)), family)
     model = empty_model(config, config.name)
     if inserted := [i for i, block in enumerate(model.blocks) if block.inserted]:
-        raise ZooError(f"{config.name}: layers {inserted} are not part of the upstream model; save it without format='hf'")
+        raise ZooError(f"{config.name}: layers {inserted} are not part of the upstream model; format 'zoo' can hold it")
     for name in sorted(BETWEEN_PASSES):
         if value := getattr(config, name):
-            raise ZooError(f"{config.name}: {name}: {value} is not part of the upstream model; save it without format='hf'")
+            raise ZooError(f"{config.name}: {name}: {value} is not part of the upstream model; format 'zoo' can hold it")
     if family.write is None:
         raise ZooError(f"{config.name}: upstream: checkpoints of '{config.upstream['model_type']}' can be read but not written")
     wanted, written = links(family, model), _written_config(config, family)

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from zoo.checkpoints.companions import GENERATION, read_companions
+from zoo.checkpoints.companions import GENERATION, has_tokenizer, read_companions
 from zoo.errors import ZooError
 from zoo.tasks.task import Split, Task, refuse_same_file
 from zoo.text.corpus import END_OF_BYTES
-from zoo.text.tokenizers import ByteTokenizer, load_tokenizer
+from zoo.text.tokenizers import ByteTokenizer, FolderTokenizer, load_tokenizer
 
 
 class JsonLines(Task):
@@ -30,7 +30,7 @@ class JsonLines(Task):
     train: str = Field(description="file of JSON lines")
     test: str = Field(description="held-out file of JSON lines")
     tokenizer: str | None = Field(None, description="folder with a tokenizer and a chat template; default: bytes")
-    vocab: int = Field(256, ge=2, description="size of the vocabulary")
+    vocab: int | None = Field(None, ge=2, description="size of the vocabulary; default: of the tokenizer")
     width: int = Field(512, ge=2, description="window in tokens")
 
     @model_validator(mode="after")
@@ -41,17 +41,20 @@ class JsonLines(Task):
                 f"tokenizer: {self.tokenizer}: {'a file; want its folder' if Path(self.tokenizer).exists() else 'no such folder'}"
             )
         try:
-            for split in (self.train, self.test):
-                with Path(split).open("rb") as file:
-                    file.read(1)
             self.text  # noqa: B018  (the tokenizer can be read)
-        except (OSError, ZooError) as error:
+        except ZooError as error:
             raise ValueError(str(error)) from None
+        for field in ("train", "test"):
+            try:
+                with Path(getattr(self, field)).open("rb") as file:
+                    file.read(1)
+            except OSError as error:
+                raise ValueError(f"{field}: {getattr(self, field)}: {error.strerror}") from None
         return self
 
     @property
     def vocab_size(self) -> int:
-        return self.vocab
+        return self.vocab or (self.text.size if isinstance(self.text, FolderTokenizer) else 256)
 
     @property
     def window(self) -> int:
@@ -83,7 +86,10 @@ class JsonLines(Task):
     @cached_property
     def text(self) -> ByteTokenizer:
         """The tokenizer."""
-        return ByteTokenizer(256, (self.end_of_bytes,)) if self.tokenizer is None else load_tokenizer(Path(self.tokenizer), self.vocab)
+        if self.tokenizer is None:
+            return ByteTokenizer(256, (self.end_of_bytes,))
+        folder = Path(self.tokenizer)
+        return load_tokenizer(folder, self.vocab or (2**32 if has_tokenizer(folder) else 256))
 
     @cached_property
     def _read(self) -> dict[str, list[Any]]:

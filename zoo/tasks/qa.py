@@ -66,6 +66,9 @@ class Qa(JsonLines):
     def row(self, fields: Any) -> Row:
         """See `JsonLines.row`."""
         context, question, answer = (fields[name] for name in ("context", "question", "answer"))
+        for name, text in (("context", context), ("question", question), ("answer", answer)):
+            if not isinstance(text, str):
+                raise ZooError(f"{name}: {text!r}; want a text")
         if not answer:
             raise ZooError("answer: empty; want a text")
         asked, said = self.text.chat([{"role": "user", "content": question}]), self.text.encode(answer, special=False)

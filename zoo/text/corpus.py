@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import yaml
 
-from zoo.checkpoints.companions import GENERATION, read_companions, write_companions
+from zoo.checkpoints.companions import GENERATION, has_tokenizer, read_companions, write_companions
 from zoo.checkpoints.plain import one_line
 from zoo.errors import ZooError, counted
 from zoo.files import new_folder
@@ -65,6 +66,8 @@ def tokenize(
     Raises:
         ZooError: a file that cannot be read, a row without the field, no document in a split, or a tokenizer without an end token.
     """
+    if tokenizer is not None and not has_tokenizer(tokenizer):
+        raise ZooError(f"{tokenizer}: holds no tokenizer, such as tokenizer.json")
     encode = FolderTokenizer(tokenizer, 2**32) if tokenizer is not None else ByteTokenizer()
     size, end = (encode.size, encode.stop[:1]) if isinstance(encode, FolderTokenizer) else (256, (END_OF_BYTES,))
     if not end:
@@ -125,14 +128,17 @@ def _rows(file: Path, field: str) -> Iterator[str]:
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                row: Any = json.loads(line) if line.strip() else {field: ""}
+                try:
+                    row: Any = json.loads(line) if line.strip() else {field: ""}
+                except (ValueError, RecursionError) as error:
+                    raise ZooError(f"{file}: line {number}: not JSON: {error}") from None
                 if not isinstance(row, dict) or not isinstance(row.get(field), str):
                     raise ZooError(f"{file}: line {number}: no text under '{field}'")
                 if line.strip():
                     yield row[field]
     except ZooError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ZooError(f"{file}: cannot be read as JSON lines: {error}") from None
 
 
@@ -142,14 +148,24 @@ def _columns(file: Path, field: str) -> Iterator[str]:
     except ImportError:
         raise ZooError(f"{file}: Parquet needs pip install pyarrow") from None
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(columns=[field]):
-            for text in batch.column(0).to_pylist():
-                if isinstance(text, str):
-                    yield text
-                elif text is not None:
-                    raise ZooError(f"{file}: the column '{field}' holds no text")
-    except (OSError, ValueError, IndexError) as error:
-        raise ZooError(f"{file}: cannot be read as Parquet with a column '{field}': {error}") from None
+        rows = parquet.ParquetFile(file)
+        if field not in rows.schema_arrow.names:
+            raise ZooError(f"{file}: no column '{field}'; {nearest(field, rows.schema_arrow.names)}")
+        texts = (text for batch in rows.iter_batches(columns=[field]) for text in batch.column(0).to_pylist())
+        nulls = 0
+        for number, text in enumerate(texts, 1):
+            if isinstance(text, str):
+                yield text
+            elif text is None:
+                nulls += 1
+            else:
+                raise ZooError(f"{file}: row {number}: no text under '{field}'")
+        if nulls:
+            warnings.warn(f"{file}: {counted(nulls, 'row')} with null under '{field}' left out", stacklevel=2)
+    except ZooError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ZooError(f"{file}: cannot be read as Parquet: {error}") from None
 
 
 def _dataset(address: str, field: str, split: str) -> Iterator[str]:

@@ -28,12 +28,15 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_tokens_are_those_of_the_same_rows_in_json(folder):
+def test_tokens_are_those_of_the_same_rows_in_json(folder, recwarn):
     for kind in ("jsonl", "parquet"):
         done = run("tokenize", folder / f"rows.{kind}", "--out", folder / kind, "--field", "body", "--held-out", "0.2")
         assert done.exit_code == 0, done.output
     for name in ("train.npy", "test.npy", "data.yaml"):
         assert (folder / "parquet" / name).read_bytes() == (folder / "jsonl" / name).read_bytes()
+    assert [str(one.message) for one in recwarn if one.category is UserWarning] == [
+        f"{folder}/rows.parquet: 1 row with null under 'body' left out"
+    ]
 
 
 def test_a_model_is_evaluated_on_the_documents(folder):
@@ -51,8 +54,8 @@ def test_a_model_is_evaluated_on_the_documents(folder):
 def test_what_holds_no_text_is_refused_in_one_line(folder):
     (folder / "torn.parquet").write_bytes((folder / "rows.parquet").read_bytes()[:-9])
     for name, field, why in (
-        ("rows", "text", "cannot be read as Parquet with a column 'text'"),
-        ("rows", "n", "the column 'n' holds no text"),
+        ("rows", "text", "no column 'text'; allowed: body, n"),
+        ("rows", "n", "row 1: no text under 'n'"),
         ("torn", "body", "cannot be read as Parquet"),
     ):
         done = run("tokenize", folder / f"{name}.parquet", "--out", folder / "out", "--field", field)

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 import zoo
 from zoo.tasks import new_task
@@ -59,6 +60,7 @@ def test_damaged_rows_are_refused(rows, tmp_path):
     for line, message in (
         ('{"context": "a"}', "line 1: want an object with the texts context, question and answer; 'question' is missing"),
         ('{"context": "a", "question": "b", "answer": ""}', "line 1: answer: empty; want a text"),
+        ('{"context": "a", "question": "b", "answer": 5}', "line 1: answer: 5; want a text"),
         ("[", "line 1: not JSON"),
         ("[" * 100_000, "line 1: want an object"),
         ("\ud800", "bad.jsonl: cannot be read: 'utf-8' codec"),
@@ -70,8 +72,18 @@ def test_damaged_rows_are_refused(rows, tmp_path):
             new_task({**fields(rows), "train": str(tmp_path / "bad.jsonl"), "test": str(good)}).batch(0, 0, 2)
     with pytest.raises(zoo.ZooError, match="is also the file to train on"):
         new_task({**fields(rows), "test": fields(rows)["train"]})
-    with pytest.raises(zoo.ZooError, match="No such file"):
+    with pytest.raises(zoo.ZooError, match=r"train: nowhere\.jsonl: No such file"):
         new_task({**fields(rows), "train": "nowhere.jsonl"})
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer(rows, tmp_path):
+    words = Tokenizer(models.WordLevel({**{f"w{i}": i for i in range(300)}, "<|end|>": 300}, unk_token="w0"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(fast))
+    task = new_task({**fields(rows), "tokenizer": str(tmp_path)})
+    assert (task.vocab_size, new_task(fields(rows)).vocab_size) == (301, 256)
+    assert 300 in task.batch(0, 0, 2).ids  # the end of an answer
 
 
 def test_a_long_context_loses_its_beginning(rows, tmp_path):

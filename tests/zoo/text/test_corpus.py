@@ -67,6 +67,11 @@ def test_bad_input_is_refused_and_nothing_is_left(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "c.txt").write_text("one")
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(zoo.ZooError, match=r"d\.jsonl: line 2: not JSON: "):
+        tokenize([tmp_path / "d.jsonl"], tmp_path / "out")
+    with pytest.raises(zoo.ZooError, match=r"holds no tokenizer, such as tokenizer\.json"):
+        tokenize([tmp_path / "c.txt"], tmp_path / "out", tokenizer=tmp_path)
     for file, message in (
         ("a", "line 2: no text under 'text'"),
         ("b", "cannot be read as text"),
