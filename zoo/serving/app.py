@@ -259,7 +259,7 @@ class Server:
         for at, (prompt, most) in enumerate(zip(prompts, room, strict=True)):
             for number in range(body.n):
                 with ExitStack() as cleanup:
-                    cleanup.callback(_settle, kept)
+                    cleanup.callback(_forget_unread, kept)
                     constraint = None if schema is None else schema.answer()
                     answer = Answer(kept, prompt, number, body, most, self.tokenizer, self.metrics, constraint)
                     cleanup.callback(answer.close)
@@ -287,7 +287,7 @@ def _remember(kept: KeptSession, messages: Messages, answer: Answer) -> None:
     kept.messages = [*messages, {"role": "assistant", "content": answer.text}]
 
 
-def _settle(kept: KeptSession) -> None:
+def _forget_unread(kept: KeptSession) -> None:
     with suppress(ZooError):  # the pool is closed
         kept.settle()
 

@@ -72,7 +72,7 @@ class KeptSessions:
         Raises:
             ApiError: the session is busy, or there is no room for it, or it cannot be stored.
         """
-        kept = self._take(owner, name, new)
+        kept = self._claim(owner, name, new)
         if self.store is not None and name:
             try:
                 with self._using_store():
@@ -100,7 +100,7 @@ class KeptSessions:
         """Remember that the store fails, unless only another process has taken a session over."""
         self.failing = self.failing or (isinstance(error, OSError | StoreError) and not isinstance(error, TakenOverError))
 
-    def _take(self, owner: str, name: str | None, new: bool) -> KeptSession:
+    def _claim(self, owner: str, name: str | None, new: bool) -> KeptSession:
         """Return the session of `acquire`, busy from now on, as it is in memory."""
         end, unwritable = time.monotonic() + self._wait, set[KeptSession]()
         while True:
