@@ -116,7 +116,7 @@ def in_turns(benchmark: str, places: Mapping[Path, Path]) -> None:
 def _taken(file: Path) -> dict[str, list[float]]:
     """Return the seconds of our rounds by case; of benchmarks with rounds of their own, the median."""
     rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return {row["case"]: row.get("taken") or [next(iter(row["times"].values()))[1] / SCALE[row["unit"]]] for row in rows}
+    return {row["case"]: row.get("taken") or [next(iter(row["times"].values()))[1] / SCALE.get(row["unit"], 1.0)] for row in rows}
 
 
 @click.command()

@@ -53,7 +53,7 @@ class _Normalise(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return gradients(lambda *inputs: [_definition(*inputs)], (x, weight, ctx.eps, ctx.mean), (dy,))
         # that of torch's layer norm, one pass over x, with a mean of zero; what it subtracts for the mean is added again
-        N, wanted = x.shape[-1], [True, weight is not None, False]
+        N, wanted = x.shape[-1], [True, weight is not None and ctx.needs_input_grad[1], False]
         root = 1.0 if ctx.mean else math.sqrt(N)
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             dy, x, [N], torch.zeros_like(factor), factor * root, weight, None, wanted
