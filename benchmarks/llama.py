@@ -25,7 +25,7 @@ MLP = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 def write_gguf(model: zoo.Model, file: Path) -> None:
     """Write a float32 model as GGUF, without a tokenizer: blocks of mamba2, of attn as in Llama, or of gdn and attn as in Qwen3.5.
 
-    The three forms of `layers` decide the architecture.
+    The kinds of blocks decide the architecture.
     """
     import gguf
 
@@ -84,18 +84,18 @@ def _gdn_fields(writer: Any, model: zoo.Model) -> None:
 
 def _tensors(model: zoo.Model, form: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors under llama.cpp's names."""
-    whole = 1.0 if form == "qwen35" else 0.0  # its norms store the weight minus one
+    offset = 1.0 if form == "qwen35" else 0.0  # our norms of this form store the weight minus one
     yield "token_embd.weight", model.embed.weight
-    yield "output_norm.weight", model.norm.weight + whole
+    yield "output_norm.weight", model.norm.weight + offset
     if not model.config.tie_embeddings:
         yield "output.weight", model.head.weight
     for i, (kind, block) in enumerate(zip(model.config.pattern, model.blocks, strict=True)):
         at, mixer, mlp = f"blk.{i}.", block.mixer, block.mlp
-        yield f"{at}attn_norm.weight", block.mixer_norm.weight + whole
+        yield f"{at}attn_norm.weight", block.mixer_norm.weight + offset
         for name, tensor in {"mamba2": _mamba2, "attn": _attention, "gdn": _gdn}[kind](mixer):
             yield at + name, tensor
         if mlp is not None:
-            yield f"{at}{'post_attention_norm' if whole else 'ffn_norm'}.weight", block.mlp_norm.weight + whole
+            yield f"{at}{'post_attention_norm' if form == 'qwen35' else 'ffn_norm'}.weight", block.mlp_norm.weight + offset
             for name, ours in MLP.items():
                 yield f"{at}{name}.weight", getattr(mlp, ours).weight
 
@@ -138,18 +138,6 @@ def _gdn(mixer: Any) -> Iterator[tuple[str, Tensor]]:
     yield "ssm_out.weight", mixer.o_proj.weight
 
 
-def quantise(file: Path, form: str) -> Path:
-    """Write a GGUF file in "Q8_0" or "Q4_0" beside a float32 one."""
-    llama = _library()
-    made = file.with_name(f"{file.stem}-{form}.gguf")
-    options = llama.llama_model_quantize_default_params()
-    options.ftype = {"Q8_0": llama.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama.LLAMA_FTYPE_MOSTLY_Q4_0}[form]
-    options.pure = True
-    if llama.llama_model_quantize(str(file).encode(), str(made).encode(), ctypes.byref(options)):
-        raise RuntimeError(f"{file}: llama.cpp cannot quantise it")
-    return made
-
-
 class Llama:
     """A GGUF file, and a context of some streams that advance together.
 
@@ -158,7 +146,7 @@ class Llama:
     """
 
     def __init__(self, file: Path, streams: int = 1, *, context: int = 4096, threads: int | None = None) -> None:
-        self._llama, self._streams = _library(), streams
+        self._llama = _library()
         self._model = self._llama.llama_model_load_from_file(str(file).encode(), self._llama.llama_model_default_params())
         options = self._llama.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_seq_max, options.no_perf = context * streams, max(context, streams), streams, True

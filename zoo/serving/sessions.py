@@ -171,10 +171,12 @@ class KeptSessions:
         if kept.name and not forget:
             self._store(kept)
         kept.used, kept.left = time.monotonic(), Event()
-        if not kept.name or (forget and kept.journal is None):
-            self._kept.pop(kept.key, None)
+        closes = not kept.name or (forget and kept.journal is None)
+        if closes:
             kept.session.close()
         with self._lock:
+            if closes:
+                self._kept.pop(kept.key, None)
             kept.busy = False
             self._lock.notify_all()
 
@@ -289,7 +291,8 @@ class KeptSessions:
             if stored:
                 with suppress(ZooError):
                     kept.session.close()
-                del self._kept[kept.key]
+                with self._lock:  # others iterate over the sessions
+                    del self._kept[kept.key]
                 self._freed = True
         return stored
 

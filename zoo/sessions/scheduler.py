@@ -33,7 +33,7 @@ class Scheduler:
     """Host of all streams in a pool.
 
     Every turn reads one token for each stream that requests one, in one batch. Prompts and sleeps run in slices, one block over up
-    to `SLICE` tokens: after a batch of tokens for `SHARE` of its usual time, up to `MOST` times it if streams wait for prompts and
+    to `SLICE` tokens: after a batch of tokens for `SHARE` of its usual time, up to `MOST` times that if streams wait for prompts and
     sleeps; all the time if none requests a token. Sleeps that start at the same position with the same number of tokens while no stream
     requests a token run as one batch.
 
