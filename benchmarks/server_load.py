@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import zoo
-from benchmarks.measure import quartiles, record
-from benchmarks.serving import Answer, Server, ask, expected, percentiles, serving
+from benchmarks.measure import record
+from benchmarks.serving import Answer, Server, ask, expected, latencies, serving
 
 MODEL = {"model": "gdn4-sleep2-hard64", "d_model": 128, "vocab_size": 256}
 TOKENS = 16
@@ -39,14 +39,8 @@ def main(clients: int = 32, seconds: float = 60.0) -> None:
     for client, answers in enumerate(results):
         prompts = [f"{client} says {n}" for n in range(len(answers))]
         lost += [answer.text for answer in answers] != expected(model, prompts, TOKENS)
-    case, rows = f"{clients} clients for {seconds:.0f} s", []
-    waits = [answer.waits for answers in results for answer in answers]
-    for label, of in (("first token", slice(1)), ("between tokens", slice(1, None))):
-        chosen = [wait for each in waits for wait in each[of]]
-        times = percentiles(chosen)
-        ratios = {"p99": quartiles([times["p99"][1] / times["median"][1]])}
-        counts = {"count": len(chosen), "lost": lost}
-        rows.append({"case": f"{label}, {case}", "unit": "ms", "times": times, "ratios": ratios, **counts, "model": MODEL})
+    every = [answer for answers in results for answer in answers]
+    rows = latencies(f"{clients} clients for {seconds:.0f} s", every, lost=lost, model=MODEL)
     record("server_load", rows)
     assert not lost
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import zoo
 from benchmarks.measure import quartiles, record
-from benchmarks.serving import Answer, Server, ask, expected, percentiles, serving
+from benchmarks.serving import Answer, Server, ask, expected, latencies, serving
 
 MODEL: dict[str, Any] = {  # small, with large states
     "model": "gdn4-sleep2-hard16",
@@ -95,15 +95,11 @@ def main(sessions: int = 10_000, clients: int = 32) -> None:
     for name in rng.sample(range(sessions), min(SAMPLED, sessions)):
         assert [answer.text for answer in visits.answers[name]] == expected(model, [prompt(name, 0), prompt(name, 1)], TOKENS), name
     case, facts = f"{sessions:,} sessions of {state // 1024} KiB", {"model": MODEL, "streams": streams, "clients": clients}
-    rows = []
-    for label, of in (("first token", slice(1)), ("between tokens", slice(1, None))):
-        times = percentiles([wait for answers in visits.answers.values() for answer in answers for wait in answer.waits[of]])
-        ratios = {"p99": quartiles([times["p99"][1] / times["median"][1]])}
-        rows.append({"case": f"{case}: {label}", "unit": "ms", "times": times, "ratios": ratios, **facts})
+    rows = latencies(case, [answer for answers in visits.answers.values() for answer in answers], **facts)
     sizes = {"first half": first, "second half": second, "model and bound": before + STREAMS + PREFIXES}
     times = {name: [size / 2**20] * 3 for name, size in sizes.items()}
     ratios = {name: quartiles([size / first]) for name, size in sizes.items() if name != "first half"}
-    rows.append({"case": f"{case}: peak memory", "unit": "MiB", "times": times, "ratios": ratios, "states": sessions * state, **facts})
+    rows.append({"case": f"peak memory, {case}", "unit": "MiB", "times": times, "ratios": ratios, "states": sessions * state, **facts})
     record("server_sessions", rows)
 
 

@@ -73,6 +73,17 @@ def expected(model: zoo.Model, prompts: list[str], tokens: int) -> list[str]:
     return [text.decode(map(int, session.generate(torch.tensor([text.encode(prompt)]), tokens))) for prompt in prompts]
 
 
+def latencies(case: str, answers: list[Answer], **facts: Any) -> list[dict[str, Any]]:
+    """Return a row for the first tokens of the answers, and one for the tokens after them."""
+    rows = []
+    for label, of in (("first token", slice(1)), ("between tokens", slice(1, None))):
+        waits = [wait for answer in answers for wait in answer.waits[of]]
+        times = percentiles(waits)
+        ratios = {"p99": quartiles([times["p99"][1] / times["median"][1]])}
+        rows.append({"case": f"{label}, {case}", "unit": "ms", "times": times, "ratios": ratios, "count": len(waits), **facts})
+    return rows
+
+
 def percentiles(seconds: list[float]) -> dict[str, list[float]]:
     """Return the median with its quartiles, and the 99 % quantile, in milliseconds."""
     waits = 1e3 * np.array(seconds)
