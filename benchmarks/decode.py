@@ -1,15 +1,18 @@
-"""Cost of a predicted token: a session compared with transformers on the same weights, and with the lower bound.
+"""Cost of a predicted token: sessions compared with transformers and llama.cpp on the same weights, and with the lower bound.
 
     python -m benchmarks.decode [--all]
 
 "weights alone" is the lower bound: only the products of the model's matrices with one row per stream. As in `zoo chat`, our weights
 are laid out as `zoo.arrange_weights` finds; all contenders run under the precision that `zoo.matmul_precision` finds.
+Exported bundles are of the ort dialect; llama.cpp has the same weights as F32, Q8_0 and Q4_0.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,13 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import zoo
+from benchmarks import stored
+from benchmarks.llama import Llama, takes
 from benchmarks.measure import compare, record
 from benchmarks.peers import WORDS, pairs
+from zoo.export.runtime import ExportedModel
 
-PROMPT, TOKENS = 128, 16
+PROMPT, TOKENS, LENGTH = 128, 16, 1024
+TARGETS = {"Mamba-2 50M": {"F32": 1.25, "Q8_0": 1.6, "Q4_0": 1.8}, "attention 50M": {"F32": 1.3, "Q8_0": 1.05, "Q4_0": 1.5}}
+"""Intended time of an exported graph at batch 1, divided by that of llama.cpp."""
 
 
-def ours(model: zoo.Model, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tensor]:
+def ours(model: Any, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tensor]:
     """Return a function that generates the next greedy tokens, [B, `tokens`], of the stream after `prompt`."""
     session = zoo.Session(model, len(prompt))
     session.feed(prompt)
@@ -42,6 +50,23 @@ def transformers(model: Any, prompt: Tensor, tokens: int = TOKENS) -> Callable[[
             generated.append(out.logits[:, -1].argmax(-1))
             cache = {name: getattr(out, name) for name in ("past_key_values", "cache_params") if hasattr(out, name)}
             out = model(generated[-1][:, None], **cache, use_cache=True)
+        return torch.stack(generated, dim=1)
+
+    return generate
+
+
+def llama(model: Llama | None, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tensor] | None:
+    """Return the same for llama.cpp; None where it is not installed."""
+    if model is None:
+        return None
+    logits = model.read(prompt)
+
+    def generate() -> Tensor:
+        nonlocal logits
+        generated = []
+        for _ in range(tokens):
+            generated.append(logits.argmax(-1))
+            logits = model.read(generated[-1][:, None])
         return torch.stack(generated, dim=1)
 
     return generate
@@ -67,15 +92,24 @@ def main(large: bool) -> None:
     rows = []
     torch.set_float32_matmul_precision(zoo.matmul_precision())
     for name, model, theirs in pairs(large):
-        zoo.arrange_weights(model)
-        for batch in (1, 16):
-            prompt = torch.randint(WORDS, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
-            contenders = {
-                "ours": ours(model, prompt),
-                "transformers": transformers(theirs, prompt),
-                "weights alone": partial(weights_alone, model, batch),
-            }
-            rows.append(compare(f"{name}, batch {batch}", contenders, rounds=5, per=TOKENS, target=2))
+        with tempfile.TemporaryDirectory() as scratch:
+            folder, forms = Path(scratch), list(stored.FORMS) if takes(model) and name.endswith("50M") else []
+            stored.write(model, folder, forms, LENGTH)
+            zoo.arrange_weights(model)
+            for threads, batch in ((2, 1), (2, 8), (2, 16), (1, 1)):
+                torch.set_num_threads(threads)
+                prompt = torch.randint(WORDS, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+                case = f"{name}, batch {batch}" + ", 1 thread" * (threads == 1)
+                contenders = {"ours": ours(model, prompt), "transformers": transformers(theirs, prompt)}
+                if forms:
+                    contenders["llama.cpp"] = llama(stored.in_llama(folder, "F32", batch, LENGTH), prompt)
+                contenders["weights alone"] = partial(weights_alone, model, batch)
+                rows.append(compare(case, contenders, rounds=5, per=TOKENS, target=2))
+                for form in forms:
+                    peer = stored.in_llama(folder, form, batch, LENGTH)
+                    contenders = {"ours": ours(ExportedModel(folder / form), prompt), "llama.cpp": llama(peer, prompt)}
+                    target = 1 / TARGETS[name][form] if name in TARGETS and batch == 1 else None
+                    rows.append(compare(f"{case}, exported, {form}", contenders, rounds=5, per=TOKENS, target=target))
     record("decode", rows)
 
 

@@ -6,6 +6,7 @@ Needs `pip install '.[llama]'`, which compiles llama.cpp. Without it, `INSTALLED
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -138,6 +139,20 @@ def _gdn(mixer: Any) -> Iterator[tuple[str, Tensor]]:
     yield "ssm_out.weight", mixer.o_proj.weight
 
 
+def quantise(source: Path, target: Path, form: str) -> None:
+    """Store every matrix of a float32 file, the embeddings too, as "Q8_0" or "Q4_0"."""
+    llama = _library()
+    options = llama.llama_model_quantize_default_params()
+    options.ftype, options.pure = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{form}"), True
+    if failed := llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options)):
+        raise RuntimeError(f"llama_model_quantize returned {failed}")
+
+
+def takes(model: zoo.Model) -> bool:
+    """Return whether `write_gguf` has a form for the model."""
+    return {*model.config.pattern} <= {"mamba2", "attn", "gdn"}
+
+
 class Llama:
     """A GGUF file, and a context of some streams that advance together.
 
@@ -157,6 +172,7 @@ class Llama:
         self._memory = self._llama.llama_get_memory(self._context)
         self._words = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
         self.position = 0
+        self.close = weakref.finalize(self, _close, self._llama, self._context, self._model)
 
     def clear(self) -> None:
         """Forget all tokens."""
@@ -202,9 +218,10 @@ class Llama:
         self._llama.llama_state_seq_set_data(self._context, data, len(kept), 0)
         self.position = position
 
-    def close(self) -> None:
-        self._llama.llama_free(self._context)
-        self._llama.llama_model_free(self._model)
+
+def _close(llama: Any, context: Any, model: Any) -> None:
+    llama.llama_free(context)
+    llama.llama_model_free(model)
 
 
 @cache

@@ -44,7 +44,7 @@ console = Console(width=None if Console().is_terminal else 160)
 
 def compare(
     case: str,
-    contenders: Mapping[str, Callable[[], Any]],
+    contenders: Mapping[str, Callable[[], Any] | None],
     *,
     rounds: int = 7,
     unit: str = "ms",
@@ -56,6 +56,7 @@ def compare(
 
     Args:
         contenders: functions to time, by name, ours first; the tensors that they return are compared if there is a tolerance.
+            None: not installed here.
         rounds: number of rounds; in each, every contender runs for at least 20 ms.
         per: divisor of the times, such as the number of tokens of one call.
         target: intended ratio of every other contender.
@@ -65,17 +66,19 @@ def compare(
     ours = next(iter(contenders))
     if TURNS:
         rounds, contenders = 5, {ours: contenders[ours]}
-    problems, errors, results, first = {}, {}, {}, {}
-    for name, work in contenders.items():
+    problems = {name: "not installed" for name, work in contenders.items() if work is None}
+    installed = {name: work for name, work in contenders.items() if work is not None}
+    errors, results, first = {}, {}, {}
+    for name, work in installed.items():
         started = time.perf_counter()
         results[name] = work()
         first[name] = time.perf_counter() - started
-    for name in list(contenders)[1:]:
+    for name in list(installed)[1:]:
         if tolerance is not None:
             errors[name] = difference(results[name], results[ours])
             if not errors[name] <= tolerance:
                 problems[name] = f"differs by {errors[name]:.0e}"
-    timed = {name: work for name, work in contenders.items() if name not in problems}
+    timed = {name: work for name, work in installed.items() if name not in problems}
     calls = {name: math.ceil(MINIMUM / seconds(work)) if first[name] < 1 else 1 for name, work in timed.items()}
     times: dict[str, list[float]] = {name: [] for name in timed}
     started = time.perf_counter()

@@ -56,6 +56,17 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "attention 50M": (
+        "LlamaConfig",
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 10,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
     "Mamba 50M": ("MambaConfig", {"hidden_size": 512, "num_hidden_layers": 20}),
     "Mamba 370M": ("MambaConfig", {"hidden_size": 1024, "num_hidden_layers": 48}),
     "Mamba-2 50M": ("Mamba2Config", {"hidden_size": 512, "num_hidden_layers": 20, "num_heads": 16, "tie_word_embeddings": True}),

@@ -1,11 +1,14 @@
-"""Time to read a prompt, compared with transformers on the same weights.
+"""Time to read a prompt, compared with transformers and llama.cpp on the same weights.
 
 python -m benchmarks.prefill [--all]
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,9 +16,14 @@ import torch
 from torch import Tensor
 
 import zoo
+from benchmarks import stored
+from benchmarks.llama import Llama, takes
 from benchmarks.measure import compare, record
 from benchmarks.peers import SMALL, WORDS, pairs
+from zoo.export.runtime import ExportedModel
 
+LENGTH = 2304
+TARGETS = {"Mamba-2 50M": 1 / 0.7, "attention 50M": 1 / 0.8}
 ALONE = {"Mamba + sliding attention 421M": "samba421m", "Jet + attention 50M": "depo10"}  # not in transformers
 
 
@@ -23,12 +31,40 @@ def read(model: Any, ids: Tensor) -> Tensor:
     return model(ids).logits
 
 
-def first_token(model: zoo.Model, ids: Tensor) -> Tensor:
+def first_token(model: Any, ids: Tensor) -> Tensor:
     return next(zoo.Session(model, len(ids)).generate(ids, 1))
 
 
 def their_first_token(model: Any, ids: Tensor) -> Tensor:
     return model(ids, logits_to_keep=1).logits[:, -1].argmax(-1)
+
+
+def llama_first_token(model: Llama | None, ids: Tensor) -> Callable[[], Tensor] | None:
+    """Return the function that llama.cpp is timed by; None where it is not installed."""
+
+    def work() -> Tensor:
+        assert model is not None
+        model.clear()
+        return model.read(ids).argmax(-1)
+
+    return work if model is not None else None
+
+
+def beside_llama(name: str, model: zoo.Model) -> list[dict[str, Any]]:
+    """Time the first token after prompts of several lengths, in PyTorch and in an exported graph."""
+    rows, pytorch = [], TARGETS.get(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        stored.write(model, Path(scratch), ["F32"], LENGTH)
+        zoo.arrange_weights(model)
+        contenders = {"": (model, pytorch), ", exported": (ExportedModel(Path(scratch) / "F32"), 1 / 1.2)}
+        for threads, length in ((2, 128), (2, 512), (2, 2048), (1, 512)):
+            torch.set_num_threads(threads)
+            ids = torch.randint(WORDS, (1, length), generator=torch.Generator().manual_seed(0))
+            peer = llama_first_token(stored.in_llama(Path(scratch), "F32", 1, LENGTH), ids)
+            for form, (ours, target) in contenders.items():
+                case = f"{name}{form}, 1 x {length}, first token" + ", 1 thread" * (threads == 1)
+                rows.append(compare(case, {"ours": partial(first_token, ours, ids), "llama.cpp": peer}, rounds=3, target=target))
+    return rows
 
 
 @click.command()
@@ -44,6 +80,9 @@ def main(large: bool) -> None:
             rows.append(compare(f"{name}, {batch} x {length}", contenders, rounds=3, target=1.3, tolerance=1e-3))
             contenders = {"ours": partial(first_token, ours, ids), "transformers": partial(their_first_token, theirs, ids)}
             rows.append(compare(f"{name}, {batch} x {length}, first token", contenders, rounds=3, target=1.3))
+        if takes(ours) and name in SMALL:
+            rows += beside_llama(name, ours)
+            torch.set_num_threads(2)
     for name, config in ALONE.items():
         if large or name.endswith("50M"):
             model = zoo.create(config, evict="none")
