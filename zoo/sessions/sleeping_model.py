@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Coroutine
@@ -156,8 +157,13 @@ def fingerprint(model: nn.Module) -> str:
             digest.update(f"{name} {weight}".encode())
             continue
         plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_quantized
-        values = (weight if plain else weight.dequantize()).detach().flatten()
-        places = torch.linspace(0, len(values) - 1, min(SAMPLES, len(values)), dtype=torch.float64).long()  # float32 counts to 2**24
-        some = values[places].float().cpu()
+        values = (weight if plain else weight.dequantize()).detach()
+        some = values.take(_places(values.numel()).to(values.device)).float().cpu()
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _places(count: int) -> Tensor:
+    """Return the places of the sampled ones among `count` values."""
+    return torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).long()  # float32 counts to 2**24
