@@ -196,6 +196,36 @@ def test_idle_streams_sleep_in_the_gap_and_together(monkeypatch):
             close(stream.feed(tokens(3)), plain.feed(tokens(3)))
 
 
+def test_a_request_waits_for_at_most_one_slice_of_the_sleep_that_it_cancels(monkeypatch):
+    sleeping, now, widths, begun, gate = model(), [0.0], [], threading.Event(), threading.Event()
+    monkeypatch.setattr("zoo.sessions.scheduler.time.monotonic", lambda: now[0])
+
+    def block_begins(block, inputs):
+        widths.append(inputs[0].shape[1])
+        if now[0]:
+            begun.set()
+            assert gate.wait(PAUSE)
+
+    with zoo.SessionPool(sleeping, slots=2, when="idle(0.1)") as pool, ThreadPoolExecutor(1) as client:
+        stream, plain = pool.open(), zoo.Session(sleeping)
+        stream.feed(tokens(5))
+        plain.feed(tokens(5))
+        for block in sleeping.blocks:
+            block.register_forward_pre_hook(block_begins)
+        widths.clear()
+        now[0] = 0.2
+        assert begun.wait(PAUSE)
+        sleep = stream._stream.sleep
+        answer = client.submit(stream.feed, tokens(1))
+        while not pool._scheduler._arrived:
+            time.sleep(0.001)
+        gate.set()
+        got = answer.result()
+        assert widths[:3] == [5, 1, 1]  # the slice in progress, then both blocks on the token
+        close(got, plain.feed(tokens(1)))
+        assert sleep.cancelled and sleep.after is None
+
+
 def test_fork_save_load(tmp_path):
     sleeping = model()
     with zoo.SessionPool(sleeping, slots=2, streams=3) as pool:
