@@ -481,7 +481,12 @@ def chat(
     metavar="URL",
     help="Web pages that may use the server, such as https://example.com, or *; may be repeated.",
 )
-@click.option("--store", type=click.Path(file_okay=False, path_type=Path), help="Folder that keeps sessions across restarts.")
+@click.option(
+    "--store",
+    type=click.Path(file_okay=False),
+    metavar="DIRECTORY|URL",
+    help="Folder, or prefix in an object store such as s3://BUCKET/PREFIX, that keeps sessions across restarts.",
+)
 @click.option("--page/--no-page", default=True, show_default=True, help="Serve a page for a browser at /.")
 @click.option("--name", help="Name of the model in requests.  [default: its own]")
 @click.option("--grace", type=Number(min=0), default=30.0, show_default=True, help="Seconds to finish answers after SIGTERM or Ctrl-C.")
@@ -510,7 +515,7 @@ def serve(
     api_keys: tuple[str, ...],
     hosts: tuple[str, ...],
     origins: tuple[str, ...],
-    store: Path | None,
+    store: str | None,
     page: bool,
     name: str | None,
     grace: float,

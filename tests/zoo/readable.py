@@ -134,7 +134,7 @@ def sessions(folder: Path) -> list[Kind]:
     journal = Store(folder / "store", IDENTITY).open("me", "s")
     for end in range(1, len(KEPT) + 1):
         journal.write(Record(KEPT[:end], ((end, 2),), [{"role": "user", "content": "hi"}] * end))
-    place = journal.folder.name
+    place = journal.place.folder.name
     files = {"journal.jsonl": "bytes", "session.json": "json", "lease": "bytes"}
     return [
         Kind("session", "stream", lambda place: stream(session, place / "stream"), ours=True),

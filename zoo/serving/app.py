@@ -64,7 +64,7 @@ def make_app(
     limits: Limits | None = None,
     *,
     keys: Sequence[str] = (),
-    store: Path | None = None,
+    store: str | Path | None = None,
     hosts: Sequence[str] = (),
     origins: Sequence[str] = (),
     page: bool = True,
@@ -73,11 +73,11 @@ def make_app(
 
     Args:
         keys: API keys. If there are any, every request except those for /health, /ready and the files of the page needs one.
-        store: folder that keeps sessions after the process ends.
+        store: folder or URL of an object store that keeps sessions after the process ends.
         hosts, origins: names of the server, and web pages that may use it; see `browsers.protect`.
         page: serve a page for a browser at /.
     Raises:
-        ZooError: a bad key, host or origin.
+        ZooError: a bad key, host, origin or store.
     """
     if unusable := [key for key in keys if not re.fullmatch("[!-~]+", key)]:
         raise ZooError(f"api_key: {unusable[0]!r}; want at least one character, all ASCII and none a space")
@@ -120,7 +120,7 @@ def make_app(
 class Server:
     """The routes of one model."""
 
-    def __init__(self, pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits, store: Path | None) -> None:
+    def __init__(self, pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits, store: str | Path | None) -> None:
         self.tokenizer, self.name, self.limits = tokenizer, name, limits
         self.pool = pool
         model = sleeping_model(pool.model)

@@ -9,9 +9,10 @@ from threading import Condition, Event, Thread
 
 from zoo.errors import ZooError, counted
 from zoo.serving.kept import KeptSession
+from zoo.serving.places import StoreError, TakenOverError
 from zoo.serving.prefixes import Prefixes
 from zoo.serving.schemas import ApiError
-from zoo.serving.store import LONG_JOURNAL, OtherServerError, Record, Store, StoreError, TakenOverError
+from zoo.serving.store import OtherServerError, Record, Store
 from zoo.sessions.pool import PoolClosedError, PoolFullError, SessionPool
 from zoo.sessions.snapshot import Snapshot
 from zoo.system import release_freed
@@ -26,7 +27,7 @@ class KeptSessions:
     Args:
         idle: seconds without a request after which a session may leave memory.
         prefixes: states that sessions of one owner share.
-        store: folder that keeps sessions when they leave memory or the process ends.
+        store: keeps sessions when they leave memory or the process ends.
         queue, wait: number of requests that may wait for a free stream, and for how many seconds.
     """
 
@@ -266,7 +267,7 @@ class KeptSessions:
     def _store(self, kept: KeptSession, *, state: bool = False) -> bool:
         """Write a session to the store, if there is one. Returns False if it is not in the journal, with or without its state."""
         stored = self._written(kept.store)
-        if stored and (state or (kept.journal is not None and kept.journal.size > LONG_JOURNAL)):
+        if stored and (state or (kept.journal is not None and kept.journal.long)):
             kept.saved = self._written(kept.store_state)
         return stored
 

@@ -43,7 +43,7 @@ def reports(server):
 
 def files(server):
     with server.nothing_written():
-        return stored(server.state.sessions.store.folder)
+        return stored(server.state.sessions.store.places.folder)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_session_that_cannot_be_read_back(model, right, tmp_path, disk, name, 
     with local(model, BYTES, store=tmp_path) as server:
         for session in "st":
             assert asked(server, "one", session=session) == right[0]
-        folder = server.state.sessions._kept["", "s"].journal.folder
+        folder = server.state.sessions._kept["", "s"].journal.place.folder
     (state,) = folder.glob("*.safetensors")
     with local(model, BYTES, store=tmp_path) as server:
         disk.unreadable = state if name == "state" else folder / name

@@ -227,8 +227,8 @@ def test_torn_lines(tmp_path):
     journal, sizes = store.open("me", "s"), [0]
     for record in records:
         journal.write(record)
-        sizes.append(journal.size)
-    file = journal.folder / "journal.jsonl"
+        sizes.append(journal.place.size)
+    file = journal.place.folder / "journal.jsonl"
     content = file.read_bytes()
     for cut in range(len(content) + 1):
         file.write_bytes(content[:cut])
@@ -255,7 +255,7 @@ def test_damaged_files_are_refused(tmp_path, name, change, message):
     journal = store.open("me", "s")
     for end in (2, 3, 4):
         journal.write(Record(list(range(1, end))))
-    file = journal.folder / name
+    file = journal.place.folder / name
     file.write_text(change(file.read_text()))
     with pytest.raises(StoreError, match=message):
         store.open("me", "s")
