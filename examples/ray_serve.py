@@ -23,7 +23,7 @@ class Replica:
     """The app of `zoo serve` in a process of Ray's."""
 
     def __init__(self, folder: str, store: str) -> None:
-        self.folder, self.store = Path(folder), Path(store)
+        self.folder, self.store = Path(folder), store
         self.pool = zoo.SessionPool(zoo.load(folder), streams=64)
 
     def __serve_build_asgi_app__(self) -> Any:

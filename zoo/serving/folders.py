@@ -46,7 +46,7 @@ class FolderPlace:
     def take_over(self) -> bytes:
         with failures(self.folder, OSError):
             with _locked(self.folder / LEASE) as file:
-                self._lease = _number(file) + 1
+                self._lease = (_number(file) or time.time_ns()) + 1  # larger than any of a deleted session of this name
                 file.seek(0)
                 _write_synced(file, b"%020d" % self._lease)  # in place: needs no room, and can only become larger
             return self._journal.read_bytes()

@@ -3,7 +3,7 @@
 Each line of a journal is an object, and a session is a prefix with these:
 
     session.json                    what identifies the session
-    LEASE.lease                     one for each process that has owned it, the largest of which is the owner
+    LEASE.lease                     of each process that has taken it over: a number and random digits; the largest is the owner's
     LEASE-N.jsonl                   the N-th line of an owner
     LEASE-N.whole.jsonl             one that does not depend on any before it, such as the first of each owner
     COUNT-DIGEST.safetensors        the state after COUNT tokens with this digest
@@ -57,12 +57,10 @@ class ObjectPlace:
 
     def take_over(self) -> bytes:
         with failures(self.name, Exception):
-            names, owner = self._names(), secrets.token_hex(8)
-            while not self._lease or _largest(names) != self._lease:  # again if another process was quicker
-                self._lease = f"{int(_largest(names)[:12] or 0) + 1:012d}-{owner}"
-                self._write(self._lease + LEASE, b"")
-                names = self._names()
-            return self._read(_journal(names))
+            number = int(_largest(self._names())[:12] or 0) + 1
+            self._lease = f"{number:012d}-{secrets.token_hex(8)}"
+            self._write(self._lease + LEASE, b"")
+            return self._read(_journal(self._our_names()))
 
     def append(self, line: bytes) -> None:
         self._write_line(line, LINE)
@@ -188,4 +186,4 @@ def _journal(names: list[str]) -> list[str]:
     leases = {name.removesuffix(LEASE) for name in names if name.endswith(LEASE)}
     lines = sorted(name for name in names if name.endswith(LINE) and name[:29] in leases)
     start = max((name for name in lines if name.endswith(WHOLE)), default="")
-    return [name for name in lines if start and name >= start and name[:29] == start[:29]]
+    return [name for name in lines if start and name >= start]

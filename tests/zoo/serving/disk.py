@@ -124,9 +124,14 @@ def stored(folder):
         for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
             if not line.endswith(b"\n"):
                 break  # the last
-            checksum, content = line[:-1].split(b" ", 1)
-            assert int(checksum, 16) == zlib.crc32(content)
-            fields = json.loads(content)
+            fields = complete(line)
             if "tokens" in fields:
                 tokens[fields["keep"] :] = fields["tokens"]
     return found
+
+
+def complete(line):
+    """The fields of a line of a journal. Fails if it is torn."""
+    checksum, content = line.removesuffix(b"\n").split(b" ", 1)
+    assert (line[-1:], int(checksum, 16)) == (b"\n", zlib.crc32(content))
+    return json.loads(content)

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import zoo
+from tests.zoo.serving.buckets import whole
 from tests.zoo.serving.disk import stored
 from tests.zoo.serving.local import local, post
 from zoo.serving.limits import Limits
@@ -38,6 +39,12 @@ def model():
         letters = torch.arange(256).sub(ord("a")).div(26, rounding_mode="floor") == 0
         made.head.weight.mul_(4 * letters[:, None])
     return made
+
+
+@pytest.fixture(params=["folder", "objects"])
+def at(request):
+    """What `--store` has for a folder: itself, or an object store that is kept there."""
+    return (lambda folder: folder) if request.param == "folder" else "bucket://{}".format
 
 
 def uninterrupted(model, *prompts, tokens=8):
@@ -74,20 +81,20 @@ def test_a_slow_disk_delays_only_the_session_that_is_written(model, tmp_path, mo
         assert (new.result(60), first.result(60)) == (want[:1], want[1:])
 
 
-def test_a_restart(model, tmp_path):
+def test_a_restart(model, tmp_path, at):
     """A server that has ended, one that has not, and one whose snapshots are gone: the next answer is that of an uninterrupted stream."""
     want = uninterrupted(model, "one", "two", "three", "four", "five")
-    with local(model, BYTES, store=tmp_path) as server:
+    with local(model, BYTES, store=at(tmp_path)) as server:
         assert answers(server, "s", "one", "two") == want[:2]
     assert list(tmp_path.glob("*/*.safetensors"))  # written at the end
-    with local(model, BYTES, store=tmp_path) as server:
+    with local(model, BYTES, store=at(tmp_path)) as server:
         assert answers(server, "s", "three") == want[2:3]
         shutil.copytree(tmp_path, tmp_path / "killed")
-    with local(model, BYTES, store=tmp_path / "killed") as server:
+    with local(model, BYTES, store=at(tmp_path / "killed")) as server:
         assert answers(server, "s", "four") == want[3:4]
     for file in (tmp_path / "killed").glob("*/*.safetensors"):
         file.write_bytes(b"damaged")
-    with local(model, BYTES, store=tmp_path / "killed") as server:
+    with local(model, BYTES, store=at(tmp_path / "killed")) as server:
         assert answers(server, "s", "five") == want[4:]
         assert server.ask("/v1/sessions/s", method="DELETE")[0] == 200
         assert server.ask("/v1/sessions/s", method="DELETE")[0] == 404
@@ -95,9 +102,9 @@ def test_a_restart(model, tmp_path):
 
 
 @pytest.mark.parametrize("snapshots", [0, 1, 2])
-def test_a_session_is_read_back_as_it_was(model, tmp_path, snapshots):
+def test_a_session_is_read_back_as_it_was(model, tmp_path, at, snapshots):
     """Its last token is still pending, so the next sleep is on the same tokens. Nothing is saved, or an older state, or the last one."""
-    with local(model, BYTES, store=tmp_path) as server:
+    with local(model, BYTES, store=at(tmp_path)) as server:
         for turn in range(2):
             answers(server, "s", "hello")
             if turn < snapshots:
@@ -108,32 +115,32 @@ def test_a_session_is_read_back_as_it_was(model, tmp_path, snapshots):
             answers(server, "s", "you")
         shutil.copytree(tmp_path, tmp_path / "killed")
         want = [server.ask("/v1/sessions/s")[1], post(server, "/v1/sessions/s/sleep")[1], answers(server, "s", "more")]
-    with local(model, BYTES, store=tmp_path / "killed") as server:
+    with local(model, BYTES, store=at(tmp_path / "killed")) as server:
         found = [server.ask("/v1/sessions/s")[1], post(server, "/v1/sessions/s/sleep")[1], answers(server, "s", "more")]
     for one, other in zip(found[:2], want[:2], strict=True):
         assert one.pop("norms")[1] == pytest.approx(other.pop("norms")[1], rel=1e-4)
     assert found == want
 
 
-def test_a_conversation_after_a_restart(model, tmp_path):
+def test_a_conversation_after_a_restart(model, tmp_path, at):
     """The messages are stored too, so that `append` continues them; an edit after the restart reads again what it must."""
     hi, more = {"role": "user", "content": "hi"}, {"role": "user", "content": "more"}
     with local(model, BYTES) as server:
         first = server.chat([hi])["choices"][0]["message"]
         second = server.chat([hi, first, more])["choices"][0]["message"]["content"]
         edited = server.chat([hi, first, hi])["choices"][0]["message"]["content"]
-    with local(model, BYTES, store=tmp_path) as server:
+    with local(model, BYTES, store=at(tmp_path)) as server:
         server.chat([hi], session="s")
-    with local(model, BYTES, store=tmp_path) as server:
+    with local(model, BYTES, store=at(tmp_path)) as server:
         answer = server.chat([more], session="s", append=True)
         assert answer["choices"][0]["message"]["content"] == second
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 20
         assert server.chat([hi, first, hi], session="s")["choices"][0]["message"]["content"] == edited
 
 
-def test_sleeps_are_stored(model, tmp_path):
+def test_sleeps_are_stored(model, tmp_path, at):
     """A sleep before the window is full is repeated at the same place after a restart without a snapshot."""
-    with local(model, BYTES, store=tmp_path) as server:
+    with local(model, BYTES, store=at(tmp_path)) as server:
         answers(server, "s", "one")
         stream = server.state.sessions._kept["", "s"].session
         stream.sleep(3)
@@ -141,27 +148,27 @@ def test_sleeps_are_stored(model, tmp_path):
         assert stream.snapshot().sleeps == ((10, 3),)  # 3 + 8 tokens, the last of which is pending
         shutil.copytree(tmp_path, tmp_path / "killed")
         three = answers(server, "s", "three")
-    with local(model, BYTES, store=tmp_path / "killed") as server:
+    with local(model, BYTES, store=at(tmp_path / "killed")) as server:
         assert answers(server, "s", "three") == three != uninterrupted(model, "one", "two", "three")[2:]
         assert server.state.sessions._kept["", "s"].session.snapshot().sleeps == ((10, 3),)
 
 
-def test_more_sessions_than_streams(model, tmp_path):
+def test_more_sessions_than_streams(model, tmp_path, at):
     """Sessions leave memory for the store, the least recently used first, and return."""
     want = {n: uninterrupted(model, f"talk {n}", "more") for n in range(9)}
-    with local(model, BYTES, store=tmp_path, streams=3) as server, ThreadPoolExecutor(3) as threads:
+    with local(model, BYTES, store=at(tmp_path), streams=3) as server, ThreadPoolExecutor(3) as threads:
         got = [list(threads.map(lambda n, end=end: answers(server, f"s{n}", end or f"talk {n}")[0], range(9))) for end in ("", "more")]
         assert len(server.state.sessions) <= 3
     assert {n: [first, second] for n, first, second in zip(range(9), *got, strict=True)} == want
 
 
-def test_two_processes(model, tmp_path):
+def test_two_processes(model, tmp_path, at):
     """A session moves to the server that uses it; the one that has lost it writes nothing."""
     want = uninterrupted(model, "one", "two", "three", "four")
-    with local(model, BYTES, store=tmp_path) as first, local(model, BYTES, store=tmp_path) as second:
+    with local(model, BYTES, store=at(tmp_path)) as first, local(model, BYTES, store=at(tmp_path)) as second:
         turns = zip((first, second, first, second), ("one", "two", "three", "four"), strict=True)
         assert [answers(server, "s", word)[0] for server, word in turns] == want
-    store = Store(tmp_path / "more", {})
+    store = Store(at(tmp_path / "more"), {})
     lost = store.open("me", "s")
     owned = store.open("me", "s")
     owned.write(Record([1, 2]))
@@ -171,22 +178,40 @@ def test_two_processes(model, tmp_path):
     assert store.open("me", "s").stored.tokens == [1, 2]
 
 
-def test_other_weights_and_other_keys_are_refused(model, tmp_path):
+def test_a_session_that_is_created_again_belongs_to_its_creator(tmp_path, at):
+    """A process that has held it since before it was deleted writes nothing, whatever the number in its lease."""
+    store = Store(at(tmp_path), {})
+    for _ in range(3):
+        before = store.open("me", "s")
+    before.write(Record([1]))
+    store.open("me", "s").delete()
+    assert not store.exists("me", "s")
+    assert store.names("me") == []
+    for tokens in ([2], [2, 3], [2, 3, 4], [2, 3, 4, 5]):
+        owner = store.open("me", "s")
+        assert owner.stored.tokens == tokens[:-1]
+        owner.write(Record(tokens))
+        assert not before.check()
+        with pytest.raises(TakenOverError):
+            before.write(Record([1, 5]))
+
+
+def test_other_weights_and_other_keys_are_refused(model, tmp_path, at):
     other = zoo.create(model.config, seed=1)
-    with local(model, BYTES, store=tmp_path, keys=["one", "two"]) as server:
+    with local(model, BYTES, store=at(tmp_path), keys=["one", "two"]) as server:
         assert server.ask("/v1/completions", {"prompt": "a", "session": "s"}, authorization="Bearer one")[0] == 200
         assert server.ask("/v1/sessions/s", method="DELETE", authorization="Bearer two")[0] == 404
         assert not any("one" in file.read_text() for file in tmp_path.glob("*/session.json"))  # keys are not written down
-    with local(other, BYTES, store=tmp_path, keys=["one"]) as server:
+    with local(other, BYTES, store=at(tmp_path), keys=["one"]) as server:
         status, answer = server.ask("/v1/completions", {"prompt": "a", "session": "s"}, authorization="Bearer one")
         assert status == 503
         assert "weights" in answer["error"]["message"]
 
 
-def test_another_schedule_is_refused(model, tmp_path):
-    with local(model, BYTES, store=tmp_path, when="idle(9)") as server:
+def test_another_schedule_is_refused(model, tmp_path, at):
+    with local(model, BYTES, store=at(tmp_path), when="idle(9)") as server:
         assert server.ask("/v1/completions", {"prompt": "a", "session": "s"})[0] == 200
-    with local(model, BYTES, store=tmp_path, when="manual") as server:
+    with local(model, BYTES, store=at(tmp_path), when="manual") as server:
         status, answer = server.ask("/v1/completions", {"prompt": "a", "session": "s"})
         assert status == 503
         wanted = "session: 's': it was stored with sleeps_after: the default; this server has 'no number of tokens'"
@@ -261,9 +286,9 @@ def test_damaged_files_are_refused(tmp_path, name, change, message):
         store.open("me", "s")
 
 
-def test_routes(model, tmp_path):
+def test_routes(model, tmp_path, at):
     """Sessions are listed, looked at, put to sleep and forked, in memory or in the store."""
-    with local(model, BYTES, store=tmp_path) as server:
+    with local(model, BYTES, store=at(tmp_path)) as server:
         answers(server, "s", "x" * 40)
         about = server.ask("/v1/sessions/s")[1]
         assert (about["tokens"], about["window"]) == (48, {"tokens": 15, "limit": 16})
@@ -271,7 +296,7 @@ def test_routes(model, tmp_path):
         assert about["norms"][0] is None
         assert about["norms"][1] > 0
         assert server.ask("/v1/sessions/s/sleep", {"loops": 3})[0] == 400  # an unknown field: model
-    with local(model, BYTES, store=tmp_path) as server:
+    with local(model, BYTES, store=at(tmp_path)) as server:
         about = post(server, "/v1/sessions/s/sleep", {"loops": 3})[1]
         assert about["sleeps"][2:] == [{"position": 47, "loops": 3}]
         assert about["window"]["tokens"] == 0
@@ -320,12 +345,12 @@ def open_tokens(server, name):
 
 @pytest.mark.extended
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_kills(model, tmp_path, how):
+def test_kills(model, tmp_path, at, how):
     """Under 16 clients `zoo serve` is stopped at random moments: no file is torn, no finished request lost, each answer right."""
     zoo.save(model, tmp_path / "model")
     chance, clients = random.Random(0), [Talker(model, n) for n in range(16)]
     for _ in range(50):
-        process, url = serve(tmp_path)
+        process, url = serve(tmp_path, at)
         with ThreadPoolExecutor(16) as threads:
             work = [threads.submit(client.talk, url) for client in clients]
             answered, most = sum(len(client.messages) for client in clients), time.monotonic() + 20
@@ -334,7 +359,7 @@ def test_kills(model, tmp_path, how):
                 time.sleep(0.02 * chance.random())
             process.send_signal(how)
             process.wait(60)
-        stored(tmp_path / "store")
+        stored(tmp_path / "store") if at(tmp_path) == tmp_path else whole(tmp_path / "store")
         for each in work:
             each.result()
         assert "Traceback" not in (tmp_path / "log").read_text()
@@ -370,10 +395,11 @@ class Talker:
             self.held = common_length([*prompt, *said], following)
 
 
-def serve(folder):
+def serve(folder, at):
     """`zoo serve` with a store. Returns the process and its address."""
     log = folder / "log"
-    command = [sys.executable, "-m", "zoo", "serve", str(folder / "model"), "--port", "0", "--store", str(folder / "store")]
+    run = "import tests.zoo.serving.buckets, zoo.__main__; zoo.__main__.run()"
+    command = [sys.executable, "-c", run, "serve", str(folder / "model"), "--port", "0", "--store", str(at(folder / "store"))]
     with log.open("w") as out:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, stdout=out, stderr=out, cwd=Path(__file__).parents[3], env=environment)
