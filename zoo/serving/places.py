@@ -30,7 +30,7 @@ class Place(Protocol):
     """
 
     name: str
-    """Of the journal, for errors."""
+    """Name of the journal in errors."""
     size: int
     """Bytes of complete lines in the journal."""
     whole: bool

@@ -48,7 +48,7 @@ class Journal:
 
     @property
     def long(self) -> bool:
-        """Whether the journal is to be rewritten."""
+        """True if the journal is to be rewritten."""
         return self.place.size >= LONG_JOURNAL
 
     def write(self, record: Record) -> None:

@@ -122,7 +122,9 @@ def test_takeovers_at_every_moment(monkeypatch, first, count):
         held.write(Record([1]))
         held.write(Record([1, 2]))
 
-        def act(me, journal, written=written):
+        turns = Turns(chance.sample("ab", counts=[16, 16], k=32))
+
+        def act(me, journal, written=written, turns=turns):
             try:
                 journal = journal or opened()
                 tokens = [*journal.stored.tokens, ord(me)]
@@ -137,7 +139,6 @@ def test_takeovers_at_every_moment(monkeypatch, first, count):
 
         if first == "rewrites":
             monkeypatch.setattr(stores, "LONG_JOURNAL", 0)
-        turns = Turns(chance.sample("ab", counts=[16, 16], k=32))
         with monkeypatch.context() as patch:
             patch.setattr(Faulty, "before", staticmethod(turns.before))
             patch.setattr(Faulty, "after", staticmethod(turns.after))
@@ -171,9 +172,8 @@ def test_operations_that_fail(monkeypatch, afterwards):
                 journal.write(Record(tokens))
                 possible = [tokens]
                 journal.write_snapshot(State())
-            except StoreError as error:
+            except StoreError:
                 failed += 1
-                assert str(error).endswith("no connection")
                 possible.append(tokens)
                 if failed == 2:
                     failing.heal()

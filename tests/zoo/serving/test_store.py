@@ -179,7 +179,7 @@ def test_two_processes(model, tmp_path, at):
 
 
 def test_a_session_that_is_created_again_belongs_to_its_creator(tmp_path, at):
-    """A process that has held it since before it was deleted writes nothing, whatever the number in its lease."""
+    """A process that has held it since before it was deleted writes nothing, even if the number of its lease comes back."""
     store = Store(at(tmp_path), {})
     for _ in range(3):
         before = store.open("me", "s")
