@@ -110,7 +110,7 @@ def test_a_process_that_takes_over_too_slowly_is_refused(monkeypatch):
     assert [journal.check() for journal in others[1:]] == [False, True]
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("first", ["writes", "rewrites", "opens"])
 def test_takeovers_at_every_moment(monkeypatch, first, count):
     """Two processes take turns in random order: what one of them has written stays, and the last to take over can write."""
