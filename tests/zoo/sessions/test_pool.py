@@ -223,7 +223,8 @@ def test_a_request_waits_for_at_most_one_slice_of_the_sleep_that_it_cancels(monk
         got = answer.result()
         assert widths[:3] == [5, 1, 1]  # the slice in progress, then both blocks on the token
         close(got, plain.feed(tokens(1)))
-        assert sleep.cancelled and sleep.after is None
+        assert sleep.cancelled
+        assert sleep.after is None
 
 
 def test_fork_save_load(tmp_path):
