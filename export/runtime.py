@@ -105,8 +105,8 @@ class ExportedModel:
     def __call__(self, ids: Tensor, state: State, *, logits_to_keep: int | None = None) -> Output:
         """Run one wake pass over ids [B, T] int64. Returns the logits of all tokens, or of the last `logits_to_keep`.
 
-        Long inputs go through the prefill graph if the bundle has one and all streams are at the same position; otherwise tokens run
-        one at a time. The position of the state is an int, or int64 [B], one per stream.
+        Long inputs go through the prefill graph if the bundle has one; otherwise tokens run one at a time.
+        The position of the state is an int, or int64 [B], one per stream.
 
         Raises:
             ZooError: ids or a state that do not fit the bundle or each other, or more tokens than the window has room for.
@@ -123,10 +123,10 @@ class ExportedModel:
         logits = [torch.empty(ids.shape[0], 0, self.config.vocab_size, dtype=self._shapes.dtype, device=self.device)]
         prefill = self.bundle.plan.prefill
         while ids.shape[1]:
-            position = torch.as_tensor(state.position, device=self.device)
-            if prefill is None or ids.shape[1] <= 1 + prefill // STEP or position.ndim:
+            position = torch.as_tensor(state.position, device=self.device).expand(len(ids))
+            if prefill is None or ids.shape[1] <= 1 + prefill // STEP:
                 piece, name = ids[:, :1], PREDICTION
-                given, position = {"input_ids": piece}, position.expand(len(piece))
+                given = {"input_ids": piece}
             else:
                 piece, name = ids[:, :prefill], PREFILL
                 given = self._padded(piece, prefill)
@@ -176,7 +176,8 @@ class ExportedModel:
             raise ZooError(f"state: at position {state.position}; a sleep starts from the state at the start of its window")
         loops = self.config.loops if loops is None else loops
         self.check_loops(loops)
-        given = self._padded(ids, self._slots) | {"position": torch.tensor(state.position, device=self.device)} | pack(state, PAST)
+        position = torch.as_tensor(state.position, device=self.device).expand(len(ids))
+        given = self._padded(ids, self._slots) | {"position": position} | pack(state, PAST)
         out = self._graphs[CONSOLIDATION](given) if CONSOLIDATION in self._graphs else (await self._pass_by_pass(given, loops))
         return unpack(out, PRESENT, state)._replace(position=0 if self._eviction.restarts else state.position + T)
 
@@ -200,7 +201,7 @@ class ExportedModel:
 
     def _padded(self, ids: Tensor, length: int) -> dict[str, Tensor]:
         T = ids.shape[1]
-        return {"input_ids": F.pad(ids, (0, length - T)), "n_valid": torch.tensor(T, device=self.device)}
+        return {"input_ids": F.pad(ids, (0, length - T)), "n_valid": torch.full((len(ids),), T, device=self.device)}
 
     def slots(self, streams: int) -> Slots[int] | None:
         """Return None: states of graphs are not changed in place."""
