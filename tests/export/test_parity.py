@@ -19,7 +19,8 @@ from zoo.export.runtime import ExportedModel
 from zoo.export.verify import SLEEP, STRESS, TOLERANCE, verify
 from zoo.export.verify import stream as verify_stream
 from zoo.sessions.rows import Rows
-from zoo.sessions.snapshot import together
+from zoo.sessions.sliced import finish
+from zoo.sessions.snapshot import one_of, together
 
 OF_EVERY_KIND = [*CASES, *FORMS, *(pytest.param(case, marks=pytest.mark.extended) for case in MORE if case != "ourojet-loud")]
 
@@ -128,9 +129,9 @@ def test_a_piece_is_its_tokens_one_by_one(bundles, case):
     ids = stream(model, 2, 4)
     first = exported(ids[:, :1], exported.init_state(2)).state  # a piece may start inside a window
     T = exported.bundle.plan.prefill
-    given = {"position": torch.ones(2, dtype=torch.int64), "position_ids": torch.ones(2, T, dtype=torch.int64), **pack(first, PAST)}
-    given |= exported._padded(ids[:, 1:4], T)  # three of its tokens are valid
-    piece = exported._graphs["prefill.onnx"](given)
+    one = torch.ones(2, dtype=torch.int64)
+    given = {"position": one, "position_ids": one[:, None].expand(2, T), "n_valid": 3 * one, **pack(first, PAST)}
+    piece = exported._graphs["prefill.onnx"](given | {"input_ids": torch.nn.functional.pad(ids[:, 1:], (0, 1))})
     logits, state = [], first
     for token in ids[:, 1:4].split(1, dim=1):
         step, state = exported(token, state)
@@ -206,6 +207,26 @@ def test_rows_of_a_piece_differ_in_length_and_position(bundles, case):
         torch.testing.assert_close(out["logits"][n : n + 1], wanted[:, -1:], atol=1e-4, rtol=1e-3)
         for name, tensor in pack(exported.plain(after), PAST).items():
             torch.testing.assert_close(tensor, pack(state, PAST)[name], atol=1e-4, rtol=1e-3)
+
+
+ASLEEP = [*CASES, "mix", "late", "unrolled", "per-pass", "ort", *(pytest.param(case, marks=pytest.mark.extended) for case in MORE)]
+
+
+@pytest.mark.parametrize("case", ASLEEP)
+def test_rows_of_a_sleep_differ_in_length_and_position(bundles, case):
+    """Each sleeps as it does in PyTorch alone."""
+    model, folder, _ = bundles(case)
+    exported = ExportedModel(folder)
+    window = exported.bundle.window
+    lengths = [window, 2, 1, window - 1]
+    alone, ringed = streams_after(model, exported, [0, window, 3 * window, 2 * window])
+    ids = stream(model, 4, window)
+    state = finish(exported.consolidate_in_slices(ids, together(ringed), lengths=torch.tensor(lengths)))
+    for n, length in enumerate(lengths):
+        wanted, found = model.consolidate(ids[n : n + 1, :length], alone[n]), exported.plain(one_of(state, n))
+        assert found.position == wanted.position
+        for name, tensor in pack(found, PAST).items():
+            torch.testing.assert_close(tensor, pack(wanted, PAST)[name], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("case", ["sliding", "hard", "full"])
