@@ -128,4 +128,5 @@ class Positions:
             return newest
         inputs = torch.cat([before, x.mT.to(before.dtype)], dim=-1)
         newest_valid = self.valid[:, None] + torch.arange(before.shape[-1], device=x.device)
-        return inputs.gather(-1, newest_valid[:, None].expand(-1, inputs.shape[1], -1))
+        # not -1, which onnx's reference evaluator does not support
+        return inputs.gather(2, newest_valid[:, None].expand(-1, inputs.shape[1], -1))

@@ -34,9 +34,8 @@ class Scheduler:
 
     Every turn reads one token for each stream that requests one, in one batch. Prompts and sleeps run in slices, one block over up
     to `SLICE` tokens: after a batch of tokens for `SHARE` of its usual time, up to `MOST` times that if streams wait for prompts and
-    sleeps; all the time if none requests a token. A model that reads prompts in pieces reads those that wait in one batch. While no
-    stream requests a token, sleeps that start at the same position with the same number of tokens, or any if the model is ragged, run
-    as one batch.
+    sleeps; all the time if none requests a token. The pieces of a bundle's prompts that wait are read in one batch. Sleeps that
+    `batch_key` tells run as one batch while no stream requests a token.
 
     Args:
         slots: buffers that hold the states of streams while their tokens are read.
@@ -298,15 +297,13 @@ class Scheduler:
     def _run_prompt(self, tokens: int) -> None:
         """Run one slice of a prompt, or read one piece of each of several prompts."""
         pending, request = self._in_slices.popleft()
-        batch = [pending]
+        others: list[tuple[Pending, Piece]] = []
         if isinstance(request, Piece):
-            waiting = [(other, piece) for other, piece in self._in_slices if isinstance(piece, Piece)][: self._slots.slots - 1]
-            request.others = [piece for _, piece in waiting]
-            for other in waiting:
-                self._in_slices.remove(other)
-                batch.append(other[0])
-        for pending in batch:
-            self._advance(pending, tokens)
+            others = [(other, piece) for other, piece in self._in_slices if isinstance(piece, Piece)][: self._slots.slots - 1]
+            request.others = [piece for _, piece in others]
+            self._in_slices = deque(entry for entry in self._in_slices if entry not in others)
+        for each in (pending, *(other for other, _ in others)):
+            self._advance(each, tokens)
 
     def _advance(self, pending: Pending, answer: Answer = None, error: Exception | None = None) -> None:
         """Answer the request of a call, and queue its next one."""
