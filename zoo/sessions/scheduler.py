@@ -34,8 +34,8 @@ class Scheduler:
 
     Every turn reads one token for each stream that requests one, in one batch. Prompts and sleeps run in slices, one block over up
     to `SLICE` tokens: after a batch of tokens for `SHARE` of its usual time, up to `MOST` times that if streams wait for prompts and
-    sleeps; all the time if none requests a token. The pieces of a bundle's prompts that wait are read in one batch. Sleeps that
-    `batch_key` tells run as one batch while no stream requests a token.
+    sleeps; all the time if none requests a token. While no stream requests a token, the pieces of a bundle's
+    prompts that wait are read in one batch, and sleeps with the same `batch_key` run as one.
 
     Args:
         slots: buffers that hold the states of streams while their tokens are read.
@@ -295,11 +295,12 @@ class Scheduler:
             self._run_sleeps(tokens)
 
     def _run_prompt(self, tokens: int) -> None:
-        """Run one slice of a prompt, or read one piece of each of several prompts."""
+        """Run one slice of a prompt, or, while no stream requests a token, read one piece of each of several prompts."""
         pending, request = self._in_slices.popleft()
         others: list[tuple[Pending, Piece]] = []
         if isinstance(request, Piece):
-            others = [(other, piece) for other, piece in self._in_slices if isinstance(piece, Piece)][: self._slots.slots - 1]
+            most = 0 if self._for_tokens else self._slots.slots - 1
+            others = [(other, piece) for other, piece in self._in_slices if isinstance(piece, Piece)][:most]
             request.others = [piece for _, piece in others]
             self._in_slices = deque(entry for entry in self._in_slices if entry not in others)
         for each in (pending, *(other for other, _ in others)):
