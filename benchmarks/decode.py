@@ -96,7 +96,7 @@ def main(large: bool) -> None:
             folder, forms = Path(scratch), list(stored.FORMS) if takes(model) and name.endswith("50M") else []
             stored.write(model, folder, forms, LENGTH)
             zoo.arrange_weights(model)
-            for threads, batch in ((2, 1), (2, 8), (2, 16), (1, 1)):
+            for threads, batch in ((1, 1), (2, 1), (2, 16)):
                 torch.set_num_threads(threads)
                 prompt = torch.randint(WORDS, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
                 case = f"{name}, batch {batch}" + ", 1 thread" * (threads == 1)

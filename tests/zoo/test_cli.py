@@ -127,6 +127,11 @@ def test_an_interrupted_run_resumes(tmp_path, config, monkeypatch):
     assert "stopped after step 1 of 3" in run("train", config, "log_every=1", "--out", tmp_path / "run", status=143).stderr
     monkeypatch.undo()
     assert "holds a run with lr: 0.003, not 0.1" in run("train", config, "log_every=1", "lr=.1", "--out", tmp_path / "run", status=2).stderr
+    for wrong, field in {"task.hosp=2": "hosp", "overrides.d_modl=8": "d_modl"}.items():
+        refused = run("train", config, "log_every=1", wrong, "--out", tmp_path / "run", status=2)
+        assert f"{field}: unknown field" in refused.stderr
+    unfinished = run("chat", tmp_path / "run", status=2).stderr
+    assert f"a training run without a final model; its newest checkpoint is {tmp_path / 'run' / 'checkpoints' / '00000001'}" in unfinished
     assert f"{tmp_path / 'run'}: resumes after step 1 of 3\n" in run("train", tmp_path / "run").stdout
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     assert "finished" in run("train", tmp_path / "run", status=2).stderr
@@ -188,6 +193,8 @@ def test_chat_sleeps_between_turns(tmp_path):
         (["demo", "--out", "{config}"], "already exists"),
         (["chat", "gdn4-sleep2"], "vocab_size: 3; text in bytes needs 256"),
         (["serve", "gdn5"], "unknown model 'gdn5'"),
+        (["serve", "gdn5", "--store", ""], "store: ''; want a folder, or the URL of an object store"),
+        (["serve", "gdn5", "--store", "/dev/null/sessions"], "store: /dev/null/sessions: Not a directory"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(config, arguments, message):

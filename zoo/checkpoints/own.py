@@ -101,6 +101,10 @@ def read_config(folder: Path) -> ModelConfig:
         return upstream.read_config(folder)
     if (folder / "bundle.json").is_file():
         raise ZooError(f"{folder}: an exported bundle, which zoo.export.load opens; want the folder of a model")
+    if (folder / "train.yaml").is_file():
+        newest = max(folder.glob("checkpoints/[0-9]*"), default=None)
+        there = f"its newest checkpoint is {newest}" if newest else "it has no checkpoint"
+        raise ZooError(f"{folder}: a training run without a final model; {there}")
     raise ZooError(f"{folder}: no {CONFIG} and no upstream {upstream.CONFIG}; want a folder written by zoo.save, zoo train or upstream")
 
 

@@ -157,8 +157,11 @@ def serve(
     from zoo.serving.draining import run
     from zoo.serving.limits import Limits
     from zoo.serving.listening import is_loopback, listen
+    from zoo.serving.store import places
     from zoo.sessions.pool import SessionPool
 
+    if store is not None:
+        places(store)  # refused before the model is loaded
     limits = Limits(max_body, max_prompt, max_tokens, idle, prefix_bytes, connections, patience, queue, wait)
     with listen(host, port) as listener:  # requests wait while the model is loaded
         opened, tokenizer = _open(model, overrides, device, dtype)

@@ -108,10 +108,14 @@ class FolderPlace:
 
 
 class Folders:
-    """A folder with a subfolder for each session."""
+    """A folder with a subfolder for each session, created if there is none. Raises StoreError: it cannot be used."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        with failures(folder, OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise StoreError(f"store: {folder}: cannot be written to")
 
     def abouts(self) -> Iterator[dict[str, Any]]:
         return (_read_about(file.parent) for file in self.folder.glob(f"*/{ABOUT}") if _has_content(file.parent))

@@ -52,10 +52,10 @@ def from_file(content: bytes, model: SleepingModel, settings: dict[str, str]) ->
                 header = file.metadata()
             conversation = validate(Conversation, json.loads(header.get(FIELD, "{}")), FIELD)
             _check(snapshot, conversation, model, settings)
-        except (ValueError, RecursionError) as error:
-            raise ZooError(f"{FIELD}: not JSON: {error}") from None
         except ZooError as error:
             raise ZooError(str(error).removeprefix(f"{path}: ")) from None
+        except (ValueError, RecursionError) as error:
+            raise ZooError(f"{FIELD}: not JSON: {error}") from None
     return snapshot, Record(conversation.tokens, snapshot.sleeps, conversation.messages)
 
 

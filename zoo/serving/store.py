@@ -114,7 +114,7 @@ class Store:
     """
 
     def __init__(self, where: str | Path, identity: dict[str, str]) -> None:
-        self.places, self.identity = _places(str(where)), identity
+        self.places, self.identity = places(where), identity
 
     def names(self, owner: str) -> list[str]:
         """Return the ids of all sessions of an owner. Raises StoreError, OSError."""
@@ -140,14 +140,17 @@ class Store:
         self.places.check()
 
 
-def _places(where: str) -> Places:
-    if "://" not in where:
+def places(where: str | Path) -> Places:
+    """Return the sessions in a folder, which is created, or at a URL. Raises ZooError: it cannot be used."""
+    if not str(where):
+        raise ZooError("store: ''; want a folder, or the URL of an object store")
+    if "://" not in str(where):
         return Folders(Path(where))
     try:
         from zoo.serving.objects import Objects
     except ImportError:
         raise ZooError(f"store: {where}: needs pip install 'sleep-zoo[store]'") from None
-    return Objects(where)
+    return Objects(str(where))
 
 
 def _replay(journal: Journal, content: bytes) -> None:

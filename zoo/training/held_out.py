@@ -67,15 +67,16 @@ class Excerpts(Task):
         return tokens
 
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
-        """Return sequences `step` to `step + size - 1` of the file. Raises ZooError: a token is outside the vocabulary."""
-        ids = np.asarray(self.tokens[step * self.length : (step + size) * self.length]).astype(np.int64).reshape(size, self.length)
+        """Return sequences `step` to `step + size - 1` of the file, whose last one is padded. Raises ZooError for too large a token."""
+        ids = np.asarray(self.tokens[step * self.length : (step + size) * self.length]).astype(np.int64)
         if ids.max() >= self.vocab:
             raise ZooError(f"--data: {self.file}: token {ids.max()}; the model has {self.vocab}")
-        return by_window(ids, self.width)
+        lengths = (len(ids) - self.length * np.arange(size)).clip(0, self.length)
+        return by_window(np.pad(ids, (0, size * self.length - len(ids))).reshape(size, self.length), self.width, lengths)
 
     def held_out(self) -> int:
         """See `Task.held_out`."""
-        return len(self.tokens) // self.length
+        return (len(self.tokens) + self.length - 2) // self.length  # a single token at the end has nothing before it
 
     def chance(self) -> float:
         return majority(self.tokens)

@@ -58,7 +58,12 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
         lacking = {name for name in ("no_decay", "schedule", "ramp", "lora", "balance") if not getattr(config, name)}  # in older runs
         lacking |= {"lr_schedule"} if config.lr_schedule == "wsd" else set()
         settings = config.model_dump(mode="json", exclude=lacking)
-        trainer = Trainer(config, RunFolder(as_path(out, "out"), settings, team), team)
+        try:
+            run = RunFolder(as_path(out, "out"), settings, team)
+        except ZooError:
+            prepare(config, torch.device("meta"))  # a field that is wrong in itself is named first
+            raise
+        trainer = Trainer(config, run, team)
         for split in ("train", "test"):
             trainer.task.batch(config.seed, 0, 1, split)  # data that does not fit is refused before there is a folder
         with deferred() as stop_requested, trainer.run.locked():
@@ -73,19 +78,26 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: RunFolder, team: Team) -> None:
         self.config, self.run, self.team = config, run, team
         initial = run.newest() is None or config.lora is not None  # a checkpoint has its own weights
-        self.task, self.model, self.answer, self.weights, self.optimizers = prepare(config, team.device, team, initial=initial)
+        self.task, self.model, self.answer, self.weights, self.optimizers, self.frozen = prepare(config, team.device, team, initial=initial)
         self.done = 0
         self.divergence = Divergence(config.diverged)
         self.precision = torch.get_float32_matmul_precision()
         self.bfloat16_products = "bfloat16"
 
     def resume(self, measure_products: bool) -> None:
-        """Load the newest checkpoint, if there is one. Raises ZooError if the run began under different weight-decay rules."""
+        """Load the newest checkpoint, if there is one.
+
+        Raises:
+            ZooError: the run began under different weight-decay rules, or its adapters are for other weights.
+        """
         on_cpu = self.team.device.type == "cpu"
         if self.config.weight_decay:
             self.run.record_exempt(exempt_from_decay(self.model, self.config.no_decay))
         if checkpoint := self.run.newest_whole():
             progress = self.run.progress(checkpoint)
+            if progress.get("frozen", self.frozen) != self.frozen:
+                changed = self.config.weights or self.config.model
+                raise ZooError(f"{self.run.path}: the weights of {changed} have changed since this run began")
             self.model.companions = read_companions(checkpoint)
             restore(self.optimizers, self.weights, self.run.load(checkpoint, self.model), progress["numbers"])
             self.done = progress["step"]
@@ -184,6 +196,7 @@ class Trainer:
             "bfloat16_products": self.bfloat16_products,
             "numbers": numbers,
         }
+        progress |= {} if self.frozen is None else {"frozen": self.frozen}
         try:
             return self.run.save(self.model, tensors, progress, keep=self.config.keep)
         except NotFiniteError as error:

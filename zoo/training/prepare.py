@@ -12,6 +12,7 @@ from zoo.config import resolve
 from zoo.errors import ZooError
 from zoo.factory import create
 from zoo.model import Model
+from zoo.sessions.sleeping_model import fingerprint
 from zoo.tasks import Task, new_task
 from zoo.training.config import TrainConfig
 from zoo.training.evaluate import check_fit
@@ -29,6 +30,8 @@ class Prepared(NamedTuple):
     """`model.answers`, over all processes of the team."""
     weights: Weights
     optimizers: list[torch.optim.Optimizer]
+    frozen: str | None
+    """Fingerprint of the weights that adapters are trained for."""
 
 
 def prepare(config: TrainConfig, device: torch.device, team: Team | None = None, *, initial: bool = True) -> Prepared:
@@ -55,6 +58,7 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
     check_fit(model, task)
     if config.balance and "moe" not in model.config.mlp_pattern:
         raise ZooError(f"balance: {config.balance}: {model.config.name} has no mixture of experts (mlp: moe); want 0")
+    frozen = fingerprint(model) if config.lora is not None and device.type != "meta" else None
     if config.lora is not None:
         add_adapters(model, config.lora, seed=config.seed)
     freeze(model, config.frozen)
@@ -70,4 +74,4 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
         lr_scale=config.lr_scale,
         exempt=exempt_from_decay(model, config.no_decay),
     )
-    return Prepared(task, model, answer, weights, optimizers)
+    return Prepared(task, model, answer, weights, optimizers, frozen)

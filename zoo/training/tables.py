@@ -47,6 +47,7 @@ def csv_rows(match: Matching, results: Results) -> Iterator[dict[str, Any]]:
 def markdown(match: Matching, results: Results, arms: Sequence[Arm], reference: str, seeds: Sequence[int]) -> str:
     """Return a Markdown table with a row per arm: costs, then mean and range of the accuracy over its seeds."""
     some = next(iter(results.values()))
+    trained = [str(seed) for seed in seeds if any(run.seed == seed for run in results)]
     levels = list(dict.fromkeys(itertools.chain(*(found["by_level"] for found in results.values()))))
     in_bits = some.get("bits_per_byte") is not None
     header = ["arm", "parameters", "steps", "tokens", "FLOPs", "FLOPs per token awake", "right", *(["bits per byte"] if in_bits else [])]
@@ -66,8 +67,7 @@ def markdown(match: Matching, results: Results, arms: Sequence[Arm], reference: 
         "",
         *aligned(rows),
         "",
-        f"{some['answers']:,} held-out answers per run{by_first}; "
-        f"mean (range) over seeds {', '.join(map(str, seeds))}; torch {torch.__version__}.",
+        f"{some['answers']:,} held-out answers per run{by_first}; mean (range) over seeds {', '.join(trained)}; torch {torch.__version__}.",
         "",
     ]
     return "\n".join(lines)

@@ -22,11 +22,13 @@ class Trained(NamedTuple):
 
     @property
     def parent(self) -> Path | None:
-        """Return the folder of the initial weights, if the run began with some."""
+        """Return the folder of the initial weights, if the run began with some. Raises ZooError if it is gone."""
         if self.run is None or self.run.weights == "hub":
             return None
-        named = self.run.weights or self.run.model
-        return Path(named) if Path(named).is_dir() else None
+        named = Path(self.run.weights or self.run.model)
+        if named.is_absolute() and not named.exists():
+            raise ZooError(f"parent: {named}, where the run began, is gone; give --parent FOLDER")
+        return named if named.is_dir() else None
 
     def __str__(self) -> str:
         return f"{self.folder}" if self.step is None or self.run is None else f"{self.folder} (step {self.step} of {self.run.steps})"

@@ -108,6 +108,7 @@ def test_files_that_do_not_fit_are_refused(model, content, tmp_path, server, cha
     status, answer = imported(server, "t", changed(content, tmp_path, edit))
     assert status == 400
     assert message in answer
+    assert ("not JSON" in answer) == (change == "no JSON")
     assert str(tmp_path.parent.parent) not in answer  # no path of the server
     assert server.ask("/v1/sessions/t")[0] == 404
 
@@ -131,7 +132,7 @@ def test_damaged_and_large_files_other_types_and_other_weights_are_refused(model
     large.endheaders()
     assert large.getresponse().status == 413
     with local(zoo.create(NAME, seed=1, **FIELDS), BYTES) as other:
-        assert "weights: the session is for" in imported(other, "t", content)[1]
+        assert '"message":"file: weights: the session is for' in imported(other, "t", content)[1]
     with local(model, BYTES, when="interval(8)") as other:
         assert "settings: the session is for {}, this server has {'sleeps_after': '8 tokens'}" in imported(other, "t", content)[1]
     assert server.ask("/v1/sessions")[1]["data"] == []

@@ -76,6 +76,19 @@ def test_a_text_file_by_hand(folders):
     assert (found["loops"], found["trained_loops"]) == (2, 2)
 
 
+def test_the_end_of_a_text_is_a_sequence_too(folders, tmp_path):
+    """Each token but the first of each sequence is predicted, also in a sequence that is shorter than the others."""
+    model = zoo.load(folders / "model")
+    for size, sequences in ((300, 5), (257, 4)):  # a single token at the end has nothing before it
+        (tmp_path / "text.txt").write_text(TEXT.encode()[:size].decode())
+        found = results(folders / "model", "--data", tmp_path / "text.txt", "--length", 64)
+        rows = torch.tensor(list(TEXT.encode()[:size])).split(64)[:sequences]
+        by_hand = torch.cat([torch.cat(losses(model, row[None], window=32, loops=2)) for row in rows])
+        assert found["answers"] == len(by_hand)
+        assert found["loss"] == pytest.approx(by_hand.mean().item(), abs=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(by_hand.mean().item() / math.log(2), rel=1e-5)
+
+
 def test_bytes_are_those_of_the_decoded_text(folders, tmp_path):
     """Tokens of several bytes: the same loss per token is fewer bits per byte."""
     shutil.copytree(folders / "model", tmp_path / "bpe")
@@ -179,6 +192,18 @@ def test_the_comparison_is_each_model_by_hand(folders):
     assert all(arm["tokens_per_second"] > 0 for arm in found["arms"])
     shown = run(*arguments).stdout
     assert all(f"{arm['loss']:.4f}" in shown for arm in found["arms"])
+
+
+def test_a_parent_that_is_gone_is_named(folders, tmp_path):
+    shutil.copytree(folders / "model", tmp_path / "parent")
+    for split, order in (("train", 1), ("test", -1)):
+        np.save(tmp_path / f"{split}.npy", np.frombuffer(TEXT.encode(), np.uint8)[::order])
+    files = {split: str(tmp_path / f"{split}.npy") for split in ("train", "test")}
+    task = {"name": "text", **files, "vocab": 256, "length": 64, "width": 32}
+    train(tiny(model=str(tmp_path / "parent"), overrides={"sleep_on": "every"}, task=task), tmp_path / "run")
+    shutil.rmtree(tmp_path / "parent")
+    assert f"parent: {tmp_path / 'parent'}, where the run began, is gone" in run(tmp_path / "run", "--compare", status=2).output
+    run(tmp_path / "run", "--compare", "--parent", folders / "model", "--sequences", 2)
 
 
 def test_an_arm_that_cannot_run_says_why(folders, tmp_path):

@@ -92,6 +92,16 @@ def train_loss(folder):
     return evaluate(zoo.load(found.folder), new_task(found.run.task), found.run.eval_sequences)["loss"]
 
 
+def test_adapters_for_other_weights_are_not_resumed(tmp_path):
+    train(tiny(), tmp_path / "base")
+    config = tiny(model=str(tmp_path / "base"), overrides={}, steps=4, lora={"rank": 2})
+    with pytest.raises(StoppedError):
+        train(config, tmp_path / "run", report=lambda metrics: os.kill(os.getpid(), signal.SIGTERM))
+    train(tiny(steps=3), tmp_path / "base")
+    with pytest.raises(zoo.ZooError, match=r"run: the weights of .*base have changed since this run began"):
+        train(config, tmp_path / "run")
+
+
 def test_a_run_may_end_with_the_adapters_alone(tmp_path):
     results = train(tiny(steps=3, lora={"rank": 2, "output": "adapter"}), tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [

@@ -41,7 +41,7 @@ def full_size(name, tokenizer):
 def test_shipped_runs_fit_together(name, tokenizer):
     """At full size on the meta device, with optimisers and name patterns."""
     config = full_size(name, tokenizer)
-    task, model, _, weights, optimizers = prepare(config, torch.device("meta"))
+    task, model, _, weights, optimizers, _ = prepare(config, torch.device("meta"))
     assert task.window == model.config.window
     assert model.config.vocab_size >= task.vocab_size
     trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
