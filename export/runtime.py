@@ -113,7 +113,8 @@ class ExportedModel:
         Raises:
             ZooError: ids or a state that do not fit the bundle or each other, or more tokens than the window has room for.
         """
-        return finish(self.wake_in_slices(ids, state, ids.shape[-1] if logits_to_keep is None else logits_to_keep))
+        check_ids(ids)
+        return finish(self.wake_in_slices(ids, state, ids.shape[1] if logits_to_keep is None else logits_to_keep))
 
     def consolidate(self, ids: Tensor, state: State, *, loops: int | None = None) -> State:
         """Sleep on one whole chunk, then evict.
