@@ -164,7 +164,8 @@ class Llama:
         self._llama = _library()
         self._model = self._llama.llama_model_load_from_file(str(file).encode(), self._llama.llama_model_default_params())
         options = self._llama.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_seq_max, options.no_perf = context * streams, max(context, streams), streams, True
+        options.n_ctx = options.n_batch = context * streams
+        options.n_seq_max, options.no_perf = streams, True
         options.type_k = options.type_v = self._llama.GGML_TYPE_F32  # the attention cache, as ours
         options.flash_attn_type = self._llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         options.n_threads = options.n_threads_batch = threads or torch.get_num_threads()
