@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
     assert loss.item() < 3
     zoo.save(model, home / "model")
     (home / "text.txt").write_text(TEXT)
-    pages = [{"page": TEXT[at : at + LENGTH]} for at in range(0, len(TEXT) - LENGTH, LENGTH)]
+    pages = [{"page": TEXT[at : at + LENGTH]} for at in range(0, len(TEXT), LENGTH)]
     for name, rows in {"tiny_choice": CHOICES, "tiny_generation": CHOICES, "tiny_rolling": pages}.items():
         data = home / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))

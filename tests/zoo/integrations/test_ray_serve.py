@@ -35,9 +35,9 @@ def until(condition, seconds=180):
         time.sleep(0.2)
 
 
-def takeovers(store):
-    """Return how often each session has changed its replica."""
-    return sorted(int(lease.read_text()) - 1 for lease in store.rglob("lease"))
+def leases(store):
+    """Return a number for each session, which is one more after every change of its replica."""
+    return {lease: int(lease.read_text()) for lease in store.rglob("lease")}
 
 
 def test_sessions_outlive_their_replica(tmp_path):
@@ -63,14 +63,17 @@ def test_sessions_outlive_their_replica(tmp_path):
         try:
             until(lambda: "hash ring for Deployment(name='Replica', app='default'): 2 replicas" in (tmp_path / "log").read_text())
             model_name = json.load(urllib.request.urlopen(f"{url}/v1/models"))["data"][0]["id"]
-            for turn in range(3):
+            ask(0)
+            first = leases(store)
+            assert len(first) == len(SESSIONS)
+            for turn in (1, 2):
                 ask(turn)
-            assert takeovers(store) == [0] * len(SESSIONS)
+            assert leases(store) == first
             gone = replicas()[0]
             os.kill(gone, signal.SIGKILL)
             ask(3)
-            moved = takeovers(store)
-            assert 0 < sum(moved) < len(SESSIONS)
+            moved = sum(number - first[lease] for lease, number in leases(store).items())
+            assert 0 < moved < len(SESSIONS)
             until(lambda: len(replicas()) == 2)
             ask(4)
             ask(5)
