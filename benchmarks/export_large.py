@@ -90,7 +90,7 @@ def main(name: str, dtype: str, window: int) -> None:
             subprocess.run([*asked, str(small), f"window={window}"], check=True)
             ids = np.random.default_rng(0).integers(0, 1000, (1, window))
             with timed(f"sleep on {window} tokens"):
-                largest["consolidation"] = run(small / "consolidation.onnx", input_ids=ids, n_valid=[window - 1])
+                largest["consolidation"] = run(small / "consolidation.onnx", input_ids=ids, n_valid=window - 1)
     held = {"export": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, "all else": peak_memory()}
     line = {"model": name, "dtype": dtype, "seconds": seconds, "bytes": sizes, "held": held, "largest": largest, **machine()}
     print(json.dumps(line))

@@ -16,7 +16,7 @@ class Positions:
     Args:
         start: position of the first token: int, or int64 scalar tensor in an exported graph, or int64 [B], one per stream.
         length: T.
-        valid: number of valid tokens in each stream, int64 [B]; the remaining ones are padding at the end. None: all are valid.
+        valid: number of valid tokens (int64 scalar tensor); the remaining ones are padding at the end. None: all are valid.
         cu_seqlens: [S + 1] int32 or int64, boundaries of S sequences packed into one row, each continuing its own stream.
             None: every row is a sequence.
     """
@@ -72,7 +72,7 @@ class Positions:
             tokens = self._stream_length() if rope.type == "dynamic" else 0
             # an int64 product wraps around as an angle does: exact at any position
             angle = (self.position[..., None] * rope.steps(tokens, self.index.device, wide)).to(wide) * (2 * math.pi / TURN)
-            angle = angle[:, None] if angle.ndim == 3 else angle
+            angle = angle[:, None] if self.ragged and self.cu_seqlens is None else angle
             cos, sin = angle.cos(), angle.sin()
             if rope.magnitude != 1:
                 cos, sin = cos * rope.magnitude, sin * rope.magnitude
@@ -91,7 +91,7 @@ class Positions:
         end = whole.end if whole.valid is None else whole.start + whole.valid
         if self.cu_seqlens is not None:
             return end.repeat_interleave(self.cu_seqlens.diff(), output_size=self.length)  # type: ignore[union-attr]
-        return end[:, None] if isinstance(end, Tensor) and end.ndim else end
+        return end[:, None] if isinstance(end, Tensor) and self.ragged else end
 
     def band(self, past: int, reach: int | None) -> Tensor:
         """Return the attention mask of T new tokens over `past` cached tokens and themselves: bool [T, past + T].
@@ -114,8 +114,7 @@ class Positions:
         """Return x [B, T, ...] with zeros in place of padding."""
         if self.valid is None:
             return x
-        valid = (self.index < self.valid[:, None]).reshape(-1, self.length, *[1] * (x.ndim - 2))
-        return torch.where(valid, x, torch.zeros((), dtype=x.dtype))
+        return torch.where((self.index < self.valid).reshape(-1, *[1] * (x.ndim - 2)), x, torch.zeros((), dtype=x.dtype))
 
     def tail(self, x: Tensor, before: Tensor, newest: Tensor | None) -> Tensor:
         """Return the last K-1 valid inputs of a short convolution of x [B, T, C] preceded by `before` [B, C, K-1].
@@ -127,6 +126,4 @@ class Positions:
             assert newest is not None
             return newest
         inputs = torch.cat([before, x.mT.to(before.dtype)], dim=-1)
-        newest_valid = self.valid[:, None] + torch.arange(before.shape[-1], device=x.device)
-        # not -1, which onnx's reference evaluator does not support
-        return inputs.gather(2, newest_valid[:, None].expand(-1, inputs.shape[1], -1))
+        return inputs.index_select(-1, self.valid + torch.arange(before.shape[-1], device=x.device))

@@ -25,14 +25,16 @@ class Tokens(NamedTuple):
 
     length: int
     padded: bool
-    """True if only the first `n_valid` tokens of each stream are valid."""
+    """True if only the first `n_valid` tokens are valid."""
     fresh: bool
     """True for the first tokens of a window that restarts: no window cache is read or returned."""
 
     def inputs(self) -> dict[str, Tensor]:
-        """Return examples of the number of valid tokens and the position of the first one, [B] each."""
-        names = ["n_valid"] * self.padded + ["position"] * (not self.fresh)
-        return {name: torch.zeros(2, dtype=torch.int64) for name in names}
+        """Return examples: for a token its position in each stream, [B]; otherwise two scalars, the number of valid tokens and the
+        position of the first."""
+        if not self.padded:
+            return {"position": torch.zeros(2, dtype=torch.int64)}
+        return {"n_valid": torch.tensor(self.length)} | ({} if self.fresh else {"position": torch.tensor(0)})
 
     def positions(self, inputs: Mapping[str, Tensor], device: torch.device) -> Positions:
         return Positions(inputs.get("position", 0), self.length, device, inputs.get("n_valid"))
@@ -116,11 +118,11 @@ class Graph(nn.Module):
 
 
 class Wake(Graph):
-    """Wake pass: input_ids [B, T], position [B], all states -> logits [B, 1, V] of the last valid token, all states.
+    """Wake pass: input_ids [B, T], position, all states -> logits [B, 1, V] of the last valid token, all states.
 
-    The streams may be at different positions, and a piece may have another number of valid tokens in each, or none. A piece also
-    returns the hidden states of all tokens, [B, T, D] ([B, T, loops, D] with wake loops), for `Head`.
-    With `position_ids` [B, T], which some runtimes require, the first column is read.
+    A single token has a position in each stream, [B]; the streams of a piece are at the same position. A piece also returns the
+    hidden states of all tokens, [B, T, D] ([B, T, loops, D] with wake loops), for `Head`.
+    With `position_ids` [B, T], which some runtimes require, the first column is read, or in a piece the first entry.
     """
 
     def __init__(self, model: Model, slots: int, tokens: int, position_ids: bool) -> None:
@@ -138,7 +140,8 @@ class Wake(Graph):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         model = self.model
         if self.position_ids:
-            inputs = inputs | {"position": inputs["position_ids"][:, 0]}
+            position = inputs["position_ids"][:, 0]
+            inputs = inputs | {"position": position[0] if self.tokens.padded else position}
         h, state = self.embedded(inputs), unpack(inputs, PAST, self.fresh(inputs["input_ids"].shape[0]))
         first, after = h, []
         for loop in range(model.config.wake_loops):
@@ -147,8 +150,7 @@ class Wake(Graph):
         h = torch.stack(after, dim=-2) if len(after) > 1 else h
         if not self.tokens.padded:
             return {"logits": model.logits(h[:, 0])[:, None], **pack(state, PRESENT)}
-        at = (inputs["n_valid"] - 1).clamp(min=0).reshape(-1, *[1] * (h.ndim - 1))
-        last = h.gather(1, at.expand(-1, 1, *h.shape[2:]))
+        last = h.index_select(1, inputs["n_valid"].reshape(1) - 1)
         return {"logits": model.logits(last[:, 0])[:, None], "hidden": h, **pack(state, PRESENT)}
 
 

@@ -13,9 +13,9 @@ from zoo.config import ModelConfig, validate
 from zoo.errors import ZooError
 from zoo.export.plan import Plan
 
-FORMAT: Literal[4] = 4
-"""Before 4, all streams of prefill.onnx and consolidation.onnx had one position and one number of valid tokens, and before 3, those of
-prediction.onnx one position; before 2, linear layers were [out, in], and prefill.onnx returned the logits of all tokens."""
+FORMAT: Literal[3] = 3
+"""Before 3, prediction.onnx took one position for all streams; before 2, linear layers were [out, in], and prefill.onnx returned the
+logits of all tokens."""
 MANIFEST, WEIGHTS = "bundle.json", "weights.bin"
 PREDICTION, PREFILL, CONSOLIDATION = "prediction.onnx", "prefill.onnx", "consolidation.onnx"
 HEAD = "head.onnx"  # logits of all tokens of a piece, which prefill.onnx does not compute
@@ -61,7 +61,7 @@ class Bundle(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[4] = FORMAT
+    format: Literal[3] = FORMAT
     config: ModelConfig
     window: int
     loops: int

@@ -36,8 +36,8 @@ PURPOSE = {
 MEANING = {
     "input_ids": ("token ids; with `n_valid`, the first `n_valid` of each row are valid", "one call"),
     "position": ("position of the first token in each stream, under `hard` in its window", "one call"),
-    "position_ids": ("position of each token; only the first column is read", "one call"),
-    "n_valid": ("number of valid tokens of each stream, or 0; the rest is padding at the end, any tokens", "one call"),
+    "position_ids": ("position of each token; only the first column is read, in `prefill.onnx` its first row", "one call"),
+    "n_valid": ("number of valid tokens; the rest is padding at the end, any tokens", "one call"),
     "logits": ("logits of the token after the last valid one; in `head.onnx`, of the token after each", "one call"),
     "hidden": ("hidden states after the last block", "one call"),
     "h": ("hidden states after the previous pass", "one sleep"),
@@ -73,7 +73,7 @@ Opset {bundle.opset}, {bundle.precision}, dialect `{bundle.plan.dialect}`, {slee
 | `bundle.json` | config, tensors, versions, sha256 of every file |
 
 `batch` is the number of streams; it is the same in every tensor.
-Each stream is at its own position, and has its own number of valid tokens; one without any keeps its states, and its logits mean nothing.
+In `prediction.onnx` each stream is at its own position; in the other graphs they are all at the same one.
 States go in as `past_key_values.*` and come out as `present.*`, with the same shape and type.
 No graph modifies its inputs.
 A stream starts with zero states at position 0.

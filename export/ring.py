@@ -47,24 +47,25 @@ class RingKV(NamedTuple):
         slots, position = self.key.shape[2], positions.position  # [B, 1]
         at = position[:, 0] % slots  # TensorRT has no circular mode
         ring = RingKV(_scatter(self.key, k, at), _scatter(self.value, v, at))
-        age = (position - torch.arange(slots)) % slots
-        visible = age <= position if reach is None else (age <= position) & (age < reach)
-        return attention(q, *ring, visible[:, None], scale), ring
+        visible = _visible((position - torch.arange(slots)) % slots, position, reach)
+        return attention(q, *ring, visible[:, None, None, None], scale), ring
 
     def _attend_piece(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, valid: Tensor, reach: int | None, scale: float | None
     ) -> tuple[Tensor, RingKV]:
-        at = positions.position
-        if not positions.ragged:  # the window starts at 0: the ring is empty, and nothing reads it after a sleep
-            return attention(q, k, v, _visible(at, at, reach), scale), self
-        slots, start = self.key.shape[2], at[:, :1]
-        slot = torch.arange(slots)
-        held = start - 1 - (start - 1 - slot) % slots  # position of the token in each slot, negative if there is none
-        keys, values = torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)
-        y = attention(q, keys, values, _visible(at, torch.cat([held, at], dim=1), reach), scale)
-        token = (slot - start) % slots  # index of the new token for each slot
-        source = torch.where(token < valid[:, None], slots + token, slot)
-        return y, RingKV(_gather(keys, source), _gather(values, source))
+        slots = self.key.shape[2]
+        behind = positions.index[:, None] - positions.index  # padding is at the end, so no valid token sees it
+        visible = (behind >= 0) & _visible(behind, positions.index[:, None], reach)
+        keys, values = k, v
+        if isinstance(positions.start, Tensor):  # otherwise the window starts at 0 and the cache is empty
+            age = 1 + positions.index[:, None] + (positions.start - 1 - torch.arange(slots)) % slots
+            visible = torch.cat([_visible(age, positions.start + positions.index[:, None], reach), visible], dim=-1)
+            keys, values = torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)
+        token = (torch.arange(slots) - positions.start) % slots  # index of the new token for each slot
+        lands = (token < valid)[:, None]
+        token = token.clamp(max=positions.length - 1)
+        ring = RingKV(*(torch.where(lands, new.index_select(2, token), old) for new, old in ((k, self.key), (v, self.value))))
+        return attention(q, keys, values, visible, scale), ring
 
     @staticmethod
     def of(cache: KV, position: int, slots: int) -> RingKV:
@@ -84,31 +85,22 @@ class RingKV(NamedTuple):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:
-    """Softmax attention of q [B, H, T, D] to k, v [B, Hkv, S, D] where visible, [T, S] or [B, T, S].
+    """Softmax attention of q [B, H, T, D] to k, v [B, Hkv, S, D] where visible, [T, S] or [B, 1, 1, T, S].
 
     Written as matrix products because TensorRT-RTX 1.7 cannot build ONNX Attention inside a Loop, nor in float32 for T > 1.
     """
     groups = q.unflatten(1, (k.shape[1], -1))
     scores = groups * (scale or q.shape[-1] ** -0.5) @ k[:, :, None].mT
-    visible = visible[:, None, None] if visible.ndim == 3 else visible
-    hidden = torch.where(visible, scores.new_zeros(()), scores.new_full((), float("-inf")))  # adding is cheaper than selecting
+    hidden = torch.zeros(visible.shape, dtype=scores.dtype).masked_fill(~visible, float("-inf"))  # adding is cheaper than selecting
     weights = (scores + hidden).softmax(-1, dtype=torch.float32).to(v.dtype)
     mixed: Tensor = weights @ v[:, :, None]
     return mixed.flatten(1, 2)
 
 
-def _visible(at: Tensor, keys: Tensor, reach: int | None) -> Tensor:
-    """Mask of the tokens at positions `keys` [..., S] that exist, are not later than those at `at` [..., T], and are within reach."""
-    at, keys = at[..., None], keys[..., None, :]
-    seen = (keys <= at) & (keys >= 0)
-    return seen if reach is None else seen & (keys > at - reach)
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Return the tokens index [B, N] of x [B, Hkv, S, D], as ONNX GatherND (graphs only)."""
-    B, Hkv, _, D = x.shape
-    each = index[:, None, :, None].expand(-1, Hkv, -1, -1)
-    return torch.onnx.ops.symbolic("GatherND", (x, each), {"batch_dims": 2}, dtype=x.dtype, shape=[B, Hkv, index.shape[1], D], version=13)
+def _visible(age: Tensor, position: int | Tensor, reach: int | None) -> Tensor:
+    """Mask of the tokens `age` positions before `position` that exist and are within reach."""
+    exists = age <= position
+    return exists if reach is None else exists & (age < reach)
 
 
 def _scatter(cache: Tensor, new: Tensor, slot: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +23,8 @@ from zoo.files import as_path
 from zoo.inputs import StateForm, check_count, check_ids, check_range
 from zoo.registry import Registry
 from zoo.sessions.session import Session
-from zoo.sessions.sliced import Piece, Slice, finish
+from zoo.sessions.sliced import Slice, finish
 from zoo.sessions.slots import Slots
-from zoo.sessions.snapshot import one_of, padded, together
 from zoo.state import Output, State
 
 try:
@@ -75,7 +74,6 @@ class ExportedModel:
     """
 
     keeps_hidden = False
-    ragged = True
 
     def __init__(self, folder: Path, provider: str = "cpu", *, exact_activations: bool = False) -> None:
         self.folder, self.provider = folder, provider
@@ -107,14 +105,41 @@ class ExportedModel:
     def __call__(self, ids: Tensor, state: State, *, logits_to_keep: int | None = None) -> Output:
         """Run one wake pass over ids [B, T] int64. Returns the logits of all tokens, or of the last `logits_to_keep`.
 
-        Long inputs go through the prefill graph if the bundle has one; otherwise tokens run one at a time.
-        The position of the state is an int, or int64 [B], one per stream.
+        Long inputs go through the prefill graph if the bundle has one and all streams are at the same position; otherwise tokens run
+        one at a time. The position of the state is an int, or int64 [B], one per stream.
 
         Raises:
             ZooError: ids or a state that do not fit the bundle or each other, or more tokens than the window has room for.
         """
-        check_ids(ids)
-        return finish(self.wake_in_slices(ids, state, ids.shape[1] if logits_to_keep is None else logits_to_keep))
+        self._check(ids, state)
+        T = ids.shape[1]
+        if not self._slides and (held := int(torch.as_tensor(state.position).max())) + T > self._slots:
+            fit = "does not fit" if T == 1 else "do not fit"
+            raise ZooError(
+                f"ids: {counted(T, 'token')} {fit} into a window of {self._slots} that holds {held}"
+                + ("; consolidate it first" if self._eviction.uses_window else "")
+            )
+        kept = ids.shape[1] if logits_to_keep is None else logits_to_keep
+        logits = [torch.empty(ids.shape[0], 0, self.config.vocab_size, dtype=self._shapes.dtype, device=self.device)]
+        prefill = self.bundle.plan.prefill
+        while ids.shape[1]:
+            position = torch.as_tensor(state.position, device=self.device)
+            if prefill is None or ids.shape[1] <= 1 + prefill // STEP or position.ndim:
+                piece, name = ids[:, :1], PREDICTION
+                given, position = {"input_ids": piece}, position.expand(len(piece))
+            else:
+                piece, name = ids[:, :prefill], PREFILL
+                given = self._padded(piece, prefill)
+            given |= {"position": position, "position_ids": position.reshape(-1, 1).expand_as(given["input_ids"])}
+            out = self._graphs[name](given | pack(state, PAST))
+            n, ids = piece.shape[1], ids[:, piece.shape[1] :]
+            state = unpack(out, PRESENT, state)._replace(position=state.position + n)
+            read = kept - ids.shape[1]  # tokens of this piece whose logits are kept
+            if read == 1 or (read > 1 and name == PREDICTION):
+                logits.append(out["logits"])
+            elif read > 1:
+                logits.append(self._head(out)["logits"][:, max(0, n - read) : n])
+        return Output(torch.cat(logits, dim=1), state)
 
     def consolidate(self, ids: Tensor, state: State, *, loops: int | None = None) -> State:
         """Sleep on one whole chunk, then evict.
@@ -134,62 +159,11 @@ class ExportedModel:
         return *self(ids, state, logits_to_keep=keep), None
 
     async def wake_in_slices(self, ids: Tensor, state: State, keep: int) -> Output:
-        """Run one wake pass in slices, one per piece, which may be read in one batch with those of other streams."""
-        self._check(ids, state)
-        T = ids.shape[1]
-        if not self._slides and (held := int(torch.as_tensor(state.position).max())) + T > self._slots:
-            fit = "does not fit" if T == 1 else "do not fit"
-            raise ZooError(
-                f"ids: {counted(T, 'token')} {fit} into a window of {self._slots} that holds {held}"
-                + ("; consolidate it first" if self._eviction.uses_window else "")
-            )
-        logits = [torch.empty(ids.shape[0], 0, self.config.vocab_size, dtype=self._shapes.dtype, device=self.device)]
-        for tokens in ids.split(self.bundle.plan.prefill or 1, dim=1):
-            T -= tokens.shape[1]
-            piece = Piece(tokens, state, min(max(0, keep - T), tokens.shape[1]))
-            await piece
-            if piece.output is None:
-                self._read_one(piece) if self._short(piece) else self._read([piece, *(p for p in piece.others if not self._short(p))])
-            assert piece.output is not None
-            logits.append(piece.output.logits)
-            state = piece.output.state
-        return Output(torch.cat(logits, dim=1), state)
-
-    def _short(self, piece: Piece) -> bool:
-        """True if the tokens of a piece are as fast one at a time."""
-        return piece.ids.shape[1] <= 1 + (self.bundle.plan.prefill or 0) // STEP
-
-    def _read_one(self, piece: Piece) -> None:
-        """Read a piece one token at a time."""
-        logits, state = [], piece.state
-        for token in piece.ids.split(1, dim=1):
-            out = self._graphs[PREDICTION](self._given(token, 1, state))
-            logits.append(out["logits"])
-            state = unpack(out, PRESENT, state)._replace(position=state.position + 1)
-        piece.output = Output(torch.cat(logits[len(logits) - piece.keep :] or [out["logits"][:, :0]], dim=1), state)
-
-    def _read(self, pieces: Sequence[Piece]) -> None:
-        """Read pieces in one call of the prefill graph; if there are several, each is of one stream."""
-        ids, lengths = padded([piece.ids for piece in pieces])
-        state = together([piece.state for piece in pieces])
-        out = self._graphs[PREFILL](self._given(ids, self.bundle.plan.prefill or 0, state, lengths))
-        logits, state = out["logits"], unpack(out, PRESENT, state)
-        whole = any(piece.keep > 1 for piece in pieces)
-        logits = self._head(out)["logits"] if whole else logits
-        for n, piece in enumerate(pieces):
-            rows, own = (slice(n, n + 1), one_of(state, n)) if len(pieces) > 1 else (slice(None), state)
-            end = piece.ids.shape[1] if whole else 1
-            position = piece.state.position + piece.ids.shape[1]
-            piece.output = Output(logits[rows, end - piece.keep : end], own._replace(position=position))
+        """Run one wake pass in a single slice."""
+        return self(ids, state, logits_to_keep=keep)
 
     async def consolidate_in_slices(
-        self,
-        ids: Tensor,
-        state: State,
-        *,
-        loops: int | None = None,
-        awake: tuple[Tensor, State] | None = None,
-        lengths: Tensor | None = None,
+        self, ids: Tensor, state: State, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
     ) -> State:
         """Run `consolidate` in slices: one per pass in bundles exported with --per-pass, else a single one."""
         if not self._eviction.uses_window:
@@ -198,15 +172,13 @@ class ExportedModel:
         T = ids.shape[1]
         if self._slots < T:
             raise ZooError(f"ids: {T} tokens are more than one window of {self._slots}")
-        if self._eviction.restarts and torch.as_tensor(state.position).any():
+        if self._eviction.restarts and state.position:
             raise ZooError(f"state: at position {state.position}; a sleep starts from the state at the start of its window")
         loops = self.config.loops if loops is None else loops
         self.check_loops(loops)
-        given = self._given(ids, self._slots, state, lengths)
+        given = self._padded(ids, self._slots) | {"position": torch.tensor(state.position, device=self.device)} | pack(state, PAST)
         out = self._graphs[CONSOLIDATION](given) if CONSOLIDATION in self._graphs else (await self._pass_by_pass(given, loops))
-        return unpack(out, PRESENT, state)._replace(
-            position=0 if self._eviction.restarts else state.position + (T if lengths is None else lengths)
-        )
+        return unpack(out, PRESENT, state)._replace(position=0 if self._eviction.restarts else state.position + T)
 
     def check_loops(self, loops: int) -> None:
         """Refuse a number of passes that the graph of a sleep does not support. Raises ZooError."""
@@ -226,14 +198,9 @@ class ExportedModel:
             carried = given | {name.replace(PRESENT, PAST): x for name, x in after.items() if name.endswith("recurrent_state")}
         return out | after | (self._graphs[CODA](given | {"h": h}) if CODA in self._graphs else {})
 
-    def _given(self, ids: Tensor, size: int, state: State, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the inputs of a graph of `size` tokens: ids [B, T], of which only the first `lengths` [B] are valid, and states."""
-        valid, position = (
-            torch.as_tensor(value, device=self.device).expand(len(ids))
-            for value in (ids.shape[1] if lengths is None else lengths, state.position)
-        )
-        given = {"input_ids": F.pad(ids, (0, size - ids.shape[1])), "n_valid": valid, "position": position}
-        return given | {"position_ids": position[:, None].expand(-1, size)} | pack(state, PAST)
+    def _padded(self, ids: Tensor, length: int) -> dict[str, Tensor]:
+        T = ids.shape[1]
+        return {"input_ids": F.pad(ids, (0, length - T)), "n_valid": torch.tensor(T, device=self.device)}
 
     def slots(self, streams: int) -> Slots[int] | None:
         """Return None: states of graphs are not changed in place."""

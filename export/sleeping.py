@@ -114,8 +114,8 @@ class SelfSleeping:
     def _slept(self, write: _Writer, full: ir.Value, now: Values) -> Values:
         """Return the states after a sleep if the window is full, else those of `now`."""
         given = {f"{PAST}.{name.removeprefix('start.')}": now[name] for name in self.start}
-        given |= {"input_ids": now["window.ids"], "n_valid": write.constant([self.slots])}
-        given |= {"position": now["window.offset"]} if self.slides else {}
+        given |= {"input_ids": now["window.ids"], "n_valid": write.constant(self.slots)}
+        given |= {"position": write("Squeeze", now["window.offset"])} if self.slides else {}
         asleep, awake = self._part(self.sleep, "asleep", given), ir.Graph([], [], nodes=[], name="awake")
         after = {_short(value): value for value in asleep.outputs}
         copy, same = _Writer(asleep), _Writer(awake)
@@ -142,8 +142,8 @@ class SelfSleeping:
         n = write("Min", room, write.constant([self.most]))
         given |= {
             "input_ids": piece,
-            "n_valid": n,
-            "position": position,
+            "n_valid": write("Squeeze", n),
+            "position": write("Squeeze", position),
             "position_ids": write("Expand", position, write.constant([1, self.most])),
         }
         several = self._part(self.piece, "piece", given)

@@ -158,7 +158,7 @@ def test_names_and_shapes(bundles):
     states = [name for name in given if name.startswith("past_key_values.")]
     assert len(states) == 8
     assert [tensor["name"] for tensor in consolidation["inputs"]] == ["input_ids", "n_valid", "position", *states]
-    assert [tensor["shape"] for tensor in consolidation["inputs"][1:3]] == [["batch"], ["batch"]]
+    assert consolidation["inputs"][2]["shape"] == []
     present = [name.replace("past_key_values", "present") for name in states]
     assert [tensor["name"] for tensor in prediction["outputs"]] == ["logits", *present]
     assert [tensor["name"] for tensor in consolidation["outputs"]] == present
@@ -172,7 +172,7 @@ def test_a_window_that_restarts_is_not_read_asleep(bundles):
     assert names[:2] == ["input_ids", "n_valid"]
     assert sorted(name.rsplit(".", 1)[1] for name in names[2:]) == ["conv_state", "key", "recurrent_state", "value"]
     rng = np.random.default_rng(0)
-    feeds = {"input_ids": rng.integers(0, 11, (2, 6)), "n_valid": np.array([5, 4])}
+    feeds = {"input_ids": rng.integers(0, 11, (2, 6)), "n_valid": np.array(5)}
     for value in session.get_inputs()[2:]:
         feeds[value.name] = rng.standard_normal([2, *value.shape[1:]], dtype=np.float32)
     outputs = [value.name for value in session.get_outputs()]
@@ -229,12 +229,11 @@ def test_a_broken_manifest(tmp_path, content, message):
         zoo.export.load(tmp_path)
 
 
-@pytest.mark.parametrize("former", [1, 3])
-def test_another_format_is_refused(bundles, tmp_path, former):
+def test_another_format_is_refused(bundles, tmp_path):
     folder = shutil.copytree(bundles("hard").folder, tmp_path / "bundle")
     manifest = json.loads((folder / "bundle.json").read_text())
-    (folder / "bundle.json").write_text(json.dumps(manifest | {"format": former}))
-    with pytest.raises(ZooError, match=rf"bundle.json: format: {former}; want 4: export the model again"):
+    (folder / "bundle.json").write_text(json.dumps(manifest | {"format": 1}))
+    with pytest.raises(ZooError, match=r"bundle.json: format: 1; want 3: export the model again"):
         zoo.export.load(folder)
 
 

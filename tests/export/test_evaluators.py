@@ -55,16 +55,16 @@ def manifest(folder):
 def feeds(bundled, name):
     """Return random inputs of a graph: padded tokens, in the middle of a stream if windows do not restart, and random states.
 
-    The streams are at different positions.
+    The streams of a token are at different positions.
     """
     rng = np.random.default_rng(0)
     length = next((spec["shape"][1] for spec in bundled["graphs"][name]["inputs"] if spec["name"] in ("input_ids", "h")), 1)
-    first = {"n_valid": length - 1, "position": 0 if bundled["evict"] == "hard" else 7, "pass": 1}
+    scalars = {"n_valid": max(1, length - 1), "position": 0 if bundled["evict"] == "hard" else 7, "pass": 1}
     made = {}
     for spec in bundled["graphs"][name]["inputs"]:
         shape = [B if size == "batch" else size for size in spec["shape"]]
-        if spec["name"] in first:
-            made[spec["name"]] = np.asarray(first[spec["name"]] + np.arange(B if shape else 1).reshape(shape))
+        if spec["name"] in scalars:
+            made[spec["name"]] = np.asarray(scalars[spec["name"]] + np.arange(B if shape else 1).reshape(shape))
         elif spec["name"] == "position_ids":
             made[spec["name"]] = np.zeros(shape, np.int64) + np.arange(B)[:, None]
         elif spec["dtype"] == "int64":

@@ -14,13 +14,11 @@ from torch.utils._pytree import tree_map
 import zoo
 from tests.export.conftest import CASES, FORMS, MORE
 from zoo.errors import ZooError
-from zoo.export.ring import PAST, PRESENT, pack, unpack
+from zoo.export.ring import PAST, PRESENT, pack
 from zoo.export.runtime import ExportedModel
 from zoo.export.verify import SLEEP, STRESS, TOLERANCE, verify
 from zoo.export.verify import stream as verify_stream
 from zoo.sessions.rows import Rows
-from zoo.sessions.sliced import finish
-from zoo.sessions.snapshot import one_of, together
 
 OF_EVERY_KIND = [*CASES, *FORMS, *(pytest.param(case, marks=pytest.mark.extended) for case in MORE if case != "ourojet-loud")]
 
@@ -57,8 +55,7 @@ def test_the_content_of_padding_does_not_matter(bundle):
     graph = exported._graphs["consolidation.onnx"]
     window = exported.config.window
     ids = stream(bundle.model, 2, window)
-    row = torch.ones(2, dtype=torch.int64)
-    tensors = {**pack(exported.init_state(2), PAST), "position": 0 * row, "n_valid": (window - 2) * row}
+    tensors = {**pack(exported.init_state(2), PAST), "position": torch.tensor(0), "n_valid": torch.tensor(window - 2)}
     other = ids.clone()
     other[:, window - 2 :] = (other[:, window - 2 :] + 1) % bundle.model.config.vocab_size
     a, b = graph({**tensors, "input_ids": ids}), graph({**tensors, "input_ids": other})
@@ -129,9 +126,9 @@ def test_a_piece_is_its_tokens_one_by_one(bundles, case):
     ids = stream(model, 2, 4)
     first = exported(ids[:, :1], exported.init_state(2)).state  # a piece may start inside a window
     T = exported.bundle.plan.prefill
-    one = torch.ones(2, dtype=torch.int64)
-    given = {"position": one, "position_ids": one[:, None].expand(2, T), "n_valid": 3 * one, **pack(first, PAST)}
-    piece = exported._graphs["prefill.onnx"](given | {"input_ids": torch.nn.functional.pad(ids[:, 1:], (0, 1))})
+    given = {"position": torch.tensor(1), "position_ids": torch.ones(2, T, dtype=torch.int64), **pack(first, PAST)}
+    given |= exported._padded(ids[:, 1:4], T)  # three of its tokens are valid
+    piece = exported._graphs["prefill.onnx"](given)
     logits, state = [], first
     for token in ids[:, 1:4].split(1, dim=1):
         step, state = exported(token, state)
@@ -167,66 +164,6 @@ def test_streams_of_a_batch_may_be_at_different_positions(bundles, case):
         assert taken.position == state.position
         for name, tensor in pack(exported.plain(taken), PAST).items():
             close(tensor, pack(state, PAST)[name])
-
-
-PIECES = ["sliding", "full", "ort", *(pytest.param(case, marks=pytest.mark.extended) for case in MORE if MORE[case][1].get("prefill"))]
-
-
-def streams_after(model, exported, starts):
-    """Streams that have read this many tokens and slept at the end of every window: PyTorch's states, and those of the graphs."""
-    alone = []
-    for row, start in zip(stream(model, len(starts), max(starts)), starts, strict=True):
-        session = zoo.Session(model)
-        if start:
-            session.read(row[None, :start])
-        if start and start % exported.bundle.window == 0 and model.config.window:
-            session.sleep()
-        alone.append(session.state)
-    return alone, [exported.ringed(state) for state in alone]
-
-
-@pytest.mark.parametrize("case", PIECES)
-def test_rows_of_a_piece_differ_in_length_and_position(bundles, case):
-    """Each is read as PyTorch reads it alone, and one without tokens keeps its state bit for bit."""
-    model, folder, _ = bundles(case)
-    exported = ExportedModel(folder)
-    window, T = exported.bundle.window, exported.bundle.plan.prefill
-    sleeps = model.config.window is not None
-    starts, lengths = [0, window + 3 if sleeps else 2, 1, 2 * window - 1 if sleeps else 5], [T, 2, 0, 1]
-    alone, ringed = streams_after(model, exported, starts)
-    position = torch.tensor([state.position for state in ringed])
-    given = pack(together(ringed), PAST) | {"position": position, "position_ids": position[:, None].expand(-1, T)}
-    ids = stream(model, 4, 20)[:, -T:]
-    out = exported._graphs["prefill.onnx"](given | {"input_ids": ids, "n_valid": torch.tensor(lengths)})
-    for n, length in enumerate(lengths):
-        after = unpack({name: x[n : n + 1] for name, x in out.items()}, PRESENT, ringed[n])._replace(position=ringed[n].position + length)
-        if length == 0:
-            assert all(torch.equal(tensor, pack(ringed[n], PAST)[name]) for name, tensor in pack(after, PAST).items())
-            continue
-        wanted, state = model(ids[n : n + 1, :length], alone[n])
-        torch.testing.assert_close(out["logits"][n : n + 1], wanted[:, -1:], atol=1e-4, rtol=1e-3)
-        for name, tensor in pack(exported.plain(after), PAST).items():
-            torch.testing.assert_close(tensor, pack(state, PAST)[name], atol=1e-4, rtol=1e-3)
-
-
-ASLEEP = [*CASES, "mix", "late", "unrolled", "per-pass", "ort", *(pytest.param(case, marks=pytest.mark.extended) for case in MORE)]
-
-
-@pytest.mark.parametrize("case", ASLEEP)
-def test_rows_of_a_sleep_differ_in_length_and_position(bundles, case):
-    """Each sleeps as it does in PyTorch alone."""
-    model, folder, _ = bundles(case)
-    exported = ExportedModel(folder)
-    window = exported.bundle.window
-    lengths = [window, 2, 1, window - 1]
-    alone, ringed = streams_after(model, exported, [0, window, 3 * window, 2 * window])
-    ids = stream(model, 4, window)
-    state = finish(exported.consolidate_in_slices(ids, together(ringed), lengths=torch.tensor(lengths)))
-    for n, length in enumerate(lengths):
-        wanted, found = model.consolidate(ids[n : n + 1, :length], alone[n]), exported.plain(one_of(state, n))
-        assert found.position == wanted.position
-        for name, tensor in pack(found, PAST).items():
-            torch.testing.assert_close(tensor, pack(wanted, PAST)[name], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("case", ["sliding", "hard", "full"])

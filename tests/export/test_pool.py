@@ -1,10 +1,6 @@
 """A pool and a server on a bundle answer as those on the model do."""
 
-import itertools
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 import torch
@@ -44,52 +40,6 @@ def test_streams_of_a_pool(bundles, case, tmp_path):
         assert answer == want
         torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(twin, logits, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("case", ["sliding", "ort"])
-def test_streams_share_the_calls_of_a_graph(bundles, case, monkeypatch):
-    """Prompts of different lengths, of streams at different positions, that wait at the same time are read in one call, and so are
-    sleeps; each as by a session of the model."""
-    model, folder, _ = bundles(case)
-    exported, calls = ExportedModel(folder), []
-
-    def recorded(given, graph):
-        calls.append(sorted(given["n_valid"].tolist()))
-        return graph(given)
-
-    for name in ("prefill.onnx", "consolidation.onnx"):
-        monkeypatch.setitem(exported._graphs, name, partial(recorded, graph=exported._graphs[name]))
-    held, prompts = [1, 2, 3], [[5, 1, 7, 2], [3, 3], [8, 1]]
-    sessions = [zoo.Session(model) for _ in held]
-    with zoo.SessionPool(exported, slots=4, streams=5) as pool, ThreadPoolExecutor(4) as threads:
-        streams = [pool.open() for _ in held]
-        for tokens, *both in zip(held, streams, sessions, strict=True):
-            for token, each in itertools.product(range(tokens), both):
-                each.read(torch.tensor([[token]]))
-
-        def at_once(call):
-            """Return the results of calls that arrive while another stream keeps the pool busy."""
-            calls.clear()
-            begun, gate = threading.Event(), threading.Event()
-            busy = pool.open().generate(torch.tensor([[1]]), 1, logits_processor=lambda logits: [logits, begun.set(), gate.wait()][0])
-            first = threads.submit(list, busy)
-            begun.wait()
-            results = [threads.submit(call, n) for n in range(len(held))]
-            while len(pool._scheduler._calls) < 4:
-                time.sleep(0.001)
-            gate.set()
-            return first.result() and [result.result() for result in results]
-
-        found = at_once(lambda n: streams[n].feed(torch.tensor([prompts[n]])))
-        assert calls == [[2, 2, 4]]
-        for n, logits in enumerate(found):
-            torch.testing.assert_close(logits, sessions[n].feed(torch.tensor([prompts[n]])), rtol=1e-4, atol=1e-4)
-        at_once(lambda n: streams[n].sleep())
-        assert calls == [[4, 5, 5]]
-        for stream, session in zip(streams, sessions, strict=True):
-            session.sleep()
-            ids = torch.tensor([[2, 4, 6]])
-            torch.testing.assert_close(stream.feed(ids), session.feed(ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.extended

@@ -18,7 +18,7 @@ from zoo.sessions.pending import Pending, PendingEach
 from zoo.sessions.rows import Rows
 from zoo.sessions.sleep_queue import SleepQueue
 from zoo.sessions.sleeping import Sleep
-from zoo.sessions.sliced import Piece, Slice, finish
+from zoo.sessions.sliced import finish
 from zoo.sessions.slots import Slots
 from zoo.sessions.snapshot import Snapshot, after_reading, wake_in_slices
 
@@ -34,8 +34,8 @@ class Scheduler:
 
     Every turn reads one token for each stream that requests one, in one batch. Prompts and sleeps run in slices, one block over up
     to `SLICE` tokens: after a batch of tokens for `SHARE` of its usual time, up to `MOST` times that if streams wait for prompts and
-    sleeps; all the time if none requests a token. While no stream requests a token, the pieces of a bundle's
-    prompts that wait are read in one batch, and sleeps with the same `batch_key` run as one.
+    sleeps; all the time if none requests a token. Sleeps that start at the same position with the same number of tokens while no stream
+    requests a token run as one batch.
 
     Args:
         slots: buffers that hold the states of streams while their tokens are read.
@@ -61,7 +61,7 @@ class Scheduler:
         """Calls that wait until their last result is taken."""
         self._expected: set[PendingEach] = set()
         """Calls among these for which the next batch of tokens waits a moment."""
-        self._in_slices: deque[tuple[Pending, Slice]] = deque()
+        self._in_slices: deque[Pending] = deque()
         """Calls that request a slice."""
         self._for_tokens: deque[tuple[Pending, Tensor]] = deque()
         """Calls that request a token to be read."""
@@ -290,21 +290,9 @@ class Scheduler:
         """Run one slice of a prompt or of sleeps; alternate if calls wait for both."""
         self._prompt_was_last = bool(self._in_slices) and not (self._for_sleeps and self._prompt_was_last)
         if self._prompt_was_last:
-            self._run_prompt(tokens)
+            self._advance(self._in_slices.popleft(), tokens)
         else:
             self._run_sleeps(tokens)
-
-    def _run_prompt(self, tokens: int) -> None:
-        """Run one slice of a prompt, or, while no stream requests a token, read one piece of each of several prompts."""
-        pending, request = self._in_slices.popleft()
-        others: list[tuple[Pending, Piece]] = []
-        if isinstance(request, Piece):
-            most = 0 if self._for_tokens else self._slots.slots - 1
-            others = [(other, piece) for other, piece in self._in_slices if isinstance(piece, Piece)][:most]
-            request.others = [piece for _, piece in others]
-            self._in_slices = deque(entry for entry in self._in_slices if entry not in others)
-        for each in (pending, *(other for other, _ in others)):
-            self._advance(each, tokens)
 
     def _advance(self, pending: Pending, answer: Answer = None, error: Exception | None = None) -> None:
         """Answer the request of a call, and queue its next one."""
@@ -330,7 +318,7 @@ class Scheduler:
         elif isinstance(request, SleepEnd):
             self._for_sleeps.append((pending, request.sleep))
         else:
-            self._in_slices.append((pending, request))
+            self._in_slices.append(pending)
 
     def _return(self, pending: Pending, value: Any = None, error: BaseException | None = None) -> None:
         """Pass the result of a call, or its error, to the caller. From now on the stream is idle."""
@@ -347,6 +335,6 @@ class Scheduler:
     def _run_sleeps(self, tokens: int) -> None:
         """Run one slice of sleeps; those that calls wait for come first."""
         awaited = [sleep for _, sleep in self._for_sleeps]
-        ended = self.sleeps.run(tokens, awaited, most=1 if self._for_tokens else self._slots.slots)
-        self._in_slices.extendleft((pending, Slice()) for pending, sleep in self._for_sleeps if sleep in ended)
+        ended = self.sleeps.run(tokens, awaited, alone=bool(self._for_tokens))
+        self._in_slices.extendleft(pending for pending, sleep in self._for_sleeps if sleep in ended)
         self._for_sleeps = [(pending, sleep) for pending, sleep in self._for_sleeps if sleep not in ended]

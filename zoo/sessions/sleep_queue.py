@@ -10,7 +10,7 @@ from zoo.sessions.sleeping import Sleep, batch_key, consolidate_together
 
 
 class SleepQueue:
-    """Sleeps that have not ended. Those that `batch_key` tells can run as one batch."""
+    """Sleeps that have not ended. Those that start at the same position with the same number of tokens can run as one batch."""
 
     def __init__(self) -> None:
         self.ended = 0
@@ -44,12 +44,12 @@ class SleepQueue:
         due = [sleep for at, sleep in self._sleeps if at <= now and not sleep.cancelled]
         return sorted(due, key=lambda sleep: sleep not in first)
 
-    def run(self, tokens: int, first: Collection[Sleep] = (), *, most: int | None = None) -> list[Sleep]:
+    def run(self, tokens: int, first: Collection[Sleep] = (), *, alone: bool = False) -> list[Sleep]:
         """Run one slice of up to `tokens` tokens of the sleeps in progress, or start the next ones.
 
         Args:
             first: sleeps that start before the others.
-            most: maximum number of sleeps that start as one batch.
+            alone: start a single sleep, not a batch.
         Returns:
             The sleeps that have ended.
         """
@@ -59,13 +59,13 @@ class SleepQueue:
             due = self.due(first)
             if not due:
                 return []
-            sleeps = [sleep for sleep in due if batch_key(sleep) == batch_key(due[0])][:most]
-            self._batch, answer = (sleeps, consolidate_together(sleeps)), None
+            sleeps = due[:1] if alone else [sleep for sleep in due if batch_key(sleep) == batch_key(due[0])]
+            self._batch, most = (sleeps, consolidate_together(sleeps)), None
         else:
-            answer = max(1, tokens // len(self._batch[0]))
+            most = max(1, tokens // len(self._batch[0]))
         sleeps, work = self._batch
         try:
-            work.send(answer)
+            work.send(most)
             return []
         except StopIteration:
             pass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.sessions.sleeping_model import SleepingModel
-from zoo.sessions.snapshot import Snapshot, after_sleeping, one_of, padded, together, wake_in_slices
+from zoo.sessions.snapshot import Snapshot, after_sleeping, one_of, together, wake_in_slices
 from zoo.state import State
 
 
@@ -98,16 +98,16 @@ class Sleep:
         return self.latest.ids[:, self.before.ids.shape[1] + after.ids.shape[1] :]
 
 
-def batch_key(sleep: Sleep) -> tuple[int | None, ...]:
-    """Loops and, unless the model is ragged, position and tokens: sleeps that agree in them can run as one batch."""
-    return (sleep.loops,) if sleep.model.ragged else (sleep.loops, int(sleep.before.start.position), sleep.before.ids.shape[1])
+def batch_key(sleep: Sleep) -> tuple[int, int, int | None]:
+    """Position, tokens and loops: sleeps that agree in them can run as one batch."""
+    return int(sleep.before.start.position), sleep.before.ids.shape[1], sleep.loops
 
 
 async def consolidate_together(sleeps: list[Sleep]) -> None:
     """Run sleeps with the same key as one batch."""
     start = together([sleep.before.start for sleep in sleeps])
-    ids, lengths = padded([sleep.before.ids for sleep in sleeps])
-    state = await sleeps[0].model.consolidate_in_slices(ids, start, loops=sleeps[0].loops, lengths=lengths)
+    ids = torch.cat([sleep.before.ids for sleep in sleeps])
+    state = await sleeps[0].model.consolidate_in_slices(ids, start, loops=sleeps[0].loops)
     for n, sleep in enumerate(sleeps):
         if not sleep.cancelled:
             await sleep.catch_up(one_of(state, n))

@@ -40,11 +40,6 @@ class SleepingModel(Protocol):
         """True if `wake_pass` returns hidden states, from which a sleep can continue."""
         ...
 
-    @property
-    def ragged(self) -> bool:
-        """True if the streams of one sleep may be at different positions, with different numbers of tokens."""
-        ...
-
     def init_state(self, batch_size: int = 1) -> State:
         """The state of `batch_size` streams before their first token."""
         ...
@@ -62,20 +57,13 @@ class SleepingModel(Protocol):
         ...
 
     def consolidate_in_slices(
-        self,
-        ids: Tensor,
-        state: State,
-        *,
-        loops: int | None = None,
-        awake: tuple[Tensor, State] | None = None,
-        lengths: Tensor | None = None,
+        self, ids: Tensor, state: State, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
     ) -> Coroutine[Slice, int | None, State]:
         """Sleep on one window, ids: [B, n], from the state at its start; interruptible at every `Slice` that it awaits.
 
         Args:
             loops: passes of the span, default `config.loops`.
             awake: with `keeps_hidden`, the hidden states [B, n, D] and the state after the wake passes over ids.
-            lengths: if `ragged`, the number of tokens of each stream, int64 [B]; the rest of ids is padding.
         """
         ...
 
@@ -113,8 +101,6 @@ def sleeping_model(model: Model | SleepingModel) -> SleepingModel:
 class TorchModel:
     """`zoo.Model` as a `SleepingModel`."""
 
-    ragged = False
-
     def __init__(self, model: Model) -> None:
         self.model, self.config = model, model.config
         # torch.compile and other wrappers replace the call as a whole, so its parts must not be called one by one
@@ -144,13 +130,7 @@ class TorchModel:
         return await sliced.wake(self.model, ids, state, logits_to_keep=keep)
 
     async def consolidate_in_slices(
-        self,
-        ids: Tensor,
-        state: State,
-        *,
-        loops: int | None = None,
-        awake: tuple[Tensor, State] | None = None,
-        lengths: Tensor | None = None,
+        self, ids: Tensor, state: State, *, loops: int | None = None, awake: tuple[Tensor, State] | None = None
     ) -> State:
         return await sliced.consolidate(self.model, ids, state, loops=loops, awake=awake)
 

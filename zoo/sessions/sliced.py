@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Generator
 from typing import TypeVar
 
 import torch
@@ -21,19 +20,6 @@ class Slice:
 
     def __await__(self) -> Generator[Slice, int | None, int | None]:
         return (yield self)
-
-
-@dataclass(eq=False)
-class Piece(Slice):
-    """Request to read a piece of a prompt, ids [B, T], in one call of a model that can read those of several streams at once."""
-
-    ids: Tensor
-    state: State
-    keep: int
-    """Number of tokens, counted from the last, whose logits are needed."""
-    others: Sequence[Piece] = ()
-    """Pieces that wait at the same time, set by the host; those that were read in the same call have an output."""
-    output: Output | None = None
 
 
 def finish(work: Coroutine[object, None, T]) -> T:

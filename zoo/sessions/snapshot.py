@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -113,23 +112,14 @@ def kept(config: ModelConfig, tokens: int) -> int:
 
 def one_of(state: State, n: int) -> State:
     """Return stream n of several, sharing no memory with the others."""
-    one: State = tree_map_only(Tensor, lambda tensor: tensor[n : n + 1].clone(), state)
-    return one._replace(position=int(one.position))
+    return tree_map_only(Tensor, lambda tensor: tensor[n : n + 1].clone(), state)
 
 
 def together(states: Sequence[State]) -> State:
-    """Combine streams into one batch. Its position is int64 [B] if theirs differ."""
+    """Combine streams at the same position into one batch."""
     if len(states) == 1:
         return states[0]
-    batch: State = tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *states)
-    positions = [int(state.position) for state in states]
-    return batch._replace(position=positions[0] if len(set(positions)) == 1 else torch.tensor(positions))
-
-
-def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Combine tokens of streams, [1, n] each, into one batch with padding at the end. Returns ids [B, T], and every n, int64 [B]."""
-    lengths = [ids.shape[1] for ids in rows]
-    return torch.cat([F.pad(ids, (0, max(lengths) - ids.shape[1])) for ids in rows]), torch.tensor(lengths)
+    return tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *states)
 
 
 def size(tree: Any) -> int:

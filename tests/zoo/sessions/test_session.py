@@ -52,7 +52,7 @@ class Gated(TorchModel):
         self.keeps_hidden, self.error = False, error
         self.begun, self.gate = threading.Event(), threading.Event()
 
-    async def consolidate_in_slices(self, ids, state, *, loops=None, awake=None, lengths=None):
+    async def consolidate_in_slices(self, ids, state, *, loops=None, awake=None):
         self.begun.set()
         assert self.gate.wait(PAUSE)
         await sliced.Slice()
