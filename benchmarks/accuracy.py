@@ -94,9 +94,7 @@ def compared(case: str, exact: Tensor, following: Tensor, found: dict[str, Tenso
     """Return the rows of each measure for one form of integer weights."""
     predicted = {name: logits.double().log_softmax(-1) for name, logits in found.items()}
     measures = {
-        "KL divergence": {
-            name: F.kl_div(p, exact, log_target=True, reduction="none").sum(-1).mean().item() for name, p in predicted.items()
-        },
+        "KL divergence": {name: divergence(exact, p) for name, p in predicted.items()},
         "bits per byte": {name: bits(p, following) for name, p in predicted.items()},
         "same first choice, %": {name: 100 * (p.argmax(-1) == exact.argmax(-1)).double().mean().item() for name, p in predicted.items()},
     }

@@ -110,7 +110,7 @@ class Store:
         where: a folder, or a URL that fsspec knows.
         identity: what identifies the model's config and weights, and how its streams sleep. Sessions with another are refused.
     Raises:
-        ZooError: an object store that cannot be used.
+        ZooError: a folder or an object store that cannot be used.
     """
 
     def __init__(self, where: str | Path, identity: dict[str, str]) -> None:
