@@ -53,6 +53,10 @@ class Stdlib(Task):
     def window(self) -> int:
         return self.width
 
+    def fingerprints(self) -> dict[str, str]:
+        """See `Task.fingerprints`."""
+        return {"Python's standard library": corpus().sha256}
+
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
         """See `Task.batch`."""
         text = getattr(corpus(), split)

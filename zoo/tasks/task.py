@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -10,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from zoo.checkpoints.companions import read_companions
 from zoo.config import validate
 from zoo.errors import ZooError
 from zoo.registry import Registry
 
 Split = Literal["train", "test"]
 HELD_OUT = 16  # one context in 16 belongs to the test split
+BLOCKS, BLOCK = 256, 2**16  # number of blocks that a fingerprint reads from a large file, and their bytes
 
 
 class Batch(NamedTuple):
@@ -75,6 +79,12 @@ class Task(BaseModel):
         """Return files that travel with a model trained on the task, such as a tokenizer; see `zoo.checkpoints.companions`."""
         return {}
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return a fingerprint of the content of each file, and of the tokenizer in each folder, that the fields name, by path."""
+        fields = (getattr(self, field) for field in self.paths)
+        paths = [Path(path) for value in fields if value is not None for path in ([value] if isinstance(value, str) else value)]
+        return {str(path): fingerprint(path) for path in paths if path.exists()}
+
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
         """Return `count` random contexts, [count, ...]: the information that an answer depends on, and the unit by which splits
         are separated."""
@@ -130,6 +140,28 @@ def _hash(contexts: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 tasks: Registry[type[Task]] = Registry("task", "tasks", "zoo.tasks.*")
+
+
+def fingerprint(path: Path) -> str:
+    """Return a hash of a file's size and content, or of the tokenizer in a folder. Raises ZooError.
+
+    Of a file of more than 16 MiB, 256 evenly spaced blocks of 64 KiB are read.
+    """
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for name, content in read_companions(path).items():
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        return digest.hexdigest()
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{size} ".encode())
+            for start in range(0, size, max(BLOCK, -(-size // BLOCKS))):
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+    except OSError as error:
+        raise ZooError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def refuse_same_file(train: str, test: str) -> None:

@@ -79,6 +79,7 @@ class Trainer:
         self.config, self.run, self.team = config, run, team
         initial = run.newest() is None or config.lora is not None  # a checkpoint has its own weights
         self.task, self.model, self.answer, self.weights, self.optimizers, self.frozen = prepare(config, team.device, team, initial=initial)
+        self.data = self.task.fingerprints()
         self.done = 0
         self.divergence = Divergence(config.diverged)
         self.precision = torch.get_float32_matmul_precision()
@@ -88,7 +89,7 @@ class Trainer:
         """Load the newest checkpoint, if there is one.
 
         Raises:
-            ZooError: the run began under different weight-decay rules, or its adapters are for other weights.
+            ZooError: the run began under different weight-decay rules, its adapters are for other weights, or its data has changed.
         """
         on_cpu = self.team.device.type == "cpu"
         if self.config.weight_decay:
@@ -98,6 +99,9 @@ class Trainer:
             if progress.get("frozen", self.frozen) != self.frozen:
                 changed = self.config.weights or self.config.model
                 raise ZooError(f"{self.run.path}: the weights of {changed} have changed since this run began")
+            for path, known in progress.get("data", {}).items():
+                if self.data.get(path) != known:
+                    raise ZooError(f"{self.run.path}: {path} has changed since this run began; restore it, or begin a new run")
             self.model.companions = read_companions(checkpoint)
             restore(self.optimizers, self.weights, self.run.load(checkpoint, self.model), progress["numbers"])
             self.done = progress["step"]
@@ -194,6 +198,7 @@ class Trainer:
             "held_out_loss": held_out_loss,
             "matmul_precision": self.precision,
             "bfloat16_products": self.bfloat16_products,
+            "data": self.data,
             "numbers": numbers,
         }
         progress |= {} if self.frozen is None else {"frozen": self.frozen}

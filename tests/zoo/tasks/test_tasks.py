@@ -1,17 +1,21 @@
 """Labels against brute force, splits apart, baselines against enumeration and simulation."""
 
 import json
+import os
 from collections import Counter, defaultdict
 from itertools import pairwise, permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 import zoo
 from zoo.config import validate
 from zoo.tasks import new_task, tasks
 from zoo.tasks.rule110 import share_of_ones
+from zoo.tasks.task import fingerprint
 from zoo.text.corpus import tokenize
 from zoo.training.config import TrainConfig, read_config
 from zoo.training.loop import train
@@ -415,6 +419,44 @@ def sequences(task, count, size):
         rows += [tuple(row[: 1 + marked.sum()].tolist()) for row, marked in zip(ids, mask, strict=True)]
         assert all(marked[1 : 1 + marked.sum()].all() for marked in mask)
     return rows
+
+
+def test_the_fingerprints_of_data(tmp_path):
+    """They follow the contents of files and of tokenizers, not when these were written, nor what else is in a tokenizer's folder."""
+    words = tmp_path / "words"
+    files = [tmp_path / "train", tmp_path / "test", *(words / name for name in ("tokenizer.json", "chat_template.jinja", "config.json"))]
+    words.mkdir()
+    question = json.dumps({"context": "a", "question": "b", "answer": "c"}).encode()
+    for file in files:
+        file.write_bytes(question)
+    Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, "a")).save(str(words / "tokenizer.json"))
+    task = new_task({"name": "qa", "train": str(tmp_path / "train"), "test": str(tmp_path / "test"), "tokenizer": str(words)})
+    before = task.fingerprints()
+    assert set(before) == {str(tmp_path / "train"), str(tmp_path / "test"), str(words)}
+    for file, changed in zip(files, [{files[0]}, {files[1]}, {words}, {words}, set()], strict=True):
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + b" ")
+        assert {Path(path) for path, known in before.items() if task.fingerprints()[path] != known} == changed
+        file.write_bytes(content)
+        os.utime(file, (0, 0))
+    assert task.fingerprints() == before
+
+
+def test_the_fingerprint_of_a_large_file(tmp_path):
+    """Every byte counts up to 16 MiB, and a change of 1/256 of a larger file is seen wherever it is."""
+    file = tmp_path / "large"
+    for size, changed in ((2**24, 1), (3 * 2**24 + 5, (3 * 2**24 + 5) // 256 + 1)):
+        tokens = np.zeros(size, np.uint8)
+        tokens.tofile(file)
+        found = {fingerprint(file)}
+        starts = (0, 2**16 - 1, size // 2, size // 3, size - changed)
+        for start in starts:
+            tokens[start : start + changed] = 1
+            tokens.tofile(file)
+            found.add(fingerprint(file))
+            tokens[start : start + changed] = 0
+        tokens[:-1].tofile(file)
+        assert len(found | {fingerprint(file)}) == len(starts) + 2
 
 
 def test_every_part_of_a_text_occurs_once_in_an_epoch(corpora):

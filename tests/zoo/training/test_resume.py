@@ -101,6 +101,22 @@ def test_a_task_that_does_not_fit_leaves_no_folder(tmp_path):
         train(tiny(task=task | {"vocab": 41}), tmp_path / "run")
 
 
+def test_a_run_whose_data_has_changed_is_not_resumed(tmp_path):
+    files = {split: tmp_path / f"{split}.npy" for split in ("train", "test")}
+    for file in files.values():
+        np.save(file, np.arange(40, dtype=np.uint8))
+    task = {"name": "text", "vocab": 41, "length": 40, "width": 6} | {split: str(file) for split, file in files.items()}
+    config = tiny(task=task, steps=4)
+    with pytest.raises(StoppedError):
+        train(config, tmp_path / "run", report=lambda metrics: os.kill(os.getpid(), signal.SIGTERM))
+    for file in files.values():
+        np.save(file, np.append(np.arange(39, dtype=np.uint8), np.uint8(40)))
+        with pytest.raises(zoo.ZooError, match=f"run: .*{file.name} has changed since this run began"):
+            train(config, tmp_path / "run")
+        np.save(file, np.arange(40, dtype=np.uint8))
+    train(config, tmp_path / "run")
+
+
 def test_no_pickle_is_written(tmp_path):
     train(plan(muon_lr=0.01, dtype="bfloat16"), tmp_path / "run")
     endings = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
