@@ -111,6 +111,7 @@ def chat(
     metavar="DIRECTORY|URL",
     help="Folder, or prefix in an object store such as s3://BUCKET/PREFIX, that keeps sessions across restarts.",
 )
+@click.option("--otlp", metavar="URL", help="OpenTelemetry collector for traces, such as http://localhost:4318/v1/traces.")
 @click.option("--page/--no-page", default=True, show_default=True, help="Serve a page for a browser at /.")
 @click.option("--name", help="Name of the model in requests.  [default: its own]")
 @click.option("--grace", type=Number(min=0), default=30.0, show_default=True, help="Seconds to finish answers after SIGTERM or Ctrl-C.")
@@ -140,6 +141,7 @@ def serve(
     hosts: tuple[str, ...],
     origins: tuple[str, ...],
     store: str | None,
+    otlp: str | None,
     page: bool,
     name: str | None,
     grace: float,
@@ -162,12 +164,17 @@ def serve(
 
     if store is not None:
         places(store)  # refused before the model is loaded
+    traces = None
+    if otlp is not None:
+        from zoo.serving.traces import Traces
+
+        traces = Traces(otlp)
     limits = Limits(max_body, max_prompt, max_tokens, idle, prefix_bytes, connections, patience, queue, wait)
     with listen(host, port) as listener:  # requests wait while the model is loaded
         opened, tokenizer = _open(model, overrides, device, dtype)
         pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
         of = name or opened.config.name
-        app = make_app(pool, tokenizer, of, limits, keys=api_keys, store=store, hosts=hosts, origins=origins, page=page)
+        app = make_app(pool, tokenizer, of, limits, keys=api_keys, store=store, hosts=hosts, origins=origins, page=page, traces=traces)
         if not api_keys and not is_loopback(host):
             click.echo(f"host {host}: without --api-key, everyone who can reach this address may use the server", err=True)
         with fast_decoding(opened):

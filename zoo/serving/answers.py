@@ -107,6 +107,8 @@ class Answer:
             )
             self.tokens.append(int(next(self._generated)))
         self._decode = tokenizer.decoder(prompt.ids)
+        self.first_token = time.time_ns()
+        """When the first token was ready, in nanoseconds since 1970."""
         self._time = time.perf_counter()
         metrics.first_token.observe(self._time - started)
 

@@ -6,9 +6,10 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils._pytree import tree_leaves
 
@@ -48,6 +49,9 @@ from zoo.sessions.file import identity
 from zoo.sessions.host import WindowFullError
 from zoo.sessions.sleeping_model import SleepingModel, sleeping_model
 
+if TYPE_CHECKING:
+    from zoo.serving.traces import Traces
+
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}},
@@ -68,20 +72,22 @@ def make_app(
     hosts: Sequence[str] = (),
     origins: Sequence[str] = (),
     page: bool = True,
+    traces: Traces | None = None,
 ) -> FastAPI:
-    """Return the server of one model as an ASGI app, with the `Server` as `app.state.server`. Closes the pool on shutdown.
+    """Return the server of one model as an ASGI app, with the `Server` as `app.state.server`. Closes the pool and the traces on shutdown.
 
     Args:
         keys: API keys. If there are any, every request except those for /health, /ready and the files of the page needs one.
         store: folder or URL of an object store that keeps sessions after the process ends.
         hosts, origins: names of the server, and web pages that may use it; see `browsers.protect`.
         page: serve a page for a browser at /.
+        traces: records every answered request.
     Raises:
         ZooError: a bad key, host, origin or store.
     """
     if unusable := [key for key in keys if not re.fullmatch("[!-~]+", key)]:
         raise ZooError(f"api_key: {unusable[0]!r}; want at least one character, all ASCII and none a space")
-    server = Server(pool, tokenizer, name, limits or Limits(), store)
+    server = Server(pool, tokenizer, name, limits or Limits(), store, traces)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -91,6 +97,8 @@ def make_app(
         yield
         await anyio.to_thread.run_sync(server.sessions.close)
         pool.close()
+        if traces is not None:
+            await anyio.to_thread.run_sync(traces.close)
 
     app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = server
@@ -120,8 +128,10 @@ def make_app(
 class Server:
     """The routes of one model."""
 
-    def __init__(self, pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits, store: str | Path | None) -> None:
-        self.tokenizer, self.name, self.limits = tokenizer, name, limits
+    def __init__(
+        self, pool: SessionPool, tokenizer: ByteTokenizer, name: str, limits: Limits, store: str | Path | None, traces: Traces | None
+    ) -> None:
+        self.tokenizer, self.name, self.limits, self.traces = tokenizer, name, limits, traces
         self.pool = pool
         model = sleeping_model(pool.model)
         due = pool.schedule.due(model.config.window)
@@ -219,12 +229,15 @@ class Server:
         name = _session_of(body, request)
         if name is not None and body.n > 1:
             raise ApiError(400, f"n: {body.n}; want 1 in a session, which continues from its answer", "n")
+        started, begun = time.time_ns(), list[Choice]()
         with ExitStack() as cleanup:
             kept = self.sessions.acquire(owner_of(request), name)
             cleanup.callback(self.sessions.release, kept)
-            kept.left = request.state.left
+            if self.traces is not None:
+                cleanup.push(partial(self.traces.record, started, request, body, kept, begun))
+            kept.left, kept.sleeps, kept.asleep = request.state.left, 0, 0.0
             try:
-                choices = self._choices(kept, prompts(kept), body, max_tokens, messages, schema)
+                choices = self._choices(kept, prompts(kept), body, max_tokens, messages, schema, begun)
                 cleanup.callback(choices.close)
                 first = next(choices)
             except PoolClosedError:
@@ -252,8 +265,12 @@ class Server:
         max_tokens: int,
         messages: Messages | None,
         schema: JsonSchema | None,
+        begun: list[Choice],
     ) -> Generator[Choice, None, None]:
-        """Yield `n` answers to each prompt, closing each before the next one. Raises ApiError before the first."""
+        """Yield `n` answers to each prompt, closing each before the next one, and append them to `begun`.
+
+        Raises ApiError before the first.
+        """
         field = "prompt" if messages is None else "messages"
         room = [self._room(kept, prompt, max_tokens, field) for prompt in prompts]
         for at, (prompt, most) in enumerate(zip(prompts, room, strict=True)):
@@ -265,7 +282,8 @@ class Server:
                     cleanup.callback(answer.close)
                     if messages is not None:
                         cleanup.callback(_remember, kept, messages, answer)
-                    yield Choice(at * body.n + number, answer, 0 if number else prompt.new)
+                    begun.append(Choice(at * body.n + number, answer, 0 if number else prompt.new))
+                    yield begun[-1]
 
     def _room(self, kept: KeptSession, prompt: Prompt, max_tokens: int, field: str) -> int:
         """Return the maximum number of tokens in the answer to a prompt. Raises ApiError if the prompt itself is too long."""

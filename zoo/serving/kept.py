@@ -16,7 +16,7 @@ from zoo.serving.schemas import ApiError
 from zoo.serving.store import Journal, Record
 from zoo.sessions.host import WindowFullError
 from zoo.sessions.session import Session
-from zoo.sessions.snapshot import Snapshot
+from zoo.sessions.snapshot import Counts, Snapshot
 
 Messages = list[dict[str, Any]]
 Ends = Callable[[], Iterable[int]]
@@ -45,6 +45,11 @@ class KeptSession:
     """Tokens that the stream holds, its pending one included; during a request, those that it will hold."""
     messages: Messages = field(default_factory=list)
     """The conversation, with the last answer."""
+    sleeps: int = 0
+    asleep: float = 0.0
+    """Number of sleeps during the current request, and seconds spent in them."""
+    counted: Counts = field(default_factory=Counts)
+    """Statistics of the stream when these were counted."""
     used: float = field(default_factory=time.monotonic)
     busy: bool = False
     writing: bool = False
@@ -85,7 +90,7 @@ class KeptSession:
             sleeps = sleeps[len(found.sleeps) if found else 0 :]
         else:
             at, sleeps = common, sleeps if not self.tokens else ()
-        self.tokens = ids
+        self.tokens, self.counted = ids, self.session.snapshot().counts
         if at < len(ids):
             again = dict(sleeps)
             worth = {*range(at - at % STRIDE + STRIDE, len(ids), STRIDE), *ends(), len(ids)}
@@ -112,8 +117,9 @@ class KeptSession:
             self.session.restore(self.empty)
             self.tokens = []
         self.session.read(self._tensor([]))  # the pending token
-        before, self.tokens = self.session.snapshot().logits, [*self.tokens, *ids]
-        last = None if before is None else before[0]
+        before, self.tokens = self.session.snapshot(), [*self.tokens, *ids]
+        self.counted = before.counts
+        last = None if before.logits is None else before.logits[0]
         for start in range(0, len(ids), PIECE):
             self.check_client()
             piece = ids[start : start + PIECE]
@@ -130,6 +136,9 @@ class KeptSession:
     def settle(self) -> None:
         """Keep in `tokens` only those that the stream has actually read or generated."""
         now = self.session.snapshot()
+        self.sleeps += now.counts.sleeps - self.counted.sleeps
+        self.asleep += now.counts.asleep - self.counted.asleep
+        self.counted = now.counts
         self.tokens = self.tokens[: now.counts.tokens + now.pending.shape[1]]
         if self.tokens and now.logits is not None:
             self.prefixes.keep(self.owner, self.tokens, now, self.name)
