@@ -94,7 +94,8 @@ def main(large: bool) -> None:
     for name, model, theirs in pairs(large):
         with tempfile.TemporaryDirectory() as scratch:
             folder, forms = Path(scratch), list(stored.FORMS) if takes(model) and name.endswith("50M") else []
-            stored.write(model, folder, forms, LENGTH)
+            if forms:
+                stored.write(model, folder, forms, LENGTH)
             zoo.arrange_weights(model)
             for threads, batch in ((1, 1), (2, 1), (2, 16)):
                 torch.set_num_threads(threads)
