@@ -1,7 +1,10 @@
 """Other operating systems: import, inference and training where modules of Unix and Linux are missing."""
 
+import platform
 import subprocess
 import sys
+
+import pytest
 
 PROGRAM = """
 import os, sys
@@ -41,3 +44,35 @@ assert zoo.system.cores() == os.cpu_count()
 def test_without_the_modules_of_unix(tmp_path):
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+HEAPS = """
+import ctypes, sys, tempfile, threading
+from zoo.system import share_heaps
+
+share_heaps()
+barrier = threading.Barrier(8)
+
+def allocate():
+    barrier.wait()
+    kept = [bytes(100_000) for _ in range(100)]
+    barrier.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="heaps are those of glibc")
+def test_threads_share_two_heaps(tmp_path):
+    """As glibc itself reports."""
+    subprocess.run([sys.executable, "-c", HEAPS, tmp_path / "heaps.xml"], check=True, timeout=120)
+    assert (tmp_path / "heaps.xml").read_text().count("<heap nr=") == 2

@@ -161,7 +161,9 @@ def serve(
     from zoo.serving.listening import is_loopback, listen
     from zoo.serving.store import places
     from zoo.sessions.pool import SessionPool
+    from zoo.system import share_heaps
 
+    share_heaps()
     if store is not None:
         places(store)  # refused before the model is loaded
     traces = None
