@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from zoo.errors import ZooError
 
@@ -18,6 +21,28 @@ COMPANIONS = (*TOKENIZERS, *TOKENIZER_PARTS, *TEMPLATES, GENERATION)
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a folder holds a tokenizer in any format."""
     return any(file.is_file() for pattern in TOKENIZERS for file in folder.glob(pattern))
+
+
+def same_tokenizer(ours: Mapping[str, bytes], theirs: Mapping[str, bytes]) -> bool:
+    """Return whether two sets of these files have the same vocabulary, as far as they hold the same kind of tokenizer."""
+    common = [name for name in tokenizers(ours) if name in theirs]
+    return all(_vocabulary(name, ours[name]) == _vocabulary(name, theirs[name]) for name in common)
+
+
+def tokenizers(companions: Mapping[str, bytes]) -> list[str]:
+    """Return the names of the files that are each a tokenizer."""
+    return [name for name in companions if any(fnmatch(name, pattern) for pattern in TOKENIZERS)]
+
+
+def _vocabulary(name: str, content: bytes) -> Any:
+    """Return what decides which token has which id: of tokenizer.json, which libraries write in various ways, the model."""
+    if name != "tokenizer.json":
+        return content
+    try:
+        fields = json.loads(content)
+        return fields["model"], fields.get("added_tokens")
+    except (ValueError, KeyError, TypeError):
+        return content
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:

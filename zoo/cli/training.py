@@ -91,7 +91,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, track: tupl
 
 
 @main.command("eval")
-@click.argument("folder", type=PATH)
+@click.argument("folder")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="Held-out text, tokens or questions.  [default: as in the run]")
 @click.option("--length", type=click.IntRange(min=2), help="Tokens per sequence of --data.  [default: as in the run, else four windows]")
@@ -104,17 +104,18 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, track: tupl
 @DEVICE
 @DTYPE
 @THREADS
-def eval_(folder: Path, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def eval_(folder: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Evaluate a model on held-out sequences.
 
-    FOLDER is a training run, finished or not, one of its checkpoints, or the folder of a model, which needs --data: a text file, a
-    .jsonl or .parquet file of documents, a .npy file of tokens, or a .jsonl file of questions or of conversations as the tasks qa and
-    chat read them. FIELD=VALUE replaces a field of the model's config, such as evict=sliding.
+    FOLDER is a training run, finished or not, one of its checkpoints, or the folder of a model, also hf://OWNER/NAME[@REVISION]. A model
+    needs --data: a text file, a .jsonl or .parquet file of documents, a .npy file of tokens, or a .jsonl file of questions or of
+    conversations as the tasks qa and chat read them. FIELD=VALUE replaces a field of the model's config, such as evict=sliding.
     """
+    from zoo.checkpoints.hub import local_folder
     from zoo.console import print_comparison, print_results
     from zoo.training.evaluate_folder import evaluate_folder
 
-    results = evaluate_folder(folder, parse_overrides(overrides), **options)
+    results = evaluate_folder(local_folder(folder, "FOLDER"), parse_overrides(overrides), **options)
     if as_json:
         import json
 

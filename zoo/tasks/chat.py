@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ Row = list[tuple[int, bool]]
 class Chat(JsonLines):
     """Rows `{"messages": [{"role": ..., "content": ...}, ...]}` of JSON lines, in the chat template; content is a text or a list of
     text parts. The answers of the assistant are supervised, each with the token that ends it, in every window, so the model needs
-    `sleep_on: every`. Without a tokenizer, a message is a line of bytes.
+    `sleep_on: every`; one with `"weight": 0` is only read. Without a tokenizer, a message is a line of bytes.
 
     The level of a token is the index of its window in the conversation, from 1. What follows the last answer is dropped, and so is
     what does not fit into `length` tokens.
@@ -61,9 +63,11 @@ class Chat(JsonLines):
 
     def row(self, fields: Any) -> Row:
         """See `JsonLines.row`."""
-        if fields.get("tools"):
-            raise ZooError("tools: conversations with tools are not supported")
-        messages, row, written = [_message(message, f"messages.{n}") for n, message in enumerate(fields["messages"])], [], ""
+        for field in ("tools", "functions"):
+            if fields.get(field):
+                raise ZooError(f"{field}: conversations with tools are not supported")
+        messages, row, written = [self._message(message, f"messages.{n}") for n, message in enumerate(fields["messages"])], [], ""
+        weights = [message.pop("weight", 1) for message in messages]
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -79,7 +83,7 @@ class Chat(JsonLines):
                     f"messages.{n}: the chat template ends it with none of the tokens {self.text.stop}, which end an answer: eos_token_id"
                 )
             row += [(token, False) for token in self.text.encode(asked[len(written) :], special=False)]
-            row += [(token, at <= ends[-1]) for at, token in enumerate(answer, 1)]
+            row += [(token, weights[n] == 1 and at <= ends[-1]) for at, token in enumerate(answer, 1)]
             written = answered
         if not row:
             raise ZooError("messages: none of the assistant")
@@ -99,21 +103,29 @@ class Chat(JsonLines):
             )
         return kept
 
+    @cached_property
+    def _fields_read(self) -> set[str]:
+        """Names of the fields of a message that have an effect."""
+        return {"role", "content", "weight", *re.findall(r"\w+", " ".join(self.text.templates.values()))}
 
-def _message(message: Any, label: str) -> dict[str, str]:
-    """Return a message with its text parts joined. Raises ZooError, starting with `label`."""
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise ZooError(f"{label}: want an object with role and content")
-    if message["role"] not in ROLES:
-        raise ZooError(f"{label}.role: {message['role']!r}; allowed: {', '.join(ROLES)}")
-    for field in ("tool_calls", "function_call"):
-        if message.get(field):
-            raise ZooError(f"{label}.{field}: calls are not supported")
-    parts = message["content"] if isinstance(message["content"], list) else [{"type": "text", "text": message["content"]}]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    joined = [text for text in texts if isinstance(text, str)]
-    if len(joined) < len(texts):
-        raise ZooError(f"{label}.content: want a text, or a list of text parts")
-    if message["role"] == "assistant" and not any(joined):
-        raise ZooError(f"{label}.content: empty; want a text")
-    return {**message, "content": "".join(joined)}
+    def _message(self, message: Any, label: str) -> dict[str, Any]:
+        """Return a message with its text parts joined. Raises ZooError, starting with `label`."""
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ZooError(f"{label}: want an object with role and content")
+        if message["role"] not in ROLES:
+            raise ZooError(f"{label}.role: {message['role']!r}; allowed: {', '.join(ROLES)}")
+        for field in ("tool_calls", "function_call"):
+            if message.get(field):
+                raise ZooError(f"{label}.{field}: calls are not supported")
+        if message.get("weight", 1) not in (0, 1):
+            raise ZooError(f"{label}.weight: {message['weight']!r}; allowed: 0, 1")
+        if unread := [field for field, value in message.items() if value and field not in self._fields_read]:
+            raise ZooError(f"{label}.{unread[0]}: the chat template does not read it; remove it")
+        parts = message["content"] if isinstance(message["content"], list) else [{"type": "text", "text": message["content"]}]
+        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+        joined = [text for text in texts if isinstance(text, str)]
+        if len(joined) < len(texts):
+            raise ZooError(f"{label}.content: want a text, or a list of text parts")
+        if message["role"] == "assistant" and not any(joined):
+            raise ZooError(f"{label}.content: empty; want a text")
+        return {**message, "content": "".join(joined)}

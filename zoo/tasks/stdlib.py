@@ -55,7 +55,7 @@ class Stdlib(Task):
 
     def fingerprints(self) -> dict[str, str]:
         """See `Task.fingerprints`."""
-        return {"Python's standard library": corpus().sha256}
+        return {"the standard library": corpus().sha256}
 
     def batch(self, seed: int, step: int, size: int, split: Split = "train") -> Batch:
         """See `Task.batch`."""

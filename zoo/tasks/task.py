@@ -55,6 +55,8 @@ class Task(BaseModel):
     """True if every token is a byte, so that the loss gives bits per byte."""
     is_text: ClassVar[bool] = False
     """True if tokens are those of the model's tokenizer, or bytes, so that the bytes of their text can be counted."""
+    of_ids: ClassVar[bool] = False
+    """True if files hold token ids, which any tokenizer may have made."""
 
     def __str__(self) -> str:
         given = "".join(f" {field}={value}" for field, value in self.model_dump(exclude_defaults=True).items())
@@ -79,11 +81,20 @@ class Task(BaseModel):
         """Return files that travel with a model trained on the task, such as a tokenizer; see `zoo.checkpoints.companions`."""
         return {}
 
+    def sources(self) -> dict[str, Path]:
+        """Return the files, and the folders of tokenizers, that the sequences come from, by field."""
+        found = {}
+        for field in self.paths:
+            value = getattr(self, field)
+            if isinstance(value, str):
+                found[field] = Path(value)
+            elif value is not None:
+                found |= {f"{field}.{n}": Path(path) for n, path in enumerate(sorted(value), 1)}
+        return found
+
     def fingerprints(self) -> dict[str, str]:
-        """Return a fingerprint of the content of each file, and of the tokenizer in each folder, that the fields name, by path."""
-        fields = (getattr(self, field) for field in self.paths)
-        paths = [Path(path) for value in fields if value is not None for path in ([value] if isinstance(value, str) else value)]
-        return {str(path): fingerprint(path) for path in paths if path.exists()}
+        """Return a fingerprint of each source, by field."""
+        return {f"task.{field}": fingerprint(path) for field, path in self.sources().items() if path.exists()}
 
     def contexts(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
         """Return `count` random contexts, [count, ...]: the information that an answer depends on, and the unit by which splits

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from zoo.checkpoints.companions import read_companions
+from zoo.checkpoints.companions import read_companions, same_tokenizer
 from zoo.config import read_yaml
 from zoo.errors import ZooError, counted
 from zoo.tasks.mixture import drawn, part, shares
@@ -33,6 +33,7 @@ class Text(Task):
     paths = ("train", "test")
     loss_everywhere = True
     is_text = True
+    of_ids = True
     train: str | dict[str, float] = Field(description="file of token ids; or several, each with a weight: its share of the sequences")
     test: str = Field(description="held-out file of token ids")
     vocab: int = Field(ge=2, description="size of the vocabulary; every token id is smaller")
@@ -48,6 +49,10 @@ class Text(Task):
         if not self._weights or min(self._weights) <= 0:
             raise ValueError(f"train: {self.train}: want at least one file, and weights above 0")
         shares(self._weights)
+        tokenizers = {file: read_companions(Path(file).parent) for file in (*self._files, self.test)}
+        for file, companions in tokenizers.items():
+            if not same_tokenizer(tokenizers[self._files[0]], companions):
+                raise ValueError(f"{'test' if file == self.test else 'train'}: {file}: not of the tokenizer of {self._files[0]}")
         for split, files in {"train": self._files, "test": (self.test,)}.items():
             for file in files:
                 tokens = open_tokens(file, split)
@@ -65,11 +70,16 @@ class Text(Task):
 
     @property
     def _files(self) -> tuple[str, ...]:
-        return (self.train,) if isinstance(self.train, str) else tuple(self.train)
+        return (self.train,) if isinstance(self.train, str) else tuple(sorted(self.train))
 
     @property
     def _weights(self) -> list[float]:
-        return [1.0] if isinstance(self.train, str) else list(self.train.values())
+        return [1.0] if isinstance(self.train, str) else [self.train[file] for file in self._files]
+
+    def sources(self) -> dict[str, Path]:
+        """See `Task.sources`."""
+        found = super().sources()
+        return found | ({f"{field}, {SUMMARY}": file.parent / SUMMARY for field, file in found.items()} if self.documents else {})
 
     def companions(self) -> dict[str, bytes]:
         """See `Task.companions`: the tokenizer that `zoo tokenize` has copied next to the first file."""

@@ -37,6 +37,7 @@ from zoo.training.evaluate import evaluate
 from zoo.training.plan import Arm, Matching, Plan, Run, arms_of, runs_of
 from zoo.training.plots import figure, read_run, save
 from zoo.training.run_folder import RESULTS
+from zoo.training.run_inputs import check_inputs
 from zoo.training.tables import csv_rows, markdown
 from zoo.training.workers import Job, train_all
 
@@ -75,6 +76,7 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None, shard: tuple[
     part, parts = shard
     if parts > len(runs):
         raise ZooError(f"shard: {part}/{parts}: the plan has only {counted(len(runs), 'run')}")
+    _check_finished(runs, out / "runs")
     with deferred():
         _begin(settings, out)
     failed = (on or train_all)(_jobs(runs[part - 1 :: parts], out / "runs", plan.test_loops), processes)
@@ -110,6 +112,16 @@ def _sole_writer(out: Path) -> Iterator[None]:
         while not lock(file):
             time.sleep(0.1)
         yield
+
+
+def _check_finished(runs: Iterable[Run], folder: Path) -> None:
+    """Raise ZooError if the data of a finished run has changed: one table would compare runs on different data."""
+    known: dict[str, dict[str, str]] = {}
+    for run in runs:
+        if (folder / run.folder / RESULTS).exists():
+            task = json.dumps(run.config.task)
+            known[task] = known.get(task) or new_task(run.config.task).fingerprints()
+            check_inputs(folder / run.folder, known[task])
 
 
 def _jobs(runs: Iterable[Run], folder: Path, test_loops: tuple[int, ...]) -> dict[Run, Job]:

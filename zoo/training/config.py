@@ -144,4 +144,4 @@ def _absolute(value: Any, folder: Path) -> Any:
         return [_absolute(entry, folder) for entry in value]
     if isinstance(value, Mapping):
         return {_absolute(entry, folder): weight for entry, weight in value.items()}
-    return os.path.abspath(folder / value) if isinstance(value, str) and ":" not in value else value
+    return os.path.abspath(folder / value) if isinstance(value, str) and not value.startswith("hub:") else value

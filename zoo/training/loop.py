@@ -29,6 +29,7 @@ from zoo.training.optimizers import exempt_from_decay, restore, state_of
 from zoo.training.parallel import Team, clip_gradients, join, reshard
 from zoo.training.prepare import prepare
 from zoo.training.run_folder import NotFiniteError, RunFolder
+from zoo.training.run_inputs import check_config, check_inputs, record_inputs
 
 
 def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metrics: None, measure_products: bool = False) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
             prepare(config, torch.device("meta"))  # a field that is wrong in itself is named first
             raise
         trainer = Trainer(config, run, team)
+        trainer.check()
         for split in ("train", "test"):
             trainer.task.batch(config.seed, 0, 1, split)  # data that does not fit is refused before there is a folder
         with deferred() as stop_requested, trainer.run.locked():
@@ -78,30 +80,31 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: RunFolder, team: Team) -> None:
         self.config, self.run, self.team = config, run, team
         initial = run.newest() is None or config.lora is not None  # a checkpoint has its own weights
-        self.task, self.model, self.answer, self.weights, self.optimizers, self.frozen = prepare(config, team.device, team, initial=initial)
-        self.data = self.task.fingerprints()
+        self.task, self.model, self.answer, self.weights, self.optimizers, frozen = prepare(config, team.device, team, initial=initial)
+        self.inputs = self.task.fingerprints() | ({} if frozen is None else {"weights": frozen})
         self.done = 0
         self.divergence = Divergence(config.diverged)
         self.precision = torch.get_float32_matmul_precision()
         self.bfloat16_products = "bfloat16"
 
+    def check(self) -> None:
+        """Raise ZooError if a run in the folder began with other data or another model, or its adapters are for other weights."""
+        check_inputs(self.run.path, self.inputs)
+        check_config(self.run, self.model.config)
+
     def resume(self, measure_products: bool) -> None:
         """Load the newest checkpoint, if there is one.
 
         Raises:
-            ZooError: the run began under different weight-decay rules, its adapters are for other weights, or its data has changed.
+            ZooError: the run began under different weight-decay rules.
         """
+        if self.team.is_main:
+            record_inputs(self.run.path, self.inputs)
         on_cpu = self.team.device.type == "cpu"
         if self.config.weight_decay:
             self.run.record_exempt(exempt_from_decay(self.model, self.config.no_decay))
         if checkpoint := self.run.newest_whole():
             progress = self.run.progress(checkpoint)
-            if progress.get("frozen", self.frozen) != self.frozen:
-                changed = self.config.weights or self.config.model
-                raise ZooError(f"{self.run.path}: the weights of {changed} have changed since this run began")
-            for path, known in progress.get("data", {}).items():
-                if self.data.get(path) != known:
-                    raise ZooError(f"{self.run.path}: {path} has changed since this run began; restore it, or begin a new run")
             self.model.companions = read_companions(checkpoint)
             restore(self.optimizers, self.weights, self.run.load(checkpoint, self.model), progress["numbers"])
             self.done = progress["step"]
@@ -189,7 +192,8 @@ class Trainer:
         return evaluate(self.model, self.task, self.config.eval_sequences, seed=self.config.seed, control=control, team=self.team)
 
     def save(self, held_out_loss: float | None) -> Path:
-        """Write a checkpoint and return its folder. Raises ZooError if a weight is not finite."""
+        """Write a checkpoint and return its folder. Raises ZooError if a weight is not finite, or if the data has changed."""
+        check_inputs(self.run.path, self.task.fingerprints())
         tensors, numbers = state_of(self.optimizers, self.weights, complete=self.config.lora is not None)
         progress = {
             "step": self.done,
@@ -198,10 +202,8 @@ class Trainer:
             "held_out_loss": held_out_loss,
             "matmul_precision": self.precision,
             "bfloat16_products": self.bfloat16_products,
-            "data": self.data,
             "numbers": numbers,
         }
-        progress |= {} if self.frozen is None else {"frozen": self.frozen}
         try:
             return self.run.save(self.model, tensors, progress, keep=self.config.keep)
         except NotFiniteError as error:

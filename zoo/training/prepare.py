@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from zoo.checkpoints.companions import same_tokenizer, tokenizers
 from zoo.checkpoints.own import configure
 from zoo.config import resolve
 from zoo.errors import ZooError
@@ -54,6 +55,7 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
         seed=config.seed,
         pretrained=source == "hub" or source or False,
     )
+    _check_tokenizers(config, model, task)
     model.companions = model.companions or task.companions()
     check_fit(model, task)
     if config.balance and "moe" not in model.config.mlp_pattern:
@@ -75,3 +77,15 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
         exempt=exempt_from_decay(model, config.no_decay),
     )
     return Prepared(task, model, answer, weights, optimizers, frozen)
+
+
+def _check_tokenizers(config: TrainConfig, model: Model, task: Task) -> None:
+    """Raise ZooError if the text of a task is not in the tokens of a model that has a tokenizer."""
+    if not task.is_text or not tokenizers(model.companions):
+        return
+    of, field = config.weights or config.model, "task.train" if task.of_ids else "task.tokenizer"
+    companions = task.companions()
+    if not tokenizers(companions) and not task.of_ids:
+        raise ZooError(f"{field}: none, so the task reads bytes, but {of} has a tokenizer")
+    if not same_tokenizer(model.companions, companions):
+        raise ZooError(f"{field}: the tokenizer is not that of {of}; want the same vocabulary")

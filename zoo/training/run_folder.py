@@ -2,6 +2,7 @@
 
 train.yaml                      the settings; a run resumes only with the same ones, or with more steps once it has taken them all
 metrics.jsonl                   a line per logged step
+inputs.json                     fingerprints of the data, and of the weights that adapters are trained for; see `run_inputs`
 no_decay.txt                    names of the parameters without weight decay, if there is weight decay
 checkpoints/00001000/           each written atomically; the last one is of the last step
     model.safetensors zoo.yaml  a folder for zoo.load, independent of the number of processes
@@ -55,12 +56,12 @@ class NotFiniteError(Exception):
     """Weights or optimiser states contain NaN or infinity."""
 
 
-def _difference(field: str, there: dict[str, Any], asked: dict[str, Any]) -> tuple[str, Any, Any]:
+def difference(field: str, there: dict[str, Any], asked: dict[str, Any]) -> tuple[str, Any, Any]:
     """Return the dotted path of the first value that differs within a field, and both values."""
     ours, theirs = (values.get(field, "its default") for values in (there, asked))
     if isinstance(ours, dict) and isinstance(theirs, dict):
         inner = next(name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name))
-        inner, ours, theirs = _difference(inner, ours, theirs)
+        inner, ours, theirs = difference(inner, ours, theirs)
         field = f"{field}.{inner}"
     return field, ours, theirs
 
@@ -87,7 +88,7 @@ class RunFolder:
             self.extended, there["steps"] = True, now
         for field in {**settings, **there}:
             if there.get(field) != settings.get(field):
-                field, held, asked = _difference(field, there, settings)
+                field, held, asked = difference(field, there, settings)
                 rule = "; a run can be extended once it has taken all its steps, but not shortened" if field == "steps" else ""
                 raise ZooError(
                     f"{path}: holds a run with {field}: {held}, not {asked}{rule}; resume with the same settings, or choose another folder"

@@ -55,6 +55,28 @@ def test_answers_are_supervised_with_their_ends(folder):
     assert task(folder).chance() == max(np.mean(answers == token) for token in answers)
 
 
+def test_an_answer_of_weight_0_is_only_read(folder):
+    for split in ("train", "test"):
+        messages = [{"role": "assistant", "content": said, "weight": weight, "refusal": None} for said, weight in (("no", 0), ("yes", 1))]
+        (folder / f"{split}.jsonl").write_text(json.dumps({"messages": messages}))
+    ((ids,), (mask,), _) = task(folder).batch(0, 0, 1, "test")
+    text = load_tokenizer(None, 256)
+    assert text.decode(ids) == "assistant: no\nassistant: yes\n"
+    assert text.decode(ids[mask]) == "yes\n"
+
+
+def test_fields_of_a_message_that_the_template_reads(folder):
+    template = folder / "bytes" / "chat_template.jinja"
+    message = {"role": "assistant", "content": "a", "thoughts": "b"}
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"messages": [message]}))
+    with pytest.raises(zoo.ZooError, match=r"messages.0.thoughts: the chat template does not read it"):
+        task(folder, tokenizer=str(folder / "bytes")).batch(0, 0, 1)
+    template.write_text(TEMPLATE.replace("m.content", "m.thoughts"))
+    ((ids,), _, _) = task(folder, tokenizer=str(folder / "bytes")).batch(0, 0, 1)
+    assert load_tokenizer(folder / "bytes", 256).decode(ids) == "<assistant>b\0\n"
+
+
 def test_a_template_ends_the_answers(folder):
     """Before an answer, a sequence is what the server reads; what follows the end of an answer is not supervised."""
     text = load_tokenizer(folder / "bytes", 256)

@@ -5,13 +5,16 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 
 import zoo
+from zoo.checkpoints.companions import read_companions
 from zoo.tasks import new_task
 from zoo.text.tokenizers import ByteTokenizer, load_tokenizer
 from zoo.training.config import TrainConfig
 from zoo.training.loop import train
+from zoo.training.prepare import prepare
 
 NAMES = ["Ann", "Bob", "Cid", "Dan"]
 
@@ -114,3 +117,36 @@ def test_a_model_answers_about_evicted_context(rows, tmp_path, steps):
     assert load_tokenizer(tmp_path / "run", 256).stop == (0,)
     if steps > 2:
         assert results["first"] > 0.95
+
+
+def test_the_tokenizer_is_that_of_the_model(rows, tmp_path):
+    """A model with a tokenizer is not trained on bytes, nor on the tokens of another vocabulary; other files of a folder may differ."""
+    for name, letters in (("mine", "abc"), ("same", "abc"), ("other", "bca")):
+        words = models.WordLevel({letter: n for n, letter in enumerate(letters)}, "a")
+        (tmp_path / name).mkdir()
+        Tokenizer(words).save(str(tmp_path / name / "tokenizer.json"), pretty=name == "same")
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+        (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    model = zoo.create("gdn4-sleep2-hard32", layers="attn gdn", d_model=16, d_ff=16, vocab_size=3)
+    model.companions = read_companions(tmp_path / "mine")
+    zoo.save(model, tmp_path / "model")
+
+    def prepared(**more):
+        return prepare(TrainConfig(model=str(tmp_path / "model"), task={**fields(rows), **more}, steps=1), torch.device("cpu"))
+
+    prepared(tokenizer=str(tmp_path / "same"))
+    with pytest.raises(zoo.ZooError, match=r"task.tokenizer: the tokenizer is not that of .*model; want the same vocabulary"):
+        prepared(tokenizer=str(tmp_path / "other"))
+    with pytest.raises(zoo.ZooError, match=r"task.tokenizer: none, so the task reads bytes, but .*model has a tokenizer"):
+        prepared(vocab=3)
+    text = {"name": "text", "vocab": 3, "length": 32, "width": 32}
+    for folder in (tmp_path / name for name in ("same", "other", ".")):
+        for split in ("train", "test"):
+            np.save(folder / f"{split}.npy", np.zeros(32, np.uint8))
+            text[split] = str(folder / f"{split}.npy")
+        config = TrainConfig(model=str(tmp_path / "model"), task=text, steps=1)
+        if folder.name == "other":
+            with pytest.raises(zoo.ZooError, match=r"task.train: the tokenizer is not that of .*model; want the same vocabulary"):
+                prepare(config, torch.device("cpu"))
+        else:  # tokens without a tokenizer beside them may be the model's
+            prepare(config, torch.device("cpu"))

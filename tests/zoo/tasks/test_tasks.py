@@ -4,7 +4,6 @@ import json
 import os
 from collections import Counter, defaultdict
 from itertools import pairwise, permutations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -432,11 +431,11 @@ def test_the_fingerprints_of_data(tmp_path):
     Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, "a")).save(str(words / "tokenizer.json"))
     task = new_task({"name": "qa", "train": str(tmp_path / "train"), "test": str(tmp_path / "test"), "tokenizer": str(words)})
     before = task.fingerprints()
-    assert set(before) == {str(tmp_path / "train"), str(tmp_path / "test"), str(words)}
-    for file, changed in zip(files, [{files[0]}, {files[1]}, {words}, {words}, set()], strict=True):
+    assert set(before) == {"task.train", "task.test", "task.tokenizer"}
+    for file, changed in zip(files, ["train", "test", "tokenizer", "tokenizer", None], strict=True):
         content = file.read_bytes()
         file.write_bytes(content[:-1] + b" ")
-        assert {Path(path) for path, known in before.items() if task.fingerprints()[path] != known} == changed
+        assert [field for field, known in before.items() if task.fingerprints()[field] != known] == [f"task.{changed}"] * bool(changed)
         file.write_bytes(content)
         os.utime(file, (0, 0))
     assert task.fingerprints() == before
@@ -457,6 +456,33 @@ def test_the_fingerprint_of_a_large_file(tmp_path):
             tokens[start : start + changed] = 0
         tokens[:-1].tofile(file)
         assert len(found | {fingerprint(file)}) == len(starts) + 2
+
+
+def test_the_order_of_corpora_does_not_matter(corpora):
+    fields, found = corpora
+    one, other = (new_task({**fields, "train": dict.fromkeys(files, 1)}) for files in (found, reversed(found)))
+    assert np.array_equal(one.batch(0, 0, 8).ids, other.batch(0, 0, 8).ids)
+    assert one.fingerprints() == other.fingerprints()
+
+
+def test_the_end_of_documents_is_part_of_the_data(corpora, tmp_path):
+    task = new_task({**corpora[0], "train": str(tmp_path / "many" / "train.npy"), "documents": True})
+    before, summary = task.fingerprints(), tmp_path / "many" / "data.yaml"
+    summary.write_text(summary.read_text().replace("end: 0", "end: 1"))
+    assert task.fingerprints() != before
+
+
+def test_corpora_of_several_tokenizers_are_refused(corpora, tmp_path):
+    """Another form of the same vocabulary is the same tokenizer."""
+    fields, found = corpora
+    words = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": []}
+    for name in ("few", "many"):
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(words, indent=len(name)))
+    new_task({**fields, "train": dict.fromkeys(found, 1)})
+    words["model"]["vocab"] = {"b": 0, "a": 1}
+    (tmp_path / "few" / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(zoo.ZooError, match=r"train: .*many.train.npy: not of the tokenizer of .*few.train.npy"):
+        new_task({**fields, "train": dict.fromkeys(found, 1)})
 
 
 def test_every_part_of_a_text_occurs_once_in_an_epoch(corpora):

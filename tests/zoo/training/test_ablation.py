@@ -10,6 +10,7 @@ import sys
 import time
 from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -280,6 +281,19 @@ def test_an_interrupted_ablation_resumes(planned, tmp_path, blow):
     train(run.config, tmp_path / "whole")
     interrupted, whole = (zoo.load(path).state_dict() for path in (folder, tmp_path / "whole"))
     assert all(torch.equal(interrupted[name], whole[name]) for name in whole)
+
+
+def test_runs_on_data_that_has_changed_are_not_compared(planned, tmp_path, monkeypatch):
+    monkeypatch.setattr("zoo.training.ablation.train_all", in_this_process)
+    for split in ("train", "test"):
+        np.save(tmp_path / f"{split}.npy", np.arange(20, dtype=np.uint8))
+    task = {"name": "text", "train": str(tmp_path / "train.npy"), "test": str(tmp_path / "test.npy"), "vocab": 20, "length": 20, "width": 5}
+    plan = planned(base={**BASE, "task": task}, grid={"lr": [0.1, 0.2]}, seeds=[0])
+    ablate(plan, tmp_path / "out", shard=(1, 2))
+    np.save(tmp_path / "train.npy", np.arange(20, dtype=np.uint8)[::-1])
+    with pytest.raises(zoo.ZooError, match=r"seed0: task.train: changed since this run began; restore it, or begin a new run"):
+        ablate(plan, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
 
 
 def test_shards_in_one_folder_end_with_the_files_of_one_process(planned, tmp_path, monkeypatch):

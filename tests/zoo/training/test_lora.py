@@ -98,14 +98,14 @@ def test_adapters_for_other_weights_are_not_resumed(tmp_path):
     with pytest.raises(StoppedError):
         train(config, tmp_path / "run", report=lambda metrics: os.kill(os.getpid(), signal.SIGTERM))
     train(tiny(steps=3), tmp_path / "base")
-    with pytest.raises(zoo.ZooError, match=r"run: the weights of .*base have changed since this run began"):
+    with pytest.raises(zoo.ZooError, match=r"run: weights: changed since this run began; restore it"):
         train(config, tmp_path / "run")
 
 
 def test_a_run_may_end_with_the_adapters_alone(tmp_path):
     results = train(tiny(steps=3, lora={"rank": 2, "output": "adapter"}), tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "adapter", "checkpoints", "metrics.jsonl", "results.json", "train.yaml"
+        "adapter", "checkpoints", "inputs.json", "metrics.jsonl", "results.json", "train.yaml"
     ]  # fmt: skip
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 16.0, "gdn4-sleep2-hard6")

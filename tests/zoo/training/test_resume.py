@@ -101,19 +101,83 @@ def test_a_task_that_does_not_fit_leaves_no_folder(tmp_path):
         train(tiny(task=task | {"vocab": 41}), tmp_path / "run")
 
 
-def test_a_run_whose_data_has_changed_is_not_resumed(tmp_path):
-    files = {split: tmp_path / f"{split}.npy" for split in ("train", "test")}
-    for file in files.values():
-        np.save(file, np.arange(40, dtype=np.uint8))
-    task = {"name": "text", "vocab": 41, "length": 40, "width": 6} | {split: str(file) for split, file in files.items()}
-    config = tiny(task=task, steps=4)
+@pytest.fixture
+def text(tmp_path):
+    """The fields of a task whose files hold 40 tokens."""
+    for split in ("train", "test"):
+        write_tokens(tmp_path / f"{split}.npy", last=39)
+    return {"name": "text", "vocab": 41, "length": 40, "width": 6, "train": str(tmp_path / "train.npy"), "test": str(tmp_path / "test.npy")}
+
+
+def write_tokens(file, last):
+    np.save(file, np.append(np.arange(39, dtype=np.uint8), np.uint8(last)))
+
+
+def stopped(config, out):
+    """Begin a run and stop it after its first step."""
     with pytest.raises(StoppedError):
-        train(config, tmp_path / "run", report=lambda metrics: os.kill(os.getpid(), signal.SIGTERM))
-    for file in files.values():
-        np.save(file, np.append(np.arange(39, dtype=np.uint8), np.uint8(40)))
-        with pytest.raises(zoo.ZooError, match=f"run: .*{file.name} has changed since this run began"):
+        train(config, out, report=lambda metrics: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def files_of(folder):
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_whose_data_has_changed_is_not_resumed(tmp_path, text):
+    config = tiny(task=text, steps=4)
+    stopped(config, tmp_path / "run")
+    for split in ("train", "test"):
+        write_tokens(text[split], last=40)
+        with pytest.raises(zoo.ZooError, match=f"run: task.{split}: changed since this run began; restore it, or begin a new run"):
             train(config, tmp_path / "run")
-        np.save(file, np.arange(40, dtype=np.uint8))
+        write_tokens(text[split], last=39)
+    train(config, tmp_path / "run")
+
+
+def test_a_finished_run_is_as_it_was_when_more_steps_are_refused(tmp_path, text):
+    train(tiny(task=text), tmp_path / "run")
+    before = files_of(tmp_path / "run")
+    write_tokens(text["train"], last=40)
+    with pytest.raises(zoo.ZooError, match=r"task.train: changed since this run began"):
+        train(tiny(task=text, steps=4), tmp_path / "run")
+    assert files_of(tmp_path / "run") == before
+
+
+def test_data_that_changes_while_a_run_goes_on_ends_it(tmp_path, text):
+    """No checkpoint has seen the new data, and with the old data the run ends as one that was not interrupted."""
+    config = tiny(task=text, steps=6, checkpoint_every=2)
+    expected = train(config, tmp_path / "whole")
+    with pytest.raises(zoo.ZooError, match=r"task.train: changed since this run began"):
+        train(config, tmp_path / "run", report=lambda metrics: write_tokens(text["train"], last=40) if metrics["step"] == 3 else None)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000002"]
+    write_tokens(text["train"], last=39)
+    assert train(config, tmp_path / "run") == expected
+
+
+def test_data_may_move_with_its_run(tmp_path, text):
+    stopped(tiny(task=text, steps=4), tmp_path / "run")
+    (tmp_path / "there").mkdir()
+    settings = tmp_path / "run" / "train.yaml"
+    for split in ("train", "test"):
+        moved = str(tmp_path / "there" / f"{split}.npy")
+        os.rename(text[split], moved)
+        settings.write_text(settings.read_text().replace(text[split], moved))
+        text[split] = moved
+    train(tiny(task=text, steps=4), tmp_path / "run")
+
+
+def test_a_model_that_has_changed_is_not_resumed(tmp_path):
+    model = tmp_path / "model.yaml"
+    fields = {"name": "own", "layers": "attn gdn", "d_model": 16, "d_ff": 16, "vocab_size": 16, "window": 6, "evict": "hard"}
+    model.write_text(json.dumps({**fields, "loops": 2}))
+    config = tiny(model=str(model), overrides={}, steps=4, task={"name": "cycle", "nodes": 6, "hops": 1})
+    stopped(config, tmp_path / "run")
+    before = files_of(tmp_path / "run")
+    model.write_text(json.dumps({**fields, "loops": 3}))
+    with pytest.raises(zoo.ZooError, match=r"run: model.loops: 3, but 2 when this run began"):
+        train(config, tmp_path / "run")
+    assert files_of(tmp_path / "run") == before
+    model.write_text(json.dumps({**fields, "loops": 2}))
     train(config, tmp_path / "run")
 
 
