@@ -67,7 +67,7 @@ class Answer:
         metrics: Metrics,
         constraint: Constraint | None = None,
     ) -> None:
-        self.finish_reason = "length"
+        self.finish_reason, self.ended = "length", False
         self.text = ""
         """Text that was sent."""
         self.cached, self.tokens = 0, list[int]()
@@ -138,6 +138,7 @@ class Answer:
                 yield Piece(text[sent:certain], logprobs)
                 sent, logprobs = certain, []
         self.text = text
+        self.ended = True
         if text[sent:] or logprobs:
             yield Piece(text[sent:], logprobs)
 

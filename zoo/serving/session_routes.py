@@ -106,7 +106,7 @@ class SessionRoutes:
 
     def delete(self, session: str, request: Request) -> dict[str, Any]:
         if not self.sessions.delete(owner_of(request), session):
-            raise ApiError(404, f"session: '{session}' does not exist, or is busy", "session", "session_not_found")
+            raise ApiError(404, f"session: '{session}' does not exist", "session", "session_not_found")
         return {"id": session, "object": "session", "deleted": True}
 
     @contextmanager

@@ -128,7 +128,7 @@ class KeptSessions:
             raise ApiError(409, f"session: '{name}' already exists", "session", "session_exists")
         if name and (kept := self._kept.get((owner, name))):
             if kept.busy:
-                raise ApiError(409, f"session: '{name}' is busy with another request", "session", "session_busy")
+                raise _busy(name)
             return kept
         try:
             kept = KeptSession(self._pool.open(), self.prefixes, self._empty, owner, name)
@@ -208,11 +208,13 @@ class KeptSessions:
         self.prefixes.forget(kept.owner, kept.name)
 
     def delete(self, owner: str, name: str) -> bool:
-        """Close a session and forget its states. Returns False if there is none with this id, or if it is busy. Raises ApiError."""
+        """Close a session and forget its states. Returns False if there is none with this id. Raises ApiError: it is busy, for example."""
         with self._lock, self._using_store():
             self._wait_while_writing(owner, name)
             kept = self._kept.get((owner, name))
-            if (kept is not None and kept.busy) or not self.exists(owner, name):
+            if kept is not None and kept.busy:
+                raise _busy(name)
+            if not self.exists(owner, name):
                 return False
             if self.store is not None:
                 journal = kept.journal if kept is not None else None
@@ -306,3 +308,7 @@ class KeptSessions:
             with self._lock:
                 kept.writing = False
                 self._lock.notify_all()
+
+
+def _busy(name: str) -> ApiError:
+    return ApiError(409, f"session: '{name}' is busy with another request", "session", "session_busy")

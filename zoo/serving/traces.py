@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from threading import Thread
 from types import TracebackType
+from urllib.parse import urlsplit
 
 from fastapi import Request
 
@@ -23,6 +25,7 @@ try:
 except ImportError:
     raise ZooError("otlp: needs pip install 'sleep-zoo[otel]'") from None
 
+PATIENCE = 5  # seconds that a collector has to take the last spans
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty")
 
 
@@ -39,15 +42,21 @@ class Traces:
     """
 
     def __init__(self, endpoint: str) -> None:
-        if not endpoint.startswith(("http://", "https://")):
+        if not _is_address(endpoint):
             raise ZooError(f"otlp: {endpoint}; want a URL such as http://localhost:4318/v1/traces")
-        self._provider = TracerProvider(resource=Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "zoo")}))
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+        resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "zoo")})
+        try:
+            self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+            self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+        except ValueError as error:  # of the environment variables
+            raise ZooError(f"otlp: {' '.join(str(error).split())}") from None
         self._tracer = self._provider.get_tracer("zoo", zoo.__version__)
 
     def close(self) -> None:
-        """Send what has not been sent."""
-        self._provider.shutdown()
+        """Send what has not been sent, for a few seconds at most."""
+        closing = Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(PATIENCE)
 
     def record(
         self,
@@ -82,9 +91,9 @@ class Traces:
             first = choices[0].answer
             fields |= {
                 "gen_ai.response.time_to_first_chunk": (first.first_token - started) / 1e9,
-                "gen_ai.response.finish_reasons": [choice.answer.finish_reason for choice in choices],
+                "gen_ai.response.finish_reasons": [choice.answer.finish_reason for choice in choices if choice.answer.ended],
                 "gen_ai.usage.input_tokens": sum(choice.prompt_tokens for choice in choices),
-                "gen_ai.usage.cache_read.input_tokens": sum(choice.answer.cached for choice in choices),
+                "gen_ai.usage.cache_read.input_tokens": sum(choice.answer.cached for choice in choices if choice.prompt_tokens),
                 "gen_ai.usage.output_tokens": sum(len(choice.answer.tokens) for choice in choices),
                 "zoo.sleeps": kept.sleeps,
                 "zoo.sleep_seconds": kept.asleep,
@@ -96,7 +105,15 @@ class Traces:
             {name: value for name, value in fields.items() if value is not None},
             start_time=started,
         )
-        if kind is not None:
-            span.set_status(StatusCode.ERROR, str(error))
-            span.set_attribute("error.type", kind.__name__)
+        if kind is not None or not all(choice.answer.ended for choice in choices):
+            span.set_status(StatusCode.ERROR, "ended early" if error is None else str(error))
+            span.set_attribute("error.type", "cancelled" if kind is None else kind.__name__)
         span.end()
+
+
+def _is_address(endpoint: str) -> bool:
+    try:
+        parts = urlsplit(endpoint)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in endpoint
+    except ValueError:  # a bad port
+        return False

@@ -8,7 +8,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 import zoo
-from tests.zoo.serving.local import local
+from tests.zoo.serving.local import local, until
 from zoo.serving.traces import Traces
 from zoo.text.tokenizers import ByteTokenizer
 
@@ -90,7 +90,7 @@ def test_every_answered_request_is_a_span(collector, monkeypatch):
     assert (second["gen_ai.request.seed"], second["gen_ai.request.top_p"]) == (3, 0.5)
     assert second["gen_ai.response.finish_reasons"] == ["length"] * 2
     assert second["gen_ai.usage.input_tokens"] == 40
-    assert second["gen_ai.usage.cache_read.input_tokens"] == 80
+    assert second["gen_ai.usage.cache_read.input_tokens"] == 40
     assert second["gen_ai.usage.output_tokens"] == 8
     assert (second["zoo.sleeps"], second["zoo.sleep_seconds"]) == (0, 0)
     assert third["gen_ai.conversation.id"] == "mine"
@@ -109,7 +109,26 @@ def test_a_server_whose_collector_is_away_answers_and_ends():
         server.complete("x", max_tokens=4)
 
 
-@pytest.mark.parametrize("address", ["localhost:4318", ""])
+def test_a_stream_whose_client_leaves_is_no_success(collector):
+    endpoint, received = collector
+    with local(tiny(), ByteTokenizer(256), traces=Traces(endpoint)) as server:
+        with server.open("/v1/completions", {"prompt": "x", "stream": True, "max_tokens": 4000}) as response:
+            response.readline()
+        until(lambda: not any(server.state.pool.waiting.values()) and len(server.state.pool) == 0)
+    ((_, span),) = received
+    told = fields(span.attributes)
+    assert span.status.code == span.status.STATUS_CODE_ERROR
+    assert (told["error.type"], told["gen_ai.response.finish_reasons"]) == ("cancelled", [])
+    assert 0 < told["gen_ai.usage.output_tokens"] < 4000
+
+
+def test_bad_environment_variables_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "99999")
+    with pytest.raises(zoo.ZooError, match=r"^otlp: max_export_batch_size must be less than or equal to max_queue_size"):
+        Traces("http://127.0.0.1:9/v1/traces")
+
+
+@pytest.mark.parametrize("address", ["localhost:4318", "", "http://", "http://127.0.0.1:abc/", "http://127.0.0.1:99999", "ftp://a/b"])
 def test_what_is_no_address_is_refused(address):
     with pytest.raises(zoo.ZooError, match=f"otlp: {address}; want a URL such as http://localhost:4318/v1/traces"):
         Traces(address)

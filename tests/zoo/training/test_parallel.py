@@ -34,7 +34,6 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*in_float32)
-        patch.setattr(catalogue, "REGISTRY", catalogue.REGISTRY.copy())  # other tests do not see the task
         half_asked()
         for case in CASES:
             train(plan(case, "ddp"), folder / "alone" / case)
@@ -45,7 +44,8 @@ def runs(tmp_path_factory):
             left = folder / how / "begun together" / "checkpoints" / "00000004"
             (folder / how / "left.json").write_text(json.dumps(sorted(str(p.relative_to(left)) for p in left.rglob("*"))))
             train(plan("muon", how), folder / how / "begun together")
-    return folder
+    yield folder
+    catalogue.REGISTRY.pop(("zoo", "tasks", "half-asked"))  # other tests do not see the task
 
 
 def lines(run):
