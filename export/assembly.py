@@ -9,7 +9,7 @@ from zoo.blocks.attention import KV
 from zoo.blocks.mixer import parts
 from zoo.export.graphs import BlockPart, Coda, Graph, Head, Pass, Prelude, Sleep, Wake
 from zoo.export.operators import DIALECTS, DOMAIN, Scans
-from zoo.export.ring import PAST
+from zoo.export.ring import PAST, FilledKV, RingKV
 from zoo.export.trace import hoist_initializers, inline, prefix_names, reads, replace, tidy, trace
 from zoo.kernels.dispatch import use
 
@@ -46,10 +46,12 @@ def _block(graph: Graph, layer: int, dialect: str, scans: Scans) -> ir.Graph:
     options = json.dumps([config.blocks.get(kind), config.mlps.get(mlp)])
     block: Any = graph.model.blocks[layer]
     rings = any(isinstance(part, KV) for part in parts(block.mixer.new_window(1)))
-    ring = (graph.slots, graph.model.eviction.reach) if rings else ()
+    reach = graph.model.eviction.reach
+    ring = (graph.slots, reach) if rings else ()
     key = (kind, mlp, options, *made_of, *dtypes, graph.tokens, *ring, dialect)
     if key not in _blocks:
-        part = BlockPart(block, graph.model.residual_dtype, graph.tokens, graph.slots)
+        filled = dialect == "ort" and reach is None  # windows do not slide
+        part = BlockPart(block, graph.model.residual_dtype, graph.tokens, graph.slots, FilledKV if filled else RingKV)
         _blocks[key] = trace(part, part.example(), scans).graph
     return _blocks[key]
 

@@ -15,7 +15,7 @@ from torch.onnx.ops import symbolic_multi_out
 from zoo.blocks.block import Block
 from zoo.blocks.positions import Positions
 from zoo.export.operators import DOMAIN
-from zoo.export.ring import PAST, PRESENT, pack, unpack, with_rings
+from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_rings
 from zoo.model import Model
 from zoo.state import State
 
@@ -43,9 +43,9 @@ class Tokens(NamedTuple):
 class BlockPart(nn.Module):
     """One block: h [B, T, D], position, fast weights, window cache -> h, fast weights, window cache."""
 
-    def __init__(self, block: Block, dtype: torch.dtype, tokens: Tokens, slots: int) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, tokens: Tokens, slots: int, ring: type[RingKV]) -> None:
         super().__init__()
-        self.model, self.dtype, self.tokens, self.slots = block, dtype, tokens, slots
+        self.model, self.dtype, self.tokens, self.slots, self.ring = block, dtype, tokens, slots, ring
 
     def example(self) -> dict[str, Tensor]:
         h = torch.zeros(2, self.tokens.length, self.model.d_model, dtype=self.dtype)
@@ -60,7 +60,7 @@ class BlockPart(nn.Module):
 
     def _fresh(self, batch: int) -> State:
         mixer: Any = self.model.mixer
-        return with_rings(State((mixer.new_fast(batch),), (mixer.new_window(batch),), 0), self.slots)
+        return with_rings(State((mixer.new_fast(batch),), (mixer.new_window(batch),), 0), self.slots, self.ring)
 
 
 class Graph(nn.Module):

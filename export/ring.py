@@ -84,6 +84,32 @@ class RingKV(NamedTuple):
         return KV(self.key[:, :, slot], self.value[:, :, slot])
 
 
+class FilledKV(RingKV):
+    """A ring that never turns: position p is in slot p. A token reads only the slots that are filled."""
+
+    def _attend_token(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None, scale: float | None
+    ) -> tuple[Tensor, RingKV]:
+        """Call GroupQueryAttention of com.microsoft, whose outputs are zero in the other slots unless they share memory with its inputs."""
+        if k.shape != v.shape or k.dtype != torch.float32 or k.shape[-1] % 8:  # what its kernel on CPUs supports
+            return super()._attend_token(q, k, v, positions, reach, scale)
+        slots = self.key.shape[2]
+        y, *ring = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            [*(x.flatten(1)[:, None] for x in (q, k, v)), *self, positions.position[:, 0].int(), torch.tensor(slots, dtype=torch.int32)],
+            {
+                "num_heads": q.shape[1],
+                "kv_num_heads": k.shape[1],
+                "scale": float(scale or q.shape[-1] ** -0.5),
+                "local_window_size": -1 if reach is None else reach,
+            },
+            dtypes=[q.dtype, k.dtype, v.dtype],
+            shapes=[[q.shape[0], 1, q.shape[1] * q.shape[3]], self.key.shape, self.value.shape],
+            version=1,
+        )
+        return y.unflatten(2, q.shape[1:2] + q.shape[3:]).transpose(1, 2), FilledKV(*ring)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:
     """Softmax attention of q [B, H, T, D] to k, v [B, Hkv, S, D] where visible, [T, S] or [B, 1, 1, T, S].
 
@@ -108,11 +134,11 @@ def _scatter(cache: Tensor, new: Tensor, slot: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic("TensorScatter", (cache, new, slot), dtype=cache.dtype, shape=cache.shape, version=24)
 
 
-def with_rings(state: State, slots: int) -> State:
+def with_rings(state: State, slots: int, kind: type[RingKV] = RingKV) -> State:
     """Replace the growing caches of new streams with empty rings of `slots` slots."""
 
     def ring(cache: KV) -> RingKV:
-        return RingKV(*(tensor.new_zeros(*tensor.shape[:2], slots, tensor.shape[3]) for tensor in cache))
+        return kind(*(tensor.new_zeros(*tensor.shape[:2], slots, tensor.shape[3]) for tensor in cache))
 
     return with_caches(state, lambda i, cache: ring(cache) if isinstance(cache, KV) else cache)
 

@@ -18,13 +18,13 @@ from zoo.eviction import evictions
 from zoo.export.manifest import CODA, CONSOLIDATION, HEAD, PASS, PREDICTION, PREFILL, PRELUDE, SLEEPING, Bundle
 from zoo.export.plan import Plan
 from zoo.export.ring import PAST, PRESENT, RingKV, pack, unpack, with_caches, with_rings
+from zoo.export.slots import BoundSlots
 from zoo.factory import create
 from zoo.files import as_path
 from zoo.inputs import StateForm, check_count, check_ids, check_range
 from zoo.registry import Registry
 from zoo.sessions.session import Session
 from zoo.sessions.sliced import Slice, finish
-from zoo.sessions.slots import Slots
 from zoo.state import Output, State
 
 try:
@@ -64,7 +64,7 @@ def load(path: str | Path, *, provider: str = "cpu", batch_size: int = 1) -> Ses
 
 
 class ExportedModel:
-    """The graphs of a bundle with the interface of the PyTorch model; a `SleepingModel`. States are never modified in place.
+    """The graphs of a bundle with the interface of the PyTorch model; a `SleepingModel`. Only `slots` modify states in place.
 
     Args:
         exact_activations: do not round activations before products with integer weights, which `zoo.export.plan.Plan` can also
@@ -85,7 +85,9 @@ class ExportedModel:
         self._slots = self.bundle.window
         self._eviction = evictions.get(self.config.evict)
         self._shapes = create(self.config, device="meta", dtype=getattr(torch, self.bundle.precision))
-        self._form = StateForm.of(with_rings(self._shapes.init_state(), self._slots))
+        self.like = with_rings(self._shapes.init_state(), self._slots)
+        """State of one stream on the meta device."""
+        self._form = StateForm.of(self.like)
         self._graphs = {name: self._open(name) for name in self.bundle.graphs if name not in (HEAD, SLEEPING)}
         self.device = self._graphs[PREDICTION].device
 
@@ -112,13 +114,7 @@ class ExportedModel:
             ZooError: ids or a state that do not fit the bundle or each other, or more tokens than the window has room for.
         """
         self._check(ids, state)
-        T = ids.shape[1]
-        if not self._slides and (held := int(torch.as_tensor(state.position).max())) + T > self._slots:
-            fit = "does not fit" if T == 1 else "do not fit"
-            raise ZooError(
-                f"ids: {counted(T, 'token')} {fit} into a window of {self._slots} that holds {held}"
-                + ("; consolidate it first" if self._eviction.uses_window else "")
-            )
+        self.check_room(int(torch.as_tensor(state.position).max()), ids.shape[1])
         kept = ids.shape[1] if logits_to_keep is None else logits_to_keep
         logits = [torch.empty(ids.shape[0], 0, self.config.vocab_size, dtype=self._shapes.dtype, device=self.device)]
         prefill = self.bundle.plan.prefill
@@ -202,9 +198,10 @@ class ExportedModel:
         T = ids.shape[1]
         return {"input_ids": F.pad(ids, (0, length - T)), "n_valid": torch.tensor(T, device=self.device)}
 
-    def slots(self, streams: int) -> Slots[int] | None:
-        """Return None: states of graphs are not changed in place."""
-        return None
+    def slots(self, streams: int) -> BoundSlots[Any] | None:
+        """Return buffers that tokens are decoded in, on a CPU. Elsewhere, states are not changed in place."""
+        graph = self._graphs[PREDICTION]
+        return BoundSlots(self, graph, streams) if isinstance(graph, OnnxRuntime) and graph.on_cpu else None
 
     def plain(self, state: State) -> State:
         """Convert a state to the PyTorch model's form: growing caches, oldest token first."""
@@ -234,13 +231,26 @@ class ExportedModel:
     def _slides(self) -> bool:
         return self._eviction.uses_window and not self._eviction.restarts
 
+    def check_room(self, held: int, tokens: int) -> None:
+        """Refuse tokens that do not fit into a window after the `held` ones. Raises ZooError."""
+        if not self._slides and held + tokens > self._slots:
+            fit = "does not fit" if tokens == 1 else "do not fit"
+            raise ZooError(
+                f"ids: {counted(tokens, 'token')} {fit} into a window of {self._slots} that holds {held}"
+                + ("; consolidate it first" if self._eviction.uses_window else "")
+            )
+
+    def check_state(self, state: State, streams: int) -> None:
+        """Refuse a state of another model or of another number of streams. Raises ZooError."""
+        self._form.check(state, streams)
+
     def _check(self, ids: Tensor, state: State) -> None:
         check_ids(ids)
         if not ids.is_cpu and ids.device != self.device:  # a runner moves ids from the CPU to its GPU
             raise ZooError(f"ids: on {ids.device}; the bundle runs on {self.device}")
         if ids.is_cpu:
             check_range(ids, self.config.vocab_size)
-        self._form.check(state, ids.shape[0])
+        self.check_state(state, ids.shape[0])
 
 
 def session_options(bundle: Bundle, graph: str) -> Any:
@@ -291,6 +301,7 @@ class OnnxRuntime:
             raise ZooError(f"provider: {provider} is not in this onnxruntime; allowed: {', '.join(onnxruntime.get_available_providers())}")
         options = session_options(bundle, file.name)
         self.device = torch.device("cpu")
+        self.on_cpu = provider == "CPUExecutionProvider"
         self._file = file
         graph: str | bytes = str(file)
         if bundle.plan.exact_activations and bundle.plan.dialect == "ort":
@@ -307,11 +318,24 @@ class OnnxRuntime:
             raise ZooError(f"{self._file}: onnxruntime: {' '.join(str(error).split())[:300]}") from None
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if missing := set(self._inputs) - tensors.keys():
-            raise ZooError(f"{self._file}: input '{min(missing)}' is not one of this bundle's graphs")
+        self._check_names(self._inputs, tensors)
         given = {name: tensors[name].detach().numpy() for name in self._inputs}
         arrays: list[np.ndarray] = self._calling(lambda: self._session.run(None, given))
         return dict(zip(self._outputs, map(torch.from_numpy, arrays), strict=True))
+
+    def _check_names(self, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+        if missing := set(names) - tensors.keys():
+            raise ZooError(f"{self._file}: '{min(missing)}' is not an input or output of this bundle's graphs")
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Return a call that runs the graph in place: it reads its inputs from these tensors and writes its outputs into them."""
+        self._check_names(self._inputs + self._outputs, tensors)
+        binding = self._session.io_binding()
+        for names, bind in ((self._inputs, binding.bind_input), (self._outputs, binding.bind_output)):
+            for name in names:
+                tensor = tensors[name]
+                bind(name, "cpu", 0, tensor.numpy().dtype.type, list(tensor.shape), tensor.data_ptr())
+        return lambda: self._calling(lambda: self._session.run_with_iobinding(binding))
 
 
 providers.register("cpu", lambda folder, bundle, name: OnnxRuntime(folder / name, bundle, "CPUExecutionProvider"))

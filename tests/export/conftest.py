@@ -99,6 +99,11 @@ FORMS = {
         {"sleep": "per-pass"},
     ),
     "ort": ({"layers": "attn gdn", "window": 12}, {"dialect": "ort", **PREFILL}),
+    # positions that are slots: the operator that reads filled slots only, with grouped heads and a window inside the window
+    "ort-full": (
+        {"layers": "attn swa", "evict": "none", "window": None, "loops": 1, "blocks": {"attn": {"kv_heads": 1}}},
+        {"dialect": "ort", "max_length": 6},
+    ),
     "ort-mamba2": ({"layers": "mamba2", "blocks": {"mamba2": {"groups": 2}}}, {"dialect": "ort"}),
     # groups that are not full, and heads with and without an embedding of their own
     "int8": ({"layers": "gdn", "d_model": 40, "tie_embeddings": True}, {"weights": "int8"}),

@@ -139,17 +139,27 @@ def test_a_piece_is_its_tokens_one_by_one(bundles, case):
         assert torch.allclose(piece[name], tensor, atol=1e-5), name
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["rows", "in place"])
 @pytest.mark.parametrize(
     "case",
-    [*CASES, "mix", "ouro", "full", "ort", "half", *(pytest.param(case, marks=pytest.mark.extended) for case in ("swa", "ort-kda", "mla"))],
+    [
+        *CASES,
+        "mix",
+        "ouro",
+        "full",
+        "ort",
+        "ort-full",
+        "half",
+        *(pytest.param(case, marks=pytest.mark.extended) for case in ("swa", "ort-kda", "mla")),
+    ],
 )
-def test_streams_of_a_batch_may_be_at_different_positions(bundles, case):
+def test_streams_of_a_batch_may_be_at_different_positions(bundles, case, in_place):
     """Each reads a token as PyTorch does alone; one has just begun, and a ring has turned where windows slide."""
     model, folder, _ = bundles(case)
     exported, ids = ExportedModel(folder), stream(model, 3, 9)
     starts = [0, 2, 7 if model.config.evict == "sliding" else 3]
     alone = [model(row[None, :start]).state if start else model.init_state() for row, start in zip(ids, starts, strict=True)]
-    rows = Rows(exported, 3)
+    rows = exported.slots(3) if in_place else Rows(exported, 3)
     for n in (2, 0, 1):
         rows.put(n, exported.ringed(alone[n]))
     close = partial(torch.testing.assert_close, atol=2e-2 if model.embed.weight.dtype == torch.float16 else 1e-4, rtol=1e-3)

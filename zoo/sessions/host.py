@@ -14,7 +14,7 @@ from zoo.errors import ZooError
 from zoo.sessions.sleeping import Sleep, Worker
 from zoo.sessions.sleeping_model import SleepingModel
 from zoo.sessions.sliced import Slice, finish
-from zoo.sessions.slots import Slots
+from zoo.sessions.slots import Places
 from zoo.sessions.snapshot import Snapshot, after_reading, one_of, together, wake
 
 T = TypeVar("T")
@@ -162,7 +162,7 @@ class Host(Protocol):
 class Alone:
     """Host of one session: the caller's thread. Background sleeps run in a separate thread.
 
-    Where that is faster, tokens are decoded in slots: on a GPU, one CUDA graph per token.
+    Where that is faster, tokens are decoded in slots: on a GPU, one CUDA graph per token; in a bundle on a CPU, with states in place.
     """
 
     reads_while_asleep = False
@@ -170,7 +170,7 @@ class Alone:
     context: int | None = None
 
     def __init__(self) -> None:
-        self._slots: Slots[int] | None = None
+        self._slots: Places[int] | None = None
         self._worker: Worker | None = None
         self._generating = False
 
@@ -216,7 +216,7 @@ class Alone:
         self.reclaim(stream)
         return wake(stream.model, stream.snapshot, ids, keep)
 
-    def _decode(self, stream: Stream, slots: Slots[int], ids: Tensor) -> tuple[Tensor, Snapshot]:
+    def _decode(self, stream: Stream, slots: Places[int], ids: Tensor) -> tuple[Tensor, Snapshot]:
         """Run one wake pass over a token of each stream in slots."""
         if stream.snapshot.waking is not None:
             for n in range(len(ids)):

@@ -19,7 +19,7 @@ from zoo.sessions.rows import Rows
 from zoo.sessions.scheduler import Scheduler
 from zoo.sessions.session import Session
 from zoo.sessions.sleeping_model import SleepingModel, check_model
-from zoo.sessions.slots import Slots, context_of
+from zoo.sessions.slots import Places, Slots, context_of
 from zoo.sessions.snapshot import kept, size
 
 SLOTS = 8  # by default
@@ -72,8 +72,9 @@ class SessionPool:
         if max_bytes is not None and self.bytes > max_bytes:
             asked = f"{counted(slots, 'slot')} and {counted(streams, 'stream')}"
             raise ZooError(f"max_bytes: {max_bytes}; {asked} of {model.config.name} may need {self.bytes}: allow fewer")
-        places: Slots[Stream] | Rows[Stream]
-        places = Slots(model, slots, self.context) if isinstance(model, nn.Module) else Rows(model, slots)
+        places: Places[Stream] | None
+        places = Slots(model, slots, self.context) if isinstance(model, nn.Module) else model.slots(slots)
+        places = Rows(model, slots) if places is None else places
         self._scheduler = Scheduler(places, streams, self.context)
 
     def open(self) -> Session:

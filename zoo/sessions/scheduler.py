@@ -15,11 +15,10 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.sessions.host import Answer, BusyError, Call, Host, PoolClosedError, PoolFullError, SleepEnd, Stream, Token, Wanted
 from zoo.sessions.pending import Pending, PendingEach
-from zoo.sessions.rows import Rows
 from zoo.sessions.sleep_queue import SleepQueue
 from zoo.sessions.sleeping import Sleep
 from zoo.sessions.sliced import finish
-from zoo.sessions.slots import Slots
+from zoo.sessions.slots import Places
 from zoo.sessions.snapshot import Snapshot, after_reading, wake_in_slices
 
 T = TypeVar("T")
@@ -46,7 +45,7 @@ class Scheduler:
     reads_while_asleep = True
     keeps_hidden = False
 
-    def __init__(self, slots: Slots[Stream] | Rows[Stream], streams: int, context: int) -> None:
+    def __init__(self, slots: Places[Stream], streams: int, context: int) -> None:
         self.streams = streams
         self.context: int | None = context
         self.sleeps = SleepQueue()

@@ -18,7 +18,7 @@ from zoo.inputs import check_count
 from zoo.model import Model
 from zoo.sessions import sliced
 from zoo.sessions.sliced import Slice
-from zoo.sessions.slots import Slots
+from zoo.sessions.slots import Places, Slots
 from zoo.state import Output, State
 
 SAMPLES = 64  # values of each weight that enter the fingerprint
@@ -71,7 +71,7 @@ class SleepingModel(Protocol):
         """Refuse a number of passes that a sleep cannot run. Raises ZooError."""
         ...
 
-    def slots(self, streams: int) -> Slots[int] | None:
+    def slots(self, streams: int) -> Places[Any] | None:
         """Buffers for decoding steps of fixed shapes; None where these are not faster."""
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,23 @@ from zoo.model import Model
 from zoo.state import State
 
 Name = TypeVar("Name", bound=Hashable)
+
+
+class Places(Protocol[Name]):
+    """The interface of `Slots`, for other kinds of models."""
+
+    slots: int
+    """Maximum number of streams."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Name]: ...
+
+    def put(self, name: Name, state: State) -> None: ...
+
+    def take(self, name: Name) -> State: ...
+
+    def read(self, names: Sequence[Name], ids: Tensor) -> Tensor: ...
 
 
 class SlotPositions(Positions):
