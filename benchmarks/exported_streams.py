@@ -22,15 +22,14 @@ from benchmarks.measure import compare, record
 from zoo.export.bundle import export
 from zoo.export.plan import Plan
 from zoo.export.runtime import ExportedModel
-from zoo.sessions.rows import Rows
-from zoo.sessions.slots import Slots
+from zoo.sessions.slots import Places, Slots
 from zoo.state import State
 
 STREAMS = (4, 16)
 STORED: dict[str, dict[str, Any]] = {"float32": {}, "8 bits": {"weights": "int8"}}
 
 
-def together(slots: Rows[int] | Slots[int], states: list[State], first: Tensor) -> Callable[[], Tensor]:
+def together(slots: Places[int], states: list[State], first: Tensor) -> Callable[[], Tensor]:
     """Return a function that generates the next TOKENS greedy tokens of every stream, [n, TOKENS], a token of all at a time."""
     for n, state in enumerate(states):
         slots.put(n, state)
@@ -49,7 +48,7 @@ def together(slots: Rows[int] | Slots[int], states: list[State], first: Tensor) 
 
 def apart(model: ExportedModel, states: list[State], first: Tensor) -> Callable[[], Tensor]:
     """Return the same function, with a call per stream."""
-    alone = [together(Rows(model, 1), [state], ids[None]) for state, ids in zip(states, first, strict=True)]
+    alone = [together(model.slots(1), [state], ids[None]) for state, ids in zip(states, first, strict=True)]
     return lambda: torch.cat([work() for work in alone])
 
 
@@ -68,7 +67,7 @@ def main() -> None:
                 states = [model(row[None, : PROMPT - n]).state for n, row in enumerate(ids)]
                 ringed, first = [exported.ringed(state) for state in states], ids[:, :1]
                 contenders = {
-                    "ours": together(Rows(exported, streams), ringed, first),
+                    "ours": together(exported.slots(streams), ringed, first),
                     "one call per stream": apart(exported, ringed, first),
                     "PyTorch": together(Slots(model, streams, FIELDS["window"]), states, first),
                 }

@@ -96,7 +96,7 @@ class FilledKV(RingKV):
         slots = self.key.shape[2]
         y, *ring = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            [*(x.flatten(1)[:, None] for x in (q, k, v)), *self, positions.position[:, 0].int(), torch.tensor(slots, dtype=torch.int32)],
+            [*(x.transpose(1, 2).flatten(2) for x in (q, k, v)), *self, positions.position[:, 0].int(), torch.tensor(slots, dtype=torch.int32)],
             {
                 "num_heads": q.shape[1],
                 "kv_num_heads": k.shape[1],

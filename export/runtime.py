@@ -256,7 +256,7 @@ class ExportedModel:
 def session_options(bundle: Bundle, graph: str) -> Any:
     """Return onnxruntime's options for a graph of a bundle."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised, and warnings tell that states, which are never written in place, are copied
+    options.log_severity_level = 4  # errors are raised, and warnings tell that rings are copied where they are not written in place
     options.intra_op_num_threads = torch.get_num_threads()
     # threads of graphs that rest would spin against those of the others; a pool shared by all graphs would make onnxruntime
     # refuse the sessions that other code opens in this process

@@ -72,9 +72,12 @@ class SessionPool:
         if max_bytes is not None and self.bytes > max_bytes:
             asked = f"{counted(slots, 'slot')} and {counted(streams, 'stream')}"
             raise ZooError(f"max_bytes: {max_bytes}; {asked} of {model.config.name} may need {self.bytes}: allow fewer")
-        places: Places[Stream] | None
-        places = Slots(model, slots, self.context) if isinstance(model, nn.Module) else model.slots(slots)
-        places = Rows(model, slots) if places is None else places
+        places: Places[Stream]
+        if isinstance(model, nn.Module):
+            places = Slots(model, slots, self.context)
+        else:
+            in_place = model.slots(slots)
+            places = Rows(model, slots) if in_place is None else in_place
         self._scheduler = Scheduler(places, streams, self.context)
 
     def open(self) -> Session:

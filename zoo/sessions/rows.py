@@ -1,4 +1,4 @@
-"""The slots of a pool for a model whose states are never changed in place, such as that of a bundle."""
+"""The slots of a pool for a model whose states are never changed in place, such as that of a bundle on a GPU."""
 
 from __future__ import annotations
 
