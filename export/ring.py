@@ -93,10 +93,10 @@ class FilledKV(RingKV):
         """Call GroupQueryAttention of com.microsoft, whose outputs are zero in the other slots unless they share memory with its inputs."""
         if k.shape != v.shape or k.dtype != torch.float32 or k.shape[-1] % 8:  # what its kernel on CPUs supports
             return super()._attend_token(q, k, v, positions, reach, scale)
-        slots = self.key.shape[2]
+        tokens = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
         y, *ring = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            [*(x.transpose(1, 2).flatten(2) for x in (q, k, v)), *self, positions.position[:, 0].int(), torch.tensor(slots, dtype=torch.int32)],
+            [*tokens, *self, positions.position[:, 0].int(), torch.tensor(self.key.shape[2], dtype=torch.int32)],
             {
                 "num_heads": q.shape[1],
                 "kv_num_heads": k.shape[1],
@@ -104,10 +104,10 @@ class FilledKV(RingKV):
                 "local_window_size": -1 if reach is None else reach,
             },
             dtypes=[q.dtype, k.dtype, v.dtype],
-            shapes=[[q.shape[0], 1, q.shape[1] * q.shape[3]], self.key.shape, self.value.shape],
+            shapes=[tokens[0].shape, self.key.shape, self.value.shape],
             version=1,
         )
-        return y.unflatten(2, q.shape[1:2] + q.shape[3:]).transpose(1, 2), FilledKV(*ring)
+        return y.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2), FilledKV(*ring)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:
