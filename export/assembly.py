@@ -14,6 +14,7 @@ from zoo.export.trace import hoist_initializers, inline, prefix_names, reads, re
 from zoo.kernels.dispatch import use
 
 import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
+from zoo.export.rotary import fuse_rotations  # isort: skip
 
 _blocks: dict[object, ir.Graph] = {}  # traced blocks; small, since they hold no weights
 
@@ -52,7 +53,10 @@ def _block(graph: Graph, layer: int, dialect: str, scans: Scans) -> ir.Graph:
     if key not in _blocks:
         filled = dialect == "ort" and reach is None  # windows do not slide
         part = BlockPart(block, graph.model.residual_dtype, graph.tokens, graph.slots, FilledKV if filled else RingKV)
-        _blocks[key] = trace(part, part.example(), scans).graph
+        model = trace(part, part.example(), scans)
+        if dialect == "ort" and not graph.tokens.padded:
+            fuse_rotations(model)
+        _blocks[key] = model.graph
     return _blocks[key]
 
 

@@ -48,6 +48,24 @@ class CausalConvWithState(OpRun):
         return (y / (1 + np.exp(-y)) if activation == "silu" else y).astype(np.float32), x[:, :, x.shape[2] - taps + 1 :]
 
 
+class GroupQueryAttention(OpRun):
+    """The attention of com.microsoft for one token. q: [B, 1, H * D]. k, v: [B, 1, Hkv * D]. keys, values: [B, Hkv, L, D]."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, q, k, v, keys, values, before, slots, num_heads=None, kv_num_heads=None, scale=None, local_window_size=None, **_):
+        assert slots == keys.shape[2]
+        outputs, rings = [], [np.zeros_like(keys), np.zeros_like(values)]
+        for b, n in enumerate(before):
+            for ring, old, new in zip(rings, (keys, values), (k, v), strict=True):
+                ring[b, :, :n], ring[b, :, n] = old[b, :, :n], new[b].reshape(kv_num_heads, -1)
+            seen = slice(0 if local_window_size < 0 else max(0, n + 1 - local_window_size), n + 1)
+            heads = q[b].reshape(kv_num_heads, num_heads // kv_num_heads, -1)
+            weights = np.exp(scale * heads @ rings[0][b, :, seen].swapaxes(1, 2))
+            outputs.append((weights / weights.sum(-1, keepdims=True)) @ rings[1][b, :, seen])
+        return np.stack(outputs).reshape(q.shape).astype(np.float32), *rings
+
+
 def manifest(folder):
     return json.loads((folder / "bundle.json").read_text())
 
@@ -82,14 +100,15 @@ def session(file, **fixed):
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("case", [*PORTABLE, "ort"])
+@pytest.mark.parametrize("case", [*PORTABLE, "ort", "ort-full"])
 def test_the_reference_evaluator_computes_the_same(bundles, case):
     folder = bundles(case).folder
     bundled = manifest(folder)
     for name in bundled["graphs"]:
         given = feeds(bundled, name)
         wanted = session(folder / name).run(None, given)
-        found = ReferenceEvaluator(str(folder / name), new_ops=[LinearAttention, CausalConvWithState]).run(None, given)
+        operators = [LinearAttention, CausalConvWithState, GroupQueryAttention]
+        found = ReferenceEvaluator(str(folder / name), new_ops=operators).run(None, given)
         for spec, a, b in zip(bundled["graphs"][name]["outputs"], found, wanted, strict=True):
             assert np.abs(a - b).max() <= 1e-4 * max(1, np.abs(b).max()), f"{name}: {spec['name']}"
 

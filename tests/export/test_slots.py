@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 
+import onnx
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -118,6 +120,13 @@ def test_sessions_and_pools_decode_in_place(bundles, case, monkeypatch):
             session.feed(torch.zeros(1, 1, dtype=torch.int64))
             list(session.generate(None, 3))
             assert session.stats().tokens == 3
+
+
+def test_a_token_has_few_operators(bundles):
+    """Attention with its cache is one, and each rotation is one."""
+    graph = onnx.load(bundles("ort-full").folder / "prediction.onnx", load_external_data=False).graph
+    count = Counter(node.op_type for node in graph.node)
+    assert (count["GroupQueryAttention"], count["RotaryEmbedding"], count["Split"], count["Softmax"]) == (2, 4, 0, 0)
 
 
 @pytest.mark.parametrize("case", ["full", "ort-full"])
