@@ -371,11 +371,22 @@ class Talker:
 
     def __init__(self, model, n):
         self.model, self.n, self.messages = model, n, []
-        self.held = 0
-        """Tokens that its session holds at least."""
+        self.read, self.held = 0, 0
+        """Tokens of its session after the last answer, and how many of them the next prompt begins with."""
 
     def talk(self, url):
         """Ask until the server is gone."""
+        try:
+            stored = self._stored(url) if self.read else 0
+        except urllib.error.HTTPError as error:
+            if error.code != 503:  # it is shutting down
+                raise
+            return
+        except (OSError, http.client.HTTPException, ValueError):
+            return
+        assert stored >= self.read
+        if stored > self.read:  # it was stopped before it sent an answer that it had stored; the state before that is read again
+            self.held = 0
         while True:
             messages = [*self.messages, {"role": "user", "content": f"{self.n} {len(self.messages)}"}]
             body = {"model": "gdn4-sleep2-hard16", "temperature": 0, "max_tokens": 4, "session": f"s{self.n}", "messages": messages}
@@ -390,9 +401,14 @@ class Talker:
             text = answer["choices"][0]["message"]["content"]
             assert text == BYTES.decode(said)
             assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= self.held
-            self.messages = [*messages, {"role": "assistant", "content": text}]
+            self.messages, self.read = [*messages, {"role": "assistant", "content": text}], len(prompt) + len(said)
             following = BYTES.chat([*self.messages, {"role": "user", "content": ""}])
             self.held = common_length([*prompt, *said], following)
+
+    def _stored(self, url):
+        """Number of tokens in its session."""
+        with urllib.request.urlopen(f"{url}/v1/sessions/s{self.n}", timeout=60) as response:
+            return json.loads(response.read())["tokens"]
 
 
 def serve(folder, at):
