@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from zoo.blocks.mixer import parts, replace_parts
-from zoo.checkpoints.checksum import metadata, verify
+from zoo.checkpoints.checksum import metadata, read_verified
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 from zoo.files import replacing
@@ -63,16 +62,7 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
     Raises:
         ZooError: the file is missing, damaged, no session, or of a model with another config or other weights.
     """
-    try:
-        path.stat()
-    except OSError as error:
-        raise ZooError(f"{path}: {error.strerror}") from None
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # a damaged header can make safetensors raise anything
-        raise ZooError(f"{path}: cannot be read: {error}") from None
+    tensors, header = read_verified(path)
     if header.get("format") != FORMAT:
         raise ZooError(f"{path}: format: {header.get('format')!r}; want a session file, {FORMAT!r}")
     for key, own in identity(model).items():
@@ -95,7 +85,6 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
         sleeps = tuple((int(at), int(loops)) for at, loops in json.loads(header.get("sleeps", "[]")))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
         raise ZooError(f"{path}: incomplete session: {error}") from None
-    verify(path)
     return Snapshot(state, start, ids, logits, pending, hidden, counts, sleeps)
 
 
