@@ -91,7 +91,7 @@ def test_the_weights_are_in_the_engine(engines, name):
             assert any(layout.detach().numpy().tobytes() in engine for layout in (weight, weight.t().contiguous())), parameter
 
 
-@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.extended), "float16", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float16", *(pytest.param(wider, marks=pytest.mark.extended) for wider in ("bfloat16", "float32"))])
 def test_the_command(rtx, tmp_path, precision):
     out = tmp_path / "bundle"
     asked = ["--target", "tensorrt", "--dtype", precision, "--compute-capability", "8.0,12.0", "--no-verify", "--out", str(out)]

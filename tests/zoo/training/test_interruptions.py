@@ -17,7 +17,7 @@ from tests.zoo.training.tiny import tiny
 from zoo.training.loop import train
 
 ROOT = Path(__file__).parents[3]
-FEW = {"train": 18, "process": 1}  # an ablation: test_ablation.py
+FEW = {"train": 10, "process": 1}  # an ablation: test_ablation.py
 MANY = {"train": 130, "process": 30, "ablate": 20, "torchrun": 12, "demo": 8}
 FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "zoo.yaml")
 
