@@ -231,3 +231,9 @@ for name, item in public.items():
     assert getattr(zoo, name) is item and isinstance(item, types.ModuleType) == (name in ("export", "kernels")), name
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_hub_name_is_evaluated_like_a_folder():
+    result = CliRunner().invoke(main, ["eval", "hf://alone"])
+    assert result.exit_code != 0
+    assert "FOLDER: 'hf://alone': want hf://OWNER/NAME or hf://OWNER/NAME@REVISION" in result.output + str(result.exception)

@@ -458,6 +458,11 @@ def test_the_fingerprint_of_a_large_file(tmp_path):
         assert len(found | {fingerprint(file)}) == len(starts) + 2
 
 
+def test_a_path_with_a_colon_is_relative_to_its_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: gdn4\nsteps: 1\ntask: {name: text, train: 'a:b.npy', test: c.npy, vocab: 9}\n")
+    assert read_config(tmp_path / "run.yaml").task["train"] == str(tmp_path / "a:b.npy")
+
+
 def test_the_order_of_corpora_does_not_matter(corpora):
     fields, found = corpora
     one, other = (new_task({**fields, "train": dict.fromkeys(files, 1)}) for files in (found, reversed(found)))
