@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo.blocks.attention import KV
 from zoo.blocks.mixer import parts, replace_parts
 from zoo.blocks.positions import Positions
+from zoo.export.operators import MICROSOFT
 from zoo.state import State
 
 PAST, PRESENT = "past_key_values", "present"  # onnxruntime-genai's names for input and output states
@@ -95,7 +96,7 @@ class FilledKV(RingKV):
             return super()._attend_token(q, k, v, positions, reach, scale)
         tokens = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
         y, *ring = torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
+            f"{MICROSOFT}::GroupQueryAttention",
             [*tokens, *self, positions.position[:, 0].int(), torch.tensor(self.key.shape[2], dtype=torch.int32)],
             {
                 "num_heads": q.shape[1],

@@ -114,6 +114,10 @@ class ModelConfig(BaseModel):
     def mlp_width(self) -> int:
         return self.d_ff or -(-8 * self.d_model // 48) * 16
 
+    def computed(self) -> dict[str, Any]:
+        """Return the fields that affect what a model computes."""
+        return self.model_dump(mode="json", exclude={"name", "about", "hub", "upstream"})
+
     def yaml(self) -> str:
         """Return YAML from which `zoo.create` builds the same model."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=100)

@@ -26,7 +26,7 @@ def has_tokenizer(folder: Path) -> bool:
 def same_tokenizer(ours: Mapping[str, bytes], theirs: Mapping[str, bytes]) -> bool:
     """Return whether two sets of these files have the same vocabulary, as far as they hold the same kind of tokenizer."""
     common = [name for name in tokenizers(ours) if name in theirs]
-    return all(_vocabulary(name, ours[name]) == _vocabulary(name, theirs[name]) for name in common)
+    return all(ours[name] == theirs[name] or _vocabulary(name, ours[name]) == _vocabulary(name, theirs[name]) for name in common)
 
 
 def tokenizers(companions: Mapping[str, bytes]) -> list[str]:

@@ -81,7 +81,7 @@ def make_app(
         store: folder or URL of an object store that keeps sessions after the process ends.
         hosts, origins: names of the server, and web pages that may use it; see `browsers.protect`.
         page: serve a page for a browser at /.
-        traces: records every answered request.
+        traces: records every request that reaches the model.
     Raises:
         ZooError: a bad key, host, origin or store.
     """

@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span for every answered request, sent to a collector."""
+"""OpenTelemetry: a span for every request that reaches the model, sent to a collector."""
 
 from __future__ import annotations
 

@@ -95,8 +95,7 @@ def identity(model: SleepingModel) -> dict[str, str]:
 
 def config_hash(config: ModelConfig) -> str:
     """Hash of every field that affects what a model computes."""
-    fields = config.model_dump(mode="json", exclude={"name", "about", "hub", "upstream"})
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(config.computed(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _pack(prefix: str, state: State) -> dict[str, Tensor]:

@@ -49,9 +49,9 @@ class Text(Task):
         if not self._weights or min(self._weights) <= 0:
             raise ValueError(f"train: {self.train}: want at least one file, and weights above 0")
         shares(self._weights)
-        tokenizers = {file: read_companions(Path(file).parent) for file in (*self._files, self.test)}
-        for file, companions in tokenizers.items():
-            if not same_tokenizer(tokenizers[self._files[0]], companions):
+        first = Path(self._files[0]).parent
+        for file in (*self._files[1:], self.test):
+            if (folder := Path(file).parent) != first and not same_tokenizer(read_companions(first), read_companions(folder)):
                 raise ValueError(f"{'test' if file == self.test else 'train'}: {file}: not of the tokenizer of {self._files[0]}")
         for split, files in {"train": self._files, "test": (self.test,)}.items():
             for file in files:

@@ -119,8 +119,8 @@ def _check_finished(runs: Iterable[Run], folder: Path) -> None:
     known: dict[str, dict[str, str]] = {}
     for run in runs:
         if (folder / run.folder / RESULTS).exists():
-            task = json.dumps(run.config.task)
-            known[task] = known.get(task) or new_task(run.config.task).fingerprints()
+            if (task := json.dumps(run.config.task)) not in known:
+                known[task] = new_task(run.config.task).fingerprints()
             check_inputs(folder / run.folder, known[task])
 
 

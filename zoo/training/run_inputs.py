@@ -39,11 +39,7 @@ def check_config(run: RunFolder, config: ModelConfig) -> None:
     began = None
     if newest := run.newest():
         with suppress(ZooError):  # damaged: `RunFolder.newest_whole` reports it
-            began = _compared(read_config(newest))
-    if began is not None and began != _compared(config):
-        field, was, now = difference("model", began, _compared(config))
+            began = read_config(newest).computed()
+    if began is not None and began != config.computed():
+        field, was, now = difference("model", {"model": began}, {"model": config.computed()})
         raise ZooError(f"{run.path}: {field}: {now}, but {was} when this run began; {RESTORE}")
-
-
-def _compared(config: ModelConfig) -> dict[str, object]:
-    return {"model": config.model_dump(mode="json", exclude={"name", "about", "hub", "upstream"})}
