@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from threading import Event
 
 import onnx
 import pytest
@@ -14,6 +15,7 @@ import zoo
 from zoo.errors import ZooError
 from zoo.export.ring import PAST, RingKV, pack, with_caches
 from zoo.export.runtime import ExportedModel, OnnxRuntime
+from zoo.sessions.sleeping import Sleep
 
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-3)
 CASES = ["hard", "sliding", "full", "ort", "ort-full"]
@@ -37,12 +39,15 @@ def same(state, other):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_any_calls_between_tokens(bundles, case, tmp_path):
+def test_any_calls_between_tokens(bundles, case, tmp_path, monkeypatch):
     model, folder, _ = bundles(case)
+    run, may_sleep = Sleep.run, Event()
+    monkeypatch.setattr(Sleep, "run", lambda sleep: may_sleep.wait(60) and run(sleep))
     exported, sleeps = ExportedModel(folder), model.config.window is not None
     sessions, ids = [zoo.Session(exported, 2), zoo.Session(model, 2)], stream(model, 2, 40)
     kept = []
     for session in sessions:
+        may_sleep.set()
         logits, file = [session.feed(ids[:, n : n + 1]) for n in range(3)], tmp_path / "stream"
         snapshot, twin = session.snapshot(), session.fork()
         before = copied(snapshot.state)
@@ -50,8 +55,10 @@ def test_any_calls_between_tokens(bundles, case, tmp_path):
         session.save(file)
         if sleeps:
             logits += [session.feed(ids[:, n : n + 1]) for n in range(4, 17)]
+            may_sleep.clear()
             session.sleep(wait=False)
             logits.append(session.feed(ids[:, 17:18]))
+            may_sleep.set()
             assert session._stream.sleep is None or session._stream.sleep.ended.wait(60)
             logits += [session.feed(ids[:, 18:19]), session.feed(ids[:, 19:22])]
         logits.append(session.feed(ids[:, 22:23]))
