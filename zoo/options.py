@@ -38,6 +38,9 @@ DTYPE = click.option(
 )
 
 
+COMPILE = click.option("--compile", is_flag=True, help="Compile the model's blocks for decoding on a CPU, in the background.")
+
+
 def _use_threads(ctx: click.Context, param: click.Parameter, threads: int | None) -> None:
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)  # PyTorch reads them when it is imported

@@ -96,3 +96,10 @@ def test_commands_take_bundles(tmp_path, monkeypatch):
             answers.append((first["message"]["content"], again["choices"][0]["message"]["content"], logprobs))
     assert answers[0][:2] == answers[1][:2]
     assert answers[0][2] == pytest.approx(answers[1][2], abs=1e-4)
+
+
+def test_a_bundle_is_not_compiled(bundles):
+    exported = ExportedModel(bundles("hard").folder)
+    for make in (zoo.Session, zoo.SessionPool):
+        with pytest.raises(zoo.ZooError, match="compile: True; "):
+            make(exported, compile=True)

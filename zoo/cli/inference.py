@@ -11,7 +11,7 @@ import click
 from zoo.cli.group import main
 from zoo.config import parse_overrides
 from zoo.errors import ZooError
-from zoo.options import DEVICE, DTYPE, THREADS, Number
+from zoo.options import COMPILE, DEVICE, DTYPE, THREADS, Number
 from zoo.signals import interruptible
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Seed for reproducible answers.")
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep between turns.  [default: as in the model]")
+@COMPILE
 @DEVICE
 @DTYPE
 @THREADS
@@ -43,6 +44,7 @@ def chat(
     top_p: float,
     seed: int | None,
     loops: int | None,
+    compile: bool,
     device: str,
     dtype: str | None,
 ) -> None:
@@ -57,7 +59,7 @@ def chat(
 
     opened, tokenizer = _open(model, overrides, device, dtype)
     with interruptible(), fast_decoding(opened):
-        converse(Session(opened), tokenizer, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
+        converse(Session(opened, compile=compile), tokenizer, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
 
 
 @main.command()
@@ -115,6 +117,7 @@ def chat(
 @click.option("--page/--no-page", default=True, show_default=True, help="Serve a page for a browser at /.")
 @click.option("--name", help="Name of the model in requests.  [default: its own]")
 @click.option("--grace", type=Number(min=0), default=30.0, show_default=True, help="Seconds to finish answers after SIGTERM or Ctrl-C.")
+@COMPILE
 @DEVICE
 @DTYPE
 @THREADS
@@ -145,6 +148,7 @@ def serve(
     page: bool,
     name: str | None,
     grace: float,
+    compile: bool,
     device: str,
     dtype: str | None,
 ) -> None:
@@ -174,7 +178,7 @@ def serve(
     limits = Limits(max_body, max_prompt, max_tokens, idle, prefix_bytes, connections, patience, queue, wait)
     with listen(host, port) as listener:  # requests wait while the model is loaded
         opened, tokenizer = _open(model, overrides, device, dtype)
-        pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes)
+        pool = SessionPool(opened, slots, streams=sessions, when=when, context=context, max_bytes=max_bytes, compile=compile)
         of = name or opened.config.name
         app = make_app(pool, tokenizer, of, limits, keys=api_keys, store=store, hosts=hosts, origins=origins, page=page, traces=traces)
         if not api_keys and not is_loopback(host):

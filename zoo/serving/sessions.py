@@ -42,8 +42,6 @@ class KeptSessions:
         self.waiting = 0
         """Number of requests that wait for a free stream."""
         self._kept: dict[tuple[str, str], KeptSession] = {}
-        self._freed = False
-        """True once a session has left memory since the last tick."""
         first = pool.open()
         self._empty = first.snapshot()
         first.close()
@@ -246,9 +244,6 @@ class KeptSessions:
                 else:
                     with self._writing(kept):
                         stored &= self._store(kept, state=idle > SETTLED)
-            if self._freed:
-                self._freed = False
-                release_freed()  # states of all sizes, freed in every thread, would fragment the heap more and more
             if failed and stored and self.store is not None:
                 self.failing = not self._written(self.store.check)
 
@@ -296,7 +291,7 @@ class KeptSessions:
                     kept.session.close()
                 with self._lock:  # others iterate over the sessions
                     del self._kept[kept.key]
-                self._freed = True
+                release_freed()  # states of all sizes, freed in every thread, would fragment the heap more and more
         return stored
 
     @contextmanager

@@ -8,7 +8,7 @@ from torch import nn
 
 from zoo.costs import window_bytes
 from zoo.errors import ZooError, counted
-from zoo.inputs import check_count
+from zoo.inputs import check_count, check_flag
 from zoo.model import Model
 from zoo.schedule import Schedule, new_schedule
 from zoo.sessions.host import BusyError as BusyError
@@ -40,8 +40,10 @@ class SessionPool:
             while they sleep.
         context: maximum number of tokens per stream, for a model that never sleeps.
         max_bytes: upper bound on `bytes`.
+        compile: on a CPU, compile the blocks for batches of every size that occurs, in the background, and use them as soon as they
+            are ready. Needs a C++ compiler.
     Raises:
-        ZooError: a bad argument; slots and streams that may need more than `max_bytes`.
+        ZooError: a bad argument; a model that cannot be compiled; slots and streams that may need more than `max_bytes`.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class SessionPool:
         when: str | Schedule = "full",
         context: int | None = None,
         max_bytes: int | None = None,
+        compile: bool = False,
     ) -> None:
         check_model(model)
+        check_flag("compile", compile)
         for name, value in {"slots": slots, "streams": streams, "context": context, "max_bytes": max_bytes}.items():
             if value is not None:
                 check_count(name, value)
@@ -74,7 +78,9 @@ class SessionPool:
             raise ZooError(f"max_bytes: {max_bytes}; {asked} of {model.config.name} may need {self.bytes}: allow fewer")
         places: Places[Stream]
         if isinstance(model, nn.Module):
-            places = Slots(model, slots, self.context)
+            places = Slots(model, slots, self.context, compile=compile)
+        elif compile:
+            raise ZooError("compile: True; the model of a bundle is not compiled")
         else:
             in_place = model.slots(slots)
             places = Rows(model, slots) if in_place is None else in_place

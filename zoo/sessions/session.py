@@ -21,7 +21,7 @@ from zoo.sessions.file import read_file, write_file
 from zoo.sessions.host import Alone, Call, Host, Stream, WindowFullError
 from zoo.sessions.sampling import Constraint, LogitsProcessor, Sampler, Sampling
 from zoo.sessions.sleeping import Sleep
-from zoo.sessions.sleeping_model import SleepingModel, check_model, sleeping_model
+from zoo.sessions.sleeping_model import SleepingModel, check_model, compiled_model, sleeping_model
 from zoo.sessions.snapshot import Snapshot, opening, size
 from zoo.state import State
 
@@ -56,21 +56,30 @@ class Session:
     Args:
         model: a `zoo.Model`, or the model of a bundle, as `zoo.export.load` opens it.
         when: a schedule such as "full", "interval(512)", "idle(0.5)", "manual"; see `zoo.schedule`.
+        compile: on a CPU, compile the blocks for a token of each stream, in the background, and use them as soon as they are ready.
+            Needs a C++ compiler.
         host: runs the session; default: the calling thread. `SessionPool.open` passes the pool.
     Raises:
-        ZooError: an unknown schedule, or one that does not fit the model. If a background sleep fails, the next call raises its
-            error; the stream is as it was before that sleep.
+        ZooError: an unknown schedule, or one that does not fit the model; a model that cannot be compiled. If a background sleep
+            fails, the next call raises its error; the stream is as it was before that sleep.
     """
 
     def __init__(
-        self, model: Model | SleepingModel, batch_size: int = 1, *, when: str | Schedule = "full", host: Host | None = None
+        self,
+        model: Model | SleepingModel,
+        batch_size: int = 1,
+        *,
+        when: str | Schedule = "full",
+        compile: bool = False,
+        host: Host | None = None,
     ) -> None:
         check_model(model)
         check_count("batch_size", batch_size)
-        self.model = model
+        check_flag("compile", compile)
+        self.model, self._compile = model, compile
         self.schedule = new_schedule(when)
         self._limit = self.schedule.due(model.config.window)
-        self._model = sleeping_model(model)
+        self._model = compiled_model(model) if compile else sleeping_model(model)
         self._stream = Stream(self._model, opening(self._model, batch_size))
         self._host = Alone() if host is None else host.open(self._stream)
 
@@ -176,7 +185,7 @@ class Session:
     def fork(self) -> Session:
         """A second session in the same state, with the same model and host; independent from now on."""
         snapshot = self._current()
-        twin = Session(self.model, snapshot.ids.shape[0], when=self.schedule, host=self._host)
+        twin = Session(self.model, snapshot.ids.shape[0], when=self.schedule, compile=self._compile, host=self._host)
         twin._stream.snapshot = snapshot  # snapshots are immutable
         return twin
 

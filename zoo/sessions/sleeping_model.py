@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from zoo.blocks.mixer import parts
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
 from zoo.inputs import check_count
 from zoo.model import Model
 from zoo.sessions import sliced
+from zoo.sessions.compiled import compiled_blocks
 from zoo.sessions.sliced import Slice
 from zoo.sessions.slots import Places, Slots
 from zoo.state import Output, State
@@ -98,11 +100,20 @@ def sleeping_model(model: Model | SleepingModel) -> SleepingModel:
     return TorchModel(model) if isinstance(model, nn.Module) else model
 
 
+def compiled_model(model: Model | SleepingModel) -> TorchModel:
+    """Return `model` in the form of sessions whose tokens are compiled. Raises ZooError: it cannot be compiled."""
+    compiled_blocks(model)
+    assert isinstance(model, Model)
+    if model.config.window is None and any(map(parts, model.init_state().window)):
+        raise ZooError(f"compile: True; the cache of {model.config.name} has no limit: give it a window, or use a SessionPool with context")
+    return TorchModel(model, compile=True)
+
+
 class TorchModel:
     """`zoo.Model` as a `SleepingModel`."""
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.config = model, model.config
+    def __init__(self, model: Model, *, compile: bool = False) -> None:
+        self.model, self.config, self.compile = model, model.config, compile
         # torch.compile and other wrappers replace the call as a whole, so its parts must not be called one by one
         self._whole = not isinstance(model, Model) or model._compiled_call_impl is not None
         self.keeps_hidden = model.wakes_as_it_sleeps and model.config.window is not None and not self._whole
@@ -138,6 +149,8 @@ class TorchModel:
         check_count("loops", loops)
 
     def slots(self, streams: int) -> Slots[int] | None:
+        if self.compile:
+            return Slots(self.model, streams, self.config.window or 1, compile=True)
         # a CPU gains nothing from fixed shapes, since it has no CUDA graphs, and an unbounded cache has none
         window = self.config.window
         return Slots(self.model, streams, window) if window is not None and self.model.embed.weight.is_cuda and not self._whole else None

@@ -16,6 +16,7 @@ from zoo.blocks.mixer import parts, replace_parts
 from zoo.blocks.positions import Positions
 from zoo.errors import ZooError
 from zoo.model import Model
+from zoo.sessions.compiled import compiled_blocks, write_back
 from zoo.state import State
 
 Name = TypeVar("Name", bound=Hashable)
@@ -100,9 +101,12 @@ class Slots(Generic[Name]):
 
     Args:
         context: maximum number of tokens in a window cache.
+        compile: on a CPU, compile the blocks for n streams the first time, in the background, and use them from then on.
+    Raises:
+        ZooError: a model that cannot be compiled.
     """
 
-    def __init__(self, model: Model, slots: int, context: int) -> None:
+    def __init__(self, model: Model, slots: int, context: int, *, compile: bool = False) -> None:
         self.model, self.slots, self.context = model, slots, context
         self._rows: list[_Row[Name]] = []
         """The streams in the first rows of the buffers; the remaining rows are free."""
@@ -117,6 +121,7 @@ class Slots(Generic[Name]):
         """Input of `token`, [slots, 1]."""
         self._position = torch.zeros_like(self.ids[:, 0])
         self._recorded: dict[int, Callable[[], Tensor]] = {}
+        self._compiled = compiled_blocks(model) if compile else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -202,6 +207,8 @@ class Slots(Generic[Name]):
             if n not in self._recorded:
                 self._recorded[n] = _record(partial(self.token, n, self.context), self._buffers)
             logits = self._recorded[n]()
+        elif self._compiled is not None and (model := self._compiled.get(self.model, n, self.context, partial(self._rehearse, n))):
+            logits = self.token(n, self.context, model)
         else:
             logits = self.token(n, max(row.position for row in self._rows[:n]) + 1)
         for row in self._rows[:n]:
@@ -209,28 +216,31 @@ class Slots(Generic[Name]):
             row.read += 1
         return logits[rows]
 
-    def token(self, n: int, longest: int) -> Tensor:
+    def _rehearse(self, n: int, model: Model) -> None:
+        """Read a token of n streams that nobody uses, with a model whose blocks are compiled."""
+        Slots[int](self.model, n, self.context).token(n, self.context, model)
+
+    def token(self, n: int, longest: int, model: Model | None = None) -> Tensor:
         """Run one wake pass over `ids` of the first n rows, at positions below `longest`. Returns logits [n, 1, V].
 
-        Reads and writes buffers that never move, so it can be compiled or recorded.
+        Reads and writes buffers that never move, so it can be recorded.
+
+        Args:
+            model: the model, or its copy with compiled blocks.
         """
+        model = self.model if model is None else model
         position = self._position[:n]
         positions = SlotPositions(position, longest)
         fast: tuple[Any, ...] = tuple(None if s is None else s[:n] for s in self._fast)
         window: tuple[Any, ...] = tuple(
             replace_parts(cache, lambda part: part._make(tensor[:n] for tensor in part)) for cache in self._window
         )
-        h, after = self.model.run(
-            self.model.embedded(self.ids[:n], positions), State(fast, window, 0), positions, self.model.passes(self.model.config.wake_loops)
+        h, after = model.run(
+            model.embedded(self.ids[:n], positions), State(fast, window, 0), positions, model.passes(model.config.wake_loops)
         )
-        logits = self.model.logits(h)
-        for old, new in zip(fast, after.fast, strict=True):
-            if new is not None:
-                old.copy_(new)
-        for cache, changed in _pairs(window, after.window):
-            if not isinstance(cache, SlotKV):
-                for old, new in zip(cache, changed, strict=True):
-                    old.copy_(new)
+        logits = model.logits(h)
+        for old, new in zip((*fast, *window), (*after.fast, *after.window), strict=True):
+            write_back(old, new)
         position.add_(1)
         return logits
 

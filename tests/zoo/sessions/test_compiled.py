@@ -1,0 +1,131 @@
+"""Compiled tokens are those of the plain model, which serves whenever there are none."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Event
+
+import pytest
+import torch
+
+import zoo
+from tests.zoo.serving.local import until
+from zoo.errors import ZooError
+from zoo.sessions.compiled import compiled_blocks
+
+close = partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)
+more = partial(pytest.param, marks=pytest.mark.extended)
+
+
+def model(**fields):
+    torch.manual_seed(0)
+    return zoo.create("gdn4-sleep2-hard16", **{"vocab_size": 64, "d_model": 32, "window": 8, "loops": 2, "layers": "attn mamba2"} | fields)
+
+
+def tokens(*shape):
+    return torch.randint(64, shape, generator=torch.Generator().manual_seed(1))
+
+
+def read_by_token(session, ids):
+    return torch.cat([session.feed(ids[:, n : n + 1]) for n in range(ids.shape[1])], dim=1)
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        more({"layers": "(attn mamba2)*3", "evict": "sliding"}),
+        more({"layers": "mamba2*2", "evict": "none", "window": None, "loops": 1}),
+        more({"layers": "swa gdn jet mamba"}),
+        more({"layers": "kda rglru mla"}),
+        more({"layers": "attn gdn", "wake_loops": 2, "loops": 1}),
+    ],
+    ids=lambda fields: "-".join(str(value) for value in fields.values()) or "attn mamba2",
+)
+def test_compiled_tokens_are_those_of_the_plain_model(fields):
+    ours, ids = model(**fields), tokens(2, 30)
+    before, plain = graphs(), zoo.Session(ours, 2)
+    session = zoo.Session(ours, 2, compile=True)
+    logits = [read_by_token(session, ids[:, :5])]
+    until(lambda: compiled_blocks(ours)._ready, seconds=300)
+    compiled, twin = graphs(), session.fork()
+    logits.append(read_by_token(session, ids[:, 5:]))
+    of_twin = read_by_token(twin, ids[:, 5:])
+    assert graphs() == compiled > before  # compiled once, for the fork too
+    close(torch.cat(logits, dim=1), read_by_token(plain, ids))
+    close(of_twin, logits[1])
+    close(session.state.fast, plain.state.fast)
+
+
+@pytest.mark.extended
+def test_a_pool_compiles_for_batches_of_every_size():
+    ours = model()
+    with zoo.SessionPool(ours, 3, compile=True) as pool, ThreadPoolExecutor(3) as threads:
+        streams = [pool.open() for _ in range(3)]
+        answers = [[] for _ in streams]
+
+        def answer(n, count):
+            answers[n] += map(int, streams[n].generate(tokens(1, 3 + n) if not answers[n] else None, count))
+
+        while len(compiled_blocks(ours)._ready) < 3:
+            for size in (1, 2, 3):
+                list(threads.map(partial(answer, count=20), range(size)))
+        list(threads.map(partial(answer, count=20), range(3)))
+    for n, answered in enumerate(answers):
+        assert answered == [int(t) for t in zoo.Session(ours).generate(tokens(1, 3 + n), len(answered))]
+
+
+def test_the_plain_model_serves_meanwhile(monkeypatch):
+    wait, steps = Event(), []
+
+    def compile(step, **how):
+        def compiled(*arguments):
+            wait.wait(60)
+            steps.append(arguments)
+            return step(*arguments)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    ours, ids = model(), tokens(1, 20)
+    session = zoo.Session(ours, compile=True)
+    logits = [read_by_token(session, ids[:, :10])]
+    assert not steps
+    wait.set()
+    until(lambda: compiled_blocks(ours)._ready)
+    rehearsed = len(steps)
+    logits.append(read_by_token(session, ids[:, 10:]))
+    assert len(steps) == rehearsed + 10 * len(ours.blocks)
+    close(torch.cat(logits, dim=1), read_by_token(zoo.Session(ours), ids))
+
+
+def test_without_a_compiler_one_line_and_the_plain_model(monkeypatch, capsys):
+    def fails(*arguments):
+        raise RuntimeError("no working C++ compiler\nsecond line")
+
+    monkeypatch.setattr(torch, "compile", lambda step, **how: fails)
+    ours, ids = model(), tokens(1, 20)
+    logits = [read_by_token(session := zoo.Session(ours, compile=True), ids[:, :10])]
+    until(lambda: compiled_blocks(ours)._failed)
+    logits += [read_by_token(session, ids[:, 10:])]
+    close(torch.cat(logits, dim=1), read_by_token(zoo.Session(ours), ids))
+    assert capsys.readouterr().err == "compile: failed, so tokens are decoded without it: RuntimeError: no working C++ compiler\n"
+
+
+def test_what_cannot_be_compiled_is_refused():
+    endless = model(layers="attn gdn", evict="none", window=None, loops=1)
+    for refused, why in {
+        torch.nn.Linear(1, 1): "model: Linear",
+        torch.compile(model()): "want a zoo.Model that is not wrapped or compiled, not OptimizedModule",
+        endless: "the cache of gdn4-sleep2-hard16 has no limit",
+    }.items():
+        with pytest.raises(ZooError, match=why):
+            zoo.Session(refused, compile=True)
+    with pytest.raises(ZooError, match="compile: 1"):
+        zoo.SessionPool(endless, context=16, compile=1)
+    zoo.SessionPool(endless, context=16, compile=True).close()

@@ -1,0 +1,109 @@
+"""Blocks compiled by `torch.compile` for a token of each of n streams, in the background."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from threading import Lock, Thread
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from zoo.blocks.block import Block
+from zoo.blocks.mixer import parts
+from zoo.blocks.positions import Positions
+from zoo.errors import ZooError
+from zoo.model import Model
+
+FORMS = 64  # per batch size: most kinds of blocks that are compiled
+
+
+class CompiledBlocks:
+    """Copies of a model with compiled blocks, one for each number of streams. Weights are shared with the model.
+
+    Equal blocks share their code, so compiling takes as long for many layers as for a few.
+    """
+
+    def __init__(self) -> None:
+        self._ready: dict[tuple[int, int], Model] = {}
+        self._begun: set[tuple[int, int]] = set()
+        self._lock = Lock()
+        """Held while blocks are compiled: one batch size at a time."""
+        self._failed = False
+
+    def get(self, model: Model, streams: int, context: int, rehearse: Callable[[Model], object]) -> Model | None:
+        """Return `model` with compiled blocks. Returns None while they are being compiled, and if that has failed.
+
+        Args:
+            streams, context: what the shapes depend on.
+            rehearse: reads a token of each stream with a model, on states that nobody uses.
+        """
+        key = streams, context
+        if key not in self._begun and not self._failed:
+            self._begun.add(key)
+            Thread(target=self._compile, args=(with_compiled_blocks(model), key, rehearse), name="zoo-compile", daemon=True).start()
+        return self._ready.get(key)
+
+    @torch.no_grad()
+    def _compile(self, model: Model, key: tuple[int, int], rehearse: Callable[[Model], object]) -> None:
+        with self._lock:
+            try:
+                if not self._failed:
+                    rehearse(model)
+                    self._ready[key] = model
+            except Exception as error:  # no C++ compiler, for example
+                self._failed = True
+                why = str(error).strip().partition("\n")[0]
+                print(f"compile: failed, so tokens are decoded without it: {type(error).__name__}: {why}", file=sys.stderr)
+
+
+_COMPILED: WeakKeyDictionary[Model, CompiledBlocks] = WeakKeyDictionary()
+
+
+def compiled_blocks(model: Any) -> CompiledBlocks:
+    """Return the compiled blocks of a model, which its sessions and pools share. Raises ZooError: it cannot be compiled."""
+    if not isinstance(model, Model) or model._compiled_call_impl is not None:
+        raise ZooError(f"compile: True; want a zoo.Model that is not wrapped or compiled, not {type(model).__name__}")
+    if not model.embed.weight.is_cpu:
+        raise ZooError(f"compile: True; only tokens on a CPU are compiled, and the model is on {model.embed.weight.device}")
+    if model.config.wake_loops > 1 and not model.config.carry:
+        raise ZooError(f"compile: True; carry: False with wake_loops: {model.config.wake_loops} is not compiled")
+    return _COMPILED.setdefault(model, CompiledBlocks())
+
+
+def with_compiled_blocks(model: Model) -> Model:
+    """Return a copy of `model` that shares its weights, and whose blocks are compiled and change their states in place."""
+    step = torch.compile(_in_place, fullgraph=True, dynamic=False, recompile_limit=FORMS, isolate_recompiles=True)  # type: ignore[call-overload]
+    twin = copy.copy(model)
+    twin._modules = {**model._modules, "blocks": nn.ModuleList(_CompiledBlock(block, step) for block in model.blocks)}
+    return twin
+
+
+class _CompiledBlock(nn.Module):
+    def __init__(self, block: nn.Module, step: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.block, self.mixer, self.step = block, block.mixer, step
+
+    def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions, *, mlp: bool = True) -> tuple[Tensor, Any, Any]:
+        return self.step(self.block, x, fast, window, positions, mlp), fast, window
+
+
+def _in_place(block: Block, x: Tensor, fast: Any, window: Any, positions: Positions, mlp: bool) -> Tensor:
+    x, new_fast, new_window = block(x, fast, window, positions, mlp=mlp)
+    write_back(fast, new_fast)
+    write_back(window, new_window)
+    return x
+
+
+def write_back(old: Any, new: Any) -> None:
+    """Copy a block's new fast weights or window cache into the old ones, where they are not the same tensors."""
+    if isinstance(old, Tensor):
+        if new is not old:
+            old.copy_(new)
+    else:
+        for before, after in zip(parts(old), parts(new), strict=True):
+            for one, other in zip(before, after, strict=True):
+                write_back(one, other)
