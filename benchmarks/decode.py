@@ -4,13 +4,14 @@
 
 "weights alone" is the lower bound: only the products of the model's matrices with one row per stream. As in `zoo chat`, our weights
 are laid out as `zoo.arrange_weights` finds; all contenders run under the precision that `zoo.matmul_precision` finds.
-Exported bundles are of the ort dialect; llama.cpp has the same weights as F32, Q8_0 and Q4_0.
+Exported bundles are of the ort dialect; llama.cpp has the same weights as F32, Q8_0 and Q4_0. "compiled" is a pool with compile=True.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from benchmarks.llama import Llama, takes
 from benchmarks.measure import compare, record
 from benchmarks.peers import WORDS, pairs
 from zoo.export.runtime import ExportedModel
+from zoo.sessions.compiled import compiled_blocks
 
 PROMPT, TOKENS, LENGTH = 128, 16, 1024
 TARGETS = {"Mamba-2 50M": {"F32": 1.25, "Q8_0": 1.6, "Q4_0": 1.8}, "attention 50M": {"F32": 1.3, "Q8_0": 1.05, "Q4_0": 1.5}}
 """Intended time of an exported graph at batch 1, divided by that of llama.cpp."""
+COMPILED = {("Mamba-2 50M", 1): 1.6, ("Mamba-2 50M", 16): 1.0, ("attention 50M", 16): 1.0}
+"""Intended time of a compiled token, divided by that of llama.cpp in F32."""
 
 
 def ours(model: Any, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tensor]:
@@ -37,6 +41,22 @@ def ours(model: Any, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tenso
     session = zoo.Session(model, len(prompt))
     session.feed(prompt)
     return lambda: torch.stack(list(session.generate(None, tokens)), dim=1)
+
+
+def compiled(model: zoo.Model, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tensor]:
+    """Return the same for a pool whose blocks are compiled."""
+    pool = zoo.SessionPool(model, len(prompt), context=LENGTH, compile=True)
+    streams, threads, blocks = [pool.open() for _ in prompt], ThreadPoolExecutor(len(prompt)), compiled_blocks(model)
+
+    def generate() -> Tensor:
+        return torch.stack(list(threads.map(lambda stream: torch.cat(list(stream.generate(None, tokens))), streams)))
+
+    for stream, ids in zip(streams, prompt, strict=True):
+        stream.read(ids[None])
+    for _ in range(3):
+        generate()
+        blocks.wait()  # those for batches that were not full, too
+    return generate
 
 
 def transformers(model: Any, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tensor]:
@@ -106,6 +126,11 @@ def main(large: bool) -> None:
                     contenders["llama.cpp"] = llama(stored.in_llama(folder, "F32", batch, LENGTH), prompt)
                 contenders["weights alone"] = partial(weights_alone, model, batch)
                 rows.append(compare(case, contenders, rounds=5, per=TOKENS, target=2))
+                if threads == 2:
+                    peers = {name: work for name, work in contenders.items() if name == "llama.cpp"}
+                    contenders = {"ours": compiled(model, prompt)} | peers
+                    target = 1 / COMPILED[name, batch] if (name, batch) in COMPILED else None
+                    rows.append(compare(f"{case}, compiled", contenders, rounds=5, per=TOKENS, target=target))
                 for form in forms:
                     peer = stored.in_llama(folder, form, batch, LENGTH)
                     contenders = {"ours": ours(ExportedModel(folder / form), prompt), "llama.cpp": llama(peer, prompt)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -227,12 +227,14 @@ def _fields(source: Any, name: str) -> dict[str, Any]:
     return dict(source) if isinstance(source, Mapping) else read_yaml(source)
 
 
-def merge(fields: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `fields` updated with `more`; nested mappings are merged."""
+def merge(fields: Mapping[str, Any], more: Mapping[str, Any], *, whole: Collection[str] = ()) -> dict[str, Any]:
+    """Return `fields` updated with `more`; nested mappings are merged, except under the keys `whole`, where they are replaced."""
     merged = dict(fields)
     for key, value in more.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and key not in whole:
+            value = merge(old, value, whole=whole)
+        merged[key] = value
     return merged
 
 

@@ -69,13 +69,13 @@ def card(trained: Trained, config: ModelConfig, repository: str) -> str:
     text = f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {config.name}\n\n"
     text += f'```python\nimport zoo\n\nmodel = zoo.load("{PREFIX}{repository}")\n```\n\n```\n{sizes}\n```\n'
     if trained.run is not None:
-        progress = "" if trained.step is None else f", stopped after step {trained.step}"
+        progress = "" if trained.step in (None, trained.run.steps) else f", stopped after step {trained.step}"
         text += f"\n## Training\n\n`zoo train train.yaml`{progress}, where train.yaml is:\n\n```yaml\n{_settings(trained.run)}```\n"
     results = trained.folder / RESULTS
     if trained.run is not None and results.is_file():
         found = json.loads(results.read_text(encoding="utf-8"))
         amount = f"{counted(trained.run.steps, 'step')} of {counted(trained.run.batch_size, 'sequence')}"
-        text += f"\n## Results\n\nTask {found['task']}, {amount}.\n\n"
+        text += f"\n## Results\n\nTask {found['task'].partition(' ')[0]}, {amount}.\n\n"
         text += "| held-out loss | accuracy | best guess |\n|---:|---:|---:|\n"
         text += f"| {found['loss']:.4f} | {found['accuracy']:.2%} | {found['chance']:.2%} |\n"
     return text
@@ -86,7 +86,7 @@ def _settings(run: TrainConfig) -> str:
 
     def public(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: public(inner) for name, inner in value.items()}
+            return {public(name): public(inner) for name, inner in value.items()}
         if isinstance(value, list):
             return [public(inner) for inner in value]
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

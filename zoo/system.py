@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from contextlib import suppress
+from functools import cache
 from typing import IO, Any
 
 
@@ -37,19 +38,24 @@ def peak_resident() -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def share_heaps() -> None:
     """Let all threads allocate from two heaps, if the C library is glibc: with a heap per thread, more freed memory stays unused.
 
     Call it before threads are started.
     """
     with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(ARENA_MAX, 2)
+        _libc().mallopt(ARENA_MAX, 2)
 
 
 def release_freed() -> None:
     """Return the memory of freed objects to the system, if the C library is glibc, which keeps it otherwise."""
     with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        _libc().malloc_trim(0)
 
 
 def lock(file: IO[Any]) -> bool:

@@ -13,7 +13,7 @@ import zoo
 from tests.zoo.training.tiny import TINY, tiny
 from zoo.cli import main
 from zoo.config import validate
-from zoo.publish import push
+from zoo.publish import _settings, push
 from zoo.training.config import TrainConfig
 from zoo.training.loop import train
 
@@ -66,6 +66,12 @@ def test_a_run_loads_back_equal(tmp_path, uploads):
     assert "`zoo train train.yaml`, where train.yaml is:" in card.text
     made = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", card.text, re.MULTILINE | re.DOTALL)[1])
     assert validate(TrainConfig, made, "card") == settings.model_copy(update={"model": "parent"})
+
+
+def test_a_card_names_no_folder_of_the_corpora():
+    about = {"task": {"name": "text", "train": {"/home/me/one.npy": 3, "/home/me/two.npy": 1}, "test": "/home/me/test.npy"}}
+    text = _settings(validate(TrainConfig, {"model": "gdn4", **about, "steps": 1, "batch_size": 1, "lr": 1}, "run"))
+    assert yaml.safe_load(text)["task"] == {"name": "text", "train": {"one.npy": 3, "two.npy": 1}, "test": "test.npy"}
 
 
 def test_an_existing_card_is_kept(tmp_path, uploads):

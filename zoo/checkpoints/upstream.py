@@ -179,6 +179,8 @@ def _translate(content: dict[str, Any], label: str, name: str) -> ModelConfig:
 def _family(upstream: Mapping[str, Any], label: str) -> Family:
     nameless = "lit_gpt" if "_mlp_class" in upstream else "mamba_ssm" if {"d_model", "n_layer"} <= upstream.keys() else None
     kind = upstream.get("model_type", nameless)
+    if kind == "sleep_zoo":
+        raise ZooError(f"{label}: save_pretrained wrote it; load it with transformers, and save model.zoo with zoo.save")
     if not isinstance(kind, str) or kind not in families.names():
         raise ZooError(f"{label}: model_type: {kind!r} is unknown; {nearest(str(kind), families.names())}")
     return families.get(kind)

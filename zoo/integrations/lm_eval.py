@@ -13,8 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from zoo.checkpoints.hub import local_folder
 from zoo.checkpoints.own import configure, load
+from zoo.checkpoints.plain import one_line
 from zoo.devices import usable_device
 from zoo.errors import ZooError
+from zoo.inputs import check_flag
 from zoo.schedule import new_schedule
 from zoo.sessions.session import Session
 from zoo.text.chat_templates import choose
@@ -62,7 +64,7 @@ class ZooLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str = "",
         device: str | torch.device = "cpu",
         dtype: str | None = None,
         batch_size: int | str = 1,
@@ -73,6 +75,9 @@ class ZooLM(TemplateLM):
         **fields: Any,
     ) -> None:
         super().__init__()
+        if not pretrained:
+            raise ZooError("model_args: pretrained is missing; want pretrained=FOLDER")
+        check_flag("sleep_before_answer", sleep_before_answer)
         folder = local_folder(pretrained, "pretrained")
         given = fields if loops is None else {**fields, "loops": loops}
         self.config = configure(folder, given)
@@ -223,11 +228,15 @@ def _size(batch_size: int | str) -> int:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run lm-eval's own command line, which finds the model `zoo` here."""
+    """Run lm-eval's own command line, which finds the model `zoo` here. Raises ZooError: it refuses its arguments."""
     from lm_eval.__main__ import cli_evaluate
 
     before, sys.argv = sys.argv, ["lm-eval", *arguments]
     try:
         cli_evaluate()
+    except ZooError:
+        raise
+    except (KeyError, ValueError) as error:
+        raise ZooError(f"lm-eval: {one_line(error)}") from error
     finally:
         sys.argv = before

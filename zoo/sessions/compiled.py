@@ -28,11 +28,11 @@ class CompiledBlocks:
     """
 
     def __init__(self) -> None:
-        self._ready: dict[tuple[int, int], Model] = {}
-        self._begun: set[tuple[int, int]] = set()
+        self.ready: dict[tuple[int, int], Model] = {}
+        self.failed = False
+        self._threads: dict[tuple[int, int], Thread] = {}
         self._lock = Lock()
-        """Held while blocks are compiled: one batch size at a time."""
-        self._failed = False
+        """Held while blocks are compiled: for one number of streams at a time."""
 
     def get(self, model: Model, streams: int, context: int, rehearse: Callable[[Model], object]) -> Model | None:
         """Return `model` with compiled blocks. Returns None while they are being compiled, and if that has failed.
@@ -42,20 +42,26 @@ class CompiledBlocks:
             rehearse: reads a token of each stream with a model, on states that nobody uses.
         """
         key = streams, context
-        if key not in self._begun and not self._failed:
-            self._begun.add(key)
-            Thread(target=self._compile, args=(with_compiled_blocks(model), key, rehearse), name="zoo-compile", daemon=True).start()
-        return self._ready.get(key)
+        if key not in self._threads and not self.failed:
+            arguments = with_compiled_blocks(model), key, rehearse
+            self._threads[key] = Thread(target=self._compile, args=arguments, name="zoo-compile", daemon=True)
+            self._threads[key].start()
+        return self.ready.get(key)
+
+    def wait(self) -> None:
+        """Wait until everything that has been asked for is compiled, or has failed."""
+        for thread in list(self._threads.values()):
+            thread.join()
 
     @torch.no_grad()
     def _compile(self, model: Model, key: tuple[int, int], rehearse: Callable[[Model], object]) -> None:
         with self._lock:
             try:
-                if not self._failed:
+                if not self.failed:
                     rehearse(model)
-                    self._ready[key] = model
+                    self.ready[key] = model
             except Exception as error:  # no C++ compiler, for example
-                self._failed = True
+                self.failed = True
                 why = str(error).strip().partition("\n")[0]
                 print(f"compile: failed, so tokens are decoded without it: {type(error).__name__}: {why}", file=sys.stderr)
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from zoo import __version__
 from zoo.blocks.mixer import parts, replace_parts
 from zoo.checkpoints.checksum import metadata, read_verified
 from zoo.config import ModelConfig
@@ -42,7 +42,7 @@ def write_file(path: Path, model: SleepingModel, snapshot: Snapshot, more: Mappi
     header = {
         "format": FORMAT,
         **identity(model),
-        "versions": json.dumps({"sleep-zoo": version("sleep-zoo"), "torch": torch.__version__}),
+        "versions": json.dumps({"sleep-zoo": __version__, "torch": torch.__version__}),
         "positions": json.dumps([snapshot.state.position, snapshot.start.position]),
         "counts": json.dumps(snapshot.counts._asdict()),
         "hidden": json.dumps(bool(snapshot.hidden)),

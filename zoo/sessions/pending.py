@@ -17,6 +17,13 @@ class Pending:
         self.stream, self.call = stream, call
         self.result: Future[Any] = Future()
 
+    def end(self, value: Any = None, error: BaseException | None = None) -> None:
+        """Set the result, or the error."""
+        if error is None:
+            self.result.set_result(value)
+        else:
+            self.result.set_exception(error)
+
 
 class PendingEach(Pending):
     """Calls one after the other, whose results are in `results`; None follows the last one.
@@ -33,7 +40,6 @@ class PendingEach(Pending):
         self.left = False
         """True if the caller takes no more results."""
         self._last: tuple[Any] | None = None
-        self.result.add_done_callback(self._end)
 
     async def _run(self, calls: Iterator[Call[Any]]) -> None:
         call = next(calls, None)
@@ -53,8 +59,9 @@ class PendingEach(Pending):
             if call is not None:
                 call.close()
 
-    def _end(self, _: Future[Any]) -> None:
-        """Pass on the last result: only now, so that the stream is idle when its caller has it."""
+    def end(self, value: Any = None, error: BaseException | None = None) -> None:
+        """Pass on the last result, too: only now, so that the stream is idle when its caller has it."""
+        super().end(value, error)
         if self._last is not None:
             self.results.put(self._last)
         self.results.put(None)

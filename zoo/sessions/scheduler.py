@@ -218,7 +218,7 @@ class Scheduler:
         self.sleeps.close()
         for pending in calls:
             pending.call.close()
-            pending.result.set_exception(error)
+            pending.end(error=error)
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to do. Returns False once the pool is closed."""
@@ -326,10 +326,7 @@ class Scheduler:
             self.sleeps.add(sleep, sleep.pause)
         with self._changed:
             self._calls.pop(pending.stream, None)
-        if error is None:
-            pending.result.set_result(value)
-        else:
-            pending.result.set_exception(error)
+        pending.end(value, error)
 
     def _run_sleeps(self, tokens: int) -> None:
         """Run one slice of sleeps; those that calls wait for come first."""

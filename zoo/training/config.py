@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +92,10 @@ class TrainConfig(BaseModel):
         return self
 
 
+merge_runs = partial(merge, whole=("train",))  # several corpora with their weights are one value
+"""`merge` for the fields of runs."""
+
+
 def read_config(source: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
     """Read a training run and apply overrides.
 
@@ -102,7 +107,7 @@ def read_config(source: str | Path, overrides: dict[str, Any] | None = None) -> 
     """
     if (as_path(source, "run") / SETTINGS).is_file() and str(source) not in shipped("train"):
         source = Path(source) / SETTINGS
-    return validate(TrainConfig, merge(_fields(source), overrides or {}), str(source))
+    return validate(TrainConfig, merge_runs(_fields(source), overrides or {}), str(source))
 
 
 def _fields(source: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def _fields(source: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
         inherited = _fields(named, (*above, str(source)))
     if not shipped_run:
         fields = absolute_paths(fields, here, inherited.get("task"))
-    return merge(inherited, fields)
+    return merge_runs(inherited, fields)
 
 
 def absolute_paths(fields: Mapping[str, Any], folder: Path, task: object = None) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from zoo.config import merge, nested, read_shipped, shipped, validate
+from zoo.config import nested, read_shipped, shipped, validate
 from zoo.costs import describe, training_flops
 from zoo.errors import ZooError, counted
 from zoo.registry import nearest
-from zoo.training.config import TrainConfig, absolute_paths, read_config
+from zoo.training.config import TrainConfig, absolute_paths, merge_runs, read_config
 from zoo.training.loop import loops_at
 from zoo.training.prepare import prepare
 
@@ -87,10 +87,10 @@ def read_plan(source: str | Path, overrides: dict[str, Any] | None = None) -> Pl
     fields = read_shipped("ablations", "ablation", source)
     if str(source) not in shipped("ablations") and isinstance(base := fields.get("base"), dict):
         fields["base"] = absolute_paths(base, Path(source).parent)
-    fields = merge(fields, overrides or {})
+    fields = merge_runs(fields, overrides or {})
     run = fields.pop("run", None)
     if run is not None:
-        fields["base"] = merge(read_config(run).model_dump(mode="json", exclude_unset=True), fields.get("base", {}))
+        fields["base"] = merge_runs(read_config(run).model_dump(mode="json", exclude_unset=True), fields.get("base", {}))
     return validate(Plan, fields, str(source))
 
 
@@ -181,7 +181,7 @@ def arms_of(plan: Plan) -> list[Arm]:
     for name, fields in named.items():
         label, merged = f"arm '{name}'", plan.base
         for path, value in fields.items():
-            merged = merge(merged, nested(path, value))
+            merged = merge_runs(merged, nested(path, value))
         arms.append(Arm(name, fields, validate(TrainConfig, merged, label)))
         try:
             prepare(arms[-1].config, torch.device("meta"))

@@ -186,6 +186,7 @@ def test_a_conversation_is_rendered_by_the_chat_template(folder):
     ("more", "message"),
     [
         ("loop=4", "loop: unknown field"),
+        ("sleep_before_answer=maybe", "sleep_before_answer: 'maybe'; allowed: True, False"),
         ("when=interval(99)", "interval: 99 tokens; the model's window holds 32"),
         ("evict=none,loops=4", r"loops: 4; .* never sleeps \(evict: none\)"),
     ],
@@ -194,6 +195,13 @@ def test_bad_arguments_are_refused_in_one_line(folder, more, message):
     result, _ = command(folder, f"lm-eval run --model zoo --model_args pretrained=model,{more} --tasks tiny_choice --include_path tasks")
     assert result.exit_code == 2
     assert re.search(f"^Error: .*{message}", result.output.splitlines()[-1])
+    for line, why in {
+        "--model_args loops=2 --tasks tiny_choice": "model_args: pretrained is missing; want pretrained=FOLDER",
+        "--model_args pretrained=model --tasks nosuchtask": "lm-eval: .*nosuchtask",
+    }.items():
+        result, _ = command(folder, f"lm-eval run --model zoo {line} --include_path tasks")
+        assert result.exit_code == 2
+        assert re.search(f"^Error: {why}", result.output.splitlines()[-1])
     with pytest.raises(zoo.ZooError, match="batch_size: 0; want a number of streams"):
         lm(folder, batch_size=0)
 

@@ -247,6 +247,25 @@ def test_the_trainer_trains_with_sleeps_and_resumes_bit_for_bit(wrap, tmp_path, 
     assert all(torch.equal(tensor, ended[name]) for name, tensor in again.model.state_dict().items())
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_trainer_evaluates_and_predicts(wrap, tmp_path, smoothing):
+    """Rows of different lengths, padded on the right."""
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    tokenizer, model = byte_tokenizer(), new(vocab_size=256, sleep_on="every")
+    tokenizer.padding_side = "right"
+    texts = [list(b"sleep on it"), list(b"a text that is longer than a window of sixteen tokens")]
+    arguments = TrainingArguments(**settings(tmp_path, label_smoothing_factor=smoothing), per_device_eval_batch_size=2)
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = Trainer(wrap(model), arguments, data_collator=collate, eval_dataset=[{"input_ids": text} for text in texts])
+    found = trainer.evaluate()["eval_loss"]
+    if not smoothing:
+        rows = [torch.tensor([text]) for text in texts]
+        losses = torch.cat([model.answers(row, torch.ones_like(row)).losses() for row in rows])
+        assert found == pytest.approx(losses.mean().item(), abs=1e-5)
+    assert trainer.predict(trainer.eval_dataset).predictions.shape == (2, len(texts[1]), 256)
+
+
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_supervised_fine_tuning_with_trl(wrap, tmp_path, packing):
     from datasets import Dataset
@@ -353,10 +372,16 @@ def test_another_number_of_passes_and_fresh_weights(wrap, tmp_path):
 
 
 def test_bad_inputs_are_refused_in_one_line(wrap, tmp_path):
+    import peft
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, DynamicCache
 
-    hf = wrap(new())
+    from zoo.integrations.transformers import SleepZooConfig, SleepZooForCausalLM, Streams
+
+    hf, inside = wrap(new()), new()
+    hf.save_pretrained(tmp_path / "saved")
+    peft.get_peft_model(inside, peft.LoraConfig(r=2, target_modules=r".*_proj"))
+    adapted = wrap(inside)
     ids, mask = padded([tokens(n) for n in (5, 9)], "right")
     holes = torch.ones_like(ids)
     holes[0, 3] = 0
@@ -367,11 +392,20 @@ def test_bad_inputs_are_refused_in_one_line(wrap, tmp_path):
         "input_ids: 1 row for 2 streams": lambda: hf(ids[:1], past_key_values=streams),
         "attention_mask: pads tokens that continue streams": lambda: hf(ids, attention_mask=mask.flip(1), past_key_values=streams),
         r"vocab_size: 32": lambda: hf.resize_token_embeddings(40),
+        "past_key_values: DynamicCache; want the Streams": lambda: hf.generate(ids, past_key_values=DynamicCache(), max_new_tokens=2),
+        "inputs_embeds: is not supported": lambda: hf.generate(inputs_embeds=torch.zeros(1, 4, 16), max_new_tokens=2),
+        "output_hidden_states: is not supported": lambda: hf(ids, output_hidden_states=True),
+        "output_attentions: is not supported": lambda: hf.generate(
+            ids, output_attentions=True, return_dict_in_generate=True, max_new_tokens=2
+        ),
+        "interval: 0": lambda: Streams(hf.zoo, when="interval(0)"),
+        "config: zoo: is missing; want a folder that save_pretrained wrote": lambda: SleepZooForCausalLM(SleepZooConfig()),
+        r"tensor 'blocks.0.mixer.k_proj.weight' is missing in the model": lambda: adapted.save_pretrained(tmp_path / "adapted"),
+        "save_pretrained wrote it": lambda: zoo.load(tmp_path / "saved"),
     }.items():
         with pytest.raises(zoo.ZooError, match=message):
             call()
     assert hf(ids, labels=torch.full_like(ids, -100)).loss.item() == 0
-    hf.save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved/model.safetensors"
     tensors = load_file(file)
     del tensors["model.inner.head.weight"]

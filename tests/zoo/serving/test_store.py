@@ -1,5 +1,6 @@
 """Sessions outlive the process: kills at random moments, and two processes."""
 
+import gc
 import http.client
 import json
 import os
@@ -26,6 +27,7 @@ from tests.zoo.serving.local import local, post
 from zoo.serving.limits import Limits
 from zoo.serving.prefixes import common_length
 from zoo.serving.store import Journal, Record, Store, StoreError, TakenOverError
+from zoo.sessions.host import Stream
 from zoo.text.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer(256)
@@ -341,6 +343,23 @@ def open_tokens(server, name):
     kept = server.state.sessions.acquire("", name)
     server.state.sessions.release(kept)
     return kept.tokens
+
+
+def test_sessions_leave_no_states_in_reference_cycles(model, tmp_path):
+    """Only the garbage collector would free them, seconds later."""
+    with local(model, BYTES, slots=2, streams=3, store=tmp_path, limits=Limits(prefixes=0)) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            for n in range(20):
+                answers(server, f"s{n % 10}", f"{n}", max_tokens=5)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            assert [thing for thing in gc.garbage if isinstance(thing, torch.Tensor | Stream)] == []
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
 
 
 @pytest.mark.extended

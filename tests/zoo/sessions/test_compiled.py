@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import zoo
-from tests.zoo.serving.local import until
 from zoo.errors import ZooError
 from zoo.sessions.compiled import compiled_blocks
 
@@ -52,7 +51,7 @@ def test_compiled_tokens_are_those_of_the_plain_model(fields):
     before, plain = graphs(), zoo.Session(ours, 2)
     session = zoo.Session(ours, 2, compile=True)
     logits = [read_by_token(session, ids[:, :5])]
-    until(lambda: compiled_blocks(ours)._ready, seconds=300)
+    compiled_blocks(ours).wait()
     compiled, twin = graphs(), session.fork()
     logits.append(read_by_token(session, ids[:, 5:]))
     of_twin = read_by_token(twin, ids[:, 5:])
@@ -72,9 +71,10 @@ def test_a_pool_compiles_for_batches_of_every_size():
         def answer(n, count):
             answers[n] += map(int, streams[n].generate(tokens(1, 3 + n) if not answers[n] else None, count))
 
-        while len(compiled_blocks(ours)._ready) < 3:
+        while len(compiled_blocks(ours).ready) < 3:
             for size in (1, 2, 3):
                 list(threads.map(partial(answer, count=20), range(size)))
+            compiled_blocks(ours).wait()
         list(threads.map(partial(answer, count=20), range(3)))
     for n, answered in enumerate(answers):
         assert answered == [int(t) for t in zoo.Session(ours).generate(tokens(1, 3 + n), len(answered))]
@@ -97,7 +97,7 @@ def test_the_plain_model_serves_meanwhile(monkeypatch):
     logits = [read_by_token(session, ids[:, :10])]
     assert not steps
     wait.set()
-    until(lambda: compiled_blocks(ours)._ready)
+    compiled_blocks(ours).wait()
     rehearsed = len(steps)
     logits.append(read_by_token(session, ids[:, 10:]))
     assert len(steps) == rehearsed + 10 * len(ours.blocks)
@@ -111,7 +111,7 @@ def test_without_a_compiler_one_line_and_the_plain_model(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda step, **how: fails)
     ours, ids = model(), tokens(1, 20)
     logits = [read_by_token(session := zoo.Session(ours, compile=True), ids[:, :10])]
-    until(lambda: compiled_blocks(ours)._failed)
+    compiled_blocks(ours).wait()
     logits += [read_by_token(session, ids[:, 10:])]
     close(torch.cat(logits, dim=1), read_by_token(zoo.Session(ours), ids))
     assert capsys.readouterr().err == "compile: failed, so tokens are decoded without it: RuntimeError: no working C++ compiler\n"

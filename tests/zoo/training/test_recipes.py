@@ -184,3 +184,15 @@ def test_a_file_lists_only_the_differences_from_its_base(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("base: cicle\n")
     with pytest.raises(zoo.ZooError, match="unknown run 'cicle'; did you mean 'cycle'"):
         read_config("a.yaml")
+
+
+def test_corpora_with_weights_are_one_value(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("base: cycle\ntask: {name: text, train: {one.npy: 3, two.npy: 1}, test: test.npy}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\ntask: {train: {two.npy: 1}}\n")
+    (tmp_path / "plan.yaml").write_text("run: a.yaml\narms: {other: {task.train: {three.npy: 2}}}\n")
+    two = {str(tmp_path / "two.npy"): 1}
+    assert read_config("b.yaml").task["train"] == two
+    assert read_config("b.yaml").task["test"] == str(tmp_path / "test.npy")
+    assert read_config("a.yaml", {"task": {"train": {"three.npy": 2}}}).task["train"] == {"three.npy": 2}
+    assert read_plan("plan.yaml", {"base": {"task": {"train": two}}}).base["task"]["train"] == two

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 from transformers.utils.generic import can_return_tuple
 
 from zoo.checkpoints.companions import GENERATION, read_companions, write_companions
-from zoo.checkpoints.plain import cast, unwrap
+from zoo.checkpoints.plain import cast, plain_tensors, unwrap
 from zoo.config import resolve
 from zoo.errors import ZooError
 from zoo.initialise import init_weights
@@ -39,7 +39,7 @@ class SleepZooConfig(PreTrainedConfig):
     """
 
     model_type = "sleep_zoo"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers appends a list
 
     def __init__(self, zoo: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self.zoo = dict(zoo or {})
@@ -77,7 +77,13 @@ class SleepZooPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
-        """Write a folder that `from_pretrained` reads, with the tokenizer and other files that came with the model."""
+        """Write a folder that `from_pretrained` reads, with the tokenizer and other files that came with the model.
+
+        Raises:
+            ZooError: a model with adapters, or other tensors that are not part of its config.
+        """
+        if kwargs.get("state_dict") is None:  # of a trainer that has gathered the weights
+            plain_tensors(self.zoo)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             folder = Path(save_directory)
@@ -103,6 +109,8 @@ class SleepZooModel(SleepZooPreTrainedModel):
 
     def __init__(self, config: SleepZooConfig) -> None:
         super().__init__(config)
+        if not config.zoo:
+            raise ZooError("config: zoo: is missing; want a folder that save_pretrained wrote, or from_zoo(zoo.load(FOLDER))")
         self.inner = cast(Model(resolve(config.zoo)), torch.get_default_dtype())
         if not self.inner.embed.weight.is_meta:
             init_weights(self.inner, torch.Generator(self.inner.embed.weight.device).manual_seed(0))
@@ -121,6 +129,7 @@ class SleepZooModel(SleepZooPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **unused: Any
     ) -> BaseModelOutput:
         """Return the hidden states of every token after the final norm, [B, T, D]; the arguments are those of `hidden`."""
+        _refuse_unsupported(unused)
         return BaseModelOutput(last_hidden_state=self.zoo.normed(self.hidden(input_ids, attention_mask, position_ids)))
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
@@ -194,15 +203,22 @@ class SleepZooForCausalLM(SleepZooPreTrainedModel, GenerationMixin):
             labels: [B, T], -100 where there is no loss. The loss is that of `zoo.Model.loss`, with its sleeps. In evaluation mode,
                 logits are returned too, zeros where nothing predicts a token with loss.
             past_key_values: streams to continue.
-            use_cache: return the streams, to continue them without gradients; default: outside of training.
+            use_cache: return the streams, to continue them without gradients; default: outside of training, unless a row is padded
+                on the right.
             logits_to_keep: number of last tokens whose logits are computed; 0: all.
             num_items_in_batch: divisor of the loss; default: the tokens that carry loss.
         Raises:
-            ZooError: as `zoo.Model.loss`, `as_streams` and `Streams.read`.
+            ZooError: as `zoo.Model.loss`, `as_streams` and `Streams.read`; embeddings in place of tokens, a cache of another kind,
+                or `output_hidden_states` and `output_attentions`, which a model that sleeps does not have.
         """
+        _refuse_unsupported(unused)
+        if not isinstance(past_key_values, Streams | None):
+            raise ZooError(f"past_key_values: {type(past_key_values).__name__}; want the Streams that forward returns, or None")
         if labels is not None:
             return self._supervised(input_ids, attention_mask, position_ids, labels, num_items_in_batch)
-        if past_key_values is None and not (not torch.is_grad_enabled() if use_cache is None else use_cache):
+        if use_cache is None:
+            use_cache = not torch.is_grad_enabled() and (attention_mask is None or bool(attention_mask[:, -1].all()))
+        if past_key_values is None and not use_cache:
             h = self.model.hidden(input_ids, attention_mask, position_ids)
             return CausalLMOutputWithPast(logits=self.zoo.logits(h[:, -logits_to_keep:]))
         streams = Streams(self.zoo) if past_key_values is None else past_key_values
@@ -233,3 +249,10 @@ class SleepZooForCausalLM(SleepZooPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:  # `forward` makes the streams
         return False
+
+
+def _refuse_unsupported(given: Mapping[str, Any]) -> None:
+    """Raise ZooError for arguments of transformers' models that would change the result, or ask for more of it."""
+    for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
+        if given.get(name) is not None and given[name] is not False:
+            raise ZooError(f"{name}: is not supported; want input_ids, and zoo.Model.wake for hidden states")

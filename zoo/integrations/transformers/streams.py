@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from zoo.errors import ZooError, counted
 from zoo.model import Model
-from zoo.schedule import Schedule
+from zoo.schedule import Schedule, new_schedule
 from zoo.sessions.session import Session
 
 
@@ -72,7 +72,8 @@ class Streams:
     is_compileable = False
 
     def __init__(self, model: Model, *, when: str | Schedule = "full") -> None:
-        self.model, self.when = model, when
+        self.model, self.when = model, new_schedule(when)
+        self.when.due(model.config.window)  # refuses a schedule that does not fit
         self.groups: list[Group] = []
         self.columns = 0
         """Number of tokens of the padded batch that have been read."""
