@@ -81,10 +81,14 @@ def compiled_blocks(model: Any) -> CompiledBlocks:
 
 
 def with_compiled_blocks(model: Model) -> Model:
-    """Return a copy of `model` that shares its weights, and whose blocks are compiled and change their states in place."""
+    """Return a copy of `model` for `Model.run`, which shares its weights, and whose blocks are compiled and change states in place.
+
+    It has no head, which may refer to `model` and would keep it alive.
+    """
     step = torch.compile(_in_place, fullgraph=True, dynamic=False, recompile_limit=FORMS, isolate_recompiles=True)  # type: ignore[call-overload]
     twin = copy.copy(model)
     twin._modules = {**model._modules, "blocks": nn.ModuleList(_CompiledBlock(block, step) for block in model.blocks)}
+    del twin._modules["head"]
     return twin
 
 

@@ -226,19 +226,18 @@ class Slots(Generic[Name]):
         Reads and writes buffers that never move, so it can be recorded.
 
         Args:
-            model: the model, or its copy with compiled blocks.
+            model: copy of the model with compiled blocks.
         """
-        model = self.model if model is None else model
+        run = self.model.run if model is None else model.run
         position = self._position[:n]
         positions = SlotPositions(position, longest)
         fast: tuple[Any, ...] = tuple(None if s is None else s[:n] for s in self._fast)
         window: tuple[Any, ...] = tuple(
             replace_parts(cache, lambda part: part._make(tensor[:n] for tensor in part)) for cache in self._window
         )
-        h, after = model.run(
-            model.embedded(self.ids[:n], positions), State(fast, window, 0), positions, model.passes(model.config.wake_loops)
-        )
-        logits = model.logits(h)
+        h, passes = self.model.embedded(self.ids[:n], positions), self.model.passes(self.model.config.wake_loops)
+        h, after = run(h, State(fast, window, 0), positions, passes)
+        logits = self.model.logits(h)
         for old, new in zip((*fast, *window), (*after.fast, *after.window), strict=True):
             write_back(old, new)
         position.add_(1)

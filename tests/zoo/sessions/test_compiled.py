@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Event
@@ -115,6 +117,18 @@ def test_without_a_compiler_one_line_and_the_plain_model(monkeypatch, capsys):
     logits += [read_by_token(session, ids[:, 10:])]
     close(torch.cat(logits, dim=1), read_by_token(zoo.Session(ours), ids))
     assert capsys.readouterr().err == "compile: failed, so tokens are decoded without it: RuntimeError: no working C++ compiler\n"
+
+
+def test_a_model_is_released(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **how: step)
+    ours = model(tie_embeddings=True)
+    read_by_token(session := zoo.Session(ours, compile=True), tokens(1, 4))
+    compiled_blocks(ours).wait()
+    read_by_token(session, tokens(1, 4))
+    released = weakref.ref(ours)
+    del ours, session
+    gc.collect()
+    assert released() is None
 
 
 def test_what_cannot_be_compiled_is_refused():
