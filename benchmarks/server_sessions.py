@@ -75,7 +75,8 @@ class Visits:
 
 
 def prompt(session: int, visit: int) -> str:
-    return f"{session}: {visit}"
+    """Return a prompt that is longer than the window: a session that has slept keeps two states, and one that has not keeps one."""
+    return f"session {session:5}, visit {visit}"
 
 
 def main(sessions: int = 10_000, clients: int = 32) -> None:
