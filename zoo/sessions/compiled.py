@@ -39,7 +39,7 @@ class CompiledBlocks:
 
         Args:
             streams, context: what the shapes depend on.
-            rehearse: reads a token of each stream with a model, on states that nobody uses.
+            rehearse: reads a token of each stream with a model, on scratch states.
         """
         key = streams, context
         if key not in self._threads and not self.failed:

@@ -217,7 +217,7 @@ class Slots(Generic[Name]):
         return logits[rows]
 
     def _rehearse(self, n: int, model: Model) -> None:
-        """Read a token of n streams that nobody uses, with a model whose blocks are compiled."""
+        """Read a token of n scratch streams with a model whose blocks are compiled."""
         Slots[int](self.model, n, self.context).token(n, self.context, model)
 
     def token(self, n: int, longest: int, model: Model | None = None) -> Tensor:
