@@ -75,8 +75,6 @@ def compiled_blocks(model: Any) -> CompiledBlocks:
         raise ZooError(f"compile: True; want a zoo.Model that is not wrapped or compiled, not {type(model).__name__}")
     if not model.embed.weight.is_cpu:
         raise ZooError(f"compile: True; only tokens on a CPU are compiled, and the model is on {model.embed.weight.device}")
-    if model.config.wake_loops > 1 and not model.config.carry:
-        raise ZooError(f"compile: True; carry: False with wake_loops: {model.config.wake_loops} is not compiled")
     return _COMPILED.setdefault(model, CompiledBlocks())
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from zoo.blocks.attention import KV
 from zoo.blocks.mixer import parts
 from zoo.config import ModelConfig
 from zoo.errors import ZooError
@@ -104,7 +105,7 @@ def compiled_model(model: Model | SleepingModel) -> TorchModel:
     """Return `model` in the form of sessions whose tokens are compiled. Raises ZooError: it cannot be compiled."""
     compiled_blocks(model)
     assert isinstance(model, Model)
-    if model.config.window is None and any(map(parts, model.init_state().window)):
+    if model.config.window is None and any(isinstance(part, KV) for cache in model.init_state().window for part in parts(cache)):
         raise ZooError(f"compile: True; the cache of {model.config.name} has no limit: give it a window, or use a SessionPool with context")
     return TorchModel(model, compile=True)
 

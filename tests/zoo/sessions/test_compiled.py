@@ -44,7 +44,6 @@ def graphs():
         more({"layers": "mamba2*2", "evict": "none", "window": None, "loops": 1}),
         more({"layers": "swa gdn jet mamba"}),
         more({"layers": "kda rglru mla"}),
-        more({"layers": "attn gdn", "wake_loops": 2, "loops": 1}),
     ],
     ids=lambda fields: "-".join(str(value) for value in fields.values()) or "attn mamba2",
 )
@@ -64,9 +63,10 @@ def test_compiled_tokens_are_those_of_the_plain_model(fields):
 
 
 @pytest.mark.extended
-def test_a_pool_compiles_for_batches_of_every_size():
-    ours = model()
-    with zoo.SessionPool(ours, 3, compile=True) as pool, ThreadPoolExecutor(3) as threads:
+@pytest.mark.parametrize("fields", [{}, {"layers": "attn*2", "wake_loops": 2, "evict": "none", "window": None, "loops": 1}])
+def test_a_pool_compiles_for_batches_of_every_size(fields):
+    ours = model(**fields)
+    with zoo.SessionPool(ours, 3, context=1000, compile=True) as pool, ThreadPoolExecutor(3) as threads:
         streams = [pool.open() for _ in range(3)]
         answers = [[] for _ in streams]
 
