@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ def _settings(run: TrainConfig) -> str:
 
     def public(value: Any) -> Any:
         if isinstance(value, dict):
-            return {public(name): public(inner) for name, inner in value.items()}
+            folders = [os.path.dirname(name) for name in value if os.path.isabs(name)]  # files of one name stay apart
+            shared = os.path.commonpath(folders) if folders else ""
+            return {os.path.relpath(name, shared) if os.path.isabs(name) else name: public(inner) for name, inner in value.items()}
         if isinstance(value, list):
             return [public(inner) for inner in value]
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

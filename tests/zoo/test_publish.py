@@ -69,9 +69,9 @@ def test_a_run_loads_back_equal(tmp_path, uploads):
 
 
 def test_a_card_names_no_folder_of_the_corpora():
-    about = {"task": {"name": "text", "train": {"/home/me/one.npy": 3, "/home/me/two.npy": 1}, "test": "/home/me/test.npy"}}
+    about = {"task": {"name": "text", "train": {"/home/me/one/train.npy": 3, "/home/me/two/train.npy": 1}, "test": "/home/me/test.npy"}}
     text = _settings(validate(TrainConfig, {"model": "gdn4", **about, "steps": 1, "batch_size": 1, "lr": 1}, "run"))
-    assert yaml.safe_load(text)["task"] == {"name": "text", "train": {"one.npy": 3, "two.npy": 1}, "test": "test.npy"}
+    assert yaml.safe_load(text)["task"] == {"name": "text", "train": {"one/train.npy": 3, "two/train.npy": 1}, "test": "test.npy"}
 
 
 def test_an_existing_card_is_kept(tmp_path, uploads):

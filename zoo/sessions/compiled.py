@@ -18,7 +18,7 @@ from zoo.blocks.positions import Positions
 from zoo.errors import ZooError
 from zoo.model import Model
 
-FORMS = 64  # per batch size: most kinds of blocks that are compiled
+FORMS = 64  # maximum number of different blocks of a model that are compiled
 
 
 class CompiledBlocks:

@@ -162,7 +162,8 @@ class Host(Protocol):
 class Alone:
     """Host of one session: the caller's thread. Background sleeps run in a separate thread.
 
-    Where that is faster, tokens are decoded in slots: on a GPU, one CUDA graph per token; in a bundle on a CPU, with states in place.
+    Where that is faster, tokens are decoded in slots: on a GPU, one CUDA graph per token; on a CPU, with states in
+    place, in a bundle and with compiled blocks.
     """
 
     reads_while_asleep = False

@@ -11,6 +11,7 @@ from zoo.errors import ZooError, counted
 from zoo.inputs import check_count, check_flag
 from zoo.model import Model
 from zoo.schedule import Schedule, new_schedule
+from zoo.sessions.compiled import compiled_blocks
 from zoo.sessions.host import BusyError as BusyError
 from zoo.sessions.host import PoolClosedError as PoolClosedError
 from zoo.sessions.host import PoolFullError as PoolFullError
@@ -59,6 +60,8 @@ class SessionPool:
     ) -> None:
         check_model(model)
         check_flag("compile", compile)
+        if compile:
+            compiled_blocks(model)  # refuses what cannot be compiled
         for name, value in {"slots": slots, "streams": streams, "context": context, "max_bytes": max_bytes}.items():
             if value is not None:
                 check_count(name, value)
@@ -71,7 +74,7 @@ class SessionPool:
         self.schedule = new_schedule(when)
         self.schedule.due(model.config.window)
         self.context = context_of(model, context)
-        self.bytes = _bytes(model, slots, streams, self.context)
+        self.bytes = _bytes(model, slots * (2 if compile else 1), streams, self.context)  # blocks are compiled on scratch states
         """Upper bound on the memory of all stream states, excluding activations."""
         if max_bytes is not None and self.bytes > max_bytes:
             asked = f"{counted(slots, 'slot')} and {counted(streams, 'stream')}"
@@ -79,8 +82,6 @@ class SessionPool:
         places: Places[Stream]
         if isinstance(model, nn.Module):
             places = Slots(model, slots, self.context, compile=compile)
-        elif compile:
-            raise ZooError("compile: True; the model of a bundle is not compiled")
         else:
             in_place = model.slots(slots)
             places = Rows(model, slots) if in_place is None else in_place

@@ -226,7 +226,7 @@ class Slots(Generic[Name]):
         Reads and writes buffers that never move, so it can be recorded.
 
         Args:
-            model: copy of the model with compiled blocks.
+            model: copy of the model with compiled blocks; default: the model itself.
         """
         run = self.model.run if model is None else model.run
         position = self._position[:n]
