@@ -43,8 +43,7 @@ class CompiledBlocks:
         """
         key = streams, context
         if key not in self._threads and not self.failed:
-            arguments = with_compiled_blocks(model), key, rehearse
-            self._threads[key] = Thread(target=self._compile, args=arguments, name="zoo-compile", daemon=True)
+            self._threads[key] = Thread(target=self._compile, args=(model, key, rehearse), name="zoo-compile", daemon=True)
             self._threads[key].start()
         return self.ready.get(key)
 
@@ -58,8 +57,9 @@ class CompiledBlocks:
         with self._lock:
             try:
                 if not self.failed:
-                    rehearse(model)
-                    self.ready[key] = model
+                    compiled = with_compiled_blocks(model)  # here, because it imports torch's compiler
+                    rehearse(compiled)
+                    self.ready[key] = compiled
             except Exception as error:  # no C++ compiler, for example
                 self.failed = True
                 why = str(error).strip().partition("\n")[0]
