@@ -247,13 +247,13 @@ def test_the_trainer_trains_with_sleeps_and_resumes_bit_for_bit(wrap, tmp_path, 
     assert all(torch.equal(tensor, ended[name]) for name, tensor in again.model.state_dict().items())
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_trainer_evaluates_and_predicts(wrap, tmp_path, smoothing):
-    """Rows of different lengths, padded on the right."""
+@pytest.mark.parametrize(("side", "smoothing"), [("right", 0.0), ("right", 0.1), ("left", 0.0)])
+def test_the_trainer_evaluates_and_predicts(wrap, tmp_path, side, smoothing):
+    """Rows of different lengths."""
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     tokenizer, model = byte_tokenizer(), new(vocab_size=256, sleep_on="every")
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = side
     texts = [list(b"sleep on it"), list(b"a text that is longer than a window of sixteen tokens")]
     arguments = TrainingArguments(**settings(tmp_path, label_smoothing_factor=smoothing), per_device_eval_batch_size=2)
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)

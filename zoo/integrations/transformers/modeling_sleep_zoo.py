@@ -206,7 +206,7 @@ class SleepZooForCausalLM(SleepZooPreTrainedModel, GenerationMixin):
             use_cache: return the streams, to continue them without gradients; default: outside of training, unless a row is padded
                 on the right.
             logits_to_keep: number of last tokens whose logits are computed; 0: all.
-            num_items_in_batch: divisor of the loss; default: the tokens that carry loss.
+            num_items_in_batch: divisor of the loss in training; default, and in evaluation mode: the tokens that carry loss.
         Raises:
             ZooError: as `zoo.Model.loss`, `as_streams` and `Streams.read`; embeddings in place of tokens, a cache of another kind,
                 or `output_hidden_states` and `output_attentions`, which a model that sleeps does not have.
@@ -238,7 +238,8 @@ class SleepZooForCausalLM(SleepZooPreTrainedModel, GenerationMixin):
         answers = self.zoo.answers(ids, supervised, recompute="passes" if recompute else "nothing")
         wide = answers.logits.to(torch.promote_types(answers.logits.dtype, torch.float32))
         losses = F.cross_entropy(wide, targets.flatten()[answers.place], reduction="none")
-        loss = losses.mean() if divisor is None else losses.sum() / divisor
+        # a trainer also counts the first token of a row that is padded on the left, which nothing predicts
+        loss = losses.mean() if divisor is None or not self.training else losses.sum() / divisor
         if self.training:
             return CausalLMOutputWithPast(loss=loss)
         there = answers.place if place is None else place.flatten()[answers.place]
