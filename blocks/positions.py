@@ -52,6 +52,11 @@ class Positions:
         return (self.start[:, None] if isinstance(self.start, Tensor) and self.ragged else self.start) + self.index
 
     @property
+    def tables(self) -> list[Tensor]:
+        """The tensors that have been computed so far."""
+        return [x for table in self._tables.values() for x in (table if isinstance(table, tuple) else (table,))]
+
+    @property
     def sequences(self) -> list[Positions]:
         """Positions of each packed sequence."""
         assert self.cu_seqlens is not None

@@ -11,7 +11,7 @@ from zoo.export.graphs import BlockPart, Coda, Graph, Head, Pass, Prelude, Sleep
 from zoo.export.operators import DIALECTS, DOMAIN, Scans
 from zoo.export.ring import PAST, FilledKV, RingKV
 from zoo.export.trace import hoist_initializers, inline, prefix_names, reads, replace, tidy, trace
-from zoo.kernels.dispatch import use
+from zoo.kernels.dispatch import replaced
 
 import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
 from zoo.export.rotary import fuse_rotations  # isort: skip
@@ -22,7 +22,7 @@ _blocks: dict[object, ir.Graph] = {}  # traced blocks; small, since they hold no
 def build(graph: Wake | Head | Pass | Sleep | Prelude | Coda, dialect: str) -> ir.Model:
     """Return the complete ONNX form of a graph, in a dialect of `zoo.export.operators`."""
     scans: Scans = {}
-    with use(DIALECTS[dialect](scans)):
+    with replaced(DIALECTS[dialect](scans)):
         made = trace(graph, graph.example(), scans)
         outputs = [str(value.name) for value in made.graph.outputs]
         for node in list(made.graph):

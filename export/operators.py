@@ -170,4 +170,4 @@ def ort(scans: Scans) -> dict[str, Kernel]:
 
 
 DIALECTS: dict[str, Callable[[Scans], dict[str, Kernel]]] = {"portable": portable, "ort": ort}
-"""Kernels for `zoo.kernels.use` while a graph is traced; they add the Scans that they need to `scans`."""
+"""Functions for `zoo.kernels.dispatch.replaced` while a graph is traced; they add the Scans that they need to `scans`."""

@@ -62,11 +62,15 @@ class RingKV(NamedTuple):
             age = 1 + positions.index[:, None] + (positions.start - 1 - torch.arange(slots)) % slots
             visible = torch.cat([_visible(age, positions.start + positions.index[:, None], reach), visible], dim=-1)
             keys, values = torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)
+        return attention(q, keys, values, visible, scale), self._with_piece(k, v, positions, valid)
+
+    def _with_piece(self, k: Tensor, v: Tensor, positions: Positions, valid: Tensor) -> RingKV:
+        """Return the ring with the first `valid` of the new tokens."""
+        slots = self.key.shape[2]
         token = (torch.arange(slots) - positions.start) % slots  # index of the new token for each slot
         lands = (token < valid)[:, None]
         token = token.clamp(max=positions.length - 1)
-        ring = RingKV(*(torch.where(lands, new.index_select(2, token), old) for new, old in ((k, self.key), (v, self.value))))
-        return attention(q, keys, values, visible, scale), ring
+        return RingKV(*(torch.where(lands, new.index_select(2, token), old) for new, old in ((k, self.key), (v, self.value))))
 
     @staticmethod
     def of(cache: KV, position: int, slots: int) -> RingKV:
@@ -109,6 +113,35 @@ class FilledKV(RingKV):
             version=1,
         )
         return y.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2), FilledKV(*ring)
+
+    def _attend_piece(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, valid: Tensor, reach: int | None, scale: float | None
+    ) -> tuple[Tensor, RingKV]:
+        """Attend to the filled slots alone."""
+        if not isinstance(positions.start, Tensor) or reach is not None:
+            return super()._attend_piece(q, k, v, positions, valid, reach, scale)
+        filled = positions.start.item()
+        torch._check(filled >= 0)
+        torch._check(filled <= self.key.shape[2])
+        past_k, past_v = (cache[:, :, :filled] for cache in self)
+        groups = q.unflatten(1, (k.shape[1], -1)) * (scale or q.shape[-1] ** -0.5)
+        hidden = torch.full((q.shape[2], q.shape[2]), float("-inf"), dtype=q.dtype).triu(1)
+        scores = torch.cat([groups @ past_k[:, :, None].mT, groups @ k[:, :, None].mT + hidden], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        y = (weights @ torch.cat([past_v, v], dim=2)[:, :, None]).flatten(1, 2)
+        return y, self._with_piece(k, v, positions, valid)
+
+    def _with_piece(self, k: Tensor, v: Tensor, positions: Positions, valid: Tensor) -> RingKV:
+        if not isinstance(positions.start, Tensor):
+            return super()._with_piece(k, v, positions, valid)
+        first = positions.start.clamp(max=self.key.shape[2] - positions.length)  # padding may reach past the end
+        token = positions.index + first - positions.start
+        lands = ((token >= 0) & (token < valid))[:, None]
+        ring = []
+        for old, new in zip(self, (k, v), strict=True):
+            piece = torch.where(lands, new.index_select(2, token.clamp(min=0)), old.index_select(2, first + positions.index))
+            ring.append(_scatter(old, piece, first.expand(new.shape[0])))
+        return FilledKV(*ring)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:

@@ -7,8 +7,10 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from zoo.registry import Registry, nearest
 
 ENVIRONMENT = "ZOO_KERNELS"
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 log = logging.getLogger("zoo.kernels")
 
 operators: Registry[Callable[..., Any]] = Registry("operator", "operators", "zoo.kernels.*.op")
@@ -26,24 +30,23 @@ operators: Registry[Callable[..., Any]] = Registry("operator", "operators", "zoo
 kernels: Registry[Callable[..., Any]] = Registry("kernel", "kernels", "zoo.kernels.*.op")
 """Forms of operators, "<operator>.<form>"."""
 
-_forced: str | Mapping[str, Callable[..., Any]] | None = None
+_forced: str | None = None
+_here = threading.local()
 _logged: set[tuple[str, str]] = set()
 
 
 class use:
     """Force one form for every operator ("reference", "chunked", "triton"), permanently or within a `with` block. None resets it.
 
-    A mapping replaces operators by your own functions, by name; they take the arguments of a registered form.
-    The other operators then run in their fastest form, and ZOO_KERNELS is ignored.
     The environment variable ZOO_KERNELS sets the form for a whole process; the argument `form` of an operator sets it for one call.
 
     Raises:
         ZooError: no operator has this form.
     """
 
-    def __init__(self, form: str | Mapping[str, Callable[..., Any]] | None) -> None:
+    def __init__(self, form: str | None) -> None:
         global _forced
-        if isinstance(form, str):
+        if form is not None:
             _check("use", form)
         self._before, _forced = _forced, form
 
@@ -53,6 +56,19 @@ class use:
     def __exit__(self, *_: object) -> None:
         global _forced
         _forced = self._before
+
+
+@contextmanager
+def replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Replace operators by functions that take the arguments of a registered form, within a `with` block and in this thread alone.
+
+    `use` and ZOO_KERNELS have no effect there: the other operators run in their fastest form.
+    """
+    before, _here.functions = _replacements(), functions
+    try:
+        yield
+    finally:
+        _here.functions = before
 
 
 def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Callable[..., Any]:
@@ -69,9 +85,9 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
         return kernels.get(f"{operator}.{plain}")  # a token asks dozens of times
     _look_around()
     forced = _forced if _forced is not None else os.environ.get(ENVIRONMENT)
-    if isinstance(forced, Mapping):
-        if form is None and operator in forced:
-            return forced[operator]
+    if (functions := _replacements()) is not None:
+        if form is None and operator in functions:
+            return functions[operator]
         forced = None
     if form is not None:
         _check(f"{operator}: form", form, operator)
@@ -94,8 +110,10 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
 
 
 def _nothing_forced(x: Tensor) -> bool:
-    """Return whether x is on the CPU, without autocast, and neither `use` nor ZOO_KERNELS forces a form."""
-    return x.is_cpu and _forced is None and ENVIRONMENT not in os.environ and not torch.is_autocast_enabled("cpu")
+    """Return whether x is on the CPU, without autocast, and nothing forces a form or replaces operators."""
+    return (
+        x.is_cpu and _forced is None and _replacements() is None and ENVIRONMENT not in os.environ and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _without_autocast(run: Callable[..., Any], device: str) -> Callable[..., Any]:
@@ -108,8 +126,8 @@ def _without_autocast(run: Callable[..., Any], device: str) -> Callable[..., Any
     return call
 
 
-def _imports(function: Callable[..., bool]) -> Callable[..., bool]:
-    """Make torch.compile call `function`, which imports modules, instead of tracing it.
+def _untraced(function: F) -> F:
+    """Make torch.compile call `function` instead of tracing it, and take its result as a constant.
 
     torch.compiler.assume_constant_result does the same, but imports torch._dynamo, which takes a second even in eager use.
     """
@@ -117,7 +135,12 @@ def _imports(function: Callable[..., bool]) -> Callable[..., bool]:
     return function
 
 
-@_imports
+@_untraced
+def _replacements() -> Mapping[str, Callable[..., Any]] | None:
+    return getattr(_here, "functions", None)
+
+
+@_untraced
 def _look_around() -> bool:
     return "" in kernels
 
@@ -148,7 +171,7 @@ def triton_form(operator: str) -> Callable[..., Any]:
 _triton_runs: dict[str, Callable[..., Any]] = {}
 
 
-@_imports
+@_untraced
 def _import_triton(operator: str) -> bool:
     if operator not in _triton_runs:
         _triton_runs[operator] = importlib.import_module(f"zoo.kernels.{operator}.triton").run

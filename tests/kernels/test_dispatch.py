@@ -1,6 +1,7 @@
 """The form of an operator that serves a call, and where operators come from."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import catalogue
@@ -11,7 +12,7 @@ import zoo
 from zoo.errors import ZooError
 from zoo.kernels import dispatch
 from zoo.kernels.common.examples import example
-from zoo.kernels.dispatch import choose, kernels, operators
+from zoo.kernels.dispatch import choose, kernels, operators, replaced
 from zoo.kernels.ssd.op import ssd
 
 CPU = torch.zeros(1)
@@ -27,10 +28,11 @@ def test_the_callers_choice_beats_use_beats_the_environment(monkeypatch: pytest.
     assert choose("ssd", CPU, "chunked") is kernels.get("ssd.reference")
 
 
-def test_functions_serve_the_operators_they_are_given_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_replace_the_operators_they_are_given_for_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_KERNELS", "reference")
-    with zoo.kernels.use({"ssd": max}):
+    with replaced({"ssd": max}), ThreadPoolExecutor(1) as other:
         assert choose("ssd", CPU, "chunked") is max
+        assert other.submit(choose, "ssd", CPU, "chunked").result() is kernels.get("ssd.reference")
         assert choose("ssd", CPU, "chunked", form="reference") is kernels.get("ssd.reference")
         assert choose("selective_scan", CPU, "chunked") is kernels.get("selective_scan.chunked")
     assert choose("selective_scan", CPU, "chunked") is kernels.get("selective_scan.reference")

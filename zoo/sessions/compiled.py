@@ -1,4 +1,4 @@
-"""Blocks compiled by `torch.compile` for a token of each of n streams, in the background."""
+"""Blocks compiled by `torch.compile` for a token of one stream, or of each of several, in the background."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from torch import Tensor, nn
 
 from zoo.blocks.block import Block
 from zoo.blocks.mixer import parts
-from zoo.blocks.positions import Positions
 from zoo.errors import ZooError
 from zoo.model import Model
+from zoo.sessions.rings import RingPart, SlotPositions
 
 FORMS = 64  # maximum number of different blocks of a model that are compiled
 
 
 class CompiledBlocks:
-    """Copies of a model with compiled blocks, one for each number of streams. Weights are shared with the model.
+    """Copies of a model with compiled blocks, for one stream and for several. Weights are shared with the model.
 
     Equal blocks share their code, so compiling takes as long for many layers as for a few.
     """
 
     def __init__(self) -> None:
-        self.ready: dict[tuple[int, int], Model] = {}
+        self.ready: dict[tuple[bool, int], Model] = {}
         self.failed = False
-        self._threads: dict[tuple[int, int], Thread] = {}
+        self._threads: dict[tuple[bool, int], Thread] = {}
         self._lock = Lock()
-        """Held while blocks are compiled: for one number of streams at a time."""
+        """Held while blocks are compiled: one copy at a time."""
 
-    def get(self, model: Model, streams: int, context: int, rehearse: Callable[[Model], object]) -> Model | None:
+    def get(self, model: Model, several: bool, context: int, rehearse: Callable[[Model, bool], object]) -> Model | None:
         """Return `model` with compiled blocks. Returns None while they are being compiled, and if that has failed.
 
         Args:
-            streams, context: what the shapes depend on.
+            several: for two streams or more.
+            context: size of the caches, which the code depends on.
             rehearse: reads a token of each stream with a model, on scratch states.
         """
-        key = streams, context
+        key = several, context
         if key not in self._threads and not self.failed:
             self._threads[key] = Thread(target=self._compile, args=(model, key, rehearse), name="zoo-compile", daemon=True)
             self._threads[key].start()
@@ -53,12 +54,14 @@ class CompiledBlocks:
             thread.join()
 
     @torch.no_grad()
-    def _compile(self, model: Model, key: tuple[int, int], rehearse: Callable[[Model], object]) -> None:
+    def _compile(self, model: Model, key: tuple[bool, int], rehearse: Callable[[Model, bool], object]) -> None:
         with self._lock:
             try:
                 if not self.failed:
                     compiled = with_compiled_blocks(model)  # here, because it imports torch's compiler
-                    rehearse(compiled)
+                    rehearse(compiled, key[0])
+                    for block in compiled.blocks:
+                        block.rehearsed = True  # type: ignore[assignment]
                     self.ready[key] = compiled
             except Exception as error:  # no C++ compiler, for example
                 self.failed = True
@@ -94,12 +97,29 @@ class _CompiledBlock(nn.Module):
     def __init__(self, block: nn.Module, step: Callable[..., Tensor]) -> None:
         super().__init__()
         self.block, self.mixer, self.step = block, block.mixer, step
+        self.rehearsed = False
 
-    def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions, *, mlp: bool = True) -> tuple[Tensor, Any, Any]:
+    def forward(self, x: Tensor, fast: Any, window: Any, positions: SlotPositions, *, mlp: bool = True) -> tuple[Tensor, Any, Any]:
+        if not self.rehearsed:
+            self._mark_sizes(x, fast, window, positions)
         return self.step(self.block, x, fast, window, positions, mlp), fast, window
 
+    @staticmethod
+    def _mark_sizes(x: Tensor, fast: Any, window: Any, positions: SlotPositions) -> None:
+        """Tell torch.compile that the number of streams, unless it is one, and the slots that are filled may change."""
+        from torch._dynamo import mark_dynamic
 
-def _in_place(block: Block, x: Tensor, fast: Any, window: Any, positions: Positions, mlp: bool) -> Tensor:
+        if len(x) > 1:
+            states = [fast] * (fast is not None) + [tensor for part in parts(window) for tensor in part]
+            for tensor in (x, *states, positions.start, positions.rows, *positions.tables):
+                mark_dynamic(tensor, 0)
+        for part in parts(window):
+            if isinstance(part, RingPart) and part.key.shape[2] > 1:
+                for tensor, slots in zip(part, (2, 2, 3), strict=True):
+                    mark_dynamic(tensor, slots)
+
+
+def _in_place(block: Block, x: Tensor, fast: Any, window: Any, positions: SlotPositions, mlp: bool) -> Tensor:
     x, new_fast, new_window = block(x, fast, window, positions, mlp=mlp)
     write_back(fast, new_fast)
     write_back(window, new_window)

@@ -41,8 +41,8 @@ class SessionPool:
             while they sleep.
         context: maximum number of tokens per stream, for a model that never sleeps.
         max_bytes: upper bound on `bytes`.
-        compile: on a CPU, compile the blocks for batches of every size that occurs, in the background, and use them as soon as they
-            are ready. Needs a C++ compiler.
+        compile: on a CPU, compile the blocks for one stream and for several, in the background, and use them as soon as they are
+            ready. Needs a C++ compiler.
     Raises:
         ZooError: a bad argument; a model that cannot be compiled; slots and streams that may need more than `max_bytes`.
     """
@@ -130,7 +130,7 @@ def _bytes(model: Model | SleepingModel, slots: int, streams: int, context: int)
         return (3 * slots + 6 * streams) * (size(model.init_state()) + 4 * model.config.vocab_size)
     sleeps = model.config.window is not None
     fast = size(model.init_state().fast) + model.config.vocab_size * model.embed.weight.element_size()  # and the last logits
-    awake = fast + window_bytes(model, context)
+    awake = fast + window_bytes(model, context + 1)  # `Slots` has one more
     start = fast + window_bytes(model, kept(model.config, context) if sleeps else 0)
     # per stream: its waking state, the one being computed, and the window's start; and the same again for a sleep that ends
     return slots * awake + streams * (2 if sleeps else 1) * (2 * awake + start)

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.blocks.attention import KV
 from zoo.blocks.mixer import parts, replace_parts
-from zoo.blocks.positions import Positions
 from zoo.errors import ZooError
 from zoo.model import Model
 from zoo.sessions.compiled import compiled_blocks, write_back
+from zoo.sessions.rings import Ring, SlotPositions
 from zoo.state import State
 
 Name = TypeVar("Name", bound=Hashable)
+
+PIECE = 64
+"""Compiled blocks read a multiple of this many slots, or a whole ring."""
 
 
 class Places(Protocol[Name]):
@@ -37,48 +39,6 @@ class Places(Protocol[Name]):
     def take(self, name: Name) -> State: ...
 
     def read(self, names: Sequence[Name], ids: Tensor) -> Tensor: ...
-
-
-class SlotPositions(Positions):
-    """Positions of the next token of n streams: start: [n], each below `longest`."""
-
-    def __init__(self, start: Tensor, longest: int) -> None:
-        super().__init__(start, 1, start.device)
-        self.longest = longest
-        self.rows = torch.arange(len(start), device=start.device)
-
-    def visible(self, slots: int) -> Tensor:
-        """Mask of the ring slots that each stream attends to once its token is written: bool [n, 1, 1, slots]."""
-        key = ("visible", slots)
-        if key not in self._tables:
-            age = (self.position - torch.arange(slots, device=self.index.device)) % slots
-            self._tables[key] = (age <= self.position)[:, None, None]
-        return self._tables[key]  # type: ignore[return-value]
-
-
-class SlotKV(NamedTuple):
-    """Keys (after rotation) and values of n streams, [n, Hkv, R, D] each: position p is in slot p mod R. Written in place.
-
-    R is at most the reach of the attention, so every filled slot is visible.
-    """
-
-    key: Tensor
-    value: Tensor
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: SlotPositions, reach: int | None, scale: float | None = None
-    ) -> tuple[Tensor, SlotKV]:
-        """Attention of q [n, H, 1, D] to the cache and to k, v [n, Hkv, 1, D]."""
-        ring = self.key.shape[2]
-        at = positions.position[:, 0] % ring
-        self.key[positions.rows, :, at] = k[:, :, 0]
-        self.value[positions.rows, :, at] = v[:, :, 0]
-        used = min(ring, positions.longest)
-        visible = positions.visible(ring)[..., :used]
-        y = F.scaled_dot_product_attention(
-            q, self.key[:, :, :used], self.value[:, :, :used], attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1], scale=scale
-        )
-        return y, self
 
 
 @dataclass(eq=False)
@@ -101,7 +61,7 @@ class Slots(Generic[Name]):
 
     Args:
         context: maximum number of tokens in a window cache.
-        compile: on a CPU, compile the blocks for n streams the first time, in the background, and use them from then on.
+        compile: on a CPU, compile the blocks for one stream or for several the first time, in the background, and use them from then on.
     Raises:
         ZooError: a model that cannot be compiled.
     """
@@ -138,7 +98,8 @@ class Slots(Generic[Name]):
         if not isinstance(cache, KV):
             return cache
         ring = min(self.context, reach or self.context)
-        return SlotKV(*(tensor.new_zeros(*tensor.shape[:2], ring, tensor.shape[3]) for tensor in cache))
+        # one slot more than are used: compiled for a part of a ring, code does not serve a contiguous one
+        return Ring(*(tensor.new_zeros(*tensor.shape[:2], ring + 1, tensor.shape[3])[:, :, :ring] for tensor in cache))
 
     @property
     def _buffers(self) -> list[Tensor]:
@@ -159,7 +120,7 @@ class Slots(Generic[Name]):
             if fast is not None:
                 ours[i] = fast[0]
         for ours, cache in _pairs(self._window, state.window):
-            if isinstance(ours, SlotKV):
+            if isinstance(ours, Ring):
                 cached.append(cache.key.shape[2])
                 at = torch.arange(position - cached[-1], position, device=cache.key.device) % ours.key.shape[2]
                 for ring, kept in zip(ours, cache, strict=True):
@@ -180,7 +141,7 @@ class Slots(Generic[Name]):
         fast = tuple(None if s is None else s[last : last + 1].clone() for s in self._fast)
 
         def own(cache: Any, reach: int | None) -> Any:
-            if not isinstance(cache, SlotKV):
+            if not isinstance(cache, Ring):
                 return cache._make(tail[last : last + 1].clone() for tail in cache)
             tokens = next(cached) + row.read
             tokens = tokens if reach is None else min(tokens, reach - 1)
@@ -207,18 +168,21 @@ class Slots(Generic[Name]):
             if n not in self._recorded:
                 self._recorded[n] = _record(partial(self.token, n, self.context), self._buffers)
             logits = self._recorded[n]()
-        elif self._compiled is not None and (model := self._compiled.get(self.model, n, self.context, partial(self._rehearse, n))):
-            logits = self.token(n, self.context, model)
         else:
-            logits = self.token(n, max(row.position for row in self._rows[:n]) + 1)
+            longest = max(row.position for row in self._rows[:n]) + 1
+            if self._compiled is not None and (model := self._compiled.get(self.model, n > 1, self.context, self._rehearse)):
+                logits = self.token(n, longest + -longest % PIECE, model)
+            else:
+                logits = self.token(n, longest)
         for row in self._rows[:n]:
             row.position += 1
             row.read += 1
         return logits[rows]
 
-    def _rehearse(self, n: int, model: Model) -> None:
-        """Read a token of n scratch streams with a model whose blocks are compiled."""
-        Slots[int](self.model, n, self.context).token(n, self.context, model)
+    def _rehearse(self, model: Model, several: bool) -> None:
+        """Read a token of scratch streams with a model whose blocks are compiled."""
+        n = self.slots if several else 1
+        Slots[int](self.model, n, self.context).token(n, PIECE, model)
 
     def token(self, n: int, longest: int, model: Model | None = None) -> Tensor:
         """Run one wake pass over `ids` of the first n rows, at positions below `longest`. Returns logits [n, 1, V].
@@ -230,11 +194,13 @@ class Slots(Generic[Name]):
         """
         run = self.model.run if model is None else model.run
         position = self._position[:n]
-        positions = SlotPositions(position, longest)
+        positions = SlotPositions(position)
         fast: tuple[Any, ...] = tuple(None if s is None else s[:n] for s in self._fast)
-        window: tuple[Any, ...] = tuple(
-            replace_parts(cache, lambda part: part._make(tensor[:n] for tensor in part)) for cache in self._window
-        )
+
+        def first(part: Any) -> Any:
+            return part.part(longest, positions) if isinstance(part, Ring) else part._make(tensor[:n] for tensor in part)
+
+        window: tuple[Any, ...] = tuple(replace_parts(cache, first) for cache in self._window)
         h, passes = self.model.embedded(self.ids[:n], positions), self.model.passes(self.model.config.wake_loops)
         h, after = run(h, State(fast, window, 0), positions, passes)
         logits = self.model.logits(h)

@@ -63,6 +63,20 @@ def test_compiled_tokens_are_those_of_the_plain_model(fields):
 
 
 @pytest.mark.extended
+def test_more_streams_than_at_first_use_the_same_code():
+    ours, ids = model(layers="attn mamba2 gdn", window=200), tokens(40, 300)
+    session = zoo.Session(ours, 3, compile=True)
+    read_by_token(session, ids[:3, :2])
+    compiled_blocks(ours).wait()
+    compiled = graphs()
+    logits = read_by_token(many := zoo.Session(ours, 40, compile=True), ids)
+    assert graphs() == compiled
+    plain = zoo.Session(ours, 40)
+    close(logits, read_by_token(plain, ids))
+    close(many.state.fast, plain.state.fast)
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("fields", [{}, {"layers": "attn*2", "wake_loops": 2, "evict": "none", "window": None, "loops": 1}])
 def test_a_pool_compiles_for_batches_of_every_size(fields):
     ours = model(**fields)
@@ -73,11 +87,14 @@ def test_a_pool_compiles_for_batches_of_every_size(fields):
         def answer(n, count):
             answers[n] += map(int, streams[n].generate(tokens(1, 3 + n) if not answers[n] else None, count))
 
-        while len(compiled_blocks(ours).ready) < 3:
+        while len(compiled_blocks(ours).ready) < 2:
             for size in (1, 2, 3):
                 list(threads.map(partial(answer, count=20), range(size)))
             compiled_blocks(ours).wait()
+        compiled = graphs()
         list(threads.map(partial(answer, count=20), range(3)))
+        list(threads.map(partial(answer, count=100), range(2)))
+        assert graphs() == compiled
     for n, answered in enumerate(answers):
         assert answered == [int(t) for t in zoo.Session(ours).generate(tokens(1, 3 + n), len(answered))]
 
