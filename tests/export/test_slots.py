@@ -74,6 +74,17 @@ def test_any_calls_between_tokens(bundles, case, tmp_path, monkeypatch):
     alike(exported.plain(kept[0][1]), kept[1][1])
 
 
+@pytest.mark.parametrize("case", ["ort", "ort-full"])
+def test_pieces_end_at_any_slot(bundles, case):
+    model, folder, _ = bundles(case)
+    exported, ids = ExportedModel(folder), stream(model, 2, slots := model.config.window or 6)
+    for first in range(1, slots - 1):  # the padding of the last piece may reach past the last slot
+        ours, wanted = zoo.Session(exported, 2), zoo.Session(model, 2)
+        for piece in (ids[:, :first], ids[:, first : slots - 1], ids[:, slots - 1 :]):
+            close(ours.feed(piece), wanted.feed(piece))
+        alike(exported.plain(ours.state), wanted.state)
+
+
 @pytest.mark.parametrize("case", ["hard", "sliding", "ort-full"])
 def test_a_run_that_fails_leaves_every_stream_as_it_was(bundles, case, monkeypatch):
     model, folder, _ = bundles(case)
