@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from zoo.blocks.norm import norms
 from zoo.config import ModelConfig, validate
 from zoo.errors import ZooError
 from zoo.registry import Registry
+
+if TYPE_CHECKING:
+    from zoo.model import Model
 
 
 def check_fits(config: ModelConfig, restarts: bool, has_fast: bool) -> None:
@@ -56,3 +60,10 @@ def _options(
         form = registry.get(kind, f"{name}: {pattern if kind in used else options}").Options
         checked[kind] = validate(form, given.get(kind, {}), f"{name}: {options}.{kind}")
     return checked
+
+
+def with_blocks(model: Model, wrap: Callable[[nn.Module], nn.Module]) -> Model:
+    """Return a copy of `model`, which shares its weights, with `wrap(block)` in place of each block."""
+    twin = copy.copy(model)
+    twin._modules = {**model._modules, "blocks": nn.ModuleList(map(wrap, model.blocks))}
+    return twin

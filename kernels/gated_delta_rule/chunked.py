@@ -23,19 +23,47 @@ BASE = 4  # rows inverted by the nilpotent series; larger blocks lose digits on 
 SEGMENT = 64  # chunk matrices (n M) per segment: more do not fit into a CPU's cache
 
 
-@one_operator("gated_delta_rule_chunked", result_like="v")
+def _keep(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> list[Tensor]:
+    """Return o, the final state, and ten intermediates for each segment, which `_gradients` reads."""
+    outputs, kept = [], []
+    for q_n, k_n, v_n, g_n, beta_n in _segments(q, k, v, g, beta):
+        o, state, W, written, *others = _forward(q_n, k_n, v_n, g_n, beta_n, scale, state)
+        outputs.append(o)
+        kept += [W, written.clone(), *others]  # not a view of beta
+    return [torch.cat(outputs, dim=1), state, *kept]
+
+
+def _gradients(
+    do: Tensor, dstate: Tensor, kept: list[Tensor], q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
+) -> list[Tensor]:
+    """Return the gradients of the tensors among the inputs of `_keep`."""
+    found: list[list[Any]] = []
+    each = len(kept) // len(list(_segments(q)))
+    for n, (do_n, q_n, k_n) in reversed(list(enumerate(_segments(do, q, k)))):
+        grads: list[Any] = list(_backward(do_n, dstate, q_n, k_n, scale, *kept[n * each : (n + 1) * each]))
+        dstate = grads.pop()
+        found.append(grads[:-1])  # without that of scale
+    return [torch.cat(parts, dim=1) for parts in zip(*reversed(found), strict=True)] + [dstate]
+
+
+@one_operator("gated_delta_rule_chunked", result_like="v", keep=_keep, gradients=_gradients)
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the same as `reference.recurrent`, up to rounding; same shapes and arguments."""
     if pure():
         o, state, *_ = _forward(q, k, v, g, beta, scale, state, in_place=False)
         return o, state
-    tokens = max(1, SEGMENT // (q.shape[0] * q.shape[2])) * CHUNK
     run: Callable[..., tuple[Tensor, ...]] = _Chunked.apply if recorded(q, k, v, g, beta, state) else partial(_forward, keep=False)
     outputs = []
-    for segment in zip(*(x.split(tokens, dim=1) for x in (q, k, v, g, beta)), strict=True):
+    for segment in _segments(q, k, v, g, beta):
         o, state, *_ = run(*segment, scale, state)
         outputs.append(o)
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else o, state
+
+
+def _segments(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split [B, T, H, ...] along T into segments that fit into a cache."""
+    B, _, H = tensors[0].shape[:3]
+    return zip(*(x.split(max(1, SEGMENT // (B * H)) * CHUNK, dim=1) for x in tensors), strict=True)
 
 
 class _Chunked(torch.autograd.Function):

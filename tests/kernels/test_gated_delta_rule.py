@@ -1,5 +1,9 @@
 """The chunked gated delta rule against the float64 recurrence."""
 
+from collections import Counter
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 
@@ -106,6 +110,23 @@ def test_a_traced_inverse_is_as_exact():
     traced = torch.compile(lambda *x: run("chunked", *x, dtype=torch.float32), fullgraph=True, backend="eager")
     for found, wanted in zip(traced(q, k, v, g, beta, state), run("reference", q, k, v, g, beta, state), strict=True):
         assert (found.double() - wanted).abs().max() <= 4e-6 * wanted.abs().max()
+
+
+def test_a_compiled_gradient_reads_what_the_forward_pass_kept():
+    """In several segments, as of a batch of 16; sizes are fixed, and the forward pass is not run again."""
+    values = [x.requires_grad_() for x in inputs(130, B=16)]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *x: run("chunked", *x), fullgraph=True, backend="aot_eager", dynamic=False)
+    gradients, operators = [], []
+    for form, profiled in ((partial(run, "chunked"), nullcontext()), (compiled, torch.profiler.profile())):
+        with profiled:
+            o, final = form(*values)
+            gradients.append(torch.autograd.grad(o.square().sum() + final.sin().sum(), values))
+        if not isinstance(profiled, nullcontext):
+            operators = Counter(event.name for event in profiled.events())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+    assert operators["zoo::gated_delta_rule_chunked_kept"] == operators["zoo::gated_delta_rule_chunked_kept_backward"] == 1
+    assert not operators["zoo::gated_delta_rule_chunked"]
 
 
 def test_cut_anywhere():

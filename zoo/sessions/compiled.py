@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from threading import Lock, Thread
@@ -17,6 +16,7 @@ from zoo.blocks.mixer import parts
 from zoo.errors import ZooError
 from zoo.model import Model
 from zoo.sessions.rings import RingPart, SlotPositions
+from zoo.stack import with_blocks
 
 FORMS = 64  # maximum number of different blocks of a model that are compiled
 
@@ -87,8 +87,7 @@ def with_compiled_blocks(model: Model) -> Model:
     It has no head, which may refer to `model` and would keep it alive.
     """
     step = torch.compile(_in_place, fullgraph=True, dynamic=False, recompile_limit=FORMS, isolate_recompiles=True)  # type: ignore[call-overload]
-    twin = copy.copy(model)
-    twin._modules = {**model._modules, "blocks": nn.ModuleList(_CompiledBlock(block, step) for block in model.blocks)}
+    twin = with_blocks(model, lambda block: _CompiledBlock(block, step))
     del twin._modules["head"]
     return twin
 

@@ -40,6 +40,7 @@ class TrainConfig(BaseModel):
     accumulate: int = Field(1, ge=1, description="micro-batches per step and process")
     recompute: Recompute = Field("nothing", description="activations to recompute in the backward pass; see `zoo.model.Model.answers`")
     backward_chunks: int | None = Field(None, ge=1, description="truncate gradients to groups of this many chunks, counted from the last")
+    compile: bool = Field(False, description="compile the blocks with torch.compile, on a CPU; needs a C++ compiler")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of weights and activations; master weights are float32")
     device: str | None = Field(None, description="default: cuda if available, else cpu")
     parallel: Parallel = Field("ddp", description="how the processes of torchrun share the model; see `zoo.training.parallel`")
@@ -78,6 +79,8 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"accumulate: {self.accumulate} micro-batches are more than the {counted(self.batch_size, 'sequence')} of batch_size"
             )
+        if self.compile and self.recompute != "nothing":
+            raise ValueError(f"compile: true; compiled blocks recompute no activations; want recompute: nothing, not {self.recompute}")
         if self.lora is not None and self.parallel == "fsdp":
             raise ValueError("lora: parallel: fsdp does not shard adapters; want ddp")
         if self.lora is not None and self.muon_lr is not None and not self.lora.train:

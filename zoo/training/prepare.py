@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from zoo.checkpoints.companions import same_tokenizer, tokenizers
@@ -15,6 +16,7 @@ from zoo.factory import create
 from zoo.model import Model
 from zoo.sessions.sleeping_model import fingerprint
 from zoo.tasks import Task, new_task
+from zoo.training.compiled import with_compiled_blocks
 from zoo.training.config import TrainConfig
 from zoo.training.evaluate import check_fit
 from zoo.training.lora import add_adapters
@@ -64,7 +66,12 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
     if config.lora is not None:
         add_adapters(model, config.lora, seed=config.seed)
     freeze(model, config.frozen)
-    answer = (team or Team(device)).parallelize(model, config.parallel)
+    team = team or Team(device)
+    answer = team.parallelize(model, config.parallel)
+    if config.compile and device.type != "meta":
+        if team.size > 1:
+            raise ZooError(f"compile: true; only training in one process is compiled, not in {team.size}; want false")
+        answer = with_compiled_blocks(model, None if _has_fixed_sizes(task, config) else config.batch_size // config.accumulate).answers
     weights = Weights(model)
     optimizers = make_optimizers(
         model,
@@ -89,3 +96,9 @@ def _check_tokenizers(config: TrainConfig, model: Model, task: Task) -> None:
         raise ZooError(f"{field}: none, so the task reads bytes, but {of} has a tokenizer")
     if not same_tokenizer(model.companions, companions):
         raise ZooError(f"{field}: the tokenizer is not that of {of}; want the same vocabulary")
+
+
+def _has_fixed_sizes(task: Task, config: TrainConfig) -> bool:
+    """Return whether all batches seem to have the same length, and loss at the same places: found from the first two."""
+    first, second = (task.batch(config.seed, step, config.batch_size).loss_mask for step in range(2))
+    return np.array_equal(first, second) and config.batch_size % config.accumulate == 0
