@@ -42,6 +42,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "scaling": (),
     "throughput": (),
     "training_memory": (),
+    "training_step": (),
     "loading": (),
     "startup": (),
     "operations": (),
@@ -52,7 +53,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "server_sleep": (),
 }
 
-LONG = {"server_prefix", "server_sessions", "server_sleep"}
+LONG = {"server_prefix", "server_sessions", "server_sleep", "training_step"}
 """Benchmarks that only run if they are named."""
 
 
