@@ -38,6 +38,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "sleep": (),
     "export": (),
     "exported_streams": (),
+    "opening": (),
     "integers": (),
     "scaling": (),
     "throughput": (),
