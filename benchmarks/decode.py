@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode [--all]
 
-"weights alone" is the lower bound: only the products of the model's matrices with one row per stream. As in `zoo chat`, our weights
-are laid out as `zoo.arrange_weights` finds; all contenders run under the precision that `zoo.matmul_precision` finds.
+"limit" reads as many bytes as the weights have, once. As in `zoo chat`, our weights are laid out as `zoo.arrange_weights` finds; all
+contenders run under the precision that `zoo.matmul_precision` finds.
 Exported bundles are of the ort dialect; llama.cpp has the same weights as F32, Q8_0 and Q4_0. "compiled" is a pool with compile=True.
 """
 
@@ -12,19 +12,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import zoo
 from benchmarks import stored
 from benchmarks.llama import Llama, takes
-from benchmarks.measure import compare, record
+from benchmarks.measure import LIMIT, compare, record
 from benchmarks.peers import WORDS, pairs
 from zoo.export.runtime import ExportedModel
 from zoo.sessions.compiled import compiled_blocks
@@ -92,17 +90,10 @@ def llama(model: Llama | None, prompt: Tensor, tokens: int = TOKENS) -> Callable
     return generate
 
 
-def weights_alone(model: zoo.Model, batch: int) -> None:
-    for _ in range(TOKENS):
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                F.linear(_rows(batch, module.in_features), module.weight)
-        if model.config.tie_embeddings:
-            F.linear(_rows(batch, model.config.d_model), model.embed.weight)
-
-
-def _rows(batch: int, width: int) -> Tensor:
-    return torch.ones(batch, width)
+def reading(size: int) -> Callable[[], object]:
+    """Return a function that reads `size` bytes from memory for every token."""
+    values = torch.ones(size // 4)
+    return lambda: [values.sum() for _ in range(TOKENS)]
 
 
 @click.command()
@@ -117,6 +108,7 @@ def main(large: bool) -> None:
             if forms:
                 stored.write(model, folder, forms, LENGTH)
             zoo.arrange_weights(model)
+            whole = sum(4 * p.numel() for p in model.parameters())
             for threads, batch in ((1, 1), (2, 1), (2, 16)):
                 torch.set_num_threads(threads)
                 prompt = torch.randint(WORDS, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -124,16 +116,17 @@ def main(large: bool) -> None:
                 contenders = {"ours": ours(model, prompt), "transformers": transformers(theirs, prompt)}
                 if forms:
                     contenders["llama.cpp"] = llama(stored.in_llama(folder, "F32", batch, LENGTH), prompt)
-                contenders["weights alone"] = partial(weights_alone, model, batch)
+                contenders[LIMIT] = reading(whole)
                 rows.append(compare(case, contenders, rounds=5, per=TOKENS, target=2))
                 if threads == 2:
-                    peers = {name: work for name, work in contenders.items() if name == "llama.cpp"}
+                    peers = {name: work for name, work in contenders.items() if name in ("llama.cpp", LIMIT)}
                     contenders = {"ours": compiled(model, prompt)} | peers
                     target = 1 / COMPILED[name, batch] if (name, batch) in COMPILED else None
                     rows.append(compare(f"{case}, compiled", contenders, rounds=5, per=TOKENS, target=target))
                 for form in forms:
                     peer = stored.in_llama(folder, form, batch, LENGTH)
                     contenders = {"ours": ours(ExportedModel(folder / form), prompt), "llama.cpp": llama(peer, prompt)}
+                    contenders[LIMIT] = reading((folder / form / "weights.bin").stat().st_size)
                     target = 1 / TARGETS[name][form] if name in TARGETS and batch == 1 else None
                     rows.append(compare(f"{case}, exported, {form}", contenders, rounds=5, per=TOKENS, target=target))
     record("decode", rows)

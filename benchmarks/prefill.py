@@ -1,6 +1,8 @@
-"""Time to read a prompt, compared with transformers and llama.cpp on the same weights.
+"""Time to read a prompt, compared with transformers and llama.cpp on the same weights, and with the lower bound.
 
-python -m benchmarks.prefill [--all]
+    python -m benchmarks.prefill [--all]
+
+"limit" multiplies as many numbers as the blocks' matrices do, in one large product.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from typing import Any
 
 import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import zoo
 from benchmarks import stored
 from benchmarks.llama import Llama, takes
-from benchmarks.measure import compare, record
+from benchmarks.measure import LIMIT, compare, record
 from benchmarks.peers import SMALL, WORDS, pairs
 from zoo.export.runtime import ExportedModel
 
@@ -50,6 +52,13 @@ def llama_first_token(model: Llama | None, ids: Tensor) -> Callable[[], Tensor] 
     return work if model is not None else None
 
 
+def products(model: zoo.Model, tokens: int) -> Callable[[], object]:
+    """Return a function that multiplies `tokens` rows with a matrix of as many weights as those of the blocks' linear layers."""
+    weights = sum(module.weight.numel() for module in model.blocks.modules() if isinstance(module, nn.Linear))
+    rows, matrix = torch.ones(tokens, 2048), torch.ones(2048, weights // 2048)
+    return lambda: rows @ matrix
+
+
 def beside_llama(name: str, model: zoo.Model) -> list[dict[str, Any]]:
     """Time the first token after prompts of several lengths, in PyTorch and in an exported graph."""
     rows, pytorch = [], TARGETS.get(name)
@@ -60,10 +69,13 @@ def beside_llama(name: str, model: zoo.Model) -> list[dict[str, Any]]:
         for threads, length in ((2, 128), (2, 512), (2, 2048), (1, 512)):
             torch.set_num_threads(threads)
             ids = torch.randint(WORDS, (1, length), generator=torch.Generator().manual_seed(0))
+            limit = products(model, length)
             peer = llama_first_token(stored.in_llama(Path(scratch), "F32", 1, LENGTH), ids)
             for form, (ours, target) in contenders.items():
                 case = f"{name}{form}, 1 x {length}, first token" + ", 1 thread" * (threads == 1)
-                rows.append(compare(case, {"ours": partial(first_token, ours, ids), "llama.cpp": peer}, rounds=3, target=target))
+                rows.append(
+                    compare(case, {"ours": partial(first_token, ours, ids), "llama.cpp": peer, LIMIT: limit}, rounds=3, target=target)
+                )
     return rows
 
 
@@ -79,6 +91,7 @@ def main(large: bool) -> None:
             contenders = {"ours": partial(read, ours, ids), "transformers": partial(read, theirs, ids)}
             rows.append(compare(f"{name}, {batch} x {length}", contenders, rounds=3, target=1.3, tolerance=1e-3))
             contenders = {"ours": partial(first_token, ours, ids), "transformers": partial(their_first_token, theirs, ids)}
+            contenders[LIMIT] = products(ours, batch * length)
             rows.append(compare(f"{name}, {batch} x {length}, first token", contenders, rounds=3, target=1.3))
         if takes(ours) and name in SMALL:
             rows += beside_llama(name, ours)

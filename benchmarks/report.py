@@ -2,7 +2,7 @@
 
     python -m benchmarks.report
 
-Tables are between `<!-- benchmark -->` and `<!-- end -->`; the rest of the page is written by hand.
+`<!-- summary -->` is a digest of the benchmarks of prompts and tokens. Tables are between `<!-- benchmark -->` and `<!-- end -->`; the rest of the page is written by hand.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import HEADINGS, HERE, cells
+from benchmarks.measure import HEADINGS, HERE, LIMIT, cells
 from zoo.files import replacing
 
 PAGE = HERE.parent / "docs" / "performance.md"
@@ -49,8 +49,23 @@ def table(benchmark: str) -> str:
     return "\n".join([*lines, "", where, "", ""])
 
 
+def summary() -> str:
+    """Return the rows of prompts and tokens that have a peer: our time in units of the best peer's and of the limit's, as Markdown."""
+    lines = ["| case | ours | best peer | beside the best peer | times the limit |", "|---|---:|---|---:|---:|"]
+    for row in latest("prefill") + latest("decode"):
+        peers = {name: ratio[1] for name, ratio in row["ratios"].items() if name != LIMIT}
+        if peers:
+            best = min(peers, key=peers.__getitem__)
+            ours = f"{row['times'][next(iter(row['times']))][1]:.4g} {row['unit']}"
+            limit = f"{1 / row['ratios'][LIMIT][1]:.2f}" if LIMIT in row["ratios"] else ""
+            lines.append(f"| {row['case']} | {ours} | {best} | {1 / peers[best]:.2f} | {limit} |")
+    return "\n".join([*lines, "", ""])
+
+
 def write(page: Path = PAGE) -> None:
-    text = PLACE.sub(lambda match: f"{match[1]}{table(match[2])}{match[3]}", page.read_text(encoding="utf-8"))
+    text = PLACE.sub(
+        lambda match: f"{match[1]}{summary() if match[2] == 'summary' else table(match[2])}{match[3]}", page.read_text(encoding="utf-8")
+    )
     with replacing(page) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
