@@ -2,7 +2,8 @@
 
     python -m benchmarks.report
 
-`<!-- summary -->` is a digest of the benchmarks of prompts and tokens. Tables are between `<!-- benchmark -->` and `<!-- end -->`; the rest of the page is written by hand.
+Tables are between `<!-- benchmark -->` and `<!-- end -->`, and `<!-- summary -->` is a digest of those of prompts and tokens; the rest
+of the page is written by hand.
 """
 
 from __future__ import annotations
@@ -62,10 +63,12 @@ def summary() -> str:
     return "\n".join([*lines, "", ""])
 
 
+def _made(name: str) -> str:
+    return summary() if name == "summary" else table(name)
+
+
 def write(page: Path = PAGE) -> None:
-    text = PLACE.sub(
-        lambda match: f"{match[1]}{summary() if match[2] == 'summary' else table(match[2])}{match[3]}", page.read_text(encoding="utf-8")
-    )
+    text = PLACE.sub(lambda match: match[1] + _made(match[2]) + match[3], page.read_text(encoding="utf-8"))
     with replacing(page) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
