@@ -56,9 +56,8 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
             shares = f"{counted(team.size, 'process')} x accumulate {config.accumulate}"
             raise ZooError(f"batch_size: {counted(config.batch_size, 'sequence')}, fewer than {shares}")
         config = TrainConfig(**absolute_paths(config.model_dump(), Path()))
-        lacking = {
-            name for name in ("no_decay", "schedule", "ramp", "lora", "balance", "compile") if not getattr(config, name)
-        }  # in older runs
+        newer = ("no_decay", "schedule", "ramp", "lora", "balance", "compile")
+        lacking = {name for name in newer if not getattr(config, name)}  # as in older runs
         lacking |= {"lr_schedule"} if config.lr_schedule == "wsd" else set()
         settings = config.model_dump(mode="json", exclude=lacking)
         try:
