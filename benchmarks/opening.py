@@ -104,7 +104,7 @@ def main() -> None:
     torch.set_float32_matmul_precision(zoo.matmul_precision())
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        export(zoo.create("gdn4", d_model=16, vocab_size=16), tiny := scratch / "tiny", verified=False)
+        export(zoo.create("gdn4-sleep1-hard16", d_model=16, vocab_size=16), tiny := scratch / "tiny", verified=False)
         model = zoo.create("gdn4-sleep4-hard256", d_model=512, vocab_size=32_000, tie_embeddings=True)
         folders = {form: scratch / form for form in ("float32", "int8", "int4")}
         for form, folder in folders.items():

@@ -105,13 +105,14 @@ class Mamba2(Mixer):
         convolved, window = window.convolve(mixed, self.conv_weight, self.conv_bias, positions)
         u, B, C = convolved.to(fast.dtype).split([self.inner, grouped, grouped], dim=-1)
         u, B, C = u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
-        # padding has a step size of zero: it neither decays nor writes
-        dt = positions.without_padding(F.softplus(dt.to(fast.dtype) + self.dt_bias).clamp(*self.dt_limit))
+        dt = F.softplus(dt.to(fast.dtype) + self.dt_bias)
+        dt = dt if self.dt_limit == (0.0, math.inf) else dt.clamp(*self.dt_limit)
+        dt = positions.without_padding(dt)  # padding has a step size of zero: it neither decays nor writes
         y, final = ssd(
             u, dt, -self.A_log.to(fast.dtype).exp(), B, C, initial_state=fast, output_final_state=True, cu_seqlens=positions.cu_seqlens
         )
         assert final is not None
-        y = (y + self.D[:, None] * u).flatten(2)
+        y = torch.addcmul(y, self.D[:, None], u).flatten(2)
         return self.o_proj(self._gated(y, gate)), final, window
 
     def _gated(self, y: Tensor, gate: Tensor) -> Tensor:

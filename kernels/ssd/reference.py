@@ -20,7 +20,8 @@ def recurrent(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tupl
         y [B, T, H, P] and the final state [B, H, N, P].
     """
     plus = Tensor.addcmul if pure() else Tensor.addcmul_
-    B, C = (y.repeat_interleave(x.shape[2] // y.shape[2], dim=2) for y in (B, C))
+    H, G = x.shape[2], B.shape[2]
+    B, C = (y.expand(-1, -1, H, -1) if G == 1 else y.repeat_interleave(H // G, dim=2) for y in (B, C))
     outputs = []
     if torch.compiler.is_compiling() and x.shape[1] == 1:  # y from the old state, so that the new one can replace it
         decay, x, B, C = g[:, 0].exp()[..., None], x[:, 0], B[:, 0], C[:, 0]
