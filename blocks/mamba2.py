@@ -112,7 +112,7 @@ class Mamba2(Mixer):
             u, dt, -self.A_log.to(fast.dtype).exp(), B, C, initial_state=fast, output_final_state=True, cu_seqlens=positions.cu_seqlens
         )
         assert final is not None
-        y = torch.addcmul(y, self.D[:, None], u).flatten(2)
+        y = (y + self.D[:, None] * u).flatten(2)
         return self.o_proj(self._gated(y, gate)), final, window
 
     def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
