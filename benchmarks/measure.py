@@ -38,7 +38,7 @@ TURNS = tuple(map(int, os.environ.get("ZOO_BENCHMARK_TURNS", "").split()))
 """Pipes to read a turn from and to end it with, where two commits are compared: one process works at a time, and only ours is timed."""
 MINIMUM = 0.1 if TURNS else 0.02  # seconds per measurement
 PATIENCE = 15  # seconds after which no further round starts
-LIMIT = "limit"  # the contender that does only what nobody can avoid, such as reading the weights once
+LIMIT = "limit"  # the contender that does only what is unavoidable, such as reading the weights once
 SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
 console = Console(width=None if Console().is_terminal else 160)
 

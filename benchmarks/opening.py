@@ -1,4 +1,4 @@
-"""What a bundle costs besides its tokens: memory, the time to the first token, a large vocabulary, and other open bundles.
+"""Costs of a bundle besides its tokens: memory, the time to the first token, a large vocabulary, and other open bundles.
 
     python -m benchmarks.opening
 

@@ -1,7 +1,6 @@
 """The chunked gated delta rule against the float64 recurrence."""
 
 from collections import Counter
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -117,14 +116,15 @@ def test_a_compiled_gradient_reads_what_the_forward_pass_kept():
     values = [x.requires_grad_() for x in inputs(130, B=16)]
     torch.compiler.reset()
     compiled = torch.compile(lambda *x: run("chunked", *x), fullgraph=True, backend="aot_eager", dynamic=False)
-    gradients, operators = [], []
-    for form, profiled in ((partial(run, "chunked"), nullcontext()), (compiled, torch.profiler.profile())):
-        with profiled:
-            o, final = form(*values)
-            gradients.append(torch.autograd.grad(o.square().sum() + final.sin().sum(), values))
-        if not isinstance(profiled, nullcontext):
-            operators = Counter(event.name for event in profiled.events())
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+
+    def gradients(form):
+        o, final = form(*values)
+        return torch.autograd.grad(o.square().sum() + final.sin().sum(), values)
+
+    torch.testing.assert_close(gradients(compiled), gradients(partial(run, "chunked")), rtol=1e-12, atol=1e-12)
+    with torch.profiler.profile() as profiled:  # after tracing
+        gradients(compiled)
+    operators = Counter(event.name for event in profiled.events())
     assert operators["zoo::gated_delta_rule_chunked_kept"] == operators["zoo::gated_delta_rule_chunked_kept_backward"] == 1
     assert not operators["zoo::gated_delta_rule_chunked"]
 
