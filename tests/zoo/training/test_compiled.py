@@ -77,6 +77,12 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_products_of_another_dtype_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("zoo.training.loop.bfloat16_products", lambda: "float32")
+    with pytest.raises(ZooError, match="compile: true; this CPU multiplies bfloat16 faster in float32"):
+        train(tiny(compile=True, dtype="bfloat16"), tmp_path / "run", measure_products=True)
+
+
 def test_one_process_alone(monkeypatch):
     from zoo.training.parallel import Team
 
