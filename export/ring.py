@@ -54,15 +54,19 @@ class RingKV(NamedTuple):
     def _attend_piece(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, valid: Tensor, reach: int | None, scale: float | None
     ) -> tuple[Tensor, RingKV]:
-        slots = self.key.shape[2]
         behind = positions.index[:, None] - positions.index  # padding is at the end, so no valid token sees it
         visible = (behind >= 0) & _visible(behind, positions.index[:, None], reach)
         keys, values = k, v
         if isinstance(positions.start, Tensor):  # otherwise the window starts at 0 and the cache is empty
-            age = 1 + positions.index[:, None] + (positions.start - 1 - torch.arange(slots)) % slots
+            past, age = self._past(positions, positions.start)
             visible = torch.cat([_visible(age, positions.start + positions.index[:, None], reach), visible], dim=-1)
-            keys, values = torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)
+            keys, values = torch.cat([past.key, k], dim=2), torch.cat([past.value, v], dim=2)
         return attention(q, keys, values, visible, scale), self._with_piece(k, v, positions, valid)
+
+    def _past(self, positions: Positions, start: Tensor) -> tuple[RingKV, Tensor]:
+        """Return the cached tokens before `start`, and how many positions each is behind each new token: [T, slots]."""
+        slots = self.key.shape[2]
+        return self, 1 + positions.index[:, None] + (start - 1 - torch.arange(slots)) % slots
 
     def _with_piece(self, k: Tensor, v: Tensor, positions: Positions, valid: Tensor) -> RingKV:
         """Return the ring with the first `valid` of the new tokens."""
@@ -90,7 +94,7 @@ class RingKV(NamedTuple):
 
 
 class FilledKV(RingKV):
-    """A ring that never turns: position p is in slot p. A token reads only the slots that are filled."""
+    """A ring that never turns: position p is in slot p. Only the slots that are filled are read."""
 
     def _attend_token(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None, scale: float | None
@@ -114,22 +118,11 @@ class FilledKV(RingKV):
         )
         return y.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2), FilledKV(*ring)
 
-    def _attend_piece(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, valid: Tensor, reach: int | None, scale: float | None
-    ) -> tuple[Tensor, RingKV]:
-        """Attend to the filled slots alone."""
-        if not isinstance(positions.start, Tensor) or reach is not None:
-            return super()._attend_piece(q, k, v, positions, valid, reach, scale)
-        filled = positions.start.item()
+    def _past(self, positions: Positions, start: Tensor) -> tuple[RingKV, Tensor]:
+        filled = start.item()
         torch._check(filled >= 0)
         torch._check(filled <= self.key.shape[2])
-        past_k, past_v = (cache[:, :, :filled] for cache in self)
-        groups = q.unflatten(1, (k.shape[1], -1)) * (scale or q.shape[-1] ** -0.5)
-        hidden = torch.full((q.shape[2], q.shape[2]), float("-inf"), dtype=q.dtype).triu(1)
-        scores = torch.cat([groups @ past_k[:, :, None].mT, groups @ k[:, :, None].mT + hidden], dim=-1)
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        y = (weights @ torch.cat([past_v, v], dim=2)[:, :, None]).flatten(1, 2)
-        return y, self._with_piece(k, v, positions, valid)
+        return FilledKV(*(cache[:, :, :filled] for cache in self)), start + positions.index[:, None] - torch.arange(filled)
 
     def _with_piece(self, k: Tensor, v: Tensor, positions: Positions, valid: Tensor) -> RingKV:
         if not isinstance(positions.start, Tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,47 +32,32 @@ def one_operator(
         names = list(signature)
         fields = ", ".join(f"{parameter.annotation} {field}" for field, parameter in signature.items())
         like, state = names.index(result_like), names.index("state")
-        torch.library.define(f"zoo::{name}", f"({fields}) -> (Tensor, Tensor)")
-        torch.library.define(f"zoo::{name}_backward", f"(Tensor dresult, Tensor dfinal, {fields}) -> Tensor[]")
 
-        @torch.library.impl(f"zoo::{name}", "CompositeExplicitAutograd")
-        @torch.no_grad()
-        def forward(*inputs: Any) -> tuple[Tensor, ...]:
-            return tuple(x.contiguous() for x in run(*inputs))
+        def shapes(*inputs: Any) -> list[Tensor]:
+            return [inputs[place].new_empty(inputs[place].shape) for place in (like, state)]
 
-        @torch.library.impl(f"zoo::{name}_backward", "CompositeExplicitAutograd")
-        def backward(dresult: Tensor, dfinal: Tensor, *inputs: Any) -> list[Tensor]:
+        def gradients_again(dresult: Tensor, dfinal: Tensor, kept: list[Tensor], *inputs: Any) -> Sequence[Tensor]:
             with torch.enable_grad():
                 leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in inputs]
-                found = torch.autograd.grad(run(*leaves), [x for x in leaves if isinstance(x, Tensor)], (dresult, dfinal))
-            return [x.contiguous() for x in found]
+                return torch.autograd.grad(run(*leaves), [x for x in leaves if isinstance(x, Tensor)], (dresult, dfinal))
 
-        def shapes(*inputs: Any) -> tuple[Tensor, Tensor]:
-            return inputs[like].new_empty(inputs[like].shape), inputs[state].new_empty(inputs[state].shape)
-
-        def gradient_shapes(dresult: Tensor, dfinal: Tensor, *inputs: Any) -> list[Tensor]:
-            return [x.new_empty(x.shape) for x in inputs if isinstance(x, Tensor)]
-
-        def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-            ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
-
-        def differentiate(ctx: Any, dresult: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-            saved = iter(ctx.saved_tensors)
-            inputs = [next(saved) if x is None else x for x in ctx.inputs]
-            found = iter(getattr(torch.ops.zoo, f"{name}_backward")(dresult, dfinal, *inputs))
-            return tuple(next(found) if x is None else None for x in ctx.inputs)
-
+        _define(name, fields, run, gradients_again, shapes)
         if keep is not None and gradients is not None:
-            _keeping(name, fields, names, keep, gradients)
+            _define(f"{name}_kept", fields, keep, gradients, keep)
+        torch.library.define(f"zoo::{name}_or_kept", f"({fields}) -> (Tensor, Tensor)")
 
-        torch.library.register_fake(f"zoo::{name}", shapes)
-        torch.library.register_fake(f"zoo::{name}_backward", gradient_shapes)
-        torch.library.register_autograd(f"zoo::{name}", differentiate, setup_context=save)
+        @torch.library.impl(f"zoo::{name}_or_kept", "CompositeImplicitAutograd")  # here, sizes and gradients are known while tracing
+        def choose(*inputs: Any) -> tuple[Tensor, Tensor]:
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            fixed = all(isinstance(size, int) for x in tensors for size in x.shape)
+            differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+            chosen = f"{name}_kept" if keep is not None and fixed and differentiated else name
+            result, final, *_ = getattr(torch.ops.zoo, chosen)(*inputs)
+            return result, final
 
         def form(*inputs: Any) -> tuple[Tensor, Tensor]:
             if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-                return getattr(torch.ops.zoo, name if keep is None else f"{name}_or_kept")(*inputs)
+                return getattr(torch.ops.zoo, f"{name}_or_kept")(*inputs)
             return run(*inputs)
 
         return form
@@ -80,28 +65,30 @@ def one_operator(
     return decorate
 
 
-def _keeping(name: str, fields: str, names: list[str], keep: Callable[..., list[Tensor]], gradients: Callable[..., list[Tensor]]) -> None:
-    """Define `zoo::<name>_or_kept`, which is traced as an operator that keeps intermediates for its gradient, where that is needed."""
-    torch.library.define(f"zoo::{name}_or_kept", f"({fields}) -> (Tensor, Tensor)")
-    torch.library.define(f"zoo::{name}_kept", f"({fields}) -> Tensor[]")
-    torch.library.define(f"zoo::{name}_kept_backward", f"(Tensor dresult, Tensor dfinal, Tensor[] kept, {fields}) -> Tensor[]")
-    operators = torch.ops.zoo
+def _define(
+    name: str,
+    fields: str,
+    run: Callable[..., Sequence[Tensor]],
+    gradients: Callable[..., Sequence[Tensor]],
+    shapes: Callable[..., Sequence[Tensor]],
+) -> None:
+    """Define the operator `zoo::<name>` and its gradient.
 
-    @torch.library.impl(f"zoo::{name}_or_kept", "CompositeImplicitAutograd")
-    def choose(*inputs: Any) -> tuple[Tensor, Tensor]:
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
-        static = all(isinstance(size, int) for x in tensors for size in x.shape)
-        if static and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            result, final, *_ = getattr(operators, f"{name}_kept")(*inputs)
-            return result, final
-        return getattr(operators, name)(*inputs)
+    Args:
+        fields: inputs, as in a schema of torch.
+        run: returns the two results, and then what the gradient reads besides the inputs.
+        gradients: returns the gradients of the tensors among the inputs, from those of the results, that list, and the inputs.
+        shapes: returns tensors of the shapes and dtypes of those of `run`.
+    """
+    torch.library.define(f"zoo::{name}", f"({fields}) -> Tensor[]")
+    torch.library.define(f"zoo::{name}_backward", f"(Tensor dresult, Tensor dfinal, Tensor[] kept, {fields}) -> Tensor[]")
 
-    @torch.library.impl(f"zoo::{name}_kept", "CompositeExplicitAutograd")
+    @torch.library.impl(f"zoo::{name}", "CompositeExplicitAutograd")
     @torch.no_grad()
     def forward(*inputs: Any) -> list[Tensor]:
-        return [x.contiguous() for x in keep(*inputs)]
+        return [x.contiguous() for x in run(*inputs)]
 
-    @torch.library.impl(f"zoo::{name}_kept_backward", "CompositeExplicitAutograd")
+    @torch.library.impl(f"zoo::{name}_backward", "CompositeExplicitAutograd")
     @torch.no_grad()
     def backward(*inputs: Any) -> list[Tensor]:
         return [x.contiguous() for x in gradients(*inputs)]
@@ -116,9 +103,9 @@ def _keeping(name: str, fields: str, names: list[str], keep: Callable[..., list[
     def differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if x is None else x for x in ctx.inputs]
-        found = iter(getattr(operators, f"{name}_kept_backward")(grads[0], grads[1], list(saved), *inputs))
+        found = iter(getattr(torch.ops.zoo, f"{name}_backward")(grads[0], grads[1], list(saved), *inputs))
         return tuple(next(found) if x is None else None for x in ctx.inputs)
 
-    torch.library.register_fake(f"zoo::{name}_kept", forward)
-    torch.library.register_fake(f"zoo::{name}_kept_backward", gradient_shapes)
-    torch.library.register_autograd(f"zoo::{name}_kept", differentiate, setup_context=save)
+    torch.library.register_fake(f"zoo::{name}", lambda *inputs: [x.contiguous() for x in shapes(*inputs)])
+    torch.library.register_fake(f"zoo::{name}_backward", gradient_shapes)
+    torch.library.register_autograd(f"zoo::{name}", differentiate, setup_context=save)

@@ -81,6 +81,8 @@ class TrainConfig(BaseModel):
             )
         if self.compile and self.recompute != "nothing":
             raise ValueError(f"compile: true; compiled blocks recompute no activations; want recompute: nothing, not {self.recompute}")
+        if self.compile and self.dtype != "float32":  # torch compiles nothing inside a dispatch mode, which `Float32Products` is
+            raise ValueError(f"compile: true; products in {self.dtype} may run in float32, uncompiled; want dtype: float32")
         if self.lora is not None and self.parallel == "fsdp":
             raise ValueError("lora: parallel: fsdp does not shard adapters; want ddp")
         if self.lora is not None and self.muon_lr is not None and not self.lora.train:

@@ -71,8 +71,6 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
             trainer.task.batch(config.seed, 0, 1, split)  # data that does not fit is refused before there is a folder
         with deferred() as stop_requested, trainer.run.locked():
             trainer.resume(measure_products)
-            if config.compile and trainer.bfloat16_products == "float32":  # torch compiles nothing inside a dispatch mode
-                raise ZooError("compile: true; this CPU multiplies bfloat16 faster in float32, uncompiled; want dtype: float32, or false")
             with set_products(trainer.precision, trainer.bfloat16_products):
                 return trainer.train(stop_requested, report)
 

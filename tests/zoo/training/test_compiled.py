@@ -1,16 +1,13 @@
 """Training with compiled blocks is training with plain ones, up to rounding."""
 
-import os
-import signal
 from functools import partial
 
 import pytest
 import torch
 
 import zoo
-from tests.zoo.training.tiny import tiny
+from tests.zoo.training.tiny import check_resumes, tiny
 from zoo.errors import ZooError
-from zoo.signals import StoppedError
 from zoo.training.loop import train
 from zoo.training.prepare import prepare
 
@@ -29,36 +26,24 @@ def backend(request, monkeypatch):
     [
         {"overrides": {"layers": "attn gdn jet", "d_model": 16, "d_ff": 16}},
         {"overrides": {"layers": "mamba2 swa", "d_model": 32, "d_ff": 16, "evict": "sliding"}},
-        {
-            "task": {"name": "gsm-infinite", "quantities": 3, "operations": 2, "shortest": 100, "longest": 300, "width": 60},
-            "model": "gdn4-sleep2-hard60",
-        },
+        {"task": PROBLEMS, "model": "gdn4-sleep2-hard60"},
     ],
     ids=["fixed sizes", "sliding", "any size"],
 )
 def test_losses_are_those_of_plain_blocks(tmp_path, backend, changes):
     losses = []
     for compile in (False, True):
-        losses.append([])
-        train(
-            tiny(steps=5, lr=1e-2, compile=compile, **changes), tmp_path / str(compile), report=lambda line: losses[-1].append(line["loss"])
-        )
+        config, lines = tiny(steps=5, lr=1e-2, compile=compile, **changes), []
+        train(config, tmp_path / str(compile), report=lines.append)
+        losses.append([line["loss"] for line in lines])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     weights = [zoo.load(tmp_path / name).state_dict() for name in ("False", "True")]
     torch.testing.assert_close(weights[1], weights[0], atol=1e-3, rtol=1e-2)
 
 
 def test_resumes_bit_for_bit(tmp_path, backend):
-    config = tiny(steps=6, compile=True, checkpoint_every=100)
-    expected = train(config, tmp_path / "whole")
-    for _ in range(5):
-        torch.compiler.reset()  # as in another process
-        with pytest.raises(StoppedError):
-            train(config, tmp_path / "cut", report=lambda metrics: os.kill(os.getpid(), signal.SIGTERM))
-    results = train(config, tmp_path / "cut")
-    weights = [zoo.load(tmp_path / name).state_dict() for name in ("whole", "cut")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert results == expected
+    # without what was compiled, as in another process
+    check_resumes(tiny(steps=6, compile=True, checkpoint_every=100), tmp_path, stops=5, before=torch.compiler.reset)
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch, tmp_path):
@@ -67,6 +52,8 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch, tmp_path):
         train(tiny(compile=True, overrides=experts), tmp_path / "run")
     with pytest.raises(ZooError, match="compile: true; compiled blocks recompute no activations"):
         tiny(compile=True, recompute="passes")
+    with pytest.raises(ZooError, match="compile: true; products in bfloat16 may run in float32, uncompiled; want dtype: float32"):
+        tiny(compile=True, dtype="bfloat16")
 
     def fails(x):
         raise RuntimeError("no working C++ compiler\nsecond line")
@@ -75,12 +62,6 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ZooError, match=r"compile: true; torch.compile fails: RuntimeError: no working C\+\+ compiler; want false"):
         train(tiny(compile=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_products_of_another_dtype_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("zoo.training.loop.bfloat16_products", lambda: "float32")
-    with pytest.raises(ZooError, match="compile: true; this CPU multiplies bfloat16 faster in float32"):
-        train(tiny(compile=True, dtype="bfloat16"), tmp_path / "run", measure_products=True)
 
 
 def test_one_process_alone(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import zoo
-from tests.zoo.training.tiny import tiny
+from tests.zoo.training.tiny import check_resumes, tiny
 from zoo.signals import StoppedError
 from zoo.training.loop import train
 from zoo.training.run_folder import NotFiniteError, RunFolder
@@ -39,16 +39,7 @@ def test_interrupted_at_any_step_and_resumed_is_bit_identical(tmp_path, counts):
 
 def test_a_ramp_resumes_bit_for_bit(tmp_path):
     """Stopped after every step on the way from 1 to 5 passes."""
-    config = tiny(steps=10, model="gdn4-sleep5-hard6", ramp=0.8, checkpoint_every=100)
-    expected = train(config, tmp_path / "whole")
-
-    for _ in range(10):
-        with pytest.raises(StoppedError):
-            train(config, tmp_path / "cut", report=lambda metrics: os.kill(os.getpid(), signal.SIGTERM))
-    results = train(config, tmp_path / "cut")
-    weights = [zoo.load(tmp_path / name).state_dict() for name in ("whole", "cut")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert results == expected
+    check_resumes(tiny(steps=10, model="gdn4-sleep5-hard6", ramp=0.8, checkpoint_every=100), tmp_path, stops=10)
 
 
 def plan(**changes):
