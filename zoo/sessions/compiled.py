@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoo.blocks.block import Block
 from zoo.blocks.mixer import parts
 from zoo.errors import ZooError
+from zoo.kernels.linear.op import build, few_rows
 from zoo.model import Model
 from zoo.sessions.rings import RingPart, SlotPositions
 from zoo.stack import with_blocks
@@ -58,6 +59,7 @@ class CompiledBlocks:
         with self._lock:
             try:
                 if not self.failed:
+                    build()
                     compiled = with_compiled_blocks(model)  # here, because it imports torch's compiler
                     rehearse(compiled, key[0])
                     for block in compiled.blocks:
@@ -86,7 +88,7 @@ def with_compiled_blocks(model: Model) -> Model:
 
     It has no head, which may refer to `model` and would keep it alive.
     """
-    step = torch.compile(_in_place, fullgraph=True, dynamic=False, recompile_limit=FORMS, isolate_recompiles=True)  # type: ignore[call-overload]
+    step = torch.compile(_in_place, backend=few_rows, fullgraph=True, dynamic=False, recompile_limit=FORMS, isolate_recompiles=True)  # type: ignore[call-overload]
     twin = with_blocks(model, lambda block: _CompiledBlock(block, step))
     del twin._modules["head"]
     return twin

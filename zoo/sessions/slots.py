@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor
 from zoo.blocks.attention import KV
 from zoo.blocks.mixer import parts, replace_parts
 from zoo.errors import ZooError
+from zoo.kernels.linear.op import FewRows
 from zoo.model import Model
 from zoo.sessions.compiled import compiled_blocks, write_back
 from zoo.sessions.rings import Ring, SlotPositions
@@ -203,7 +205,8 @@ class Slots(Generic[Name]):
         window: tuple[Any, ...] = tuple(replace_parts(cache, first) for cache in self._window)
         h, passes = self.model.embedded(self.ids[:n], positions), self.model.passes(self.model.config.wake_loops)
         h, after = run(h, State(fast, window, 0), positions, passes)
-        logits = self.model.logits(h)
+        with nullcontext() if model is None else FewRows():
+            logits = self.model.logits(h)
         for old, new in zip((*fast, *window), (*after.fast, *after.window), strict=True):
             write_back(old, new)
         position.add_(1)
