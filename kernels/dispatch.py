@@ -71,6 +71,16 @@ def replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
         _here.functions = before
 
 
+@contextmanager
+def in_place() -> Iterator[None]:
+    """Use `zoo.kernels.cpu.step.STEPS` in graphs that are compiled within a `with` block, in this thread."""
+    _here.in_place = True
+    try:
+        yield
+    finally:
+        _here.in_place = False
+
+
 def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Callable[..., Any]:
     """Return the form that runs this call of `operator`.
 
@@ -84,6 +94,11 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
     if not torch.compiler.is_compiling() and (operator, plain) in _logged and form is None and _nothing_forced(x):
         return kernels.get(f"{operator}.{plain}")  # a token asks dozens of times
     _look_around()
+    if torch.compiler.is_compiling() and _in_place():
+        from zoo.kernels.cpu.step import STEPS  # which imports this module
+
+        if operator in STEPS:
+            return STEPS[operator]
     forced = _forced if _forced is not None else os.environ.get(ENVIRONMENT)
     if (functions := _replacements()) is not None:
         if form is None and operator in functions:
@@ -138,6 +153,11 @@ def _untraced(function: F) -> F:
 @_untraced
 def _replacements() -> Mapping[str, Callable[..., Any]] | None:
     return getattr(_here, "functions", None)
+
+
+@_untraced
+def _in_place() -> bool:
+    return getattr(_here, "in_place", False)
 
 
 @_untraced

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from zoo.blocks.block import Block
 from zoo.blocks.mixer import parts
 from zoo.errors import ZooError
-from zoo.kernels.linear.op import build, few_rows
+from zoo.kernels.cpu.build import build
+from zoo.kernels.cpu.linear import few_rows
+from zoo.kernels.dispatch import in_place
 from zoo.model import Model
 from zoo.sessions.rings import RingPart, SlotPositions
 from zoo.stack import with_blocks
@@ -103,7 +105,8 @@ class _CompiledBlock(nn.Module):
     def forward(self, x: Tensor, fast: Any, window: Any, positions: SlotPositions, *, mlp: bool = True) -> tuple[Tensor, Any, Any]:
         if not self.rehearsed:
             self._mark_sizes(x, fast, window, positions)
-        return self.step(self.block, x, fast, window, positions, mlp), fast, window
+        with in_place():
+            return self.step(self.block, x, fast, window, positions, mlp), fast, window
 
     @staticmethod
     def _mark_sizes(x: Tensor, fast: Any, window: Any, positions: SlotPositions) -> None:

@@ -103,12 +103,15 @@ class Sampler:
             token = scores.argmax(-1)
         else:
             token = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
-        self._last = torch.where(self._over, self._last, token)
-        self._over = self._over | torch.isin(self._last, self._stop)
+        if self.sampling.stop:
+            token = torch.where(self._over, self._last, token)
+            self._over = self._over | torch.isin(token, self._stop)
+        self._last = token
         if (constraint := self.sampling.constraint) is not None:
             constraint.accept(int(self._last))
             self._over = self._over | constraint.over
-        self.seen.scatter_(1, self._last[:, None], True)
+        if self.sampling.repetition_penalty != 1:
+            self.seen.scatter_(1, self._last[:, None], True)
         if self._counts is not None:
             self._counts.scatter_add_(1, self._last[:, None], torch.ones_like(self._counts[:, :1]))
         return self._last

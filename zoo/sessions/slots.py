@@ -14,7 +14,7 @@ from torch import Tensor
 from zoo.blocks.attention import KV
 from zoo.blocks.mixer import parts, replace_parts
 from zoo.errors import ZooError
-from zoo.kernels.linear.op import FewRows
+from zoo.kernels.cpu.linear import FewRows
 from zoo.model import Model
 from zoo.sessions.compiled import compiled_blocks, write_back
 from zoo.sessions.rings import Ring, SlotPositions

@@ -10,24 +10,13 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
+#include "vectors.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int BYTES = 64;
-#elif defined(__AVX__)
-constexpr int BYTES = 32;
-#else
-constexpr int BYTES = 16;
-#endif
-constexpr int LANES = BYTES / sizeof(float);
 constexpr int ROWS = 4, COLS = 4;  // of a tile, whose sums are in 16 registers
 constexpr int MOST_ROWS = 32;      // from here on, BLAS is faster
 constexpr int64_t SHARE = 1 << 17;  // least number of multiplications that are worth a thread
-
-typedef float Vec __attribute__((vector_size(BYTES), aligned(sizeof(float)), may_alias));
-typedef int32_t Lanes __attribute__((vector_size(BYTES)));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 
 // Adds neighbours at distance S: those of a in lanes without bit S, those of b in the others.
 template <int S, int... I>
@@ -123,5 +112,5 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& weight) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(zoo, library) { library.def("linear(Tensor input, Tensor weight) -> Tensor"); }
+TORCH_LIBRARY_FRAGMENT(zoo, library) { library.def("linear(Tensor x, Tensor weight) -> Tensor"); }
 TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("linear", &linear); }

@@ -1,4 +1,4 @@
-"""Linear layers of a few rows: those of float64, whatever the number of rows; and how they are compiled."""
+"""C++ kernels for one token: results in float64, whatever the shapes; and how they are compiled."""
 
 import os
 import subprocess
@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zoo.kernels.linear import op
+from zoo.kernels.cpu.build import build
+from zoo.kernels.cpu.linear import FewRows, few_rows
+from zoo.kernels.cpu.step import STEPS
+from zoo.kernels.dispatch import kernels
 
 SHAPES = [(512, 1536), (37, 50), (16, 3), (5, 5), (64, 7), (100, 1), (1, 4), (1536, 512)]
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 19, 31, 32, 33, 100]
@@ -17,7 +20,7 @@ ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 19, 31, 32, 33, 100]
 
 @pytest.fixture(autouse=True, scope="module")
 def built():
-    op.build()
+    build()
 
 
 def inputs(n, K, N):
@@ -69,9 +72,9 @@ def test_layers_in_place_of_those_of_torch(bias):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 128, bias=bias), nn.SiLU(), nn.Linear(128, 32, bias=bias)), torch.randn(3, 1, 64)
     want = model(x)
-    with op.FewRows(), calls() as eager:
+    with FewRows(), calls() as eager:
         torch.testing.assert_close(model(x), want)
-    compiled = torch.compile(model, backend=op.few_rows)
+    compiled = torch.compile(model, backend=few_rows)
     torch.testing.assert_close(compiled(x), want)
     with calls() as later:
         torch.testing.assert_close(compiled(x), want)
@@ -84,10 +87,79 @@ def test_weights_of_another_kind_are_left_to_torch():
         pass
 
     x, weight = inputs(2, 64, 8)
-    with op.FewRows(), calls() as made:
+    with FewRows(), calls() as made:
         torch.testing.assert_close(F.linear(x, weight.as_subclass(Quantised)).as_subclass(torch.Tensor), x @ weight.T)
         F.linear(x.double(), weight.double())
     assert not made
+
+
+def recurrence(n, H, K, V, G, by_channel=False):
+    """Inputs of one token: state, q, k, v, decay, beta."""
+    generator = torch.Generator().manual_seed(H)
+    state, v = torch.randn(n, H, K, V, generator=generator), torch.randn(n, H, V, generator=generator)
+    q, k = torch.randn(2, n, G, K, generator=generator)
+    decay = torch.rand(n, H, K, generator=generator) if by_channel else torch.rand(n, H, generator=generator)
+    return state, q, k / k.norm(dim=-1, keepdim=True), v, decay, 2 * torch.rand(n, H, generator=generator)
+
+
+def definition(state, q, k, v, decay, beta, scale):
+    repeats = state.shape[1] // q.shape[1]
+    state, q, k, v, decay = (x.double() for x in (state, q.repeat_interleave(repeats, 1), k.repeat_interleave(repeats, 1), v, decay))
+    state = state * decay.reshape(*decay.shape, *[1] * (4 - decay.ndim))
+    if beta is not None:
+        v = beta.double()[..., None] * (v - torch.einsum("nhkv,nhk->nhv", state, k))
+    state = state + torch.einsum("nhk,nhv->nhkv", k, v)
+    return scale * torch.einsum("nhkv,nhk->nhv", state, q), state
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4, 16, 64, 4), (1, 2, 128, 128, 1), (3, 6, 5, 7, 2), (2, 2, 33, 80, 2), (16, 4, 64, 64, 2), (1, 1, 1, 1, 1), (2, 2, 4, 81, 1)],
+)
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize("delta", [False, True])
+def test_a_step_is_that_of_float64(shape, by_channel, delta):
+    state, q, k, v, decay, beta = recurrence(*shape, by_channel)
+    beta = beta if delta else None
+    want, final = definition(state, q, k, v, decay, beta, 0.5)
+    o = torch.ops.zoo.step_(state, q, k, v, decay, beta, 0.5)
+    torch.testing.assert_close(o.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.double(), final, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_of_strided_inputs():
+    state, q, k, v, decay, beta = recurrence(2, 4, 16, 32, 2)
+    want, final = definition(state, q, k, v, decay, beta, 1.0)
+    wide = torch.cat([x.flatten(1) for x in (q, k, v)], dim=1)
+    views = [x.unflatten(1, (-1, width)) for x, width in zip(wide.split([32, 32, 128], dim=1), (16, 16, 32), strict=True)]
+    o = torch.ops.zoo.step_(state, *views[:2], views[2].mT.contiguous().mT, decay.T.contiguous().T, beta, 1.0)
+    torch.testing.assert_close(o.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.double(), final, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changed", range(6))
+def test_a_step_refuses_other_shapes(changed):
+    inputs = list(recurrence(2, 4, 16, 32, 2))
+    inputs[changed] = inputs[changed].mT if changed == 0 else inputs[changed][:1]
+    with pytest.raises(RuntimeError, match="want"):
+        torch.ops.zoo.step_(*inputs, 1.0)
+
+
+@pytest.mark.parametrize("operator", sorted(STEPS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_forms_in_place_compute_the_definition(operator, dtype, tokens):
+    """In place where they can; the definition itself for several tokens and in float64."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, tokens, heads, 16, generator=generator, dtype=dtype) for heads in (2, 2, 2))
+    rates = torch.rand(2, tokens, 2, generator=generator, dtype=dtype)
+    state = torch.randn(2, 2, 16, 16, generator=generator, dtype=dtype)
+    decays = -q.abs() if operator == "kda" else -rates
+    inputs = (v, rates, -rates[0, 0], k, q) if operator == "ssd" else (q, k, v, decays, rates, 0.5)
+    want = kernels.get(f"{operator}.reference")(*inputs, state.clone(), None)
+    found = STEPS[operator](*inputs, state, None)
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+    assert (found[1] is state) == (dtype == torch.float32 and tokens == 1)
 
 
 class calls:
@@ -105,7 +177,7 @@ class calls:
 
 def build_in(folder, compiler):
     """Build in a new process. Returns the last line that it prints."""
-    code = "from zoo.kernels.linear.op import build\nbuild()\nprint('built')"
+    code = "from zoo.kernels.cpu.build import build\nbuild()\nprint('built')"
     variables = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder), "CXX": str(compiler)}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
     return (done.stdout + done.stderr).strip().splitlines()[-1]

@@ -1,0 +1,110 @@
+// One token of a recurrence over a state, as described in README.md.
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int WIDTH = 4;               // vectors of a row of S at a time
+constexpr int64_t SHARE = 1 << 15;     // least number of elements of S that are worth a thread
+
+// Columns 0 .. W * LANES of one head: S [K, stride]; decay [K], or [1] if `by_channel` is 0; beta may be null.
+template <int W>
+inline void columns(float* S, const float* q, const float* k, const float* v, const float* decay, int64_t by_channel, const float* beta,
+                    float scale, float* o, int64_t K, int64_t stride) {
+  Vec u[W], sum[W] = {};
+  for (int i = 0; i < W; i++) u[i] = load(v + i * LANES);
+  if (beta) {
+    for (int64_t row = 0; row < K; row++) {
+      const float* s = S + row * stride;
+      const float weight = decay[row * by_channel] * k[row];
+      for (int i = 0; i < W; i++) sum[i] += weight * load(s + i * LANES);
+    }
+    for (int i = 0; i < W; i++) u[i] = *beta * (u[i] - sum[i]), sum[i] = Vec{};
+  }
+  for (int64_t row = 0; row < K; row++) {
+    float* s = S + row * stride;
+    for (int i = 0; i < W; i++) {
+      const Vec written = decay[row * by_channel] * load(s + i * LANES) + k[row] * u[i];
+      store(s + i * LANES, written);
+      sum[i] += q[row] * written;
+    }
+  }
+  for (int i = 0; i < W; i++) store(o + i * LANES, scale * sum[i]);
+}
+
+// One column.
+inline void column(float* S, const float* q, const float* k, float v, const float* decay, int64_t by_channel, const float* beta,
+                   float scale, float* o, int64_t K, int64_t stride) {
+  float sum = 0;
+  if (beta) {
+    for (int64_t row = 0; row < K; row++) sum += decay[row * by_channel] * k[row] * S[row * stride];
+    v = *beta * (v - sum), sum = 0;
+  }
+  for (int64_t row = 0; row < K; row++) {
+    S[row * stride] = decay[row * by_channel] * S[row * stride] + k[row] * v;
+    sum += q[row] * S[row * stride];
+  }
+  *o = scale * sum;
+}
+
+// x, whose last dimension is contiguous.
+inline at::Tensor rows(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+
+using Shape = std::vector<int64_t>;
+
+void check(const char* name, const at::Tensor& x, const Shape& shape) {
+  TORCH_CHECK(x.sizes() == shape && x.scalar_type() == at::kFloat, name, " ", x.sizes(), " ", x.dtype(), ": want ", shape, " float");
+}
+
+at::Tensor step_(at::Tensor& state, const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& decays,
+                 const std::optional<at::Tensor>& betas, double scale) {
+  const int64_t n = state.size(0), H = state.size(1), K = state.size(2), V = state.size(3), G = keys.size(1);
+  const bool by_channel = decays.dim() == 3;
+  const at::Tensor q = rows(queries), k = rows(keys), v = rows(values), decay = decays.contiguous();
+  const at::Tensor beta = betas ? betas->contiguous() : at::Tensor();
+  const Shape shared{n, G, K}, rates = by_channel ? Shape{n, H, K} : Shape{n, H};
+  TORCH_CHECK(state.is_contiguous(), "state: want contiguous memory");
+  TORCH_CHECK(G > 0 && H % G == 0, "k ", k.sizes(), ": want a number of heads that divides ", H);
+  check("q", q, shared);
+  check("k", k, shared);
+  check("v", v, {n, H, V});
+  check("decay", decay, rates);
+  if (betas) check("beta", beta, {n, H});
+  at::Tensor result = at::empty({n, H, V}, v.options());
+  float* S = state.mutable_data_ptr<float>();
+  float* o = result.mutable_data_ptr<float>();
+  const float *pq = q.const_data_ptr<float>(), *pk = k.const_data_ptr<float>(), *pv = v.const_data_ptr<float>();
+  const float *pd = decay.const_data_ptr<float>(), *pb = betas ? beta.const_data_ptr<float>() : nullptr;
+  at::parallel_for(0, n * H, 1 + SHARE / (K * V + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t stream = i / H, head = i % H, group = head / (H / G);
+      float* Si = S + i * K * V;
+      const float *qi = pq + stream * q.stride(0) + group * q.stride(1), *ki = pk + stream * k.stride(0) + group * k.stride(1);
+      const float *vi = pv + stream * v.stride(0) + head * v.stride(1), *di = pd + i * (by_channel ? K : 1);
+      const float* bi = pb ? pb + i : nullptr;
+      float* oi = o + i * V;
+      int64_t c = 0;
+      for (; c + WIDTH * LANES <= V; c += WIDTH * LANES) columns<WIDTH>(Si + c, qi, ki, vi + c, di, by_channel, bi, scale, oi + c, K, V);
+      for (; c + LANES <= V; c += LANES) columns<1>(Si + c, qi, ki, vi + c, di, by_channel, bi, scale, oi + c, K, V);
+      for (; c < V; c++) column(Si + c, qi, ki, vi[c], di, by_channel, bi, scale, oi + c, K, V);
+    }
+  });
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(zoo, library) {
+  library.def("step_(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta, float scale) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("step_", &step_); }
