@@ -53,6 +53,7 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@torch.enable_grad()
 def trained(name: str, steps: int) -> zoo.Model:
     """Train a model, or load the one that was trained before."""
     kind, fields = SIZES[name]
