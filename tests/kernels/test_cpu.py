@@ -1,4 +1,4 @@
-"""C++ kernels for one token: results in float64, whatever the shapes; and how they are compiled."""
+"""C++ kernels for one token: the results of float64 for all shapes; and how they are compiled."""
 
 import os
 import subprocess
