@@ -10,6 +10,8 @@ from torch import Tensor
 from zoo.kernels.common.recording import pure, recorded
 from zoo.kernels.common.second_order import gradients
 
+PIECE = 1 << 17  # elements that are computed at a time
+
 
 def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     """Compute the same as `reference.stepwise`; same shapes and arguments.
@@ -35,11 +37,15 @@ def _definition(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
 
 
 def _convolve(inputs: Tensor, taps: Tensor) -> Tensor:
-    """Convolve inputs [B, K - 1 + T, C] with taps [K, C]."""
-    T = inputs.shape[1] - len(taps) + 1
-    y = inputs[:, :T] * taps[0]
-    for tap in range(1, len(taps)):
-        y.addcmul_(inputs[:, tap : tap + T], taps[tap])
+    """Convolve inputs [B, K - 1 + T, C] with taps [K, C], a few tokens at a time, which stay in the cache from tap to tap."""
+    B, length, C = inputs.shape
+    T, size = length - len(taps) + 1, max(1, PIECE // (B * C))
+    y = inputs.new_empty(B, T, C)
+    for start in range(0, T, size):
+        piece = y[:, start : start + size]
+        torch.mul(inputs[:, start : start + piece.shape[1]], taps[0], out=piece)
+        for tap in range(1, len(taps)):
+            piece.addcmul_(inputs[:, start + tap : start + tap + piece.shape[1]], taps[tap])
     return y
 
 

@@ -11,13 +11,26 @@ from torch import Tensor
 
 from zoo.kernels.common.compiled import one_operator
 from zoo.kernels.common.decay import decays
+from zoo.kernels.common.recording import recorded
 
 CHUNK = 64
+PIECE = 1 << 16  # elements of x that are computed at a time where no gradients are wanted: their intermediates stay in the cache
 
 
 @one_operator("ssd_chunked", result_like="x")
 def chunked(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the same as `reference.recurrent`, up to rounding; same shapes and arguments."""
+    T, size = B.shape[1], max(CHUNK, PIECE // (x[:, 0].numel() * CHUNK) * CHUNK)
+    if size >= T or not x.is_cpu or recorded(x, g, B, C, state):
+        return _chunked(x, g, B, C, state)
+    outputs = []
+    for x_p, g_p, B_p, C_p in zip(*(y.split(size, dim=1) for y in (x, g, B, C)), strict=True):
+        y, state = _chunked(x_p, g_p, B_p, C_p, state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), state
+
+
+def _chunked(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     T, G = B.shape[1:3]
     size = min(CHUNK, T)
 

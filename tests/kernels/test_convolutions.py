@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.kernels.checking import check_compiled, check_gradients, check_operator, relative
 from tests.kernels.interpreter import rehearse
+from zoo.kernels.causal_conv1d import chunked
 from zoo.kernels.causal_conv1d.op import causal_conv1d
 from zoo.kernels.dynamic_conv1d.op import dynamic_conv1d
 from zoo.kernels.tuning import forced
@@ -137,6 +138,16 @@ def test_steps_are_the_sequence() -> None:
     assert state is not None
     assert end is not None
     assert torch.equal(state, end)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_many_channels_are_computed_in_pieces(gradients: bool, bias: bool, activation: Literal["silu"] | None) -> None:
+    given = {name: value.requires_grad_(gradients) for name, value in inputs("causal_conv1d", 70, C=3000, bias=bias).items()}
+    assert given["x"].numel() > 2 * chunked.PIECE
+    found, want = (causal_conv1d(**given, activation=activation, output_final_state=True, form=form) for form in ("chunked", "reference"))
+    torch.testing.assert_close(found, want)
 
 
 def test_compiled() -> None:

@@ -9,7 +9,7 @@ from tests.kernels import checking
 from tests.kernels.interpreter import rehearse
 from zoo.kernels import tuning
 from zoo.kernels.common.examples import example
-from zoo.kernels.ssd import triton
+from zoo.kernels.ssd import chunked, triton
 from zoo.kernels.ssd.op import ssd
 
 fused = functools.partial(ssd, form="triton", output_final_state=True)
@@ -40,6 +40,14 @@ def test_packed_sequences(dtype: torch.dtype) -> None:
     values["initial_state"] = torch.randn(5, *values["initial_state"].shape[1:], generator=torch.Generator().manual_seed(3))
     with rehearse(backwards=True):
         check({**values, "cu_seqlens": ends}, dtype=dtype, wide=WIDE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", [128, 200])
+def test_prompts_are_read_in_pieces(T: int) -> None:
+    values = {name: value.detach() for name, value in inputs(T, batch=2, H=16, P=64, N=8).items()}
+    assert values["x"].numel() > 2 * chunked.PIECE
+    torch.testing.assert_close(ssd(**values, form="chunked", output_final_state=True), recurrent(**values))
 
 
 @pytest.mark.parametrize("decay", [0.0, 50.0])
