@@ -40,12 +40,14 @@ def _convolve(inputs: Tensor, taps: Tensor) -> Tensor:
     """Convolve inputs [B, K - 1 + T, C] with taps [K, C], a few tokens at a time, which stay in the cache from tap to tap."""
     B, length, C = inputs.shape
     T, size = length - len(taps) + 1, max(1, PIECE // (B * C))
-    y = inputs.new_empty(B, T, C)
-    for start in range(0, T, size):
-        piece = y[:, start : start + size]
-        torch.mul(inputs[:, start : start + piece.shape[1]], taps[0], out=piece)
-        for tap in range(1, len(taps)):
-            piece.addcmul_(inputs[:, start + tap : start + tap + piece.shape[1]], taps[tap])
+    if size < T:
+        y = inputs.new_empty(B, T, C)
+        for start in range(0, T, size):
+            y[:, start : start + size] = _convolve(inputs[:, start : start + size + len(taps) - 1], taps)
+        return y
+    y = inputs[:, :T] * taps[0]
+    for tap in range(1, len(taps)):
+        y.addcmul_(inputs[:, tap : tap + T], taps[tap])
     return y
 
 

@@ -42,7 +42,9 @@ def build() -> None:
         library.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=library.parent) as scratch:
             _run([*command, "-o", f"{scratch}/cpu.so"])
-            os.replace(f"{scratch}/cpu.so", library)
+            with open(f"{scratch}/cpu.so", "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(file.name, library)
     torch.ops.load_library(str(library))
     torch.library.register_fake("zoo::linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
     torch.library.register_fake("zoo::step_", lambda state, q, k, v, decay, beta, scale: torch.empty_like(v))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import sys
+from collections import Counter
 from collections.abc import Callable
 from threading import Lock, Thread
 from typing import Any
@@ -10,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from zoo.blocks.block import Block
 from zoo.blocks.mixer import parts
@@ -22,51 +25,66 @@ from zoo.sessions.rings import RingPart, SlotPositions
 from zoo.stack import with_blocks
 
 FORMS = 64  # maximum number of different blocks of a model that are compiled
+MOST_TIMES = 8  # that blocks are compiled for one number of streams
+
+Key = tuple[bool, int, bool]
+"""For several streams; size of the caches; in inference mode."""
 
 
 class CompiledBlocks:
     """Copies of a model with compiled blocks, for one stream and for several. Weights are shared with the model.
 
-    Equal blocks share their code, so compiling takes as long for many layers as for a few.
+    Equal blocks share their code, so compiling takes as long for many layers as for a few. Code for a model that has changed since is
+    compiled again: in the background, too.
     """
 
     def __init__(self) -> None:
-        self.ready: dict[tuple[bool, int], Model] = {}
+        self.ready: dict[Key, Copy] = {}
         self.failed = False
-        self._threads: dict[tuple[bool, int], Thread] = {}
+        self._threads: dict[Key, Thread] = {}
+        self._times: Counter[Key] = Counter()
         self._lock = Lock()
         """Held while blocks are compiled: one copy at a time."""
 
     def get(self, model: Model, several: bool, context: int, rehearse: Callable[[Model, bool], object]) -> Model | None:
-        """Return `model` with compiled blocks. Returns None while they are being compiled, and if that has failed.
+        """Return `model` with compiled blocks. Returns None while they are being compiled, if that has failed, and under autocast.
 
         Args:
             several: for two streams or more.
             context: size of the caches, which the code depends on.
             rehearse: reads a token of each stream with a model, on scratch states.
         """
-        key = several, context
-        if key not in self._threads and not self.failed:
+        if self.failed or torch.is_autocast_enabled("cpu"):
+            return None
+        key = several, context, torch.is_inference_mode_enabled()
+        copy = self.ready.get(key)
+        if copy is not None and copy.serves(model):
+            return copy.model
+        if copy is not None:
+            del self.ready[key], self._threads[key]
+        if key not in self._threads:
+            self._times[key] += 1
             self._threads[key] = Thread(target=self._compile, args=(model, key, rehearse), name="zoo-compile", daemon=True)
             self._threads[key].start()
-        return self.ready.get(key)
+        return None
 
     def wait(self) -> None:
         """Wait until everything that has been asked for is compiled, or has failed."""
         for thread in list(self._threads.values()):
             thread.join()
 
-    @torch.no_grad()
-    def _compile(self, model: Model, key: tuple[bool, int], rehearse: Callable[[Model, bool], object]) -> None:
-        with self._lock:
+    def _compile(self, model: Model, key: Key, rehearse: Callable[[Model, bool], object]) -> None:
+        several, _, inference = key
+        with self._lock, torch.inference_mode(inference), torch.no_grad():
             try:
+                if self._times[key] > MOST_TIMES:
+                    raise ZooError(f"the model has changed {MOST_TIMES} times")
                 if not self.failed:
                     build()
-                    compiled = with_compiled_blocks(model)  # here, because it imports torch's compiler
-                    rehearse(compiled, key[0])
-                    for block in compiled.blocks:
-                        block.rehearsed = True  # type: ignore[assignment]
-                    self.ready[key] = compiled
+                    copy = Copy(model)  # here, because it imports torch's compiler
+                    rehearse(copy.model, several)
+                    copy.step.rehearsing = False
+                    self.ready[key] = copy
             except Exception as error:  # no C++ compiler, for example
                 self.failed = True
                 why = str(error).strip().partition("\n")[0]
@@ -85,28 +103,61 @@ def compiled_blocks(model: Any) -> CompiledBlocks:
     return _COMPILED.setdefault(model, CompiledBlocks())
 
 
-def with_compiled_blocks(model: Model) -> Model:
-    """Return a copy of `model` for `Model.run`, which shares its weights, and whose blocks are compiled and change states in place.
+class Copy:
+    """A copy of a model for `Model.run` that shares its weights, and whose blocks are compiled and change states in place."""
 
-    It has no head, which may refer to `model` and would keep it alive.
-    """
-    step = torch.compile(_in_place, backend=few_rows, fullgraph=True, dynamic=False, recompile_limit=FORMS, isolate_recompiles=True)  # type: ignore[call-overload]
-    twin = with_blocks(model, lambda block: _CompiledBlock(block, step))
-    del twin._modules["head"]
-    return twin
+    def __init__(self, model: Model) -> None:
+        self.step = _Step()
+        self.model = with_blocks(model, lambda block: _CompiledBlock(block, self.step))
+        del self.model._modules["head"]  # it may refer to `model`, and would keep it alive
+        self._blocks = list(model.blocks)
+        self._modules = [module for block in model.blocks for module in block.modules()]
+        self._hooks = self._hooks_now()
+
+    def serves(self, model: Model) -> bool:
+        """Return whether the code is still that of `model`, as far as is known without running it."""
+        same = len(self._blocks) == len(model.blocks) and all(map(operator.is_, self._blocks, model.blocks))
+        return same and not self.step.outdated and self._hooks == self._hooks_now()
+
+    def _hooks_now(self) -> list[tuple[int, ...]]:
+        return [(*module._forward_hooks, *module._forward_pre_hooks) for module in self._modules]
+
+
+class _Step:
+    """The compiled function of all blocks of a copy. It compiles only while it is rehearsed."""
+
+    def __init__(self) -> None:
+        from torch._dynamo.exc import TorchDynamoException
+
+        self.errors = TorchDynamoException
+        self.rehearsing, self.outdated = True, False
+        options: Any = {"fullgraph": True, "dynamic": False, "recompile_limit": FORMS, "isolate_recompiles": True}
+        self.run = torch.compile(_in_place, backend=self._backend, **options)
+
+    def _backend(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        if not self.rehearsing:
+            raise ZooError("the model has changed")
+        return few_rows(graph, inputs)
 
 
 class _CompiledBlock(nn.Module):
-    def __init__(self, block: nn.Module, step: Callable[..., Tensor]) -> None:
+    def __init__(self, block: Any, step: _Step) -> None:
         super().__init__()
         self.block, self.mixer, self.step = block, block.mixer, step
-        self.rehearsed = False
 
     def forward(self, x: Tensor, fast: Any, window: Any, positions: SlotPositions, *, mlp: bool = True) -> tuple[Tensor, Any, Any]:
-        if not self.rehearsed:
+        arguments: Any = self.block, x, fast, window, positions, mlp
+        if self.step.rehearsing:
             self._mark_sizes(x, fast, window, positions)
-        with in_place():
-            return self.step(self.block, x, fast, window, positions, mlp), fast, window
+        if not self.step.outdated:
+            try:
+                with in_place():
+                    return self.step.run(*arguments), fast, window
+            except self.step.errors:  # before anything was computed
+                if self.step.rehearsing:
+                    raise
+                self.step.outdated = True
+        return _in_place(*arguments), fast, window
 
     @staticmethod
     def _mark_sizes(x: Tensor, fast: Any, window: Any, positions: SlotPositions) -> None:

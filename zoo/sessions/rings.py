@@ -55,8 +55,8 @@ class RingPart(NamedTuple):
     ) -> tuple[Tensor, RingPart]:
         """Attention of q [n, H, 1, D] to the cache and to k, v [n, Hkv, 1, D]."""
         at = positions.position[:, 0] % self.key.shape[2]
-        self.key[positions.rows, :, at] = k[:, :, 0]
-        self.value[positions.rows, :, at] = v[:, :, 0]
+        self.key[positions.rows, :, at] = k[:, :, 0].to(self.key.dtype)
+        self.value[positions.rows, :, at] = v[:, :, 0].to(self.value.dtype)
         gqa = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, self.key, self.value, attn_mask=self.visible, enable_gqa=gqa, scale=scale)
         return y, self

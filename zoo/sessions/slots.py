@@ -68,6 +68,7 @@ class Slots(Generic[Name]):
         ZooError: a model that cannot be compiled.
     """
 
+    @torch.inference_mode(False)  # its buffers may be used in inference mode and outside
     def __init__(self, model: Model, slots: int, context: int, *, compile: bool = False) -> None:
         self.model, self.slots, self.context = model, slots, context
         self._rows: list[_Row[Name]] = []
@@ -126,7 +127,7 @@ class Slots(Generic[Name]):
                 cached.append(cache.key.shape[2])
                 at = torch.arange(position - cached[-1], position, device=cache.key.device) % ours.key.shape[2]
                 for ring, kept in zip(ours, cache, strict=True):
-                    ring[i, :, at] = kept[0]
+                    ring[i, :, at] = kept[0].to(ring.dtype)
             else:
                 for tail, kept in zip(ours, cache, strict=True):
                     tail[i] = kept[0]

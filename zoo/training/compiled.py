@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,23 @@ from zoo.model import Model
 from zoo.stack import with_blocks
 
 FORMS = 64  # maximum number of graphs, such as those of the kinds of blocks, with and without gradients of the state
+
+
+@contextmanager
+def compile_errors() -> Iterator[None]:
+    """Raise a ZooError in place of an error of torch.compile, such as a damaged file in its cache."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise _failed(error) from error
+
+
+def _failed(error: Exception) -> ZooError:
+    error = getattr(error, "inner_exception", error)
+    why = str(error).strip().partition("\n")[0]
+    return ZooError(f"compile: true; torch.compile fails: {type(error).__name__}: {why}; want false")
 
 
 def with_compiled_blocks(model: Model, rows: int | None) -> Model:
@@ -33,8 +52,7 @@ def with_compiled_blocks(model: Model, rows: int | None) -> Model:
     try:
         torch.compile(torch.sin)(torch.ones(1))
     except Exception as error:  # no C++ compiler, for example
-        why = str(error).strip().partition("\n")[0]
-        raise ZooError(f"compile: true; torch.compile fails: {type(error).__name__}: {why}; want false") from None
+        raise _failed(error) from None
     limits: Any = {"recompile_limit": FORMS, "isolate_recompiles": True}
     fixed, any_size = (torch.compile(_run, dynamic=dynamic, **limits) for dynamic in (False, True))
     whole = rows, model.config.window

@@ -22,6 +22,7 @@ from zoo.signals import StoppedError, deferred
 from zoo.system import peak_resident
 from zoo.tasks import Batch
 from zoo.training.backward import Score, backward
+from zoo.training.compiled import compile_errors
 from zoo.training.config import Report, TrainConfig, absolute_paths
 from zoo.training.divergence import Divergence
 from zoo.training.evaluate import by_level, evaluate
@@ -71,7 +72,7 @@ def train(config: TrainConfig, out: str | Path, *, report: Report = lambda metri
             trainer.task.batch(config.seed, 0, 1, split)  # data that does not fit is refused before there is a folder
         with deferred() as stop_requested, trainer.run.locked():
             trainer.resume(measure_products)
-            with set_products(trainer.precision, trainer.bfloat16_products):
+            with set_products(trainer.precision, trainer.bfloat16_products), compile_errors():
                 return trainer.train(stop_requested, report)
 
 

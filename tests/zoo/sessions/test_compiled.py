@@ -99,6 +99,77 @@ def test_a_pool_compiles_for_batches_of_every_size(fields):
         assert answered == [int(t) for t in zoo.Session(ours).generate(tokens(1, 3 + n), len(answered))]
 
 
+class Branches(torch.nn.Module):
+    """Cannot be compiled: what it computes depends on a value."""
+
+    def forward(self, x):
+        return x + 1 if x.abs().max() < 1e6 else x
+
+
+def hook(ours):
+    ours.blocks[0].mlp.register_forward_hook(lambda module, inputs, y: y + 5.0)
+
+
+def another_block(ours):
+    torch.manual_seed(1)
+    ours.blocks[0] = zoo.create(ours.config).blocks[0]
+
+
+def branches(ours):
+    ours.blocks[1].mlp = Branches()
+
+
+@pytest.mark.parametrize("change", [hook, more(another_block), branches])
+def test_a_model_that_changes(change, capsys):
+    ours, ids = model(window=64), tokens(1, 30)
+    session, plain = zoo.Session(ours, compile=True), zoo.Session(ours)
+    for piece in ids.split(5, dim=1):
+        close(read_by_token(session, piece), read_by_token(plain, piece))
+        compiled_blocks(ours).wait()
+        if session.stats().tokens == 15:
+            change(ours)
+    assert session.stats().tokens == 30
+    assert compiled_blocks(ours).failed == (change is branches)
+    assert capsys.readouterr().err.count("\n") == (change is branches)
+
+
+@pytest.mark.extended
+def test_code_for_a_model_that_has_changed_serves_caches_of_every_size():
+    ours, ids = model(window=400), tokens(1, 300)
+    session = zoo.Session(ours, compile=True)
+    read_by_token(session, ids[:, :2])
+    compiled_blocks(ours).wait()
+    hook(ours)
+    read_by_token(session, ids[:, 2:4])
+    compiled_blocks(ours).wait()
+    compiled = graphs()
+    read_by_token(session, ids[:, 4:])
+    assert graphs() == compiled
+
+
+@pytest.mark.extended
+def test_inference_mode():
+    ours, ids = model(window=200), tokens(1, 150)
+    plain = read_by_token(zoo.Session(ours), ids)
+    session = zoo.Session(ours, compile=True)
+    with torch.inference_mode():
+        logits = [read_by_token(session, ids[:, :2])]
+        compiled_blocks(ours).wait()
+        compiled = graphs()
+        logits.append(read_by_token(session, ids[:, 2:100]))
+        assert graphs() == compiled
+    logits.append(read_by_token(session, ids[:, 100:]))  # with code of its own, or plain blocks until then
+    close(torch.cat(logits, dim=1), plain)
+
+
+def test_autocast():
+    ours, ids = model(), tokens(1, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, plain = (read_by_token(zoo.Session(ours, compile=compile), ids) for compile in (True, False))
+    torch.testing.assert_close(found, plain, atol=0.1, rtol=0.1)
+    assert not compiled_blocks(ours).ready
+
+
 def test_the_plain_model_serves_meanwhile(monkeypatch):
     wait, steps = Event(), []
 

@@ -64,6 +64,17 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_errors_of_the_compiler_are_named(monkeypatch, tmp_path):
+    def backend(graph, inputs):
+        if len(graph.graph.nodes) > 5:
+            raise ImportError("main.so: file too short\nsecond line")
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    with pytest.raises(ZooError, match=r"compile: true; torch.compile fails: ImportError: main.so: file too short; want false$"):
+        train(tiny(compile=True), tmp_path / "run")
+
+
 def test_one_process_alone(monkeypatch):
     from zoo.training.parallel import Team
 
