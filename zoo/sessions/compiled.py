@@ -61,7 +61,8 @@ class CompiledBlocks:
         if copy is not None and copy.serves(model):
             return copy.model
         if copy is not None:
-            del self.ready[key], self._threads[key]
+            self.ready.pop(key, None)  # unless another thread has
+            self._threads.pop(key, None)
         if key not in self._threads:
             self._times[key] += 1
             self._threads[key] = Thread(target=self._compile, args=(model, key, rehearse), name="zoo-compile", daemon=True)
