@@ -73,7 +73,7 @@ def replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
 
 @contextmanager
 def in_place() -> Iterator[None]:
-    """Use `zoo.kernels.cpu.step.STEPS` in graphs that are compiled within a `with` block, in this thread."""
+    """Use `zoo.kernels.cpu.step.STEPS` in graphs that are compiled within a `with` block, in this thread, unless a form is forced."""
     _here.in_place = True
     try:
         yield
@@ -94,16 +94,16 @@ def choose(operator: str, x: Tensor, plain: str, form: str | None = None) -> Cal
     if not torch.compiler.is_compiling() and (operator, plain) in _logged and form is None and _nothing_forced(x):
         return kernels.get(f"{operator}.{plain}")  # a token asks dozens of times
     _look_around()
-    if torch.compiler.is_compiling() and _in_place():
-        from zoo.kernels.cpu.step import STEPS  # which imports this module
-
-        if operator in STEPS:
-            return STEPS[operator]
     forced = _forced if _forced is not None else os.environ.get(ENVIRONMENT)
     if (functions := _replacements()) is not None:
         if form is None and operator in functions:
             return functions[operator]
         forced = None
+    if torch.compiler.is_compiling() and _in_place() and form is None and not forced:
+        from zoo.kernels.cpu.step import STEPS  # which imports this module
+
+        if operator in STEPS:
+            return STEPS[operator]
     if form is not None:
         _check(f"{operator}: form", form, operator)
         chosen, reason = form, "the caller's choice"

@@ -61,12 +61,10 @@ def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32  # rounded once, at the end
         y = form(packed.unpack(x.to(wide), cu_seqlens), weight.to(wide), state.to(wide))
-        if recorded(y, *([] if bias is None else [bias])):
-            y = y if bias is None else y + bias
-            y = F.silu(y) if silu else y
-        else:
-            y = y if bias is None else y.add_(bias)
-            y = F.silu(y, inplace=True) if silu else y
+        changeable = not recorded(y, y if bias is None else bias)
+        if bias is not None:
+            y = y.add_(bias) if changeable else y + bias
+        y = F.silu(y, inplace=changeable) if silu else y
         return packed.pack(y, cu_seqlens).to(x.dtype), packed.newest(x, state, cu_seqlens)
 
     return run

@@ -14,8 +14,8 @@
 
 namespace {
 
-constexpr int ROWS = 4, COLS = 4;  // of a tile, whose sums are in 16 registers
-constexpr int MOST_ROWS = 32;      // from here on, BLAS is faster
+constexpr int ROWS = 4, COLS = 4;   // of a tile, whose sums are in 16 registers
+constexpr int MOST_ROWS = 32;       // with more, BLAS is faster
 constexpr int64_t SHARE = 1 << 17;  // least number of multiplications that are worth a thread
 
 // Adds neighbours at distance S: those of a in lanes without bit S, those of b in the others.
@@ -47,9 +47,9 @@ inline void tile(const float* x, const float* w, const float* next, float* y, in
   for (; k + LANES <= K; k += LANES) {
     for (int f = 0; f < FETCH; f++) __builtin_prefetch(next + f * K + k);
     Vec column[C];
-    for (int c = 0; c < C; c++) column[c] = load(w + c * K + k);
+    for (int c = 0; c < C; c++) column[c] = load<Vec>(w + c * K + k);
     for (int r = 0; r < R; r++) {
-      Vec row = load(x + r * K + k);
+      Vec row = load<Vec>(x + r * K + k);
       for (int c = 0; c < C; c++) total[r * COLS + c] += row * column[c];
     }
   }

@@ -14,47 +14,33 @@
 
 namespace {
 
-constexpr int WIDTH = 4;               // vectors of a row of S at a time
-constexpr int64_t SHARE = 1 << 15;     // least number of elements of S that are worth a thread
+constexpr int WIDTH = 4;            // vectors of a row of S at a time
+constexpr int64_t SHARE = 1 << 15;  // least number of elements of S that are worth a thread
 
-// Columns 0 .. W * LANES of one head: S [K, stride]; decay [K], or [1] if `by_channel` is 0; beta may be null.
-template <int W>
+// The columns of one head that W vectors of type T hold: S [K, stride]; decay [K], or [1] if `by_channel` is 0; beta may be null.
+template <typename T, int W>
 inline void columns(float* S, const float* q, const float* k, const float* v, const float* decay, int64_t by_channel, const float* beta,
                     float scale, float* o, int64_t K, int64_t stride) {
-  Vec u[W], sum[W] = {};
-  for (int i = 0; i < W; i++) u[i] = load(v + i * LANES);
+  constexpr int64_t SIZE = sizeof(T) / sizeof(float);
+  T u[W], sum[W] = {};
+  for (int i = 0; i < W; i++) u[i] = load<T>(v + i * SIZE);
   if (beta) {
     for (int64_t row = 0; row < K; row++) {
       const float* s = S + row * stride;
       const float weight = decay[row * by_channel] * k[row];
-      for (int i = 0; i < W; i++) sum[i] += weight * load(s + i * LANES);
+      for (int i = 0; i < W; i++) sum[i] += weight * load<T>(s + i * SIZE);
     }
-    for (int i = 0; i < W; i++) u[i] = *beta * (u[i] - sum[i]), sum[i] = Vec{};
+    for (int i = 0; i < W; i++) u[i] = *beta * (u[i] - sum[i]), sum[i] = T{};
   }
   for (int64_t row = 0; row < K; row++) {
     float* s = S + row * stride;
     for (int i = 0; i < W; i++) {
-      const Vec written = decay[row * by_channel] * load(s + i * LANES) + k[row] * u[i];
-      store(s + i * LANES, written);
+      const T written = decay[row * by_channel] * load<T>(s + i * SIZE) + k[row] * u[i];
+      store<T>(s + i * SIZE, written);
       sum[i] += q[row] * written;
     }
   }
-  for (int i = 0; i < W; i++) store(o + i * LANES, scale * sum[i]);
-}
-
-// One column.
-inline void column(float* S, const float* q, const float* k, float v, const float* decay, int64_t by_channel, const float* beta,
-                   float scale, float* o, int64_t K, int64_t stride) {
-  float sum = 0;
-  if (beta) {
-    for (int64_t row = 0; row < K; row++) sum += decay[row * by_channel] * k[row] * S[row * stride];
-    v = *beta * (v - sum), sum = 0;
-  }
-  for (int64_t row = 0; row < K; row++) {
-    S[row * stride] = decay[row * by_channel] * S[row * stride] + k[row] * v;
-    sum += q[row] * S[row * stride];
-  }
-  *o = scale * sum;
+  for (int i = 0; i < W; i++) store<T>(o + i * SIZE, scale * sum[i]);
 }
 
 // x, whose last dimension is contiguous.
@@ -93,10 +79,11 @@ at::Tensor step_(at::Tensor& state, const at::Tensor& queries, const at::Tensor&
       const float *vi = pv + stream * v.stride(0) + head * v.stride(1), *di = pd + i * (by_channel ? K : 1);
       const float* bi = pb ? pb + i : nullptr;
       float* oi = o + i * V;
+      const auto run = [&](auto part, int64_t c) { part(Si + c, qi, ki, vi + c, di, by_channel, bi, scale, oi + c, K, V); };
       int64_t c = 0;
-      for (; c + WIDTH * LANES <= V; c += WIDTH * LANES) columns<WIDTH>(Si + c, qi, ki, vi + c, di, by_channel, bi, scale, oi + c, K, V);
-      for (; c + LANES <= V; c += LANES) columns<1>(Si + c, qi, ki, vi + c, di, by_channel, bi, scale, oi + c, K, V);
-      for (; c < V; c++) column(Si + c, qi, ki, vi[c], di, by_channel, bi, scale, oi + c, K, V);
+      for (; c + WIDTH * LANES <= V; c += WIDTH * LANES) run(columns<Vec, WIDTH>, c);
+      for (; c + LANES <= V; c += LANES) run(columns<Vec, 1>, c);
+      for (; c < V; c++) run(columns<float, 1>, c);
     }
   });
   return result;

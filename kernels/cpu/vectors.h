@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__AVX512F__)
 constexpr int BYTES = 64;
@@ -13,8 +14,18 @@ constexpr int BYTES = 16;
 #endif
 constexpr int LANES = BYTES / sizeof(float);
 
-typedef float Vec __attribute__((vector_size(BYTES), aligned(sizeof(float)), may_alias));
+typedef float Vec __attribute__((vector_size(BYTES)));
 typedef int32_t Lanes __attribute__((vector_size(BYTES)));
 
-inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void store(float* p, Vec value) { *reinterpret_cast<Vec*>(p) = value; }
+// T is Vec or float. memcpy, because floats need not be aligned to vectors.
+template <typename T>
+inline T load(const float* p) {
+  T value;
+  std::memcpy(&value, p, sizeof(T));
+  return value;
+}
+
+template <typename T>
+inline void store(float* p, T value) {
+  std::memcpy(p, &value, sizeof(T));
+}

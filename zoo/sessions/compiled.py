@@ -76,7 +76,7 @@ class CompiledBlocks:
 
     def _compile(self, model: Model, key: Key, rehearse: Callable[[Model, bool], object]) -> None:
         several, _, inference = key
-        with self._lock, torch.inference_mode(inference), torch.no_grad():
+        with self._lock, in_place(), torch.inference_mode(inference), torch.no_grad():
             try:
                 if self._times[key] > MOST_TIMES:
                     raise ZooError(f"the model has changed {MOST_TIMES} times")
@@ -152,8 +152,7 @@ class _CompiledBlock(nn.Module):
             self._mark_sizes(x, fast, window, positions)
         if not self.step.outdated:
             try:
-                with in_place():
-                    return self.step.run(*arguments), fast, window
+                return self.step.run(*arguments), fast, window
             except self.step.errors:  # before anything was computed
                 if self.step.rehearsing:
                     raise
