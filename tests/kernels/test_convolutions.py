@@ -148,6 +148,9 @@ def test_many_channels_are_computed_in_pieces(gradients: bool, bias: bool, activ
     assert given["x"].numel() > 2 * chunked.PIECE
     found, want = (causal_conv1d(**given, activation=activation, output_final_state=True, form=form) for form in ("chunked", "reference"))
     torch.testing.assert_close(found, want)
+    if gradients:
+        found, want = (torch.autograd.grad(y.square().sum(), given.values()) for y, _ in (found, want))
+        torch.testing.assert_close(found, want)
 
 
 def test_compiled() -> None:

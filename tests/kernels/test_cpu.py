@@ -132,9 +132,12 @@ def test_a_step_of_strided_inputs():
     want, final = definition(state, q, k, v, decay, beta, 1.0)
     wide = torch.cat([x.flatten(1) for x in (q, k, v)], dim=1)
     views = [x.unflatten(1, (-1, width)) for x, width in zip(wide.split([32, 32, 128], dim=1), (16, 16, 32), strict=True)]
-    o = torch.ops.zoo.step_(state, *views[:2], views[2].mT.contiguous().mT, decay.T.contiguous().T, beta, 1.0)
-    torch.testing.assert_close(o.double(), want, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(state.double(), final, atol=1e-5, rtol=1e-5)
+    turned = [view.mT.contiguous().mT for view in views]
+    for inputs in (views, turned):
+        after = state.clone()
+        o = torch.ops.zoo.step_(after, *inputs, decay.T.contiguous().T, beta.T.contiguous().T, 1.0)
+        torch.testing.assert_close(o.double(), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(after.double(), final, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changed", range(6))
