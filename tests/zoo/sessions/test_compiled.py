@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Event
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import zoo
+from zoo.blocks.tied_head import TiedHead
 from zoo.errors import ZooError
 from zoo.sessions.compiled import compiled_blocks
 
@@ -100,6 +102,18 @@ def test_a_pool_compiles_for_batches_of_every_size(fields):
         assert answered == [int(t) for t in zoo.Session(ours).generate(tokens(1, 3 + n), len(answered))]
 
 
+def test_one_call_of_a_kernel_for_each_layer():
+    ours, ids = model(layers="gdn mamba2"), tokens(1, 6)
+    session = zoo.Session(ours, compile=True)
+    read_by_token(session, ids[:, :5])
+    compiled_blocks(ours).wait()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        session.feed(ids[:, 5:])
+    called = Counter(event.name for event in profile.events() if event.name.startswith("zoo::"))
+    linear = sum(isinstance(module, torch.nn.Linear) for module in ours.modules())
+    assert called == {"zoo::linear": linear + isinstance(ours.head, TiedHead), "zoo::step_": 2}
+
+
 class Branches(torch.nn.Module):
     """Cannot be compiled: what it computes depends on a value."""
 
@@ -135,13 +149,18 @@ def test_a_model_that_changes(change, capsys):
     assert capsys.readouterr().err.count("\n") == (change is branches)
 
 
+def another_mlp(ours):
+    ours.blocks[1].mlp = copy.deepcopy(ours.blocks[1].mlp).requires_grad_(False)
+
+
 @pytest.mark.extended
-def test_code_for_a_model_that_has_changed_serves_caches_of_every_size():
+@pytest.mark.parametrize("change", [hook, another_mlp])
+def test_code_for_a_model_that_has_changed_serves_caches_of_every_size(change):
     ours, ids = model(window=400), tokens(1, 300)
     session = zoo.Session(ours, compile=True)
     read_by_token(session, ids[:, :2])
     compiled_blocks(ours).wait()
-    hook(ours)
+    change(ours)
     read_by_token(session, ids[:, 2:4])
     compiled_blocks(ours).wait()
     compiled = graphs()
