@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,12 +32,14 @@ def uses(weight: ir.Value) -> Iterator[Use]:
 def store_transposed(models: Mapping[str, ir.Model], weights: Mapping[str, Tensor]) -> None:
     """Store weights [out, in] as [in, out] in all graphs of a bundle, except where rows are looked up, as in a tied embedding.
 
-    Runtimes then multiply by the memory-mapped weights directly, and keep no transposed copies.
+    Runtimes then multiply by the memory-mapped weights directly, and keep no transposed copies. Lookups and products read one stored
+    tensor by two names: a runtime that packs it for products then releases the pages that it read.
     """
     for name, weight in weights.items():
         values = [model.graph.initializers[PARAMETER + name] for model in models.values() if PARAMETER + name in model.graph.initializers]
         found = [(value, use) for value in values for use in uses(value)]
         if any(use.lookup for _, use in found):
+            _separate(name, weight, values)
             continue
         stored = _transposed(name, weight.detach())
         for value in values:
@@ -48,6 +50,27 @@ def store_transposed(models: Mapping[str, ir.Model], weights: Mapping[str, Tenso
                 use.node.attributes["transB"] = ir.AttrInt64("transB", 0)
     for model in models.values():
         common.RemoveUnusedNodesPass()(model)
+
+
+def _separate(name: str, weight: Tensor, values: Iterable[ir.Value]) -> None:
+    """Give products initializers of their own, of the tensor in which the same graph looks up rows."""
+    stored = ir.tensor_adapters.TorchTensor(weight.detach(), name=name)
+    for value in values:
+        value.const_value = stored
+        products = [(node, index) for node, index in value.uses() if node.op_type != "Gather"]
+        for node, index in products if len(products) < len(value.uses()) else []:
+            assert isinstance(node.graph, ir.Graph)
+            node.replace_input_with(index, initializer(node.graph, stored, 1))
+
+
+def initializer(graph: ir.Graph, tensor: ir.TensorProtocol, number: int) -> ir.Value:
+    """Return the initializer of `graph` that holds a parameter; each `number` has one of its own."""
+    name = PARAMETER + str(tensor.name) + (f"_{number}" if number else "")
+    if name not in graph.initializers:
+        value = ir.val(name, tensor.dtype, tensor.shape.numpy())
+        value.const_value = tensor
+        graph.initializers[name] = value
+    return graph.initializers[name]
 
 
 def _transposed(name: str, weight: Tensor) -> ir.LazyTensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.blocks.tied_head import TiedHead
 from zoo.export.operators import MICROSOFT
-from zoo.export.products import Use, uses
+from zoo.export.products import Use, initializer, uses
 from zoo.export.trace import PARAMETER, replace
 from zoo.model import Model
 
@@ -96,7 +96,7 @@ def store_integers(
                 if accuracy_level is None:
                     _dequantise(use, weight, stored, number, whole_tables)
                 else:
-                    _fuse(model.graph, use, weight, stored, accuracy_level)
+                    _fuse(model.graph, use, weight, stored, number, accuracy_level)
                     model.opset_imports[MICROSOFT] = 1
     for model in models.values():
         common.RemoveUnusedNodesPass()(model)
@@ -108,16 +108,7 @@ class _Stored(NamedTuple):
 
     def values(self, graph: ir.Graph, number: int = 0) -> tuple[ir.Value, ir.Value]:
         """Return both as initializers of `graph`; each `number` has its own initializers of the same tensors."""
-        return tuple(_initializer(graph, tensor, number) for tensor in self)  # type: ignore[return-value]
-
-
-def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol, number: int) -> ir.Value:
-    name = PARAMETER + str(tensor.name) + (f"_{number}" if number else "")
-    if name not in graph.initializers:
-        value = ir.val(name, tensor.dtype, tensor.shape.numpy())
-        value.const_value = tensor
-        graph.initializers[name] = value
-    return graph.initializers[name]
+        return tuple(initializer(graph, tensor, number) for tensor in self)  # type: ignore[return-value]
 
 
 def _transposed(name: str, weight: Quantised) -> _Stored:
@@ -171,11 +162,11 @@ def _dequantise(use: Use, weight: Quantised, stored: _Stored, number: int, whole
     replace(graph, use.node, ir.node("Transpose", [columns], {"perm": [1, 2, 0]}, name=use.node.name))
 
 
-def _fuse(outer: ir.Graph, use: Use, weight: Quantised, stored: _Stored, accuracy_level: int) -> None:
+def _fuse(outer: ir.Graph, use: Use, weight: Quantised, stored: _Stored, number: int, accuracy_level: int) -> None:
     """Replace a product by MatMulNBits, or a lookup by one in the same integers."""
     graph = use.node.graph
     assert isinstance(graph, ir.Graph)
-    integers, scale = stored.values(outer)
+    integers, scale = stored.values(outer, number)
     if not use.lookup:
         sizes = {"N": len(weight.scale), "K": weight.inputs, "bits": weight.bits, "block_size": weight.group}
         bias = [None, None, use.node.inputs[2]] if len(use.node.inputs) == 3 else []
