@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode [--all]
 
-"limit" reads as many bytes as the weights have, once. As in `zoo chat`, our weights are laid out as `zoo.arrange_weights` finds; all
+"limit" reads as many bytes as the weights have, once. As in `zoo chat`, our weights are laid out by `zoo.arrange_weights`; all
 contenders run under the precision that `zoo.matmul_precision` finds.
 Exported bundles are of the ort dialect; llama.cpp has the same weights as F32, Q8_0 and Q4_0. "compiled" is a pool with compile=True.
 """
@@ -36,6 +36,8 @@ COMPILED = {("Mamba-2 50M", 1): 1.6, ("Mamba-2 50M", 16): 1.0, ("attention 50M",
 
 def ours(model: Any, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tensor]:
     """Return a function that generates the next greedy tokens, [B, `tokens`], of the stream after `prompt`."""
+    if isinstance(model, zoo.Model):
+        zoo.arrange_weights(model)
     session = zoo.Session(model, len(prompt))
     session.feed(prompt)
     return lambda: torch.stack(list(session.generate(None, tokens)), dim=1)
@@ -43,6 +45,7 @@ def ours(model: Any, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tenso
 
 def compiled(model: zoo.Model, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tensor]:
     """Return the same for a pool whose blocks are compiled."""
+    zoo.arrange_weights(model, compile=True)
     pool = zoo.SessionPool(model, len(prompt), context=LENGTH, compile=True)
     streams, threads, blocks = [pool.open() for _ in prompt], ThreadPoolExecutor(len(prompt)), compiled_blocks(model)
 
@@ -107,7 +110,6 @@ def main(large: bool) -> None:
             folder, forms = Path(scratch), list(stored.FORMS) if takes(model) and name.endswith("50M") else []
             if forms:
                 stored.write(model, folder, forms, LENGTH)
-            zoo.arrange_weights(model)
             whole = sum(4 * p.numel() for p in model.parameters())
             for threads, batch in ((1, 1), (2, 1), (2, 16)):
                 torch.set_num_threads(threads)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from contextlib import nullcontext
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from zoo.blocks.norm import norms
 from zoo.blocks.positions import Positions
 from zoo.blocks.rotary import RopeScaling, rope
 from zoo.kernels.common.recording import transformed
+
+SCORES = 1 << 17
+"""Maximum number of scores of a stream for which attention is computed as products on a CPU."""
 
 
 class KV(NamedTuple):
@@ -47,13 +51,12 @@ class KV(NamedTuple):
             return self._attend_packed(q, k, v, positions, reach, scale)
         past, T = self.key.shape[2], q.shape[2]
         cache = KV(torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)) if past else KV(k, v)
-        gqa = q.shape[1] != k.shape[1]
         if T == 1 and (reach is None or past < reach) and not positions.ragged:
-            y = attention(q, *cache, enable_gqa=gqa, scale=scale)
+            y = attention(q, *cache, scale=scale)
         elif past == 0 and (reach is None or reach >= T):
-            y = attention(q, *cache, is_causal=True, enable_gqa=gqa, scale=scale)
+            y = attention(q, *cache, causal=True, scale=scale)
         else:
-            y = attention(q, *cache, attn_mask=positions.band(past, reach), enable_gqa=gqa, scale=scale)
+            y = attention(q, *cache, positions.band(past, reach), scale=scale)
         return y, cache if reach is None else cache.keep(reach - 1)
 
     def _attend_packed(
@@ -79,12 +82,43 @@ def kept(tokens: int, reach: int | None) -> int:
     return tokens if reach is None else min(tokens, reach - 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Run torch's attention; under torch.func, its only implementation that has all derivatives."""
-    if transformed():
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v, **options)
-    return F.scaled_dot_product_attention(q, k, v, **options)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, *, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """Attend from q [B, H, T, D] to k, v [B, Hkv, S, D]. Returns [B, H, T, D].
+
+    Args:
+        visible: mask of keys, bool [T, S] or [B, 1, T, S].
+        causal: S = T, and a query sees the keys up to its own.
+        scale: factor of the products of queries and keys; default D^-0.5.
+    """
+    if _is_small(q, k):
+        return in_products(q, k, v, visible, causal=causal, scale=scale)
+    gqa = q.shape[1] != k.shape[1]
+    # torch's only implementation that has all derivatives of torch.func
+    with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=gqa, scale=scale)
+
+
+def in_products(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, *, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """Compute `attention` as two products, for few queries: torch's own multiplies block by block, one head at a time."""
+    (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
+    if causal:
+        visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    scores = (q * (D**-0.5 if scale is None else scale)).reshape(B, Hkv, -1, D) @ k.transpose(2, 3)
+    if visible is not None:
+        scores = scores.view(B, Hkv, -1, T, S).masked_fill(~visible[..., None, :, :], -torch.inf).view(B, Hkv, -1, S)
+    return (scores.softmax(-1) @ v).reshape(B, H, T, -1)
+
+
+def _is_small(q: Tensor, k: Tensor) -> bool:
+    """Return True where oneDNN would multiply and the scores of a stream stay in the cache: it needs 0.1 ms for any product."""
+    small = q.shape[1] * q.shape[2] * k.shape[2] <= SCORES and (q.shape[0] == 1 or q.shape[2] == 1)
+    if not small or not q.is_cpu or q.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 class AttentionOptions(mixer.Options):

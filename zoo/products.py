@@ -83,24 +83,26 @@ class Float32Products(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def arrange_weights(model: nn.Module) -> bool:
+def arrange_weights(model: nn.Module, *, compile: bool = False) -> bool:
     """Store the weights of linear layers and of the head by columns, if this CPU multiplies one row faster that way. In place.
 
     Decoding multiplies one row per stream, which takes as long as reading the weights: MKL reads them by columns up to twice as
     fast. Only strides change. Names, shapes, values and files stay as they are, and nothing is stored twice; training, hooks and
     later changes of the weights work as before. Weights of other modules, and quantised, parametrised or non-float32 ones, are not touched.
 
+    Args:
+        compile: for sessions with `compile=True`, whose own kernel reads weights by rows: store them by rows.
     Returns:
         True if the weights are stored by columns now. Both layouts are timed for a few milliseconds.
     """
-    if not by_columns_is_faster():
-        return False
+    columns = not compile and by_columns_is_faster()
     for module in model.modules():
         if type(module) in (nn.Linear, TiedHead):
-            weight = module.weight
-            if type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32 and weight.is_contiguous():
-                weight.data = weight.data.t().contiguous().t()
-    return True
+            weight: Any = module.weight
+            other = weight if columns else weight.t()
+            if type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32 and other.is_contiguous():
+                weight.data = weight.data.t().contiguous().t() if columns else weight.data.contiguous()
+    return columns
 
 
 @torch.no_grad()
@@ -156,13 +158,13 @@ def fast_bfloat16(model: Model) -> Iterator[None]:
 
 
 @contextmanager
-def fast_decoding(model: object) -> Iterator[None]:
+def fast_decoding(model: object, *, compile: bool = False) -> Iterator[None]:
     """Run a session or a pool of `zoo.Model` on a CPU under `fast_products` and with `arrange_weights`; change nothing for others."""
     if not isinstance(model, Model) or not model.embed.weight.is_cpu:
         yield
         return
     with fast_products(model.config.d_model, "cpu"):
-        arrange_weights(model)
+        arrange_weights(model, compile=compile)
         yield
 
 

@@ -47,6 +47,7 @@ def build() -> None:
             os.replace(file.name, library)
     torch.ops.load_library(str(library))
     torch.library.register_fake("zoo::linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
+    torch.library.register_fake("zoo::attend", lambda q, k, v, visible, scale: q.new_empty(*q.shape[:2], v.shape[3]))
     torch.library.register_fake("zoo::step_", lambda state, q, k, v, decay, beta, scale: torch.empty_like(v))
 
 

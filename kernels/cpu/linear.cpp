@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -17,27 +16,6 @@ namespace {
 constexpr int ROWS = 4, COLS = 4;   // of a tile, whose sums are in 16 registers
 constexpr int MOST_ROWS = 32;       // with more, BLAS is faster
 constexpr int64_t SHARE = 1 << 17;  // least number of multiplications that are worth a thread
-
-// Adds neighbours at distance S: those of a in lanes without bit S, those of b in the others.
-template <int S, int... I>
-inline Vec fold(Vec a, Vec b, std::integer_sequence<int, I...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, (I & S ? I + LANES - S : I)...) + __builtin_shufflevector(a, b, (I & S ? I + LANES : I + S)...);
-#else
-  return __builtin_shuffle(a, b, Lanes{(I & S ? I + LANES - S : I)...}) + __builtin_shuffle(a, b, Lanes{(I & S ? I + LANES : I + S)...});
-#endif
-}
-
-// Returns the sum of v[i] in lane i. Overwrites v.
-template <int S = LANES / 2>
-inline Vec sums(Vec* v) {
-  if constexpr (S == 0) {
-    return v[0];
-  } else {
-    for (int i = 0; i < S; i++) v[i] = fold<S>(v[i], v[i + S], std::make_integer_sequence<int, LANES>());
-    return sums<S / 2>(v);
-  }
-}
 
 // y[r, c] = sum over k of x[r, k] w[c, k] for R rows and C columns. Meanwhile, loads FETCH rows of `next` into the cache.
 template <int R, int C, int FETCH>

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
 
@@ -23,19 +21,10 @@ class FewRows(TorchFunctionMode):
     """Calls `linear` in place of `F.linear`, where it can compute the same."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return (linear if func is F.linear and all(map(_plain, args)) else func)(*args, **(kwargs or {}))
+        return (linear if func is F.linear and all(map(plain, args)) else func)(*args, **(kwargs or {}))
 
 
-def few_rows(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Compile a graph with `linear` in place of `F.linear`: a backend of torch.compile."""
-    from torch._dynamo import lookup_backend  # slow to import
-
-    for node in graph.graph.find_nodes(op="call_function", target=F.linear):
-        if all(_plain(operand and operand.meta["example_value"]) for operand in node.args):
-            node.target = linear
-    return lookup_backend("inductor")(graph, inputs)
-
-
-def _plain(operand: Tensor | None) -> bool:
+def plain(operand: Tensor | None) -> bool:
+    """Return True for what these kernels read: None, and float32 tensors on a CPU."""
     kinds = Tensor, nn.Parameter, FakeTensor  # no quantised weights
     return operand is None or (type(operand) in kinds and operand.is_cpu and operand.dtype == torch.float32)

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 constexpr int BYTES = 64;
@@ -28,4 +29,25 @@ inline T load(const float* p) {
 template <typename T>
 inline void store(float* p, T value) {
   std::memcpy(p, &value, sizeof(T));
+}
+
+// Adds neighbours at distance S: those of a in lanes without bit S, those of b in the others.
+template <int S, int... I>
+inline Vec fold(Vec a, Vec b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (I & S ? I + LANES - S : I)...) + __builtin_shufflevector(a, b, (I & S ? I + LANES : I + S)...);
+#else
+  return __builtin_shuffle(a, b, Lanes{(I & S ? I + LANES - S : I)...}) + __builtin_shuffle(a, b, Lanes{(I & S ? I + LANES : I + S)...});
+#endif
+}
+
+// Returns the sum of v[i] in lane i. Overwrites v.
+template <int S = LANES / 2>
+inline Vec sums(Vec* v) {
+  if constexpr (S == 0) {
+    return v[0];
+  } else {
+    for (int i = 0; i < S; i++) v[i] = fold<S>(v[i], v[i + S], std::make_integer_sequence<int, LANES>());
+    return sums<S / 2>(v);
+  }
 }

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from zoo.kernels.cpu.attend import attend
+from zoo.kernels.cpu.backend import with_kernels
 from zoo.kernels.cpu.build import build
-from zoo.kernels.cpu.linear import FewRows, few_rows
+from zoo.kernels.cpu.linear import FewRows
 from zoo.kernels.cpu.step import STEPS
 from zoo.kernels.dispatch import kernels
 
@@ -74,7 +76,7 @@ def test_layers_in_place_of_those_of_torch(bias):
     want = model(x)
     with FewRows(), calls() as eager:
         torch.testing.assert_close(model(x), want)
-    compiled = torch.compile(model, backend=few_rows)
+    compiled = torch.compile(model, backend=with_kernels)
     torch.testing.assert_close(compiled(x), want)
     with calls() as later:
         torch.testing.assert_close(compiled(x), want)
@@ -163,6 +165,75 @@ def test_forms_in_place_compute_the_definition(operator, dtype, tokens):
     found = STEPS[operator](*inputs, state, None)
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
     assert (found[1] is state) == (dtype == torch.float32 and tokens == 1)
+
+
+def attention(n, H, G, S, D, V, visible=0.7):
+    """Inputs of one token: q, k, v and the visible slots, at least one of each stream."""
+    generator = torch.Generator().manual_seed(S)
+    q, k, v = (torch.randn(n, *shape, generator=generator) for shape in ((H, D), (G, S, D), (G, S, V)))
+    seen = torch.rand(n, S, generator=generator) < visible
+    seen[:, S // 2] = True
+    return 3 * q, k, v, seen
+
+
+ATTENTION = [(1, 8, 4, 300, 64, 64), (3, 4, 4, 7, 16, 16), (2, 6, 2, 129, 20, 37), (16, 3, 1, 64, 128, 128), (2, 2, 2, 1, 5, 3)]
+
+
+@pytest.mark.parametrize("shape", [*ATTENTION, (1, 4, 2, 1000, 80, 96)])
+@pytest.mark.parametrize("visible", [0.1, 1.0])
+def test_attention_is_that_of_float64(shape, visible):
+    q, k, v, seen = attention(*shape, visible)
+    exact = F.scaled_dot_product_attention(q[:, :, None].double(), k.double(), v.double(), seen[:, None, None], enable_gqa=True, scale=0.3)
+    found = torch.ops.zoo.attend(q, k, v, seen, 0.3)
+    torch.testing.assert_close(found.double(), exact[:, :, 0], atol=1e-5, rtol=1e-5)
+    y = attend(q[:, :, None], k, v, seen[:, None, None])
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(q[:, :, None], k, v, seen[:, None, None], enable_gqa=True))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_scores_of_any_size(scale):
+    """The exponential neither overflows nor loses the small weights; scores further than 87 below the largest count for nothing."""
+    q, k, v, seen = attention(2, 4, 2, 100, 16, 16)
+    exact = F.scaled_dot_product_attention(
+        q[:, :, None].double(), k.double(), v.double(), seen[:, None, None], enable_gqa=True, scale=scale
+    )
+    torch.testing.assert_close(
+        torch.ops.zoo.attend(q, k, v, seen, scale).double(), exact[:, :, 0], atol=1e-3 if scale > 1 else 1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("S", [1, 15, 16, 64, 70, 150])
+def test_a_stream_depends_neither_on_others_nor_on_hidden_slots(S):
+    q, k, v, seen = attention(4, 4, 2, 200, 20, 24)
+    seen[:, S:] = False
+    seen[:, 0] = True
+    alone = [torch.ops.zoo.attend(*(x[i : i + 1] for x in (q, k[:, :, :S], v[:, :, :S], seen[:, :S])), 0.5) for i in range(4)]
+    assert torch.equal(torch.ops.zoo.attend(q, k, v, seen, 0.5), torch.cat(alone))
+
+
+def test_attention_of_strided_inputs():
+    q, k, v, seen = attention(2, 4, 2, 40, 16, 16)
+    want = torch.ops.zoo.attend(q, k, v, seen, 0.5)
+    views = (q.mT.contiguous().mT, k.mT.contiguous().mT, v.transpose(1, 2).contiguous().transpose(1, 2), seen.T.contiguous().T)
+    assert not any(view.is_contiguous() for view in views)
+    assert torch.equal(torch.ops.zoo.attend(*views, 0.5), want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v, seen: (q[:1], k, v, seen),
+        lambda q, k, v, seen: (q[:, :3], k, v, seen),
+        lambda q, k, v, seen: (q, k[..., :8], v, seen),
+        lambda q, k, v, seen: (q, k, v[:, :, :8], seen),
+        lambda q, k, v, seen: (q, k, v, seen[:, :8]),
+        lambda q, k, v, seen: (q, k, v, seen.float()),
+        lambda q, k, v, seen: (q.double(), k.double(), v.double(), seen),
+    ],
+)
+def test_attention_refuses_other_shapes(change):
+    with pytest.raises(RuntimeError, match=r"want|do not fit"):
+        torch.ops.zoo.attend(*change(*attention(2, 4, 2, 40, 16, 16)), 1.0)
 
 
 class calls:

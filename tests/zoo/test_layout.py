@@ -116,6 +116,20 @@ def test_other_weights_stay_as_they_are(change):
     assert torch.equal(zoo.Session(model).feed(IDS), want)
 
 
+def test_compiled_sessions_read_weights_by_rows():
+    plain = small()
+    twin = arranged(plain)
+    for _ in range(2):
+        assert not zoo.arrange_weights(twin, compile=True)
+        assert not strided(twin)
+    for name, weight in twin.named_parameters():
+        assert torch.equal(weight, dict(plain.named_parameters())[name])
+    with products.fast_decoding(twin):
+        assert strided(twin)
+    with products.fast_decoding(twin, compile=True):
+        assert not strided(twin)
+
+
 def test_layouts_are_measured(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(products, "BY_COLUMNS", 1e9)

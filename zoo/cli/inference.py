@@ -58,7 +58,7 @@ def chat(
     from zoo.sessions.session import Session
 
     opened, tokenizer = _open(model, overrides, device, dtype)
-    with interruptible(), fast_decoding(opened):
+    with interruptible(), fast_decoding(opened, compile=compile):
         converse(Session(opened, compile=compile), tokenizer, tokens, loops=loops, temperature=temperature, top_p=top_p, seed=seed)
 
 
@@ -183,7 +183,7 @@ def serve(
         app = make_app(pool, tokenizer, of, limits, keys=api_keys, store=store, hosts=hosts, origins=origins, page=page, traces=traces)
         if not api_keys and not is_loopback(host):
             click.echo(f"host {host}: without --api-key, everyone who can reach this address may use the server", err=True)
-        with fast_decoding(opened):
+        with fast_decoding(opened, compile=compile):
             run(app, listener, grace)
 
 

@@ -17,8 +17,8 @@ from torch.fx import GraphModule
 from zoo.blocks.block import Block
 from zoo.blocks.mixer import parts
 from zoo.errors import ZooError
+from zoo.kernels.cpu.backend import with_kernels
 from zoo.kernels.cpu.build import build
-from zoo.kernels.cpu.linear import few_rows
 from zoo.kernels.dispatch import in_place
 from zoo.model import Model
 from zoo.sessions.rings import RingPart, SlotPositions
@@ -138,7 +138,7 @@ class _Step:
     def _backend(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         if not self.rehearsing:
             raise ZooError("the model has changed")
-        return few_rows(graph, inputs)
+        return with_kernels(graph, inputs)
 
 
 class _CompiledBlock(nn.Module):

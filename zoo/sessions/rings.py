@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.blocks.attention import attention
 from zoo.blocks.positions import Positions
 
 
@@ -57,6 +57,4 @@ class RingPart(NamedTuple):
         at = positions.position[:, 0] % self.key.shape[2]
         self.key[positions.rows, :, at] = k[:, :, 0].to(self.key.dtype)
         self.value[positions.rows, :, at] = v[:, :, 0].to(self.value.dtype)
-        gqa = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, self.key, self.value, attn_mask=self.visible, enable_gqa=gqa, scale=scale)
-        return y, self
+        return attention(q, *self, scale=scale), self

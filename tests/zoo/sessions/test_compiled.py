@@ -103,7 +103,7 @@ def test_a_pool_compiles_for_batches_of_every_size(fields):
 
 
 def test_one_call_of_a_kernel_for_each_layer():
-    ours, ids = model(layers="gdn mamba2"), tokens(1, 6)
+    ours, ids = model(layers="gdn mamba2 attn"), tokens(1, 6)
     session = zoo.Session(ours, compile=True)
     read_by_token(session, ids[:, :5])
     compiled_blocks(ours).wait()
@@ -111,7 +111,7 @@ def test_one_call_of_a_kernel_for_each_layer():
         session.feed(ids[:, 5:])
     called = Counter(event.name for event in profile.events() if event.name.startswith("zoo::"))
     linear = sum(isinstance(module, torch.nn.Linear) for module in ours.modules())
-    assert called == {"zoo::linear": linear + isinstance(ours.head, TiedHead), "zoo::step_": 2}
+    assert called == {"zoo::linear": linear + isinstance(ours.head, TiedHead), "zoo::step_": 2, "zoo::attend": 1}
 
 
 class Branches(torch.nn.Module):
