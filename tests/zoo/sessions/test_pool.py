@@ -44,9 +44,9 @@ def test_slots_attend_over_the_tokens_that_are_there(monkeypatch):
         slots.put(n, whole(tokens(n)).state)
     attention = torch.nn.functional.scaled_dot_product_attention
 
-    def watched(q, k, v, **how):
+    def watched(q, k, v, *mask, **how):
         keys.append(k.shape[2])
-        return attention(q, k, v, **how)
+        return attention(q, k, v, *mask, **how)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     for names in ([5, 2], [2], [9, 2, 5]):
