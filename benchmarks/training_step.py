@@ -42,7 +42,7 @@ def measure(name: str, config: TrainConfig, steps: int, target: float) -> list[d
     """Return a row for a step and one for the first step."""
     taken: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
-    fast = zoo.matmul_precision()
+    fast = zoo.matmul_precision(zoo.create(config.model, device="meta", **config.overrides).config.d_model)
     contenders = {"ours": (True, fast), "plain blocks": (False, fast), "plain blocks, MKL": (False, "highest")}
     with tempfile.TemporaryDirectory() as scratch:
         team, trainers = Team(torch.device("cpu")), {}
