@@ -28,6 +28,8 @@ from zoo.state import Answers
 Parallel = Literal["ddp", "fsdp"]
 Answer = Callable[..., Answers]
 """`Model.answers`, possibly wrapped for DDP or FSDP2."""
+GLOO = 0.1
+"""Seconds in which gloo's threads drop their last tensors, for which they need the GIL: while Python exits, that would abort the process."""
 
 
 class Team:
@@ -186,7 +188,11 @@ def join(device: str | None) -> Iterator[Team]:
         if dist.is_torchelastic_launched():
             threading.Thread(target=_end_with_launcher, args=[os.getppid()], daemon=True).start()
         dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
-    yield Team(kind, dist.get_rank(), dist.get_world_size())
+    try:
+        yield Team(kind, dist.get_rank(), dist.get_world_size())
+    finally:
+        if started:
+            time.sleep(GLOO)
     if started:  # not after an error: the other ranks may never reach this collective
         dist.destroy_process_group()
 

@@ -10,11 +10,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from tests.zoo.training.tiny import TINY, tiny
 from zoo.tasks import Task, tasks
 from zoo.training.loop import StoppedError, train
+from zoo.training.parallel import join
 
 BASE = {
     **TINY,
@@ -118,7 +118,6 @@ def killed(folder, rank):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     half_asked()
-    dist.init_process_group("gloo")
     setattr(*in_float32)
-    {"curves": curves, "killed": killed}[sys.argv[2]](Path(sys.argv[1]), dist.get_rank())
-    dist.destroy_process_group()
+    with join("cpu") as team:
+        {"curves": curves, "killed": killed}[sys.argv[2]](Path(sys.argv[1]), team.rank)
