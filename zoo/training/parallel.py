@@ -29,7 +29,7 @@ Parallel = Literal["ddp", "fsdp"]
 Answer = Callable[..., Answers]
 """`Model.answers`, possibly wrapped for DDP or FSDP2."""
 GLOO = 0.1
-"""Seconds in which gloo's threads drop their last tensors, for which they need the GIL: while Python exits, that would abort the process."""
+"""Seconds in which gloo's threads drop their last tensors, for which they need the GIL: while Python exits, that aborts the process."""
 
 
 class Team:
