@@ -96,9 +96,6 @@ inline void slots(Softmax& softmax, const float* q, const float* k, const float*
   for (; c < V; c++) add<float, 1>(p, v + c, v_stride, n, before, o + c);
 }
 
-// x, whose last dimension is contiguous.
-inline at::Tensor rows(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
-
 at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& visible, double scale) {
   const int64_t n = queries.size(0), H = queries.size(1), D = queries.size(2);
   const int64_t G = keys.size(1), S = keys.size(2), V = values.size(3);

@@ -43,9 +43,6 @@ inline void columns(float* S, const float* q, const float* k, const float* v, co
   for (int i = 0; i < W; i++) store<T>(o + i * SIZE, scale * sum[i]);
 }
 
-// x, whose last dimension is contiguous.
-inline at::Tensor rows(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
-
 using Shape = std::vector<int64_t>;
 
 void check(const char* name, const at::Tensor& x, const Shape& shape) {

@@ -1,10 +1,12 @@
-// Vectors of floats, as wide as those of the CPU.
+// Vectors of floats, as wide as those of the CPU, and the tensors from which they are loaded.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
+
+#include <ATen/core/Tensor.h>
 
 #if defined(__AVX512F__)
 constexpr int BYTES = 64;
@@ -51,3 +53,6 @@ inline Vec sums(Vec* v) {
     return sums<S / 2>(v);
   }
 }
+
+// x, whose last dimension is contiguous.
+inline at::Tensor rows(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
