@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.blocks import mixer
+from zoo.blocks.growing import append, newest, tight
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import norms
 from zoo.blocks.positions import Positions
@@ -32,10 +33,7 @@ class KV(NamedTuple):
         return self.keep(0)
 
     def keep(self, tokens: int) -> KV:
-        dropped = self.key.shape[2] - tokens
-        if dropped <= 0:
-            return self
-        return KV(self.key[:, :, dropped:].clone(), self.value[:, :, dropped:].clone())  # a view would keep the dropped tokens in memory
+        return KV(tight(self.key, tokens), tight(self.value, tokens))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None, scale: float | None = None
@@ -50,14 +48,14 @@ class KV(NamedTuple):
         if positions.cu_seqlens is not None:
             return self._attend_packed(q, k, v, positions, reach, scale)
         past, T = self.key.shape[2], q.shape[2]
-        cache = KV(torch.cat([self.key, k], dim=2), torch.cat([self.value, v], dim=2)) if past else KV(k, v)
+        cache = KV(append(self.key, k), append(self.value, v)) if past else KV(k, v)
         if T == 1 and (reach is None or past < reach) and not positions.ragged:
             y = attention(q, *cache, scale=scale)
         elif past == 0 and (reach is None or reach >= T):
             y = attention(q, *cache, causal=True, scale=scale)
         else:
             y = attention(q, *cache, positions.band(past, reach), scale=scale)
-        return y, cache if reach is None else cache.keep(reach - 1)
+        return y, cache if reach is None else KV(newest(cache.key, reach - 1), newest(cache.value, reach - 1))
 
     def _attend_packed(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, reach: int | None, scale: float | None

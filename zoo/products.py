@@ -83,12 +83,15 @@ class Float32Products(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+@torch.inference_mode(False)  # weights that are rearranged may be trained later
 def arrange_weights(model: nn.Module, *, compile: bool = False) -> bool:
     """Store the weights of linear layers and of the head by columns, if this CPU multiplies one row faster that way. In place.
 
     Decoding multiplies one row per stream, which takes as long as reading the weights: MKL reads them by columns up to twice as
-    fast. Only strides change. Names, shapes, values and files stay as they are, and nothing is stored twice; training, hooks and
-    later changes of the weights work as before. Weights of other modules, and quantised, parametrised or non-float32 ones, are not touched.
+    fast. Only strides change. Names, shapes, values and what `zoo.save` writes stay as they are, and nothing is stored twice; training,
+    hooks and later changes of the weights work as before. Code that expects contiguous weights does not, such as safetensors' `save_file`
+    and LBFGS; and a fused optimizer must be made afterwards: torch pairs weights and moments by their place in memory. Weights of
+    other modules, those shared between processes, and quantised, parametrised or non-float32 ones are not touched.
 
     Args:
         compile: for sessions with `compile=True`, whose own kernel reads weights by rows: store them by rows.
@@ -100,7 +103,8 @@ def arrange_weights(model: nn.Module, *, compile: bool = False) -> bool:
         if type(module) in (nn.Linear, TiedHead):
             weight: Any = module.weight
             other = weight if columns else weight.t()
-            if type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32 and other.is_contiguous():
+            plain = type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32 and not weight.is_shared()
+            if plain and other.is_contiguous():
                 weight.data = weight.data.t().contiguous().t() if columns else weight.data.contiguous()
     return columns
 

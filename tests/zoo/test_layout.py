@@ -100,10 +100,11 @@ def test_training_computes_the_same_gradients():
     "change",
     [
         lambda model: model.bfloat16(),
+        lambda model: model.share_memory(),
         lambda model: [nn.utils.parametrizations.weight_norm(m) for m in list(model.modules()) if isinstance(m, nn.Linear)],
         lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True),
     ],
-    ids=["bfloat16", "parametrised", "quantised"],
+    ids=["bfloat16", "shared", "parametrised", "quantised"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_other_weights_stay_as_they_are(change):
@@ -114,6 +115,14 @@ def test_other_weights_stay_as_they_are(change):
     zoo.arrange_weights(model)
     assert not strided(model)
     assert torch.equal(zoo.Session(model).feed(IDS), want)
+
+
+def test_a_model_arranged_in_inference_mode_can_be_trained():
+    model = small()
+    with torch.inference_mode():
+        assert zoo.arrange_weights(model)
+    model(IDS[:, :8], model.init_state(1)).logits.sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
 
 
 def test_compiled_sessions_read_weights_by_rows():

@@ -88,8 +88,9 @@ class CompiledBlocks:
                     self.ready[key] = copy
             except Exception as error:  # no C++ compiler, for example
                 self.failed = True
-                why = str(error).strip().partition("\n")[0]
-                print(f"compile: failed, so tokens are decoded without it: {type(error).__name__}: {why}", file=sys.stderr)
+                cause = getattr(error, "inner_exception", error)  # torch.compile's own says only which backend has failed
+                why = str(cause).strip().partition("\n")[0]
+                print(f"compile: failed, so tokens are decoded without it: {type(cause).__name__}: {why}", file=sys.stderr)
 
 
 _COMPILED: WeakKeyDictionary[Model, CompiledBlocks] = WeakKeyDictionary()
@@ -134,6 +135,8 @@ class _Step:
         self.rehearsing, self.outdated = True, False
         options: Any = {"fullgraph": True, "dynamic": False, "recompile_limit": FORMS, "isolate_recompiles": True}
         self.run = torch.compile(_in_place, backend=self._backend, **options)
+        self.turn = Lock()
+        """Held while blocks run: where two threads run one function, torch takes it for outdated."""
 
     def _backend(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         if not self.rehearsing:
@@ -152,7 +155,8 @@ class _CompiledBlock(nn.Module):
             self._mark_sizes(x, fast, window, positions)
         if not self.step.outdated:
             try:
-                return self.step.run(*arguments), fast, window
+                with self.step.turn:
+                    return self.step.run(*arguments), fast, window
             except self.step.errors:  # before anything was computed
                 if self.step.rehearsing:
                     raise

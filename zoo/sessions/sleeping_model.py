@@ -106,7 +106,8 @@ def compiled_model(model: Model | SleepingModel) -> TorchModel:
     compiled_blocks(model)
     assert isinstance(model, Model)
     if model.config.window is None and any(isinstance(part, KV) for cache in model.init_state().window for part in parts(cache)):
-        raise ZooError(f"compile: True; the cache of {model.config.name} has no limit: give it a window, or use a SessionPool with context")
+        name = model.config.name
+        raise ZooError(f"compile: True; the cache of {name} has no limit: set evict=sliding and a window, or use a pool with a context")
     return TorchModel(model, compile=True)
 
 

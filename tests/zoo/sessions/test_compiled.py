@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from threading import Event
+from threading import Event, Lock
 
 import pytest
 import torch
@@ -112,6 +113,30 @@ def test_one_call_of_a_kernel_for_each_layer():
     called = Counter(event.name for event in profile.events() if event.name.startswith("zoo::"))
     linear = sum(isinstance(module, torch.nn.Linear) for module in ours.modules())
     assert called == {"zoo::linear": linear + isinstance(ours.head, TiedHead), "zoo::step_": 2, "zoo::attend": 1}
+
+
+def test_one_thread_at_a_time_runs_the_code(monkeypatch):
+    """torch.compile takes a function that two threads run for outdated, now and then."""
+    busy = Lock()
+
+    def compiled(step, **how):
+        def alone(*arguments):
+            assert busy.acquire(blocking=False)
+            time.sleep(0.001)
+            try:
+                return step(*arguments)
+            finally:
+                busy.release()
+
+        return alone
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    ours, ids = model(), tokens(4, 20)
+    read_by_token(zoo.Session(ours, compile=True), ids[:1, :1])
+    compiled_blocks(ours).wait()
+    with ThreadPoolExecutor(4) as threads:
+        logits = list(threads.map(lambda row: read_by_token(zoo.Session(ours, compile=True), row[None]), ids))
+    close(torch.cat(logits), read_by_token(zoo.Session(ours, 4), ids))
 
 
 class Branches(torch.nn.Module):
