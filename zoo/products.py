@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.blocks.tied_head import TiedHead
 from zoo.model import Model
+from zoo.system import release_threads
 
 FASTER = 1.3  # least speedup for which the precision is changed
 BY_COLUMNS = 1.1  # least speedup of one row for which weights are stored by columns
@@ -169,6 +170,7 @@ def fast_decoding(model: object, *, compile: bool = False) -> Iterator[None]:
         return
     with fast_products(model.config.d_model, "cpu"):
         arrange_weights(model, compile=compile)
+        release_threads()  # the thread of a server loads the model and then waits
         yield
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import IO, Any
 
 
@@ -56,6 +57,26 @@ def release_freed() -> None:
     """Return the memory of freed objects to the system, if the C library is glibc, which keeps it otherwise."""
     with suppress(AttributeError, OSError, TypeError):
         _libc().malloc_trim(0)
+
+
+@cache
+def _gomp() -> ctypes.CDLL | None:
+    """Return torch's OpenMP library, if it is GNU's."""
+    import torch
+
+    file = next(Path(torch.__file__).parent.glob("lib/libgomp*"), None)
+    return None if file is None else ctypes.CDLL(str(file))
+
+
+def release_threads() -> None:
+    """End the OpenMP threads that wait for the calling thread, if the library is GNU's; its next parallel operation starts new ones.
+
+    Every thread that runs parallel operations has threads of its own. Once there are more than CPUs, none waits actively for the next
+    operation any more, and a token takes up to half as long again.
+    """
+    with suppress(AttributeError, OSError):
+        if (gomp := _gomp()) is not None:
+            gomp.omp_pause_resource_all(1)  # omp_pause_soft
 
 
 def lock(file: IO[Any]) -> bool:

@@ -3,8 +3,10 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 PROGRAM = """
 import os, sys
@@ -43,6 +45,47 @@ assert zoo.system.cores() == os.cpu_count()
 
 def test_without_the_modules_of_unix(tmp_path):
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+THREADS = """
+import os, time
+import torch
+import zoo
+from zoo.system import release_threads
+
+def threads(once=0):
+    # the number of threads, as soon as it is `once`
+    started = time.monotonic()
+    while (count := len(os.listdir("/proc/self/task"))) != once and once and time.monotonic() - started < 5:
+        time.sleep(0.01)
+    return count
+
+torch.set_num_threads(3)
+values, alone = torch.rand(1000, 1000), threads()
+first = values.exp()
+assert threads() == alone + 2
+release_threads()
+assert threads(alone) == alone
+assert torch.equal(values.exp(), first)
+
+model = zoo.create("gdn4-sleep2-hard16", layers="attn gdn", d_model=512, vocab_size=20_000)
+ids = torch.randint(20_000, (1, 20), generator=torch.Generator().manual_seed(0))
+session = zoo.Session(model)
+tokens = [*session.generate(ids, 20), *session.generate(ids, 20)]
+with zoo.SessionPool(model, 1) as pool:
+    stream = pool.open()
+    assert threads(alone + 1) == alone + 1
+    for expected in tokens[:20], tokens[20:]:
+        assert list(stream.generate(ids, 20)) == expected
+        assert threads() == alone + 3
+        assert threads(alone + 1) == alone + 1
+"""
+
+
+@pytest.mark.skipif(not list(Path(torch.__file__).parent.glob("lib/libgomp*")), reason="torch uses another OpenMP library")
+def test_threads_that_have_nothing_to_do_end():
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

@@ -20,11 +20,13 @@ from zoo.sessions.sleeping import Sleep
 from zoo.sessions.sliced import finish
 from zoo.sessions.slots import Places
 from zoo.sessions.snapshot import Snapshot, after_reading, wake_in_slices
+from zoo.system import release_threads
 
 T = TypeVar("T")
 SLICE = 32  # tokens per slice while a stream is waiting for a token
 LONG_SLICE = 256  # tokens per slice otherwise, and tokens of a prompt that are read in one pass
 SHARE = 0.25  # of the usual time of a token: the time for background sleeps after it
+REST = 0.005  # seconds without work after which the pool's thread lets go of those that compute with it
 MOST = 2.0  # times the usual time of a token: the longest time for prompts and sleeps after it
 
 
@@ -89,6 +91,7 @@ class Scheduler:
     # Methods of the host that run in the threads of the callers.
 
     def open(self, stream: Stream) -> Host:
+        release_threads()  # of the caller: from now on, the pool's thread computes
         with self._changed:
             self._check_running()
             if len(self._open) >= self.streams:
@@ -222,13 +225,18 @@ class Scheduler:
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to do. Returns False once the pool is closed."""
+        rested = False
         with self._changed:
             while not self._closed:
                 if self._arrived or self._expected or self._in_slices or self._for_tokens or self.sleeps.in_progress:
                     return True
                 if (wait := self.sleeps.seconds_until_due()) <= 0:
                     return True
-                self._changed.wait(None if wait == float("inf") else wait)
+                if rested:
+                    self._changed.wait(None if wait == float("inf") else wait)
+                elif not self._changed.wait(min(wait, REST)):
+                    release_threads()
+                    rested = True
         return False
 
     def _turn(self) -> None:

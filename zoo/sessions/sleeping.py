@@ -11,6 +11,7 @@ from torch import Tensor
 from zoo.sessions.sleeping_model import SleepingModel
 from zoo.sessions.snapshot import Snapshot, after_sleeping, one_of, together, wake_in_slices
 from zoo.state import State
+from zoo.system import release_threads
 
 
 class Sleep:
@@ -148,6 +149,7 @@ class Worker:
                     self._changed.wait(None if self._next is None else wait)
                 sleep = self._next[1]
             sleep.run()
+            release_threads()
             with self._changed:
                 if self._next is not None and self._next[1] is sleep:
                     self._next = None
