@@ -26,6 +26,7 @@ from zoo.registry import Registry
 from zoo.sessions.session import Session
 from zoo.sessions.sliced import Slice, finish
 from zoo.state import Output, State
+from zoo.system import release_threads
 
 try:
     import onnxruntime
@@ -312,6 +313,7 @@ class OnnxRuntime:
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def _calling(self, call: Callable[[], Any]) -> Any:
+        release_threads()  # torch's would compete with those of the graph: they wait actively for some milliseconds
         try:
             return call()
         except Exception as error:  # onnxruntime's own exceptions have no common base

@@ -101,7 +101,8 @@ class BoundSlots(Generic[Name]):
         self._bound[n, side]()
         for row in rows:
             row.position, row.side = row.position + 1, 1 - side
-        return self._logits[order]
+        logits = self._logits[:n]
+        return logits.clone() if order == list(range(n)) else logits[order]
 
     def _bind(self, n: int, side: int) -> Callable[[], None]:
         """Return a call that reads a token of each of the first n rows, from `side` to the other."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zoo.devices import usable_device
+from zoo.errors import first_line
 from zoo.files import replacing
 from zoo.kernels import tuning
 from zoo.kernels.common.examples import Inputs, example
@@ -93,7 +94,7 @@ def check(
     try:
         return Finding(operator, name, deviation(operator, inputs, form), ALLOWED[dtype], row=row)
     except Exception as error:  # a compiler or driver may raise anything, and the user wants to see it
-        return Finding(operator, name, float("nan"), ALLOWED[dtype], f"{type(error).__name__}: {str(error).splitlines()[0][:200]}", row)
+        return Finding(operator, name, float("nan"), ALLOWED[dtype], first_line(error)[:200], row)
 
 
 def deviation(operator: str, inputs: Inputs, form: str) -> float:

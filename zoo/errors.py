@@ -1,4 +1,4 @@
-"""The error that this package raises for bad input, and the plural of the nouns in messages."""
+"""The error that this package raises for bad input, and parts of messages."""
 
 LONGEST = 2000
 
@@ -13,6 +13,13 @@ class ZooError(ValueError):
     def __init__(self, message: str) -> None:
         line = " ".join(message.splitlines())
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")
+
+
+def first_line(error: Exception) -> str:
+    """Return the type of an error and the first line of its message; those of the cause, if torch.compile raised it."""
+    error = getattr(error, "inner_exception", error)
+    line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def counted(number: int, noun: str) -> str:

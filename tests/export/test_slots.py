@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from threading import Event
 
 import onnx
@@ -160,3 +163,25 @@ def test_slots_without_a_token_are_not_read(bundles, case):
     assert torch.equal(found.logits, wanted.logits)
     assert same(exported.plain(found.state), exported.plain(wanted.state))
     assert all(tensor.isfinite().all() for tensor in pack(found.state, PAST).values())
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not list(Path(torch.__file__).parent.glob("lib/libgomp*")), reason="torch uses another OpenMP library")
+@pytest.mark.usefixtures("three_threads")
+def test_threads_of_torch_end_before_a_graph_runs(bundles):
+    """They wait actively, and would compete with those of the graph."""
+    session = zoo.Session(ExportedModel(bundles("ort")[1]))
+    session.feed(torch.zeros(1, 3, dtype=torch.int64))
+    torch.rand(1000, 1000).exp()
+    busy, started = len(os.listdir("/proc/self/task")), time.monotonic()
+    session.feed(torch.zeros(1, 1, dtype=torch.int64))
+    while len(os.listdir("/proc/self/task")) != busy - 2 and time.monotonic() - started < 5:
+        time.sleep(0.01)
+    assert len(os.listdir("/proc/self/task")) == busy - 2

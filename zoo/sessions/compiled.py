@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from zoo.blocks.block import Block
 from zoo.blocks.mixer import parts
-from zoo.errors import ZooError
+from zoo.errors import ZooError, first_line
 from zoo.kernels.cpu.backend import with_kernels
 from zoo.kernels.cpu.build import build
 from zoo.kernels.dispatch import in_place
@@ -88,9 +88,7 @@ class CompiledBlocks:
                     self.ready[key] = copy
             except Exception as error:  # no C++ compiler, for example
                 self.failed = True
-                cause = getattr(error, "inner_exception", error)  # torch.compile's own says only which backend has failed
-                why = str(cause).strip().partition("\n")[0]
-                print(f"compile: failed, so tokens are decoded without it: {type(cause).__name__}: {why}", file=sys.stderr)
+                print(f"compile: failed, so tokens are decoded without it: {first_line(error)}", file=sys.stderr)
 
 
 _COMPILED: WeakKeyDictionary[Model, CompiledBlocks] = WeakKeyDictionary()

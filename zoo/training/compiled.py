@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo.blocks.block import Block
 from zoo.blocks.positions import Positions
-from zoo.errors import ZooError
+from zoo.errors import ZooError, first_line
 from zoo.model import Model
 from zoo.stack import with_blocks
 
@@ -30,9 +30,7 @@ def compile_errors() -> Iterator[None]:
 
 
 def _failed(error: Exception) -> ZooError:
-    error = getattr(error, "inner_exception", error)
-    why = str(error).strip().partition("\n")[0]
-    return ZooError(f"compile: true; torch.compile fails: {type(error).__name__}: {why}; want false")
+    return ZooError(f"compile: true; torch.compile fails: {first_line(error)}; want false")
 
 
 def with_compiled_blocks(model: Model, rows: int | None) -> Model:
