@@ -5,7 +5,7 @@ comma := ,
 # the tests start hundreds of processes, and importing torch takes more than twice as long without bytecode
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo format lint test test-all test-page docs bench gpu gpu-pack
+.PHONY: help demo format lint test test-all test-page docs bench bench-all gpu gpu-pack
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -40,8 +40,11 @@ docs: .venv/installed  ## build the documentation site in build/site; any warnin
 	@echo "open build/site/index.html"
 
 # beside transformers; writes benchmarks/results/ and docs/performance.md
-bench: .venv/bench  ## run every benchmark that this machine's CPU can run
+bench: .venv/bench  ## run the CPU benchmarks, in half an hour
 	$(BIN)/python -m benchmarks
+
+bench-all: .venv/bench  ## run the CPU benchmarks, those that take long too
+	$(BIN)/python -m benchmarks --all
 
 # docs/gpu.md: on a GPU with the python3 found there, whose packages stay as they are; DRY=1 rehearses on the CPU
 gpu:  ## run the GPU benchmarks, or STAGES=a,b of them, for at most SECONDS; DRY=1: tiny, on the CPU

@@ -1,6 +1,6 @@
 """Run the CPU benchmarks, each in a separate process, and update docs/performance.md.
 
-    python -m benchmarks [BENCHMARK ...] [--against GIT_REF]
+    python -m benchmarks [BENCHMARK ... | --all] [--against GIT_REF]
 
 `--against` runs the benchmarks of this tree and of that commit in two processes, which take turns after every measurement, and prints
 the speedup of this tree: the median and the quartiles of five rounds.
@@ -54,8 +54,8 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "server_sleep": (),
 }
 
-LONG = {"server_prefix", "server_sessions", "server_sleep", "training_step"}
-"""Benchmarks that only run if they are named."""
+LONG = {"export", "families", "server_prefix", "server_sessions", "server_sleep", "training_step"}
+"""Benchmarks that only run if they are named, or all are: the others take half an hour."""
 
 
 def start(benchmark: str, tree: Path, results: Path, turns: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
@@ -123,9 +123,10 @@ def _taken(file: Path) -> dict[str, list[float]]:
 
 @click.command()
 @click.argument("benchmarks", nargs=-1, type=click.Choice(list(BENCHMARKS)))
+@click.option("--all", "everything", is_flag=True, help="Run those that take long, too.")
 @click.option("--against", "ref", metavar="GIT_REF", help="Compare with this commit; write no results.")
-def main(benchmarks: tuple[str, ...], ref: str | None) -> None:
-    chosen = benchmarks or tuple(name for name in BENCHMARKS if name not in LONG)
+def main(benchmarks: tuple[str, ...], everything: bool, ref: str | None) -> None:
+    chosen = benchmarks or tuple(name for name in BENCHMARKS if everything or name not in LONG)
     if ref is not None:
         against(chosen, ref)
     elif failed := run_all(chosen):

@@ -32,12 +32,12 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("ZOO_BENCHMARK_RESULTS", HERE / "results"))
-PLOTS = RESULTS if "ZOO_BENCHMARK_RESULTS" in os.environ else HERE.parent / "docs"
+PLOTS = HERE.parent / "docs" if RESULTS == HERE / "results" else RESULTS
 OURS = "ours"
 TURNS = tuple(map(int, os.environ.get("ZOO_BENCHMARK_TURNS", "").split()))
 """Pipes to read a turn from and to end it with, where two commits are compared: one process works at a time, and only ours is timed."""
 MINIMUM = 0.1 if TURNS else 0.02  # seconds per measurement
-PATIENCE = 8  # seconds after which no further round starts
+PATIENCE = 6  # seconds after which no further round starts
 LIMIT = "limit"  # the contender that does only what is unavoidable, such as reading the weights once
 SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
 console = Console(width=None if Console().is_terminal else 160)
@@ -53,7 +53,7 @@ def compare(
     target: float | None = None,
     tolerance: float | None = None,
 ) -> dict[str, Any]:
-    """Time the contenders in alternation and return a row. No round starts after 8 s.
+    """Time the contenders in alternation and return a row. No round starts after 6 s.
 
     Args:
         contenders: functions to time, by name, ours first; the tensors that they return are compared if there is a tolerance.
