@@ -126,6 +126,8 @@ def _taken(file: Path) -> dict[str, list[float]]:
 @click.option("--all", "everything", is_flag=True, help="Run those that take long, too.")
 @click.option("--against", "ref", metavar="GIT_REF", help="Compare with this commit; write no results.")
 def main(benchmarks: tuple[str, ...], everything: bool, ref: str | None) -> None:
+    if everything and benchmarks:
+        raise click.UsageError(f"--all: names {', '.join(benchmarks)} too; give one or the other")
     chosen = benchmarks or tuple(name for name in BENCHMARKS if everything or name not in LONG)
     if ref is not None:
         against(chosen, ref)

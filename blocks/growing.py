@@ -21,9 +21,9 @@ def append(cache: Tensor, new: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() or pure() or cache.dtype != new.dtype:
         return torch.cat([cache, new], dim=2)
-    S, T, buffer = cache.shape[2], new.shape[2], cache._base
+    S, T, buffer = cache.shape[2], new.shape[2], _buffer(cache)
     start = cache.storage_offset() // cache.shape[3]
-    if buffer is None or not _in_buffer(cache) or not _claim(buffer, start + S, T):
+    if buffer is None or not _claim(buffer, start + S, T):
         buffer, start = _new_buffer(cache, S + T), 0
         buffer.narrow(2, 0, S).copy_(cache)
     buffer.narrow(2, start + S, T).copy_(new)
@@ -33,16 +33,17 @@ def append(cache: Tensor, new: Tensor) -> Tensor:
 
 def newest(cache: Tensor, tokens: int) -> Tensor:
     """Return the newest tokens of `cache`, at most `tokens`, in memory for at most twice as many."""
-    dropped = cache.shape[2] - tokens
-    if dropped > 0 and tokens and _in_buffer(cache) and cache._base.shape[2] <= 2 * (tokens + SPARE):  # type: ignore[union-attr]
-        return cache.narrow(2, dropped, tokens)
-    return cache if dropped <= 0 else cache.narrow(2, dropped, tokens).clone()
+    if cache.shape[2] <= tokens:
+        return cache
+    last, buffer = cache.narrow(2, cache.shape[2] - tokens, tokens), _buffer(cache)
+    return last if tokens and buffer is not None and buffer.shape[2] <= 2 * (tokens + SPARE) else last.clone()
 
 
 def tight(cache: Tensor, tokens: int) -> Tensor:
     """Return the newest tokens of `cache`, at most `tokens`, in memory for no others."""
-    dropped = max(0, cache.shape[2] - tokens)
-    return cache.narrow(2, dropped, cache.shape[2] - dropped).clone() if dropped or _in_buffer(cache) else cache
+    if cache.shape[2] <= tokens:
+        return cache if _buffer(cache) is None else cache.clone()
+    return cache.narrow(2, cache.shape[2] - tokens, tokens).clone()
 
 
 @torch.inference_mode(False)  # it may be used in inference mode and outside
@@ -52,12 +53,13 @@ def _new_buffer(like: Tensor, tokens: int) -> Tensor:
     return torch.empty(B, H, tokens + max(SPARE, tokens // 4), D, dtype=like.dtype, device=like.device)
 
 
-def _in_buffer(cache: Tensor) -> bool:
-    """Return whether a cache is a view of a buffer, of all its streams and heads."""
+def _buffer(cache: Tensor) -> Tensor | None:
+    """Return the buffer of which a cache is a view, with all its streams and heads; None if there is none."""
     buffer = None if pure() else cache._base
     if buffer is None or not hasattr(buffer, END):
-        return False
-    return cache.stride() == buffer.stride() and cache.shape[:2] == buffer.shape[:2] and cache.shape[3] == buffer.shape[3]
+        return None
+    whole = cache.stride() == buffer.stride() and cache.shape[:2] == buffer.shape[:2] and cache.shape[3] == buffer.shape[3]
+    return buffer if whole else None
 
 
 def _claim(buffer: Tensor, position: int, tokens: int) -> bool:
