@@ -15,9 +15,10 @@ from zoo.blocks import mixer
 from zoo.blocks.growing import append, newest, tight
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import norms
+from zoo.blocks.one_query import one_query, takes_one_query
 from zoo.blocks.positions import Positions
 from zoo.blocks.rotary import RopeScaling, rope
-from zoo.kernels.common.recording import transformed
+from zoo.kernels.common.recording import pure, transformed
 
 SCORES = 1 << 17
 """Maximum number of scores of a stream for which attention is computed as products on a CPU."""
@@ -90,8 +91,11 @@ def attention(
         causal: S = T, and a query sees the keys up to its own.
         scale: factor of the products of queries and keys; default D^-0.5.
     """
-    if _is_small(q, k):
-        return in_products(q, k, v, visible, causal=causal, scale=scale)
+    if _multiplies_slowly(q):
+        if q.shape[2] == 1 and takes_one_query(k, v):
+            return one_query(q, k, v, visible, scale=scale)
+        if q.shape[0] == 1 and q.shape[1] * q.shape[2] * k.shape[2] <= SCORES:
+            return in_products(q, k, v, visible, causal=causal, scale=scale)
     gqa = q.shape[1] != k.shape[1]
     # torch's only implementation that has all derivatives of torch.func
     with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
@@ -111,10 +115,9 @@ def in_products(
     return (scores.softmax(-1) @ v).reshape(B, H, T, -1)
 
 
-def _is_small(q: Tensor, k: Tensor) -> bool:
-    """Return True where oneDNN would multiply and the scores of a stream stay in the cache: it needs 0.1 ms for any product."""
-    small = q.shape[1] * q.shape[2] * k.shape[2] <= SCORES and (q.shape[0] == 1 or q.shape[2] == 1)
-    if not small or not q.is_cpu or q.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+def _multiplies_slowly(q: Tensor) -> bool:
+    """Return True where oneDNN would multiply one head and block at a time: it needs 0.1 ms for any product."""
+    if not q.is_cpu or q.dtype != torch.float32 or torch.is_grad_enabled() or pure():
         return False
     return torch.get_float32_matmul_precision() != "highest"
 

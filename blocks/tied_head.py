@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.blocks.linear import linear
 
 
 class TiedHead(nn.Module):
@@ -33,4 +34,4 @@ class TiedHead(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.weight)
+        return linear(h, self.weight)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.blocks.linear import ColumnLinear
 from zoo.blocks.tied_head import TiedHead
 from zoo.export.operators import MICROSOFT
 from zoo.export.products import Use, initializer, uses
@@ -63,7 +64,7 @@ def quantised(weight: Tensor, bits: int) -> Quantised:
 
 def linear_weights(model: Model) -> dict[str, Tensor]:
     """Return the weights of all linear layers by name. A tied head's is `embed.weight`."""
-    found = {f"{name}.weight": module.weight for name, module in model.named_modules() if type(module) is nn.Linear}
+    found = {f"{name}.weight": module.weight for name, module in model.named_modules() if type(module) in (nn.Linear, ColumnLinear)}
     return found | ({"embed.weight": model.head.weight} if isinstance(model.head, TiedHead) else {})
 
 

@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zoo.blocks.linear import ColumnLinear, one_row
 from zoo.blocks.tied_head import TiedHead
 from zoo.model import Model
 from zoo.system import release_threads
 
 FASTER = 1.3  # least speedup for which the precision is changed
 BY_COLUMNS = 1.1  # least speedup of one row for which weights are stored by columns
+SLOWER = 1.2  # largest slowdown of many rows for which they are
 EXACT = 1e-6  # largest error, relative to the largest entry in float64
 ROUNDS = 10
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
@@ -88,11 +90,12 @@ class Float32Products(TorchDispatchMode):
 def arrange_weights(model: nn.Module, *, compile: bool = False) -> bool:
     """Store the weights of linear layers and of the head by columns, if this CPU multiplies one row faster that way. In place.
 
-    Decoding multiplies one row per stream, which takes as long as reading the weights: MKL reads them by columns up to twice as
-    fast. Only strides change. Names, shapes, values and what `zoo.save` writes stay as they are, and nothing is stored twice; training,
-    hooks and later changes of the weights work as before. Code that expects contiguous weights does not, such as safetensors' `save_file`
-    and LBFGS; and a fused optimizer must be made afterwards: torch pairs weights and moments by their place in memory. Weights of
-    other modules, those shared between processes, and quantised, parametrised or non-float32 ones are not touched.
+    Decoding multiplies one row per stream, which takes as long as reading the weights: by columns they are read up to twice as fast
+    (`zoo.blocks.linear.one_row`). Only strides change, and `nn.Linear` layers become a subclass. Names, shapes, values and what
+    `zoo.save` writes stay as they are, and nothing is stored twice; training, hooks and later changes of the weights work as before.
+    Code that expects contiguous weights or exactly `nn.Linear` does not, such as safetensors' `save_file`, LBFGS and torch's own
+    `quantize_dynamic`; and a fused optimizer must be made afterwards: torch pairs weights and moments by their place in memory. Weights
+    of other modules, those shared between processes, and quantised, parametrised or non-float32 ones are not touched.
 
     Args:
         compile: for sessions with `compile=True`, whose own kernel reads weights by rows: store them by rows.
@@ -101,31 +104,37 @@ def arrange_weights(model: nn.Module, *, compile: bool = False) -> bool:
     """
     columns = not compile and by_columns_is_faster()
     for module in model.modules():
-        if type(module) in (nn.Linear, TiedHead):
+        if type(module) in (nn.Linear, ColumnLinear, TiedHead):
             weight: Any = module.weight
             other = weight if columns else weight.t()
             plain = type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32 and not weight.is_shared()
             if plain and other.is_contiguous():
                 weight.data = weight.data.t().contiguous().t() if columns else weight.data.contiguous()
+            if plain and not isinstance(module, TiedHead):
+                module.__class__ = ColumnLinear if columns else nn.Linear
     return columns
 
 
 @torch.no_grad()
 def by_columns_is_faster() -> bool:
-    """Return True if one row is multiplied faster with a weight that is stored by columns, and many rows are not slower."""
+    """Return True if one row is multiplied faster with a weight that is stored by columns, and many are hardly slower."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4096, 512, generator=generator, device="cpu")
-    layouts = weight, weight.t().contiguous().t()
-    faster = {}
-    for rows in (1, 64):
-        x, seconds = torch.ones(rows, 512, device="cpu"), ([math.inf], [math.inf])
-        for _ in range(ROUNDS // 2):
-            for layout, taken in zip(layouts, seconds, strict=True):
-                started = time.perf_counter()
-                F.linear(x, layout)
-                taken.append(time.perf_counter() - started)
-        faster[rows] = min(seconds[0]) / min(seconds[1])
-    return faster[1] >= BY_COLUMNS and faster[64] >= 1 / BY_COLUMNS
+    columns = weight.t().contiguous().t()
+    return _speedup(1, weight, columns, one_row) >= BY_COLUMNS and _speedup(64, weight, columns, F.linear) >= 1 / SLOWER
+
+
+def _speedup(rows: int, weight: Tensor, columns: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Return how much faster than `F.linear` with the same weight by rows `multiply` is."""
+    x, by_rows, by_columns = torch.ones(rows, weight.shape[1], device="cpu"), math.inf, math.inf
+    for _ in range(ROUNDS // 2):
+        started = time.perf_counter()
+        F.linear(x, weight)
+        between = time.perf_counter()
+        multiply(x, columns)
+        by_columns = min(by_columns, time.perf_counter() - between)
+        by_rows = min(by_rows, between - started)
+    return by_rows / by_columns
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Attention as two products, where oneDNN would be slow at torch's own: the same numbers."""
+"""Attention in products of our own, where oneDNN would be slow at torch's: the same numbers."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import zoo
 from zoo.blocks import attention as module
 from zoo.blocks.attention import SCORES, attention
+from zoo.blocks.one_query import takes_one_query
 from zoo.products import set_precision
 
 MASKS = {
@@ -44,6 +45,52 @@ def test_products_are_those_of_float64(mask, H, Hkv, scale, own):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("B", "H", "Hkv"), [(1, 4, 4), (3, 6, 2)])
+@pytest.mark.parametrize("S", [1, 9, 600])
+@pytest.mark.parametrize("layout", ["whole", "part of a buffer", "by token", "shared", "other steps"])
+def test_one_query_is_that_of_float64(mask, B, H, Hkv, S, layout, own):
+    generator = torch.Generator().manual_seed(0)
+
+    def cache(D):
+        if layout == "part of a buffer":
+            return torch.randn(B, Hkv, S + 7, D, generator=generator)[:, :, 3 : 3 + S]
+        if layout == "by token":
+            return torch.randn(B, S, Hkv, D, generator=generator).transpose(1, 2)
+        if layout == "shared":
+            return torch.randn(1, Hkv, S, D, generator=generator).expand(B, -1, -1, -1)
+        width = D + 1 if layout == "other steps" else D
+        return torch.randn(B, Hkv, S, width, generator=generator)[..., :D]
+
+    q, k, v = torch.randn(B, H, 1, 8, generator=generator), cache(8), cache(5)
+    assert takes_one_query(k, v) == (layout != "other steps")
+    visible = MASKS[mask](1, S)
+    with set_precision("medium"):
+        found = attention(q, k, v, visible, scale=0.7)
+    assert bool(own) == (layout == "other steps" and B > 1)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), visible, enable_gqa=True, scale=0.7)
+    torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_many_equal_tokens_lose_no_digits(own):
+    """Summing 2**17 equal numbers one after another in float32 would lose two digits."""
+    k, v = torch.zeros(1, 1, 1 << 17, 4), torch.full((1, 1, 1 << 17, 4), 1 / 3)
+    with set_precision("medium"):
+        found = attention(torch.ones(1, 1, 1, 4), k, v)
+    assert not own
+    torch.testing.assert_close(found, v[:, :, :1], rtol=2e-6, atol=0)
+
+
+@torch.no_grad()
+def test_a_transform_uses_torch(own):
+    q = torch.randn(3, 1, 2, 1, 4)
+    with set_precision("medium"):
+        torch.testing.assert_close(torch.func.vmap(lambda x: attention(x, x, x))(q), q)
+    assert own
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("streams", "heads", "tokens", "slots", "dtype", "precision", "calls"),
     [
@@ -51,7 +98,8 @@ def test_products_are_those_of_float64(mask, H, Hkv, scale, own):
         (1, 8, 128, 129, torch.float32, "medium", 1),  # more scores than stay in the cache
         (2, 8, 2, 8, torch.float32, "medium", 1),
         (16, 8, 1, 64, torch.float32, "medium", 0),
-        (1, 1, 1, SCORES + 1, torch.float32, "medium", 1),
+        (1, 1, 1, SCORES + 1, torch.float32, "medium", 0),
+        (1, 1, 2, SCORES // 2 + 1, torch.float32, "medium", 1),
         (1, 8, 2, 8, torch.bfloat16, "medium", 1),
         (1, 8, 2, 8, torch.float64, "medium", 1),
         (1, 8, 2, 8, torch.float32, "highest", 1),
@@ -83,6 +131,7 @@ def test_sessions_compute_the_same(evict):
     logits = []
     for precision in ("highest", "medium"):
         with set_precision(precision):
-            logits.append(zoo.Session(model).feed(ids))
-            assert module._is_small(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4)) == (precision == "medium")
+            session = zoo.Session(model)
+            logits.append(torch.cat([session.feed(ids[:, :9]), *(session.feed(token) for token in ids[:, 9:].split(1, dim=1))], dim=1))
+            assert module._multiplies_slowly(torch.ones(1, 1, 1, 4)) == (precision == "medium")
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)

@@ -9,6 +9,7 @@ from torch import nn
 
 import zoo
 from zoo import products
+from zoo.blocks import linear
 
 IDS = torch.randint(11, (1, 20), generator=torch.Generator().manual_seed(0))
 BLOCKS = {"attn": {"heads": 2}, "gdn": {"heads": 2}, "mamba2": {"head_dim": 8, "state_dim": 8, "bias": True}}
@@ -17,6 +18,7 @@ BLOCKS = {"attn": {"heads": 2}, "gdn": {"heads": 2}, "mamba2": {"head_dim": 8, "
 @pytest.fixture(autouse=True)
 def by_columns(monkeypatch):
     monkeypatch.setattr(products, "by_columns_is_faster", lambda: True)
+    monkeypatch.setattr(linear, "SMALLEST", 0)
 
 
 def small(**fields):
@@ -131,6 +133,7 @@ def test_compiled_sessions_read_weights_by_rows():
     for _ in range(2):
         assert not zoo.arrange_weights(twin, compile=True)
         assert not strided(twin)
+        assert [type(module) for module in twin.modules()] == [type(module) for module in plain.modules()]
     for name, weight in twin.named_parameters():
         assert torch.equal(weight, dict(plain.named_parameters())[name])
     with products.fast_decoding(twin):
