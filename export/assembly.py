@@ -14,7 +14,7 @@ from zoo.export.trace import hoist_initializers, inline, prefix_names, reads, re
 from zoo.kernels.dispatch import replaced
 
 import onnx_ir as ir  # isort: skip  (zoo.export.trace says what to install where it is missing)
-from zoo.export.rotary import fuse_rotations  # isort: skip
+from zoo.export.rewrites import rewrite_block, skip_reshapes  # isort: skip
 
 _blocks: dict[object, ir.Graph] = {}  # traced blocks; small, since they hold no weights
 
@@ -54,8 +54,8 @@ def _block(graph: Graph, layer: int, dialect: str, scans: Scans) -> ir.Graph:
         filled = dialect == "ort" and reach is None  # windows do not slide
         part = BlockPart(block, graph.model.residual_dtype, graph.tokens, graph.slots, FilledKV if filled else RingKV)
         model = trace(part, part.example(), scans)
-        if dialect == "ort" and not graph.tokens.padded:
-            fuse_rotations(model)
+        rewrite_block(model, rotations=dialect == "ort" and not graph.tokens.padded)
+        skip_reshapes(model.graph)
         _blocks[key] = model.graph
     return _blocks[key]
 

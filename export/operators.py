@@ -107,7 +107,7 @@ def linear_attention(rule: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta
     state: [B, HV, K, V].
     """
     heads = v.shape[2]
-    q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) if x.shape[2] < heads else x for x in (q, k))
+    q, k = (_repeated(x, heads) if x.shape[2] < heads else x for x in (q, k))
     o, final = symbolic_multi_out(
         f"{MICROSOFT}::LinearAttention",
         [*(x.to(state.dtype).flatten(2) for x in (q, k, v)), state, g.to(state.dtype).flatten(2), *(x.to(state.dtype) for x in beta)],
@@ -117,6 +117,11 @@ def linear_attention(rule: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta
         version=1,
     )
     return o.unflatten(-1, (heads, -1)).to(v.dtype), final
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """Repeat each head of x [B, T, H, D] until there are `heads`, as a single operator."""
+    return x.index_select(2, torch.arange(heads) // (heads // x.shape[2]))
 
 
 def delta_rule_operator(

@@ -29,6 +29,18 @@ def uses(weight: ir.Value) -> Iterator[Use]:
             yield Use(node, lookup=node.op_type == "Gather")
 
 
+def of_one_input(models: Iterable[ir.Model], names: Iterable[str]) -> list[list[str]]:
+    """Return the weights in groups of those that multiply the same inputs in every graph, so that one product can do for all."""
+    graphs = [model.graph for model in models]
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        weights = [graph.initializers[PARAMETER + name] for graph in graphs if PARAMETER + name in graph.initializers]
+        found = [use for weight in weights for use in uses(weight)]
+        multiplied = all(use.node.op_type == "MatMul" for use in found)
+        groups.setdefault(tuple(use.node.inputs[0] for use in found) if multiplied else name, []).append(name)
+    return list(groups.values())
+
+
 def store_transposed(models: Mapping[str, ir.Model], weights: Mapping[str, Tensor]) -> None:
     """Store weights [out, in] as [in, out] in all graphs of a bundle, except where rows are looked up, as in a tied embedding.
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo.blocks.linear import ColumnLinear
 from zoo.blocks.tied_head import TiedHead
 from zoo.export.operators import MICROSOFT
-from zoo.export.products import Use, initializer, uses
+from zoo.export.products import Use, initializer, of_one_input, uses
 from zoo.export.trace import PARAMETER, replace
 from zoo.model import Model
 
@@ -87,20 +87,33 @@ def store_integers(
             DequantizeLinear and MatMul.
         whole_tables: dequantise a whole table before rows are looked up, for runtimes that gather no integers.
     """
-    for name, weight in weights.items():
-        stored = _transposed(name, weight) if accuracy_level is None else _packed(name, weight)
-        for model in models.values():
-            value = model.graph.initializers.get(PARAMETER + name)
-            if value is None:
-                continue
-            for number, use in enumerate(uses(value)):
-                if accuracy_level is None:
+    if accuracy_level is None:
+        for name, weight in weights.items():
+            stored = _transposed(name, weight)
+            for model in models.values():
+                for number, use in enumerate(_uses(model, name)):
                     _dequantise(use, weight, stored, number, whole_tables)
-                else:
-                    _fuse(model.graph, use, weight, stored, number, accuracy_level)
+    else:
+        for names in of_one_input(models.values(), weights):
+            weight, widths = joined([weights[name] for name in names]), [len(weights[name].scale) for name in names]
+            stored = _packed("+".join(names), weight)
+            for model in models.values():
+                for number, together in enumerate(zip(*(_uses(model, name) for name in names), strict=True)):
+                    _fuse(model.graph, together, weight, widths, stored, number, accuracy_level)
                     model.opset_imports[MICROSOFT] = 1
     for model in models.values():
         common.RemoveUnusedNodesPass()(model)
+
+
+def _uses(model: ir.Model, name: str) -> list[Use]:
+    value = model.graph.initializers.get(PARAMETER + name)
+    return [] if value is None else list(uses(value))
+
+
+def joined(weights: Sequence[Quantised]) -> Quantised:
+    """Return weights of the same inputs as one, with the outputs of all."""
+    integers, scale = (torch.cat(parts) for parts in zip(*(weight[:2] for weight in weights), strict=True))
+    return weights[0]._replace(integers=integers, scale=scale)
 
 
 class _Stored(NamedTuple):
@@ -163,8 +176,21 @@ def _dequantise(use: Use, weight: Quantised, stored: _Stored, number: int, whole
     replace(graph, use.node, ir.node("Transpose", [columns], {"perm": [1, 2, 0]}, name=use.node.name))
 
 
-def _fuse(outer: ir.Graph, use: Use, weight: Quantised, stored: _Stored, number: int, accuracy_level: int) -> None:
-    """Replace a product by MatMulNBits, or a lookup by one in the same integers."""
+def _fuse(
+    outer: ir.Graph,
+    together: Sequence[Use],
+    weight: Quantised,
+    widths: Sequence[int],
+    stored: _Stored,
+    number: int,
+    accuracy_level: int,
+) -> None:
+    """Replace products of one input by one MatMulNBits, or a lookup by one in the same integers.
+
+    Args:
+        widths: outputs of each product.
+    """
+    use = together[0]
     graph = use.node.graph
     assert isinstance(graph, ir.Graph)
     integers, scale = stored.values(outer, number)
@@ -178,7 +204,10 @@ def _fuse(outer: ir.Graph, use: Use, weight: Quantised, stored: _Stored, number:
             domain=MICROSOFT,
             name=use.node.name,
         )
-        replace(graph, use.node, product)
+        if len(together) == 1:
+            replace(graph, use.node, product)
+        else:
+            _split(graph, [part.node for part in together], product, widths)
         return
     write = _Writer(graph, use.node)
     ids = use.node.inputs[1]
@@ -193,6 +222,20 @@ def _fuse(outer: ir.Graph, use: Use, weight: Quantised, stored: _Stored, number:
     flat = write("Reshape", [scaled, write.constant([0, 0, -1])])
     ends = [write.constant([at]) for at in (0, weight.inputs, -1)]
     replace(graph, use.node, ir.node("Slice", [flat, *ends], name=use.node.name))
+
+
+def _split(graph: ir.Graph, products: Sequence[ir.Node], joint: ir.Node, widths: Sequence[int]) -> None:
+    """Replace products by the parts of a joint one."""
+    joint.outputs[0].name = f"{joint.name}/joint:0"
+    graph.insert_before(products[0], joint)
+    sizes = _Writer(graph, products[0]).constant(list(widths))
+    parts = ir.node("Split", [joint.outputs[0], sizes], {"axis": -1}, num_outputs=len(products), name=f"{joint.name}/Split")
+    graph.insert_before(products[0], parts)
+    for product, part in zip(products, parts.outputs, strict=True):
+        part.type, part.shape = product.outputs[0].type, product.outputs[0].shape
+        part.name = product.outputs[0].name
+        ir.convenience.replace_all_uses_with(product.outputs[0], part, replace_graph_outputs=True)
+        graph.remove(product, safe=True)
 
 
 class _Writer:
