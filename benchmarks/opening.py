@@ -119,6 +119,7 @@ def main() -> None:
         }
         rows.append(compare("a process until its first token", contenders, rounds=5, unit="s"))
     words = zoo.create("gdn4", d_model=512, layers="(gdn*3 attn)*2", vocab_size=152_000, tie_embeddings=True, evict="none", window=None)
+    zoo.arrange_weights(words)
     ids = torch.randint(152_000, (1, 512), generator=torch.Generator().manual_seed(0))
     parts = {"ours": partial(first_token, words, ids), "blocks alone": partial(words.wake, ids)}
     rows.append(compare("first token after 512, 152,000 words", parts, rounds=5, target=1 / 1.1))

@@ -103,25 +103,19 @@ def state_space(
 def linear_attention(rule: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: list[Tensor], scale: float, state: Tensor) -> Any:
     """Call LinearAttention of com.microsoft, which onnxruntime implements on CPUs in float32 only.
 
-    q, k: [B, T, H, K]. v: [B, T, HV, V]. g (log decay): [B, T, HV] or [B, T, HV, K]. beta: [B, T, HV].
-    state: [B, HV, K, V].
+    q, k: [B, T, H, K]; neighbouring heads of v share one. v: [B, T, HV, V]. g (log decay): [B, T, HV] or [B, T, HV, K].
+    beta: [B, T, HV]. state: [B, HV, K, V].
     """
     heads = v.shape[2]
-    q, k = (_repeated(x, heads) if x.shape[2] < heads else x for x in (q, k))
     o, final = symbolic_multi_out(
         f"{MICROSOFT}::LinearAttention",
         [*(x.to(state.dtype).flatten(2) for x in (q, k, v)), state, g.to(state.dtype).flatten(2), *(x.to(state.dtype) for x in beta)],
-        {"q_num_heads": heads, "kv_num_heads": heads, "update_rule": rule, "scale": float(scale)},
+        {"q_num_heads": q.shape[2], "kv_num_heads": heads, "update_rule": rule, "scale": float(scale)},
         dtypes=[state.dtype, state.dtype],
         shapes=[[*v.shape[:2], v.shape[2] * v.shape[3]], state.shape],
         version=1,
     )
     return o.unflatten(-1, (heads, -1)).to(v.dtype), final
-
-
-def _repeated(x: Tensor, heads: int) -> Tensor:
-    """Repeat each head of x [B, T, H, D] until there are `heads`, as a single operator."""
-    return x.index_select(2, torch.arange(heads) // (heads // x.shape[2]))
 
 
 def delta_rule_operator(
