@@ -18,6 +18,7 @@ import torch
 
 import zoo
 from benchmarks.measure import quartiles, record
+from zoo.products import BATCH
 from zoo.training.config import TrainConfig, read_config
 from zoo.training.loop import Trainer
 from zoo.training.parallel import Team
@@ -42,7 +43,7 @@ def measure(name: str, config: TrainConfig, steps: int, target: float) -> list[d
     """Return a row for a step and one for the first step."""
     taken: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
-    fast = zoo.matmul_precision(zoo.create(config.model, device="meta", **config.overrides).config.d_model)
+    fast = zoo.matmul_precision(zoo.create(config.model, device="meta", **config.overrides).config.d_model, BATCH)
     contenders = {"ours": (True, fast), "plain blocks": (False, fast), "plain blocks, MKL": (False, "highest")}
     with tempfile.TemporaryDirectory() as scratch:
         team, trainers = Team(torch.device("cpu")), {}

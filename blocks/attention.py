@@ -18,6 +18,8 @@ from zoo.blocks.norm import norms
 from zoo.blocks.one_query import one_query, takes_one_query
 from zoo.blocks.positions import Positions
 from zoo.blocks.rotary import RopeScaling, rope
+from zoo.kernels.common.attention import attend_by_mkl
+from zoo.kernels.common.precision import is_highest
 from zoo.kernels.common.recording import pure, transformed
 
 SCORES = 1 << 17
@@ -96,6 +98,8 @@ def attention(
             return one_query(q, k, v, visible, scale=scale)
         if q.shape[0] == 1 and q.shape[1] * q.shape[2] * k.shape[2] <= SCORES:
             return in_products(q, k, v, visible, causal=causal, scale=scale)
+    if _trains_slowly(q, k, v, visible):
+        return attend_by_mkl(q, k, v, visible, causal=causal, scale=scale)
     gqa = q.shape[1] != k.shape[1]
     # torch's only implementation that has all derivatives of torch.func
     with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
@@ -115,11 +119,20 @@ def in_products(
     return (scores.softmax(-1) @ v).reshape(B, H, T, -1)
 
 
+def _trains_slowly(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> bool:
+    """Return True where oneDNN would multiply in torch's attention for CPUs, with gradients."""
+    inputs = (q, k, v)
+    if transformed() or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not any(x.requires_grad for x in inputs):
+        return False
+    plain = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in inputs) and k.shape == v.shape and q.shape[2] > 0
+    return plain and (visible is None or visible.dtype == torch.bool) and not is_highest()
+
+
 def _multiplies_slowly(q: Tensor) -> bool:
-    """Return True where oneDNN would multiply one head and block at a time: it needs 0.1 ms for any product."""
+    """Return True where oneDNN would multiply one head and block at a time, without gradients: it needs 0.1 ms for any product."""
     if not q.is_cpu or q.dtype != torch.float32 or torch.is_grad_enabled() or pure():
         return False
-    return torch.get_float32_matmul_precision() != "highest"
+    return not is_highest()
 
 
 class AttentionOptions(mixer.Options):

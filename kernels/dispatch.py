@@ -10,17 +10,17 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.kernels.common.recording import untraced
 from zoo.registry import Registry, nearest
 
 ENVIRONMENT = "ZOO_KERNELS"
 
-F = TypeVar("F", bound=Callable[..., Any])
 
 log = logging.getLogger("zoo.kernels")
 
@@ -141,26 +141,17 @@ def _without_autocast(run: Callable[..., Any], device: str) -> Callable[..., Any
     return call
 
 
-def _untraced(function: F) -> F:
-    """Make torch.compile call `function` instead of tracing it, and take its result as a constant.
-
-    torch.compiler.assume_constant_result does the same, but imports torch._dynamo, which takes a second even in eager use.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_untraced
+@untraced
 def _replacements() -> Mapping[str, Callable[..., Any]] | None:
     return getattr(_here, "functions", None)
 
 
-@_untraced
+@untraced
 def _in_place() -> bool:
     return getattr(_here, "in_place", False)
 
 
-@_untraced
+@untraced
 def _look_around() -> bool:
     return "" in kernels
 
@@ -191,7 +182,7 @@ def triton_form(operator: str) -> Callable[..., Any]:
 _triton_runs: dict[str, Callable[..., Any]] = {}
 
 
-@_untraced
+@untraced
 def _import_triton(operator: str) -> bool:
     if operator not in _triton_runs:
         _triton_runs[operator] = importlib.import_module(f"zoo.kernels.{operator}.triton").run

@@ -24,17 +24,19 @@ BY_COLUMNS = 1.1  # least speedup of one row for which weights are stored by col
 SLOWER = 1.2  # largest slowdown of many rows for which they are
 EXACT = 1e-6  # largest error, relative to the largest entry in float64
 ROUNDS = 10
+BATCH = 1024  # tokens that are multiplied at once where batches of sequences are run
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
 
 
-def matmul_precision(width: int = 512) -> str:
+def matmul_precision(width: int = 512, rows: int = 16) -> str:
     """Return the setting for `torch.set_float32_matmul_precision` under which this CPU multiplies faster without losing accuracy.
 
     With "medium", torch sends products to oneDNN. On some CPUs that is twice as fast as MKL and as accurate; on others it rounds to
-    bfloat16. Both settings are timed on 16 rows and a weight [2 W, W], W = min(width, 512), in a few milliseconds.
+    bfloat16. Both settings are timed on a weight [2 W, W], W = min(width, 512), in a few milliseconds.
 
     Args:
         width: d_model of the model.
+        rows: number of tokens that are multiplied at once: a few in a session, `BATCH` in training.
     Returns:
         "medium" if it is at least 1.3 times faster with an error below 1e-6; otherwise, and if the process has been set to anything
         but "highest", the current setting, which is not changed.
@@ -43,7 +45,7 @@ def matmul_precision(width: int = 512) -> str:
     if before != "highest":
         return before
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, width, generator=generator, device="cpu") for rows in (16, 2 * width))
+    x, weight = (torch.randn(count, width, generator=generator, device="cpu") for count in (rows, 2 * width))
     exact = F.linear(x.double(), weight.double())
     seconds: dict[str, list[float]] = {"highest": [], "medium": []}
     with torch.no_grad():
@@ -156,9 +158,9 @@ def set_products(precision: str, bfloat16: str) -> Iterator[None]:
 
 
 @contextmanager
-def fast_products(width: int, device: str) -> Iterator[None]:
-    """Set what `matmul_precision(width)` finds until the context ends, if `device` is the CPU."""
-    with set_precision(announced(matmul_precision(width))) if device == "cpu" else nullcontext():
+def fast_products(width: int, device: str, rows: int = 16) -> Iterator[None]:
+    """Set what `matmul_precision(width, rows)` finds until the context ends, if `device` is the CPU."""
+    with set_precision(announced(matmul_precision(width, rows))) if device == "cpu" else nullcontext():
         yield
 
 

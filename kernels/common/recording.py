@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def transformed() -> bool:
@@ -20,3 +25,12 @@ def pure() -> bool:
 def recorded(*tensors: Tensor) -> bool:
     """Return whether gradients or a graph depend on operations on these tensors. If not, their results may be changed in place."""
     return pure() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def untraced(function: F) -> F:
+    """Make torch.compile call `function` instead of tracing it, and take its result as a constant.
+
+    torch.compiler.assume_constant_result does the same, but imports torch._dynamo, which takes a second even in eager use.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

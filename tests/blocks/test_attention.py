@@ -1,13 +1,17 @@
 """Attention in products of our own, where oneDNN would be slow at torch's: the same numbers."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import zoo
 from zoo.blocks import attention as module
 from zoo.blocks.attention import SCORES, attention
 from zoo.blocks.one_query import takes_one_query
+from zoo.kernels.common.precision import highest_precision
 from zoo.products import set_precision
 
 MASKS = {
@@ -112,14 +116,75 @@ def test_where_torch_attends(streams, heads, tokens, slots, dtype, precision, ca
     assert len(own) == calls
 
 
-def test_gradients_and_compiled_models_use_torch(own):
-    q = torch.ones(1, 2, 1, 4, requires_grad=True)
+def test_compiled_models_use_torch(own):
+    q = torch.ones(1, 2, 1, 4)
+    with set_precision("medium"), torch.no_grad():
+        torch.compile(attention, backend="eager", fullgraph=True)(q, q, q)
+    assert own
+
+
+def trained(function, T, Hkv, mask, causal):
+    """Return the result of attention and its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, T, 16, generator=generator, requires_grad=True) for heads in (4, Hkv, Hkv))
+    y = function(q, k, v, mask, causal=causal)
+    (y * torch.arange(16)).sum().backward()
+    return y.detach(), q.grad, k.grad, v.grad
+
+
+CASES = [
+    (40, 4, None, True),
+    (40, 2, None, True),
+    (40, 2, torch.ones(40, 40, dtype=torch.bool).tril(-1).logical_or(torch.eye(40) > 0), False),
+]
+
+
+@pytest.mark.parametrize("form", ["eager", "compiled", "recomputed"])
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_training_multiplies_by_mkl(form, case, own):
+    """Under either precision, attention and its gradients are the same to the last bit."""
+    forms = {
+        "eager": attention,
+        "compiled": torch.compile(attention, backend="aot_eager", fullgraph=True),
+        "recomputed": lambda *args, **options: checkpoint(attention, *args, **options, use_reentrant=False),
+    }
+    with set_precision("highest"):
+        wanted = trained(attention, *CASES[case])
+    assert len(own) == 1
     with set_precision("medium"):
-        attention(q, q, q).sum().backward()
-        assert len(own) == 1
-        with torch.no_grad():
-            torch.compile(attention, backend="eager", fullgraph=True)(q, q, q)
-    assert q.grad is not None
+        found = trained(forms[form], *CASES[case])
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert len(own) == 1
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_what_torch_alone_can_differentiate(own):
+    """Values of another width, other dtypes, and second derivatives of torch.func."""
+    q, v = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(1, 2, 3, 5)
+    with set_precision("medium"):
+        attention(q, q, v).sum().backward()
+        attention(q.double(), q.double(), q.double()).sum().backward()
+        torch.func.hessian(lambda x: attention(x, x, x).sum())(q.detach())
+    assert len(own) == 3
+
+
+def test_the_precision_of_the_process_returns_when_the_last_thread_leaves():
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay():
+        with highest_precision():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=stay)
+    with set_precision("medium"):
+        with highest_precision():
+            thread.start()
+            assert inside.wait(10)
+        assert torch.get_float32_matmul_precision() == "highest"
+        leave.set()
+        thread.join()
+        assert torch.get_float32_matmul_precision() == "medium"
 
 
 @torch.no_grad()

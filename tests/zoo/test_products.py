@@ -50,8 +50,8 @@ def test_a_setting_of_the_process_stays():
 
 
 def measured(precision, monkeypatch):
-    monkeypatch.setattr("zoo.products.matmul_precision", lambda width: precision)
-    monkeypatch.setattr("zoo.training.loop.matmul_precision", lambda width: precision)
+    monkeypatch.setattr("zoo.products.matmul_precision", lambda width, rows: precision)
+    monkeypatch.setattr("zoo.training.loop.matmul_precision", lambda width, rows: precision)
 
 
 def recorded(run):

@@ -10,7 +10,7 @@ from zoo.checkpoints.own import configure, load
 from zoo.console import progress_bar, spinner
 from zoo.devices import usable_device
 from zoo.errors import ZooError
-from zoo.products import fast_bfloat16, fast_products
+from zoo.products import BATCH, fast_bfloat16, fast_products
 from zoo.tasks import new_task
 from zoo.tasks.text import Text
 from zoo.text.tokenizers import load_tokenizer
@@ -78,10 +78,10 @@ def evaluate_folder(
     given: Any = {"seed": seed if seed is not None else run.seed if run else 0, "tokenizer": tokenizer}
     if compare:
         entries = arms(trained.folder, fields, parent or trained.parent, loops)
-        with fast_products(config.d_model, device), progress_bar("comparing", len(entries) * sequences) as advance:
+        with fast_products(config.d_model, device, BATCH), progress_bar("comparing", len(entries) * sequences) as advance:
             lines = comparison(entries, task, sequences, device=device, dtype=dtype, advance=advance, **given)
         return {**about, "task": str(task), "sequences": sequences, "arms": lines}
     with spinner(f"loading {trained.folder}"):
         model = load(trained.folder, device=device, dtype=dtype, **fields)
-    with fast_products(config.d_model, device), fast_bfloat16(model), progress_bar("evaluating", sequences) as advance:
+    with fast_products(config.d_model, device, BATCH), fast_bfloat16(model), progress_bar("evaluating", sequences) as advance:
         return {**about, **evaluate(model, task, sequences, loops=loops, control=True, advance=advance, **given)}

@@ -17,7 +17,7 @@ from zoo.costs import peak_flops, training_flops
 from zoo.errors import ZooError, counted
 from zoo.files import as_path
 from zoo.model import Model
-from zoo.products import announced, bfloat16_products, matmul_precision, set_products
+from zoo.products import BATCH, announced, bfloat16_products, matmul_precision, set_products
 from zoo.signals import StoppedError, deferred
 from zoo.system import peak_resident
 from zoo.tasks import Batch
@@ -115,7 +115,7 @@ class Trainer:
                 self.precision = progress.get("matmul_precision", self.precision)
                 self.bfloat16_products = progress.get("bfloat16_products", self.bfloat16_products)
         elif measure_products and on_cpu:
-            measured = announced(matmul_precision(self.model.config.d_model)) if self.team.is_main else None
+            measured = announced(matmul_precision(self.model.config.d_model, BATCH)) if self.team.is_main else None
             self.precision = self.team.broadcast(measured)
             if self.config.dtype == "bfloat16":
                 self.bfloat16_products = self.team.broadcast(bfloat16_products())
