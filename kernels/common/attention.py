@@ -13,7 +13,7 @@ from zoo.kernels.common.precision import highest_precision
 def attend_by_mkl(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, *, causal: bool, scale: float | None) -> Tensor:
     """Compute `zoo.blocks.attention.attention` with MKL, float32 and once differentiable.
 
-    The products of a block of queries are small, and MKL computes them three to four times faster than oneDNN.
+    With few keys, products are small, and MKL computes them up to ten times faster than oneDNN.
     """
     mask = None if visible is None else torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
     y: Tensor = torch.ops.zoo.attention(q, k, v, mask, causal, scale)[0]

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import zoo
 from zoo.blocks import attention as module
-from zoo.blocks.attention import SCORES, attention
+from zoo.blocks.attention import SCORES, SHORT, attention
 from zoo.blocks.one_query import takes_one_query
 from zoo.kernels.common.precision import highest_precision
 from zoo.products import set_precision
@@ -159,13 +159,16 @@ def test_training_multiplies_by_mkl(form, case, own):
 
 
 def test_what_torch_alone_can_differentiate(own):
-    """Values of another width, other dtypes, and second derivatives of torch.func."""
+    """Values of another width, other dtypes, and second derivatives of torch.func; and many keys, which oneDNN multiplies faster."""
     q, v = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(1, 2, 3, 5)
     with set_precision("medium"):
         attention(q, q, v).sum().backward()
         attention(q.double(), q.double(), q.double()).sum().backward()
         torch.func.hessian(lambda x: attention(x, x, x).sum())(q.detach())
-    assert len(own) == 3
+        k = torch.randn(1, 2, SHORT + 1, 4)
+        attention(q, k, k).sum().backward()
+        attention(q, k[:, :, 1:], k[:, :, 1:]).sum().backward()
+    assert len(own) == 4
 
 
 def test_the_precision_of_the_process_returns_when_the_last_thread_leaves():
