@@ -27,14 +27,16 @@ class ColumnLinear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b: x [..., K], W [N, K], b [N] -> [..., N], with `one_row` where it can compute the same."""
-    if _takes_one_row(x, weight):
-        y = one_row(x, weight)
-        return y if bias is None else y + bias
+    if x.numel() == weight.shape[1] and not torch.is_grad_enabled() and _is_plain(x, weight):
+        values = weight.detach()  # one reading: another thread may rearrange the weight
+        if values.stride(0) == 1 and values.stride(1) == values.shape[0]:
+            y = one_row(x, values)
+            return y if bias is None else y + bias
     return F.linear(x, weight, bias)
 
 
 def one_row(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T without a gradient: x [..., K] of one row, W [N, K] stored by columns -> [..., N], float32.
+    """Return x W^T: x [..., K] of one row, W [N, K] stored by columns -> [..., N], float32. None of them requires gradients.
 
     The columns are the rows of a table, and `torch.embedding_bag` sums them with the weights x: on x86, its kernels read memory at full
     speed, where BLAS reads half as fast. The sums do not depend on the number of threads.
@@ -42,7 +44,7 @@ def one_row(x: Tensor, weight: Tensor) -> Tensor:
     N, K = weight.shape
     chunks = -(-K // CHUNK)
     parts = _parts(N, torch.get_num_threads() // chunks)
-    table = weight.detach().as_strided((K * parts, N // parts), (N // parts, 1))
+    table = weight.as_strided((K * parts, N // parts), (N // parts, 1))
     row = x.reshape(-1)
     sums = torch.embedding_bag(table, *_bags(K, parts), False, 0, False, row if parts == 1 else row.repeat(parts))[0]
     return (sums if chunks == 1 else sums.view(parts, chunks, -1).sum(1)).view(*x.shape[:-1], N)
@@ -65,8 +67,9 @@ def _bags(inputs: int, parts: int) -> tuple[Tensor, Tensor]:
     return rows.flatten(), starts.flatten()
 
 
-def _takes_one_row(x: Tensor, weight: Tensor) -> bool:
-    if torch.is_grad_enabled() or x.numel() != weight.shape[1] or weight.stride(0) != 1 or weight.numel() < SMALLEST or pure():
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Return True for large float32 weights on a CPU, and where nothing but values depends on the product."""
+    if weight.numel() < SMALLEST or type(weight) is not nn.Parameter or type(x) is not Tensor or pure() or weight.is_inference():
         return False
-    plain = type(weight) is nn.Parameter and weight.stride(1) == weight.shape[0] and x.dtype == weight.dtype == torch.float32
-    return plain and type(x) is Tensor and x.is_cpu and not torch.is_autocast_enabled("cpu")
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() or torch.is_autocast_enabled("cpu")
+    return x.is_cpu and x.dtype == weight.dtype == torch.float32 and not watched

@@ -226,11 +226,12 @@ def _fuse(
 
 def _split(graph: ir.Graph, products: Sequence[ir.Node], joint: ir.Node, widths: Sequence[int]) -> None:
     """Replace products by the parts of a joint one."""
+    first = next(node for node in graph if node in products)
     joint.outputs[0].name = f"{joint.name}/joint:0"
-    graph.insert_before(products[0], joint)
-    sizes = _Writer(graph, products[0]).constant(list(widths))
+    graph.insert_before(first, joint)
+    sizes = _Writer(graph, first).constant(list(widths))
     parts = ir.node("Split", [joint.outputs[0], sizes], {"axis": -1}, num_outputs=len(products), name=f"{joint.name}/Split")
-    graph.insert_before(products[0], parts)
+    graph.insert_before(first, parts)
     for product, part in zip(products, parts.outputs, strict=True):
         part.type, part.shape = product.outputs[0].type, product.outputs[0].shape
         part.name = product.outputs[0].name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -150,7 +151,7 @@ def verify(model: Model, exported: ExportedModel, device: str | torch.device = "
         maximum = parity.differences[stage, name].maximum
         raise ZooError(f"{model.config.name}: {name}, {stage}: the graph differs from PyTorch by {maximum:.1e}, allowed: {allowed:.0e}")
     if bits is not None:
-        loss = _loss(_converted(model, device, torch.float32), exported, ids[:, : exported.bundle.window])
+        loss = _loss(_converted(model, device, torch.float32), exported, ids)
         parity = replace(parity, loss=loss)
     return parity
 
@@ -196,8 +197,9 @@ def stream(model: Model, window: int) -> Tensor:
 
 
 def _loss(model: Model, exported: ExportedModel, ids: Tensor) -> Loss:
-    wanted = model(ids).logits
-    logits = exported(ids.to(exported.device), exported.init_state(len(ids))).logits.to(wanted)
+    """Compare the bundle as it runs with PyTorch and the original weights, on the stream ids [2, T]."""
+    places = (exported, exported.device), (model, model.embed.weight.device)
+    logits, wanted = (torch.cat(list(_logits(each, ids.to(device))), dim=1).cpu().float() for each, device in places)
     apart = (logits - wanted).abs() / wanted.std().clamp(min=1)
     truth = wanted.log_softmax(-1)
     divergence = F.kl_div(logits.log_softmax(-1), truth, log_target=True, reduction="none").sum(-1).mean()
@@ -205,6 +207,15 @@ def _loss(model: Model, exported: ExportedModel, ids: Tensor) -> Loss:
     stored = f"{plan.weights} weights, {'exact' if plan.exact_activations else 'int8'} activations"
     agreement = (logits.argmax(-1) == wanted.argmax(-1)).float().mean()
     return Loss(stored, divergence.item(), Difference(apart.max().item(), apart.mean().item()), agreement.item())
+
+
+def _logits(model: Model | ExportedModel, ids: Tensor) -> Iterator[Tensor]:
+    """Yield the logits of each window of a stream, with a sleep after each."""
+    state, window = model.init_state(len(ids)), model.config.window
+    for chunk in ids.split(window or ids.shape[1], dim=1):
+        yield model(chunk, state).logits
+        if window is not None:
+            state = model.consolidate(chunk, state)
 
 
 def _awake(found: _Findings, reference: Model, exported: ExportedModel, chunk: Tensor, wanted: State, state: State) -> Tensor:

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.blocks.linear import ColumnLinear, one_row
 from zoo.blocks.tied_head import TiedHead
+from zoo.errors import ZooError
+from zoo.inputs import check_count
 from zoo.model import Model
 from zoo.system import release_threads
 
@@ -40,7 +42,11 @@ def matmul_precision(width: int = 512, rows: int = 16) -> str:
     Returns:
         "medium" if it is at least 1.3 times faster with an error below 1e-6; otherwise, and if the process has been set to anything
         but "highest", the current setting, which is not changed.
+    Raises:
+        ZooError: a width or a number of rows that is not at least 1.
     """
+    check_count("width", width)
+    check_count("rows", rows)
     before, width = torch.get_float32_matmul_precision(), min(width, 512)
     if before != "highest":
         return before
@@ -95,21 +101,27 @@ def arrange_weights(model: nn.Module, *, compile: bool = False) -> bool:
     Decoding multiplies one row per stream, which takes as long as reading the weights: by columns they are read up to twice as fast
     (`zoo.blocks.linear.one_row`). Only strides change, and `nn.Linear` layers become a subclass. Names, shapes, values and what
     `zoo.save` writes stay as they are, and nothing is stored twice; training, hooks and later changes of the weights work as before.
-    Code that expects contiguous weights or exactly `nn.Linear` does not, such as safetensors' `save_file`, LBFGS and torch's own
-    `quantize_dynamic`; and a fused optimizer must be made afterwards: torch pairs weights and moments by their place in memory. Weights
-    of other modules, those shared between processes, and quantised, parametrised or non-float32 ones are not touched.
+    Code that expects contiguous weights or exactly `nn.Linear` does not, such as safetensors' `save_file`, `parameters_to_vector`, LBFGS,
+    torch.fx and torch's own `quantize_dynamic`; and a fused optimizer must be made afterwards: torch pairs weights and moments by their
+    place in memory. Weights of other modules, those shared between processes or made in inference mode, and quantised, parametrised or
+    non-float32 ones are not touched.
 
     Args:
         compile: for sessions with `compile=True`, whose own kernel reads weights by rows: store them by rows.
     Returns:
         True if the weights are stored by columns now. Both layouts are timed for a few milliseconds.
+    Raises:
+        ZooError: not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise ZooError(f"model: {type(model).__name__}; want a torch.nn.Module, such as a zoo.Model")
     columns = not compile and by_columns_is_faster()
     for module in model.modules():
         if type(module) in (nn.Linear, ColumnLinear, TiedHead):
             weight: Any = module.weight
             other = weight if columns else weight.t()
-            plain = type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32 and not weight.is_shared()
+            plain = type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32
+            plain = plain and not weight.is_shared() and not weight.is_inference()
             if plain and other.is_contiguous():
                 weight.data = weight.data.t().contiguous().t() if columns else weight.data.contiguous()
             if plain and not isinstance(module, TiedHead):

@@ -125,6 +125,19 @@ def test_products_of_one_input_are_found():
     assert of_one_input(models, "abcdef") == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("layers", "precision"), [("jet attn", torch.float32), ("attn gdn", torch.float16)])
+def test_a_bundle_of_integers_sleeps(layers, precision, tmp_path):
+    """In a Loop, where one of the products of an input is read before the others; and in float16, activations rounded."""
+    model = zoo.create("gdn4-sleep2-hard8", layers=layers, d_model=64, vocab_size=50)
+    export(model.to(precision), tmp_path / "bundle", plan=Plan(dialect="ort", weights="int8"), verified=False)
+    exported, ids = ExportedModel(tmp_path / "bundle"), torch.arange(8)[None]
+    slept, wanted = (each.consolidate(ids, each.init_state()) for each in (exported, model.float()))
+    for fast, exact in zip(slept.fast, wanted.fast, strict=True):
+        if exact is not None:
+            assert (fast - exact).norm() < 0.1 * exact.norm()
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_joint_products_compute_the_same(weights, tmp_path, monkeypatch):
     """Rounding happens in groups of inputs, so joining outputs changes nothing."""

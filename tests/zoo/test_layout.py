@@ -127,6 +127,21 @@ def test_a_model_arranged_in_inference_mode_can_be_trained():
     assert all(weight.grad is not None for weight in model.parameters())
 
 
+def test_a_model_made_in_inference_mode_stays_as_it_is():
+    with torch.inference_mode():
+        model = small()
+        zoo.arrange_weights(model)
+    assert not strided(model)
+    with torch.no_grad():
+        zoo.Session(model).feed(IDS)
+
+
+@pytest.mark.parametrize("model", [None, "gdn4", {}, nn.Linear])
+def test_what_is_not_a_model_is_refused(model):
+    with pytest.raises(zoo.ZooError, match=r"model: .*; want a torch\.nn\.Module"):
+        zoo.arrange_weights(model)
+
+
 def test_compiled_sessions_read_weights_by_rows():
     plain = small()
     twin = arranged(plain)

@@ -49,6 +49,12 @@ def test_a_setting_of_the_process_stays():
         assert zoo.matmul_precision() == "high"
 
 
+@pytest.mark.parametrize("given", [{"width": 0}, {"width": "512"}, {"rows": None}, {"rows": 1.0}])
+def test_sizes_that_are_not_counts_are_refused(given):
+    with pytest.raises(zoo.ZooError, match=f"{next(iter(given))}: .*at least 1"):
+        zoo.matmul_precision(**given)
+
+
 def measured(precision, monkeypatch):
     monkeypatch.setattr("zoo.products.matmul_precision", lambda width, rows: precision)
     monkeypatch.setattr("zoo.training.loop.matmul_precision", lambda width, rows: precision)
