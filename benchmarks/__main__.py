@@ -54,7 +54,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "server_sleep": (),
 }
 
-LONG = {"export", "families", "server_prefix", "server_sessions", "server_sleep", "training_step"}
+LONG = {"export", "families", "integers", "server_prefix", "server_sessions", "server_sleep", "training_step"}
 """Benchmarks that only run if they are named, or all are: the others take half an hour."""
 
 

@@ -125,16 +125,10 @@ def in_products(
 def _trains_slowly(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> bool:
     """Return True where oneDNN would multiply in torch's attention for CPUs, with gradients, and few keys at a time."""
     inputs = (q, k, v)
-    if (
-        k.shape[2] > SHORT
-        or transformed()
-        or not torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or not any(x.requires_grad for x in inputs)
-    ):
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs) or transformed() or torch.is_autocast_enabled("cpu"):
         return False
-    plain = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in inputs) and k.shape == v.shape and q.shape[2] > 0
-    return plain and (visible is None or visible.dtype == torch.bool) and not is_highest()
+    plain = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in inputs) and (visible is None or visible.dtype == torch.bool)
+    return plain and k.shape == v.shape and k.shape[2] <= SHORT and q.shape[2] > 0 and not is_highest()
 
 
 def _multiplies_slowly(q: Tensor) -> bool:

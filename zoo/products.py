@@ -30,7 +30,7 @@ BATCH = 1024  # tokens that are multiplied at once where batches of sequences ar
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
 
 
-def matmul_precision(width: int = 512, rows: int = 16) -> str:
+def matmul_precision(width: int = 512, rows: int = 64) -> str:
     """Return the setting for `torch.set_float32_matmul_precision` under which this CPU multiplies faster without losing accuracy.
 
     With "medium", torch sends products to oneDNN. On some CPUs that is twice as fast as MKL and as accurate; on others it rounds to
@@ -38,7 +38,7 @@ def matmul_precision(width: int = 512, rows: int = 16) -> str:
 
     Args:
         width: d_model of the model.
-        rows: number of tokens that are multiplied at once: a few in a session, `BATCH` in training.
+        rows: number of tokens that are multiplied at once: those of a piece of a prompt, or `BATCH` in training.
     Returns:
         "medium" if it is at least 1.3 times faster with an error below 1e-6; otherwise, and if the process has been set to anything
         but "highest", the current setting, which is not changed.
@@ -170,7 +170,7 @@ def set_products(precision: str, bfloat16: str) -> Iterator[None]:
 
 
 @contextmanager
-def fast_products(width: int, device: str, rows: int = 16) -> Iterator[None]:
+def fast_products(width: int, device: str, rows: int = 64) -> Iterator[None]:
     """Set what `matmul_precision(width, rows)` finds until the context ends, if `device` is the CPU."""
     with set_precision(announced(matmul_precision(width, rows))) if device == "cpu" else nullcontext():
         yield

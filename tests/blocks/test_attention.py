@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import zoo
@@ -116,11 +117,17 @@ def test_where_torch_attends(streams, heads, tokens, slots, dtype, precision, ca
     assert len(own) == calls
 
 
-def test_compiled_models_use_torch(own):
-    q = torch.ones(1, 2, 1, 4)
-    with set_precision("medium"), torch.no_grad():
-        torch.compile(attention, backend="eager", fullgraph=True)(q, q, q)
+@torch.no_grad()
+def test_compiled_models_use_torch_and_are_compiled_once(own):
+    """However many keys a cache has come to hold."""
+    q, counter = torch.ones(1, 2, 1, 4), CompileCounter()
+    compiled = torch.compile(attention, backend=counter, dynamic=True, fullgraph=True)
+    with set_precision("medium"):
+        for keys in (100, SHORT, SHORT + 1, 400):
+            k = torch.ones(1, 2, keys, 4)
+            compiled(q, k, k)
     assert own
+    assert counter.frame_count == 1
 
 
 def trained(function, T, Hkv, mask, causal):
