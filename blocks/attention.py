@@ -26,7 +26,7 @@ SCORES = 1 << 17
 """Maximum number of scores of a stream for which attention is computed as products on a CPU."""
 
 SHORT = 256
-"""Number of keys from which oneDNN computes torch's attention faster than MKL: up to 1.8 times, and below up to 10 times slower."""
+"""Maximum number of keys for which MKL trains attention: oneDNN is up to 10 times slower there, and up to 1.8 times faster beyond."""
 
 
 class KV(NamedTuple):

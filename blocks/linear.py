@@ -1,4 +1,4 @@
-"""Linear layers that multiply a single row as fast as a CPU reads their weights."""
+"""Linear layers that multiply a single row at the memory bandwidth of a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.kernels.common.recording import pure
 
 CHUNK = 256
-"""Inputs that are summed in one go."""
+"""Number of inputs in a partial sum."""
 SMALLEST = 1 << 14
 """Weights with fewer entries are left to BLAS."""
 NARROWEST = 128
@@ -38,8 +38,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def one_row(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W^T: x [..., K] of one row, W [N, K] stored by columns -> [..., N], float32. None of them requires gradients.
 
-    The columns are the rows of a table, and `torch.embedding_bag` sums them with the weights x: on x86, its kernels read memory at full
-    speed, where BLAS reads half as fast. The sums do not depend on the number of threads.
+    The columns are the rows of a table, and `torch.embedding_bag` sums them with the weights x: on x86, its kernels reach the
+    memory bandwidth, and BLAS half of it. The sums do not depend on the number of threads.
     """
     N, K = weight.shape
     chunks = -(-K // CHUNK)

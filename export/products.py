@@ -36,7 +36,7 @@ def of_one_input(models: Iterable[ir.Model], names: Iterable[str]) -> list[list[
     for name in names:
         weights = [graph.initializers[PARAMETER + name] for graph in graphs if PARAMETER + name in graph.initializers]
         found = [use for weight in weights for use in uses(weight)]
-        multiplied = all(use.node.op_type == "MatMul" for use in found)
+        multiplied = found and all(use.node.op_type == "MatMul" for use in found)
         groups.setdefault(tuple(use.node.inputs[0] for use in found) if multiplied else name, []).append(name)
     return list(groups.values())
 

@@ -21,7 +21,6 @@ from zoo.registry import Registry, nearest
 
 ENVIRONMENT = "ZOO_KERNELS"
 
-
 log = logging.getLogger("zoo.kernels")
 
 operators: Registry[Callable[..., Any]] = Registry("operator", "operators", "zoo.kernels.*.op")

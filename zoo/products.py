@@ -34,7 +34,8 @@ def matmul_precision(width: int = 512, rows: int = 64) -> str:
     """Return the setting for `torch.set_float32_matmul_precision` under which this CPU multiplies faster without losing accuracy.
 
     With "medium", torch sends products to oneDNN. On some CPUs that is twice as fast as MKL and as accurate; on others it rounds to
-    bfloat16. Both settings are timed on a weight [2 W, W], W = min(width, 512), in a few milliseconds.
+    bfloat16. Both settings are timed on a weight [2 W, W], W = min(width, 512), in a few milliseconds, or
+    in a fraction of a second for `BATCH` rows.
 
     Args:
         width: d_model of the model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,29 +21,25 @@ def attend_by_mkl(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, *, ca
     return y
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-    with highest_precision():
-        return _shapes(q, k, v, mask, causal, scale)
-
-
-def _shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
     y, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return y, sums
 
 
-def _differentiate(
+def _gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with highest_precision():
-        return _gradient_shapes(dy, q, k, v, y, sums, mask, causal, scale)
-
-
-def _gradient_shapes(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, mask: Tensor | None, causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    multiply = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dq, dk, dv = multiply(dy, q, k, v, y, sums, 0.0, causal, attn_mask=mask, scale=scale)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    dq, dk, dv = backward(dy, q, k, v, y, sums, 0.0, causal, attn_mask=mask, scale=scale)
     return dq, dk, dv
+
+
+def _by_mkl(run: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:
+        with highest_precision():
+            return run(*inputs)
+
+    return call
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -60,11 +57,8 @@ _FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? sca
 _BACKWARD = (
     "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor sums, Tensor? mask, bool causal, float? scale) -> (Tensor, Tensor, Tensor)"
 )
-for _name, _fields, _run, _like in (
-    ("attention", _FORWARD, _attend, _shapes),
-    ("attention_backward", _BACKWARD, _differentiate, _gradient_shapes),
-):
+for _name, _fields, _run in (("attention", _FORWARD, _forward), ("attention_backward", _BACKWARD, _gradients)):
     torch.library.define(f"zoo::{_name}", _fields)
-    torch.library.impl(f"zoo::{_name}", "CPU", _run)
-    torch.library.register_fake(f"zoo::{_name}", _like)
+    torch.library.impl(f"zoo::{_name}", "CPU", _by_mkl(_run))
+    torch.library.register_fake(f"zoo::{_name}", _run)
 torch.library.register_autograd("zoo::attention", _backward, setup_context=_save)

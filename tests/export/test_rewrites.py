@@ -119,6 +119,7 @@ def test_products_of_one_input_are_found():
 
     models = [graph({"a": "x", "b": "x", "c": "x", "d": "y", "e": "x", "f": "x"}), graph({"a": "y", "b": "y", "c": "x"}), graph({})]
     assert of_one_input(models, "abcdef") == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
+    assert of_one_input(models[2:], "ab") == [["a"], ["b"]]  # no graph uses them
     models[1] = graph({"a": "y", "b": "y", "c": "y"})
     assert of_one_input(models, "abcdef") == [["a", "b", "c"], ["d"], ["e"], ["f"]]
     models[1] = graph({"a": "y", "b": "y"})
