@@ -165,6 +165,16 @@ def test_training_multiplies_by_mkl(form, case, own):
     assert all(map(torch.equal, found, wanted))
 
 
+def test_training_sets_the_precision_forward_and_backward(monkeypatch):
+    """On some CPUs both libraries give the same bits, so that a comparison shows nothing."""
+    made, wanted = [], torch.set_float32_matmul_precision
+    with set_precision("medium"):
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: made.append(precision) or wanted(precision))
+        trained(attention, *CASES[0])
+        monkeypatch.undo()
+    assert made == ["highest", "medium"] * 2
+
+
 def test_what_torch_alone_can_differentiate(own):
     """Values of another width, other dtypes, and second derivatives of torch.func; and many keys, which oneDNN multiplies faster."""
     q, v = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(1, 2, 3, 5)
