@@ -74,7 +74,7 @@ def beside_llama(name: str, model: zoo.Model) -> list[dict[str, Any]]:
             for form, (ours, target) in forms.items():
                 case = f"{name}{form}, 1 x {length}, first token" + ", 1 thread" * (threads == 1)
                 rows.append(
-                    compare(case, {"ours": partial(first_token, ours, ids), "llama.cpp": peer, LIMIT: limit}, rounds=3, target=target)
+                    compare(case, {"ours": partial(first_token, ours, ids), "llama.cpp": peer, LIMIT: limit}, rounds=7, target=target)
                 )
     return rows
 

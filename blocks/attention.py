@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -112,14 +113,24 @@ def attention(
 def in_products(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, *, causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """Compute `attention` as two products, for few queries: torch's own multiplies block by block, one head at a time."""
-    (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
+    """Compute `attention` of one stream as two products, for few queries: torch's own multiplies block by block, one head at a time."""
+    (_, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
     if causal:
-        visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    scores = (q * (D**-0.5 if scale is None else scale)).reshape(B, Hkv, -1, D) @ k.transpose(2, 3)
-    if visible is not None:
-        scores = scores.view(B, Hkv, -1, T, S).masked_fill(~visible[..., None, :, :], -torch.inf).view(B, Hkv, -1, S)
-    return (scores.softmax(-1) @ v).reshape(B, H, T, -1)
+        bias = _causal_bias(T, H // Hkv)
+    else:
+        bias = q.new_zeros(T, S)
+        if visible is not None:
+            bias.masked_fill_(~visible.reshape(T, S), -torch.inf)
+        bias = bias.repeat(H // Hkv, 1)
+    scale = D**-0.5 if scale is None else scale
+    scores = torch.baddbmm(bias, q.reshape(Hkv, -1, D), k[0].transpose(1, 2), alpha=scale)
+    return (scores.softmax(-1) @ v[0]).view(1, H, T, -1)
+
+
+@lru_cache(maxsize=1)  # the layers of a pass use the same
+def _causal_bias(tokens: int, queries: int) -> Tensor:
+    """Return what `queries` heads that read the same keys add to their scores, [queries * tokens, tokens]."""
+    return torch.full((tokens, tokens), -torch.inf, dtype=torch.float32, device="cpu").triu_(1).repeat(queries, 1)
 
 
 def _trains_slowly(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> bool:

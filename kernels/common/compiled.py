@@ -43,21 +43,22 @@ def one_operator(
 
         _define(name, fields, run, gradients_again, shapes)
         if keep is not None and gradients is not None:
-            _define(f"{name}_kept", fields, keep, gradients, keep)
-        torch.library.define(f"zoo::{name}_or_kept", f"({fields}) -> (Tensor, Tensor)")
+            # compiled graphs are cached on disk by the names of their operators: if the shapes of `keep` change, so must this name
+            _define(f"{name}_recorded", fields, keep, gradients, keep)
+        torch.library.define(f"zoo::{name}_or_recorded", f"({fields}) -> (Tensor, Tensor)")
 
-        @torch.library.impl(f"zoo::{name}_or_kept", "CompositeImplicitAutograd")  # here, sizes and gradients are known while tracing
+        @torch.library.impl(f"zoo::{name}_or_recorded", "CompositeImplicitAutograd")  # here, sizes and gradients are known while tracing
         def choose(*inputs: Any) -> tuple[Tensor, Tensor]:
             tensors = [x for x in inputs if isinstance(x, Tensor)]
             fixed = all(isinstance(size, int) for x in tensors for size in x.shape)
             differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-            chosen = f"{name}_kept" if keep is not None and fixed and differentiated else name
+            chosen = f"{name}_recorded" if keep is not None and fixed and differentiated else name
             result, final, *_ = getattr(torch.ops.zoo, chosen)(*inputs)
             return result, final
 
         def form(*inputs: Any) -> tuple[Tensor, Tensor]:
             if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-                return getattr(torch.ops.zoo, f"{name}_or_kept")(*inputs)
+                return getattr(torch.ops.zoo, f"{name}_or_recorded")(*inputs)
             return run(*inputs)
 
         return form

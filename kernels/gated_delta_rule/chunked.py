@@ -92,7 +92,8 @@ def _forward(
 
     Without `in_place`, autograd, tracers and transforms can record it."""
     B, T, H = q.shape[:3]
-    C = min(CHUNK, max(BASE, 1 << (T - 1).bit_length()))
+    # in place, all chunks are as short as their number allows; `invert_by_blocks` needs BASE * 2^n tokens
+    C = -(-T // -(-T // CHUNK)) if in_place else min(CHUNK, max(BASE, 1 << (T - 1).bit_length()))
     qk = torch.cat([by_chunk(q, C), by_chunk(k, C)], dim=-2).flatten(1, 2)  # one operand [n, M, 2C, K] of three products
     v, g, beta = (by_chunk(x, C).flatten(1, 2) for x in (v, g[..., None], beta[..., None]))
     decay = decays(g.cumsum(-2))  # from the chunk's start to each token
@@ -105,7 +106,7 @@ def _forward(
     times, plus = (Tensor.mul_, Tensor.baddbmm_) if in_place else (Tensor.mul, Tensor.baddbmm)
     over = Tensor.mul if keep or not in_place else Tensor.mul_
     attention, correlation = times((qk @ k.mT).unflatten(-2, (2, C)), between.unsqueeze(-3)).unbind(-3)
-    solve = unit_lower_inverse(times(correlation, beta))
+    solve = (by_substitution if in_place else unit_lower_inverse)(times(correlation, beta))
     k_left = k * between[..., -1, :, None]
     qk_decayed = over(qk.unflatten(-2, (2, C)), decay.unsqueeze(-3)).flatten(-3, -2)
     q_decayed, k_decayed = qk_decayed.split(C, dim=-2)
@@ -200,14 +201,16 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def unit_lower_inverse(A: Tensor) -> Tensor:
-    """Invert I + A, A strictly lower triangular: [..., C, C], C = 4 * 2^n; entries on and above the diagonal are ignored.
+    """Invert I + A, A strictly lower triangular: [..., C, C]; entries on and above the diagonal are ignored.
 
-    By forward substitution. A traced graph may lack that operator: there, 4 x 4 diagonal blocks are inverted by
+    By forward substitution. A traced graph may lack that operator: there, C must be 4 * 2^n; 4 x 4 diagonal blocks are inverted by
     (I - A)(I + A^2), then pairs of blocks are merged: [[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]].
     Both keep float32 accuracy on correlated keys, where the power series over all C rows overflows.
     """
-    if torch.compiler.is_compiling():
-        return invert_by_blocks(A)
+    return invert_by_blocks(A) if torch.compiler.is_compiling() else by_substitution(A)
+
+
+def by_substitution(A: Tensor) -> Tensor:
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     return torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
 

