@@ -25,6 +25,7 @@ from benchmarks.peers import SMALL, WORDS, pairs
 from zoo.export.runtime import ExportedModel
 
 LENGTH = 2304
+LENGTHS = (128, 512, 2048)
 TARGETS = {"Mamba-2 50M": 1 / 0.7, "attention 50M": 1 / 0.8}
 ALONE = {"Mamba + sliding attention 421M": "samba421m", "Jet + attention 50M": "depo10"}  # not in transformers
 
@@ -66,16 +67,15 @@ def beside_llama(name: str, model: zoo.Model) -> list[dict[str, Any]]:
         stored.write(model, Path(scratch), ["F32"], LENGTH)
         zoo.arrange_weights(model)
         forms = {"": (model, pytorch), ", exported": (ExportedModel(Path(scratch) / "F32"), 1 / 1.2)}
-        for threads, length in ((2, 128), (2, 512), (2, 2048), (1, 512)):
+        for threads, length in (*((2, length) for length in LENGTHS), (1, 512)):
             torch.set_num_threads(threads)
             ids = torch.randint(WORDS, (1, length), generator=torch.Generator().manual_seed(0))
             limit = products(model, length)
             peer = llama_first_token(stored.in_llama(Path(scratch), "F32", 1, LENGTH), ids)
             for form, (ours, target) in forms.items():
                 case = f"{name}{form}, 1 x {length}, first token" + ", 1 thread" * (threads == 1)
-                rows.append(
-                    compare(case, {"ours": partial(first_token, ours, ids), "llama.cpp": peer, LIMIT: limit}, rounds=7, target=target)
-                )
+                contenders = {"ours": partial(first_token, ours, ids), "llama.cpp": peer, LIMIT: limit}
+                rows.append(compare(case, contenders, rounds=9 if length == min(LENGTHS) else 3, target=target))
     return rows
 
 
