@@ -66,11 +66,11 @@ def beside_llama(name: str, model: zoo.Model) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         stored.write(model, Path(scratch), ["F32"], LENGTH)
         zoo.arrange_weights(model)
-        forms = {"": (model, pytorch), ", exported": (ExportedModel(Path(scratch) / "F32"), 1 / 1.2)}
         for threads, length in (*((2, length) for length in LENGTHS), (1, 512)):
             torch.set_num_threads(threads)
             ids = torch.randint(WORDS, (1, length), generator=torch.Generator().manual_seed(0))
             limit = products(model, length)
+            forms = {"": (model, pytorch), ", exported": (ExportedModel(Path(scratch) / "F32"), 1 / 1.2)}  # of that many threads
             peer = llama_first_token(stored.in_llama(Path(scratch), "F32", 1, LENGTH), ids)
             for form, (ours, target) in forms.items():
                 case = f"{name}{form}, 1 x {length}, first token" + ", 1 thread" * (threads == 1)

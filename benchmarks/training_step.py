@@ -3,7 +3,7 @@
     python -m benchmarks.training_step
 
 A step makes its batch, runs forward, backward and the optimiser. The contenders take turns; "errors" is the largest difference of their
-losses. "MKL" computes products as PyTorch does by default, the others under the precision that `zoo.matmul_precision` finds.
+losses. "MKL" computes products as PyTorch does by default, the others under the precision that `zoo train` finds.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import zoo
 from benchmarks.measure import quartiles, record
-from zoo.products import BATCH
 from zoo.training.config import TrainConfig, read_config
 from zoo.training.loop import Trainer
 from zoo.training.parallel import Team
@@ -43,17 +41,17 @@ def measure(name: str, config: TrainConfig, steps: int, target: float) -> list[d
     """Return a row for a step and one for the first step."""
     taken: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
-    fast = zoo.matmul_precision(zoo.create(config.model, device="meta", **config.overrides).config.d_model, BATCH)
-    contenders = {"ours": (True, fast), "plain blocks": (False, fast), "plain blocks, MKL": (False, "highest")}
+    contenders = {"ours": True, "plain blocks": False, "plain blocks, MKL": False}
     with tempfile.TemporaryDirectory() as scratch:
         team, trainers = Team(torch.device("cpu")), {}
-        for contender, (compile, _) in contenders.items():
+        for contender, compile in contenders.items():
             run = config.model_copy(update={"compile": compile})
             trainers[contender] = Trainer(run, RunFolder(Path(scratch) / contender, run.model_dump(mode="json"), team), team)
             trainers[contender].model.train()
+        fast = trainers["ours"].measured_precision()
         for _ in range(steps):
             for contender, trainer in trainers.items():
-                torch.set_float32_matmul_precision(contenders[contender][1])
+                torch.set_float32_matmul_precision("highest" if contender.endswith("MKL") else fast)
                 started = time.perf_counter()
                 losses.setdefault(contender, []).append(trainer.step().score.loss)
                 taken.setdefault(contender, []).append(time.perf_counter() - started)

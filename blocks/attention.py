@@ -237,4 +237,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (x_i, x_{i + R/2}) of the first R entries of x: [B, H, T, D] by the angles cos, sin: [T or B, 1, T, R/2]."""
     half = cos.shape[-1]
     a, b, *rest = x.split([half, half] if x.shape[-1] == 2 * half else [half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, *rest], dim=-1)
+    if pure():
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, *rest], dim=-1)
+    return torch.cat([(a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin), *rest], dim=-1)

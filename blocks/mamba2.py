@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,9 @@ class Mamba2Options(mixer.Options):
     scales: tuple[float, float, float, float, float] = Field(
         (1.0, 1.0, 1.0, 1.0, 1.0), description="factors of what the input projection returns: gate, inputs, B, C, step size"
     )
-    dt_limit: tuple[float, float] = Field((0.0, math.inf), description="step sizes are clamped to this range")
+    dt_limit: tuple[float, Annotated[float, Field(allow_inf_nan=True)]] = Field(
+        (0.0, math.inf), description="step sizes are clamped to this range"
+    )
     norm: Literal["after_gate", "before_gate"] | None = Field("after_gate", description="output norm of each group; null: only the gate")
     norm_eps: float = Field(1e-5, gt=0, description="eps of the output norm")
     decay_init: float = Field(

@@ -20,7 +20,7 @@ from zoo.registry import Registry
 class Options(BaseModel):
     """Options of one kind of mixer, set in a config under `blocks: {kind: {...}}`. Unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     mlp: bool = Field(True, description="whether the block has an MLP after its mixer")
     pre_norm: bool = Field(True, description="normalise the inputs of the mixer and the MLP")

@@ -16,7 +16,7 @@ from zoo.registry import Registry
 class Options(BaseModel):
     """Options of one kind of MLP, set in a config under `mlps: {kind: {...}}`. Unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     width: int | None = Field(None, ge=1, description="hidden width; default: d_ff of the model")
     bias: bool = Field(False, description="bias of every projection")

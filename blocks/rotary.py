@@ -17,7 +17,7 @@ TURN = 2.0**64  # units of a full turn: int64 arithmetic wraps around where an a
 class RopeScaling(BaseModel):
     """Scaling of rotary frequencies, with the formulas and defaults of transformers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     type: Literal["linear", "dynamic", "yarn", "llama3"] = Field(
         description="linear: all frequencies / factor; dynamic: theta grows with the stream; yarn: arXiv 2309.00071; llama3: Llama 3.1"

@@ -28,7 +28,7 @@ M = TypeVar("M", bound=BaseModel)
 class Exit(BaseModel):
     """Choice of the wake loop whose states the head reads; see `zoo.blocks.exit_gate`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     loop: int | None = Field(None, ge=0, description="index of the loop, from 0")
     threshold: float | None = Field(1.0, gt=0, description="exit at the first loop where the cumulative exit probability reaches this")
@@ -42,7 +42,7 @@ BETWEEN_PASSES = frozenset({"inject", "residual_gates"})
 class ModelConfig(BaseModel):
     """Everything that determines what a model computes. Each file in `configs/models/` holds one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     about: str = ""
@@ -291,6 +291,9 @@ def validate(form: type[M], fields: Mapping[str, Any], label: str) -> M:
         # a misspelt field first: it is often why another one is missing
         found = error.errors(include_url=False)
         first = min(found, key=lambda e: e["type"] != "extra_forbidden")
+        if first["type"] != "extra_forbidden":  # of the alternatives of a union, the one that fails further inside was meant
+            inside = [each for each in found if f"{path_of(each['loc'])}.".startswith(f"{path_of(first['loc'])}.")]
+            first = max(inside, key=lambda each: len(path_of(each["loc"])))
         where = path_of(first["loc"])
         if first["type"] == "extra_forbidden":
             problem = f"unknown field; {nearest(str(first['loc'][-1]), _fields_at(form, first['loc'][:-1]))}"

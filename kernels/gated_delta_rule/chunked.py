@@ -160,14 +160,15 @@ def _backward(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, scale: float, *k
         dS = torch.baddbmm(torch.addcmul(dS_c, decay_c, dS), k_c.mT, beta_c * dwrites[-1], alpha=-1)
     dS_C, Z = torch.stack(dends[::-1]), torch.stack(dwrites[::-1])
 
-    dv = beta * Z
-    pairs_q = (do @ U.mT * between).tril(-1)  # gradient of q k^T below the diagonal
-    pairs_k = (Z @ U.mT * between).tril(-1)  # of k k^T, times -1 / beta
-    solved = pairs_k @ k
+    # the rows of q and those of k are multiplied by the same matrices
+    both = torch.cat([do, Z], dim=-2)
+    pairs = (both @ U.mT).unflatten(-2, (2, C)).mul_(between.unsqueeze(-3)).tril_(-1).flatten(-3, -2)  # gradients of q k^T and k k^T
+    within = pairs @ k
+    dq, reads = torch.addcmul(within, both @ S_0.mT, torch.cat([decay, decay], dim=-2)).split(C, dim=-2)
+    solved, dk_reads = within[..., C:, :], beta * reads
+    dk_written = pairs.mT @ torch.cat([q, -beta * k], dim=-2)
     left = U @ dS_C.mT * between[..., -1, :, None]
-    dq = pairs_q @ k + do @ S_0.mT * decay
-    dk_reads = beta * solved + dv @ S_0.mT * decay
-    dk_written = pairs_q.mT @ q - pairs_k.mT @ (beta * k)
+    dv = beta * Z
     dbeta = (Z * W).sum(-1) - (solved * k).sum(-1)
     # A token's decay scales what its q and k read from the past, and divides what its k leaves for later tokens. A token's own
     # write has no decay: its terms are omitted, since they would cancel and, under strong decay, swamp the remaining terms.

@@ -229,3 +229,13 @@ def test_merge_leaves_its_arguments_alone():
     fields = {"blocks": {"gdn": {"heads": 4}}}
     assert merge(fields, {"blocks": {"gdn": {"heads": 2}}}) == {"blocks": {"gdn": {"heads": 2}}}
     assert fields == {"blocks": {"gdn": {"heads": 4}}}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["norm_eps", "embed_scale", "blocks.gdn.norm_eps", "blocks.attn.rope_theta", "mlps.swiglu.scale"])
+def test_numbers_are_finite(where, value):
+    given = value
+    for name in reversed(where.split(".")):
+        given = {name: given}
+    with pytest.raises(zoo.ZooError, match=f"{where.split('.')[-1]}: {value}: want a finite number"):
+        zoo.create("gdn4-sleep1", **given)

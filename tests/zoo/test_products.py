@@ -27,8 +27,24 @@ def unchanged():
 @pytest.mark.parametrize(("faster", "exact", "expected"), [(0.0, 1.0, "medium"), (0.0, 0.0, "highest"), (1e9, 1.0, "highest")])
 def test_medium_must_be_faster_and_exact(faster, exact, expected, monkeypatch):
     monkeypatch.setattr(products, "FASTER", faster)
+    monkeypatch.setattr(products, "SAVED", -1.0)
     monkeypatch.setattr(products, "EXACT", exact)
     assert zoo.matmul_precision(64) == expected
+
+
+def test_medium_must_save_time(monkeypatch):
+    monkeypatch.setattr(products, "FASTER", 0.0)
+    monkeypatch.setattr(products, "SAVED", 1e9)
+    assert zoo.matmul_precision(64) == "highest"
+
+
+def test_a_run_measures_the_rows_of_its_batches(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("zoo.training.loop.matmul_precision", lambda width, rows: seen.append((width, rows)) or "highest")
+    config = tiny(batch_size=6, accumulate=2, steps=1)
+    train(config, tmp_path / "run", measure_products=True)
+    model = zoo.create(config.model, device="meta", **config.overrides).config
+    assert seen == [(model.d_model, 3 * model.window)]
 
 
 def test_medium_that_rounds_is_refused(monkeypatch):
@@ -40,6 +56,7 @@ def test_medium_that_rounds_is_refused(monkeypatch):
         return linear(x.bfloat16(), weight.bfloat16()).float() if medium else linear(x, weight)
 
     monkeypatch.setattr(products, "FASTER", 0.0)
+    monkeypatch.setattr(products, "SAVED", -1.0)
     monkeypatch.setattr(products.F, "linear", rounding)
     assert zoo.matmul_precision(64) == "highest"
 

@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 class Task(BaseModel):
     """A generator of sequences. Subclasses add their parameters as fields and implement the members below."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     name: ClassVar[str]
     level_name: ClassVar[str] = "level"
     """Name of the quantity that makes a question harder."""

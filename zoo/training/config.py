@@ -26,7 +26,7 @@ Report = Callable[[dict[str, Any]], None]
 class TrainConfig(BaseModel):
     """One training run. Each file in `configs/train/` holds one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(description="model name with suffixes, a YAML file, or the folder of a model, whose weights are the initial ones")
     overrides: dict[str, Any] = Field({}, description="config fields of the model to replace")

@@ -17,7 +17,7 @@ from zoo.costs import peak_flops, training_flops
 from zoo.errors import ZooError, counted
 from zoo.files import as_path
 from zoo.model import Model
-from zoo.products import BATCH, announced, bfloat16_products, matmul_precision, set_products
+from zoo.products import announced, bfloat16_products, matmul_precision, set_products
 from zoo.signals import StoppedError, deferred
 from zoo.system import peak_resident
 from zoo.tasks import Batch
@@ -115,10 +115,14 @@ class Trainer:
                 self.precision = progress.get("matmul_precision", self.precision)
                 self.bfloat16_products = progress.get("bfloat16_products", self.bfloat16_products)
         elif measure_products and on_cpu:
-            measured = announced(matmul_precision(self.model.config.d_model, BATCH)) if self.team.is_main else None
-            self.precision = self.team.broadcast(measured)
+            self.precision = self.team.broadcast(announced(self.measured_precision()) if self.team.is_main else None)
             if self.config.dtype == "bfloat16":
                 self.bfloat16_products = self.team.broadcast(bfloat16_products())
+
+    def measured_precision(self) -> str:
+        """Return what `matmul_precision` finds for the tokens of a batch that are multiplied at once."""
+        window = self.model.config.window or self.task.window
+        return matmul_precision(self.model.config.d_model, self.config.batch_size // self.config.accumulate * window)
 
     def train(self, stop_requested: Callable[[], int], report: Report) -> dict[str, Any]:
         """Take the remaining steps, evaluate, and write the final model. Raises StoppedError.

@@ -25,7 +25,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 class LoRA(BaseModel):
     """Fields of `lora:` in a run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rank: int = Field(8, ge=1, description="rows of A, columns of B")
     alpha: float = Field(16.0, gt=0, description="adapters are scaled by alpha / rank")

@@ -27,7 +27,7 @@ Match = Literal["tokens", "flops"]
 class Budget(BaseModel):
     """Training length of arms."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     times: int = Field(default=1, ge=1, description="multiple of the tokens or FLOPs of `reference`")
     arms: tuple[str, ...] | None = Field(default=None, min_length=1, description="arms that get it; default: all")
@@ -47,7 +47,7 @@ class Matching(NamedTuple):
 class Plan(BaseModel):
     """One ablation. Each file in `configs/ablations/` holds one, where `run` may name a run that `base` modifies."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     base: dict[str, Any] = Field(description="fields of the run that the arms modify")
     grid: dict[str, list[Any]] = Field({}, description="dotted paths of fields, each with a list of values: an arm for every combination")

@@ -1,6 +1,7 @@
 """Labels against brute force, splits apart, baselines against enumeration and simulation."""
 
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from itertools import pairwise, permutations
@@ -577,6 +578,9 @@ def test_text_refuses(text, tmp_path):
     for weights in ({}, {text["train"]: -1}):
         with pytest.raises(zoo.ZooError, match="want at least one file, and weights above 0"):
             new_task({**text, "train": weights})
+    for weight in (math.nan, math.inf):
+        with pytest.raises(zoo.ZooError, match=r"test2\.npy: (nan|inf): want a finite number"):
+            new_task({**text, "train": {text["train"]: 1, str(tmp_path / "test2.npy"): weight}})
     with pytest.raises(zoo.ZooError, match="length: 6000"):
         new_task({**text, "length": 6000})
     with pytest.raises(zoo.ZooError, match="token 9 in the train file; vocab says that ids are less than 9"):
