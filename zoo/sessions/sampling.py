@@ -147,7 +147,9 @@ class Sampler:
 
 def _most_likely(scores: Tensor) -> Tensor:
     """Return `scores.argmax(-1)`. On a CPU, numpy takes a tenth of the time of torch."""
-    return torch.from_numpy(scores.detach().numpy().argmax(-1)) if scores.is_cpu else scores.argmax(-1)
+    if scores.is_cpu and scores.dtype == torch.float32:  # a logits processor may return another dtype
+        return torch.from_numpy(scores.detach().numpy().argmax(-1))
+    return scores.argmax(-1)
 
 
 def _check_token(field: str, token: int, vocab_size: int) -> None:

@@ -65,6 +65,14 @@ def test_greedy_and_its_penalty():
     assert sampler(LOGITS).tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_most_likely_token_of_any_dtype(dtype):
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    logits[1, 7] = float("nan")  # counts as the largest, as in torch
+    sampler = Sampler(Sampling(tokens=1, logits_processor=lambda scores: scores.to(dtype).requires_grad_()), torch.zeros(3, 0).long(), 50)
+    assert sampler(logits).tolist() == [int(logits[0].to(dtype).argmax()), 7, int(logits[2].to(dtype).argmax())]
+
+
 def test_seed():
     def draw(seed):
         sampler = Sampler(Sampling(tokens=1, temperature=1.0, seed=seed), torch.zeros(1, 0, dtype=torch.int64), 5)
