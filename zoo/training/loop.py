@@ -120,9 +120,9 @@ class Trainer:
                 self.bfloat16_products = self.team.broadcast(bfloat16_products())
 
     def measured_precision(self) -> str:
-        """Return what `matmul_precision` finds for the tokens of a batch that are multiplied at once."""
-        window = self.model.config.window or self.task.window
-        return matmul_precision(self.model.config.d_model, self.config.batch_size // self.config.accumulate * window)
+        """Return what `matmul_precision` finds for the tokens that a process multiplies at once: a window of a micro-batch."""
+        sequences = max(1, self.config.batch_size // (self.config.accumulate * self.team.size))
+        return matmul_precision(self.model.config.d_model, sequences * (self.model.config.window or self.task.window))
 
     def train(self, stop_requested: Callable[[], int], report: Report) -> dict[str, Any]:
         """Take the remaining steps, evaluate, and write the final model. Raises StoppedError.
