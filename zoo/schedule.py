@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from zoo.errors import ZooError, counted
 from zoo.registry import Registry
+
+LONGEST_PAUSE = 1e9
+"""Limit of `idle`, in seconds; a thread cannot wait ten times as long."""
 
 schedules: Registry[type[Schedule]] = Registry("schedule", "schedules")
 
@@ -33,7 +37,7 @@ class Interval(Schedule):
     """`interval(n)`: every n tokens."""
 
     def __init__(self, tokens: float) -> None:
-        if tokens != int(tokens) or tokens < 1:
+        if not (1 <= tokens < math.inf and tokens == int(tokens)):
             raise ZooError(f"interval: {tokens} must be a number of tokens, at least 1")
         self.tokens = int(tokens)
 
@@ -53,8 +57,8 @@ class Idle(Schedule):
     """
 
     def __init__(self, seconds: float) -> None:
-        if not 0 <= seconds < float("inf"):
-            raise ZooError(f"idle: {seconds} must be a number of seconds, at least 0")
+        if not 0 <= seconds <= LONGEST_PAUSE:
+            raise ZooError(f"idle: {seconds} must be a number of seconds from 0 to {LONGEST_PAUSE:.0e}")
         self.pause = seconds
 
     def due(self, window: int | None) -> int | None:

@@ -161,7 +161,10 @@ COMMANDS = [
     *((command, "{place}/model", "--device", device) for command in ("chat", "serve") for device in (DEVICE, "gpu", "meta")),
     *((command, "{place}/model", "--dtype", "int8") for command in ("chat", "serve")),
     ("serve", "{place}/model", "--when", "sometimes"),
-    ("serve", "{place}/model", "--when", "interval(0)"),
+    *(
+        ("serve", "{place}/model", "--when", when)
+        for when in ("interval(0)", "interval(1e999)", "interval(nan)", "idle(nan)", "idle(1e300)")
+    ),
     ("serve", "{place}/model", "--max-bytes", "10"),
     ("serve", "{place}/model", "--port", "70000"),
     ("serve", "{place}/model", "--port", "{port}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,23 +34,26 @@ class Constraint(Protocol):
 
 
 LEAST_TEMPERATURE = 1e-30  # its inverse is finite in float32; below, the most likely token has all the probability anyway
+LARGEST = 1e30  # products with a count of tokens, and sums of several, are finite in float32
+Penalty = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Bias = Annotated[float, Field(le=LARGEST, allow_inf_nan=True)]
 
 
 class Sampling(BaseModel):
     """Settings of one generation. Greedy by default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
     tokens: int = Field(ge=1, description="maximum number of tokens")
     stop: tuple[int, ...] = Field((), description="stop tokens: generation ends with the first of them")
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: always the most likely token")
+    temperature: float = Field(0.0, ge=0, le=LARGEST, description="0: always the most likely token")
     top_k: int | None = Field(None, ge=1, description="sample only from the k most likely tokens")
     top_p: float | None = Field(None, gt=0, le=1, description="sample only from the smallest set of tokens with total probability p")
     min_p: float | None = Field(None, ge=0, le=1, description="sample only from tokens at least p times as likely as the most likely one")
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="above 1: tokens that were seen become less likely")
-    presence_penalty: float = Field(0.0, allow_inf_nan=False, description="subtracted from the logits of tokens that were generated")
-    frequency_penalty: float = Field(0.0, allow_inf_nan=False, description="subtracted for each time that a token was generated")
-    logit_bias: Mapping[int, float] = Field({}, description="added to the logits of these tokens")
+    repetition_penalty: float = Field(1.0, ge=1 / LARGEST, le=LARGEST, description="above 1: tokens that were seen become less likely")
+    presence_penalty: Penalty = Field(0.0, description="subtracted from the logits of tokens that were generated")
+    frequency_penalty: Penalty = Field(0.0, description="subtracted for each time that a token was generated")
+    logit_bias: Mapping[int, Bias] = Field({}, description="added to the logits of these tokens; -inf excludes one")
     logits_processor: LogitsProcessor | None = Field(None, description="returns the logits [B, V] to use in place of those it is given")
     constraint: Constraint | None = Field(None, description="decides which tokens may come next")
     seed: int | None = Field(None, ge=0, lt=2**63, description="makes the tokens reproducible; None: a random seed")
@@ -75,6 +78,7 @@ class Sampler:
         penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self._counts = torch.zeros(self.seen.shape, device=seen.device) if penalised else None
         self._bias = self._logit_bias(vocab_size, seen.device) if sampling.logit_bias else None
+        self._may_exclude_all = self._bias is not None or sampling.logits_processor is not None
         self.generator = torch.Generator(seen.device)
         if sampling.seed is None:
             self.generator.seed()
@@ -88,7 +92,7 @@ class Sampler:
         bias = torch.zeros(vocab_size, device=device)
         for token, value in self.sampling.logit_bias.items():
             _check_token("logit_bias", token, vocab_size)
-            bias[token] = value
+            bias[token] = value if value >= -LARGEST else -math.inf
         return bias
 
     @property
@@ -97,7 +101,7 @@ class Sampler:
         return bool(self._over.all())
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Choose the next token of each stream, [B], from logits [B, V]."""
+        """Choose the next token of each stream, [B], from logits [B, V]. Raises ZooError if every token is excluded."""
         scores = self.scores(logits)
         if self.sampling.temperature == 0:
             token = _most_likely(scores)
@@ -121,7 +125,7 @@ class Sampler:
         how = self.sampling
         scores = logits.float()
         if how.logits_processor is not None:
-            scores = how.logits_processor(scores)
+            scores = _checked(how.logits_processor(scores), scores)
         if how.constraint is not None:
             scores = scores.masked_fill(~how.constraint.allowed().to(scores.device), float("-inf"))
         if how.repetition_penalty != 1:  # CTRL, arXiv 1909.05858, section 4.1
@@ -131,6 +135,8 @@ class Sampler:
             scores = scores - how.frequency_penalty * self._counts - how.presence_penalty * (self._counts > 0)
         if self._bias is not None:
             scores = scores + self._bias
+        if self._may_exclude_all and not scores.isfinite().any(-1).all():
+            raise ZooError("generate: logit_bias, logits_processor and constraint exclude every token")
         if how.temperature > 0:
             scores = (scores - scores.amax(-1, keepdim=True)) / max(how.temperature, LEAST_TEMPERATURE)
         if how.top_k is not None and how.top_k < scores.shape[-1]:
@@ -147,9 +153,19 @@ class Sampler:
 
 def _most_likely(scores: Tensor) -> Tensor:
     """Return `scores.argmax(-1)`. On a CPU, numpy takes a tenth of the time of torch."""
-    if scores.is_cpu and scores.dtype == torch.float32:  # a logits processor may return another dtype
+    if scores.is_cpu:
         return torch.from_numpy(scores.detach().numpy().argmax(-1))
     return scores.argmax(-1)
+
+
+def _checked(result: Any, scores: Tensor) -> Tensor:
+    """Return what a logits processor returned for `scores`, as float32. Raises ZooError."""
+    if not isinstance(result, Tensor) or result.shape != scores.shape or not result.is_floating_point():
+        what = f"{str(result.dtype).removeprefix('torch.')} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise ZooError(f"logits_processor: returned {what}; want a tensor of floats {list(scores.shape)}")
+    if not (result < math.inf).all():
+        raise ZooError("logits_processor: returned a logit that is NaN or +inf; -inf excludes a token")
+    return result.to(scores)
 
 
 def _check_token(field: str, token: int, vocab_size: int) -> None:

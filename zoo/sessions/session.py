@@ -159,14 +159,15 @@ class Session:
             min_p: sample from the tokens that are at least p times as likely as the most likely one.
             repetition_penalty: above 1, tokens of the prompt and of the answer become less likely (arXiv 1909.05858).
             presence_penalty, frequency_penalty: subtracted from the logits of tokens in the answer, once and for each occurrence.
-            logit_bias: added to the logits of these tokens.
+            logit_bias: added to the logits of these tokens; -inf excludes one.
             logits_processor: called with the logits [B, V] for each token, float32; returns those to use instead.
             constraint: decides which tokens may come next and when the answer is complete, such as `JsonSchema.answer()` of
                 `zoo.text.json_schema`. For one stream only.
             seed: makes the tokens reproducible.
             seen: earlier tokens to which the repetition penalty applies too, [B, T].
         Raises:
-            ZooError: a bad argument, at once and before anything is read.
+            ZooError: a bad argument, at once and before anything is read; a token later, if the processor does not return logits
+                [B, V], or every token is excluded.
         """
         how = {"stop": stop, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         how |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
