@@ -11,6 +11,7 @@ import click
 
 from zoo.errors import ZooError
 from zoo.files import as_path
+from zoo.schedule import LONGEST_WAIT
 
 
 class Number(click.FloatRange):
@@ -32,6 +33,7 @@ class FilePath(click.Path):
 
 
 PATH = FilePath()
+SECONDS = Number(0, LONGEST_WAIT)
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Device to run on, such as cuda or cuda:1.")
 DTYPE = click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Weights and activations.  [default: as stored]"

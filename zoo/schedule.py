@@ -8,8 +8,8 @@ import re
 from zoo.errors import ZooError, counted
 from zoo.registry import Registry
 
-LONGEST_PAUSE = 1e9
-"""Limit of `idle`, in seconds; a thread cannot wait ten times as long."""
+LONGEST_WAIT = 1e9
+"""Limit of every wait that a user chooses, in seconds; a thread cannot wait ten times as long."""
 
 schedules: Registry[type[Schedule]] = Registry("schedule", "schedules")
 
@@ -57,8 +57,8 @@ class Idle(Schedule):
     """
 
     def __init__(self, seconds: float) -> None:
-        if not 0 <= seconds <= LONGEST_PAUSE:
-            raise ZooError(f"idle: {seconds} must be a number of seconds from 0 to {LONGEST_PAUSE:.0e}")
+        if not 0 <= seconds <= LONGEST_WAIT:
+            raise ZooError(f"idle: {seconds} must be a number of seconds from 0 to {LONGEST_WAIT:.0e}")
         self.pause = seconds
 
     def due(self, window: int | None) -> int | None:

@@ -171,6 +171,7 @@ COMMANDS = [
     ("serve", "{place}/model", "--host", "256.1.1.1"),
     ("serve", "{place}/model", "--slots", "0"),
     ("serve", "{place}/model", "--idle", "nan"),
+    *(("serve", "{place}/model", wait, "1e300") for wait in ("--idle", "--wait", "--grace", "--client-timeout")),
     *(("doctor", "--device", device) for device in (DEVICE, "gpu", "meta")),
     ("train", "x" * 300),
     ("eval", "x" * 300),

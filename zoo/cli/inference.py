@@ -11,7 +11,8 @@ import click
 from zoo.cli.group import main
 from zoo.config import parse_overrides
 from zoo.errors import ZooError
-from zoo.options import COMPILE, DEVICE, DTYPE, THREADS, Number
+from zoo.options import COMPILE, DEVICE, DTYPE, SECONDS, THREADS, Number
+from zoo.schedule import LONGEST_WAIT
 from zoo.signals import interruptible
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def chat(
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0 picks a free one.")
 @click.option("--slots", type=click.IntRange(min=1), help="Maximum number of streams in a batch.  [default: 8, at most --sessions]")
 @click.option("--sessions", type=click.IntRange(min=1), default=64, show_default=True, help="Maximum number of open streams.")
-@click.option("--idle", type=Number(min=0), default=3600.0, show_default=True, help="Seconds to keep an unused session.")
+@click.option("--idle", type=SECONDS, default=3600.0, show_default=True, help="Seconds to keep an unused session.")
 @click.option("--when", default="full", show_default=True, help="When streams sleep: full, 'interval(512)' or 'idle(0.5)'.")
 @click.option(
     "--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Maximum tokens per stream if the model never sleeps."
@@ -82,7 +83,7 @@ def chat(
 @click.option(
     "--client-timeout",
     "patience",
-    type=Number(min=0, min_open=True),
+    type=Number(0, LONGEST_WAIT, min_open=True),
     default=30.0,
     show_default=True,
     help="Seconds for a client to send a request, or to read a part of an answer.",
@@ -90,7 +91,7 @@ def chat(
 @click.option(
     "--queue", type=click.IntRange(min=0), default=64, show_default=True, help="Maximum number of requests that wait for a stream."
 )
-@click.option("--wait", type=Number(min=0), default=10.0, show_default=True, help="Seconds that a request may wait for a stream.")
+@click.option("--wait", type=SECONDS, default=10.0, show_default=True, help="Seconds that a request may wait for a stream.")
 @click.option(
     "--prefix-bytes",
     type=click.IntRange(min=0),
@@ -116,7 +117,7 @@ def chat(
 @click.option("--otlp", metavar="URL", help="OpenTelemetry collector for traces, such as http://localhost:4318/v1/traces.")
 @click.option("--page/--no-page", default=True, show_default=True, help="Serve a page for a browser at /.")
 @click.option("--name", help="Name of the model in requests.  [default: its own]")
-@click.option("--grace", type=Number(min=0), default=30.0, show_default=True, help="Seconds to finish answers after SIGTERM or Ctrl-C.")
+@click.option("--grace", type=SECONDS, default=30.0, show_default=True, help="Seconds to finish answers after SIGTERM or Ctrl-C.")
 @COMPILE
 @DEVICE
 @DTYPE
