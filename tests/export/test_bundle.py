@@ -190,12 +190,23 @@ def test_graphs_disturb_no_other_sessions(bundles):
     """Threads of a graph that rests do not spin, and other code of the process may open sessions of its own."""
     folder = bundles("hard").folder
     bundle = ExportedModel(folder).bundle
-    options = {file: session_options(bundle, file) for file in bundle.graphs}
-    assert all(each.get_session_config_entry("session.force_spinning_stop") == "1" for each in options.values())
-    assert options["consolidation.onnx"].get_session_config_entry("session.disable_prepacking") == "1"
-    with pytest.raises(RuntimeError, match="does not have configuration"):
-        options["prediction.onnx"].get_session_config_entry("session.disable_prepacking")
+    options = [session_options(bundle, folder / file) for file in bundle.graphs]
+    assert all(each.get_session_config_entry("session.force_spinning_stop") == "1" for each in options)
     onnxruntime.InferenceSession(str(folder / "prediction.onnx"), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_large_weights_are_packed_once_and_small_ones_for_every_graph(bundles, monkeypatch, room):
+    folder = bundles("hard").folder
+    bundle = ExportedModel(folder).bundle
+    monkeypatch.setattr("zoo.export.runtime.SMALL", (folder / "weights.bin").stat().st_size - 1 + room)
+    for file in bundle.graphs:
+        options = session_options(bundle, folder / file)
+        if room or file == "prediction.onnx":
+            with pytest.raises(RuntimeError, match="does not have configuration"):
+                options.get_session_config_entry("session.disable_prepacking")
+        else:
+            assert options.get_session_config_entry("session.disable_prepacking") == "1"
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -112,7 +112,7 @@ def test_onnxruntime_fuses_every_product(bundles, case, tmp_path):
     model, folder, _ = bundles(case)
     bundle = Bundle.read(folder)
     for file in ("prediction.onnx", "consolidation.onnx"):
-        options = session_options(bundle, file)
+        options = session_options(bundle, folder / file)
         options.optimized_model_filepath = str(tmp_path / file)
         onnxruntime.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
         written, optimised = (
