@@ -1,6 +1,7 @@
 """C++ kernels for one token: the results of float64 for all shapes; and how they are compiled."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -264,6 +265,17 @@ def test_the_library_is_compiled_once(tmp_path):
     assert [build_in(tmp_path / "cache", compiler) for _ in range(2)] == ["built"] * 2
     assert log.read_text() == "once\n"
     assert [file.suffix for file in (tmp_path / "cache").rglob("*") if file.is_file()] == [".so"]
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_the_code_for_narrower_vectors(tmp_path, capability):
+    """Every machine that has wider vectors compiles, runs and checks the code of the others, too."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    variables = inherited | {"ATEN_CPU_CAPABILITY": capability, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "float64 or any_size or depend", __file__]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50
 
 
 @pytest.mark.parametrize(
