@@ -122,7 +122,7 @@ def main() -> None:
     zoo.arrange_weights(words)
     ids = torch.randint(152_000, (1, 512), generator=torch.Generator().manual_seed(0))
     parts = {"ours": partial(first_token, words, ids), "blocks alone": partial(words.wake, ids)}
-    rows.append(compare("first token after 512, 152,000 words", parts, rounds=5, target=1 / 1.1))
+    rows.append(compare("first token after 512, vocabulary of 152,000", parts, rounds=5, target=1 / 1.1))
     record("opening", rows)
 
 

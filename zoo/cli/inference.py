@@ -75,7 +75,9 @@ def chat(
 @click.option(
     "--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Maximum tokens per stream if the model never sleeps."
 )
-@click.option("--max-prompt", type=click.IntRange(min=1), default=32768, show_default=True, help="Maximum number of tokens in a prompt.")
+@click.option(
+    "--max-prompt", type=click.IntRange(min=1), default=32768, show_default=True, help="Maximum number of new tokens in a prompt."
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Maximum number of tokens in an answer.")
 @click.option("--max-bytes", type=click.IntRange(min=1), help="Memory limit for stream states; refuses settings that may exceed it.")
 @click.option("--max-body", type=click.IntRange(min=1), default=2**20, show_default=True, help="Maximum size of a request, in bytes.")

@@ -98,7 +98,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, track: tupl
 @click.option("--sequences", type=click.IntRange(min=1), help="Maximum number of held-out sequences.  [default: as in the run, else 2048]")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the sequences of the run's task.  [default: as in the run]")
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep.  [default: as trained]")
-@click.option("--compare", is_flag=True, help="Compare with the parent and without sleep, in one table.")
+@click.option("--compare", is_flag=True, help="Compare with the parent and without sleep.")
 @click.option("--parent", type=PATH, help="Folder of the parent for --compare.  [default: the run's initial weights, else its own]")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @DEVICE
@@ -154,7 +154,7 @@ def ablate(plan: str, overrides: tuple[str, ...], out: Path, processes: int | No
 
     PLAN names the arms: a YAML file, or a shipped plan, for example `zoo ablate cycle-small base.steps=100 seeds=[0] --out FOLDER`.
 
-    Every arm is trained with every seed, by default for the tokens and for the training FLOPs of the first arm (match=[tokens] and
+    Every arm is trained with every seed, by default for the tokens and the training FLOPs of the reference arm (match=[tokens] and
     match=[flops] choose). Results: runs.csv, table.md and plots. Ctrl-C and the other signals of `zoo train` stop it; to resume,
     repeat the command.
 

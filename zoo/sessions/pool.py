@@ -37,8 +37,8 @@ class SessionPool:
         model: a `zoo.Model`, or the model of a bundle.
         slots: maximum number of streams in a batch, at most `streams`; more streams take turns. Default 8, or `streams` if that is less.
         streams: maximum number of open streams, default `slots`.
-        when: the schedule of every stream. Under `interval(n)` with n below the window, and `idle`, streams continue to answer
-            while they sleep.
+        when: the schedule of every stream. Under `interval(n)` with n below the window, streams continue to answer while they
+            sleep.
         context: maximum number of tokens per stream, for a model that never sleeps.
         max_bytes: upper bound on `bytes`.
         compile: on a CPU, compile the blocks for one stream and for several, in the background, and use them as soon as they are
