@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Maximum number of tokens in an answer.")
-@click.option("--temperature", type=Number(min=0), default=0.8, show_default=True, help="0 always picks the most likely token.")
+@click.option("--temperature", type=Number(0, 1e30), default=0.8, show_default=True, help="0 always picks the most likely token.")
 @click.option(
     "--top-p",
     type=Number(0, 1, min_open=True),
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Sample from the smallest set of tokens with this total probability.",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="Seed for reproducible answers.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed for reproducible answers.")
 @click.option("--loops", type=click.IntRange(min=1), help="Passes per sleep between turns.  [default: as in the model]")
 @COMPILE
 @DEVICE

@@ -32,7 +32,13 @@ class Source(click.Path):
 )
 @click.option("--field", default="text", show_default=True, help="Field of a row that holds the text.")
 @click.option("--split", default="train", show_default=True, help="Split of datasets that is read.")
-@click.option("--held-out", type=Number(0, 1), default=0.01, show_default=True, help="Fraction of documents held out in test.npy.")
+@click.option(
+    "--held-out",
+    type=Number(0, 1, min_open=True, max_open=True),
+    default=0.01,
+    show_default=True,
+    help="Fraction of documents held out in test.npy.",
+)
 def tokenize(corpus: tuple[Path | str, ...], out: Path, tokenizer: Path | None, field: str, split: str, held_out: float) -> None:
     """Turn text into tokens for the task `text`.
 

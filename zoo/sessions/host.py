@@ -118,6 +118,8 @@ class Host(Protocol):
 
     reads_while_asleep: bool
     """True if a sleep that is due before the window is full runs in the background."""
+    single: bool
+    """True if a session has one stream."""
     keeps_hidden: bool
     """True if sessions may keep hidden states, from which a sleep can continue."""
     context: int | None
@@ -167,6 +169,7 @@ class Alone:
     """
 
     reads_while_asleep = False
+    single = False
     keeps_hidden = True
     context: int | None = None
 

@@ -45,6 +45,7 @@ class Scheduler:
     """
 
     reads_while_asleep = True
+    single = True
     keeps_hidden = False
 
     def __init__(self, slots: Places[Stream], streams: int, context: int) -> None:

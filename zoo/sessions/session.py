@@ -180,6 +180,8 @@ class Session:
                 raise ZooError(f"prompt: None; {why}, so there is nothing to continue")
             prompt = self._snapshot.ids[:, :0]
         self._check(prompt, least=0 if started else 1)
+        if seen is not None:
+            self._check(seen, name="seen")
         sampler = Sampler(sampling, prompt if seen is None else torch.cat([seen, prompt], dim=1), self.model.config.vocab_size)
         return self._host.run_each(self._stream, self._next_tokens(prompt, sampler))
 
@@ -198,7 +200,8 @@ class Session:
         """Replace the streams with those that `save` wrote.
 
         Raises:
-            ZooError: the file is damaged, or of another model; the session stays as it was.
+            ZooError: the file is damaged, or of another model, or has several streams for a session of a pool; the session stays as
+                it was.
         """
         return self.restore(read_file(as_path(path), self._model))
 
@@ -207,7 +210,10 @@ class Session:
         return self._current()
 
     def restore(self, snapshot: Snapshot) -> Self:
-        """Replace the streams with those of a snapshot of the same model and batch size."""
+        """Replace the streams with those of a snapshot of the same model. Raises ZooError if a pool is given several."""
+        streams = len(snapshot.ids)
+        if streams > 1 and self._host.single:
+            raise ZooError(f"session: {streams} streams; a session of a pool has one")
         self._host.run(self._stream, self._replace(snapshot if self._host.keeps_hidden else snapshot._replace(hidden=None)))
         return self
 
@@ -348,14 +354,14 @@ class Session:
                 f"ids: {counted(tokens, 'token')}; the window of {window} has room for {room}, and the schedule is manual: {after}"
             )
 
-    def _check(self, ids: Tensor, least: int = 0) -> None:
+    def _check(self, ids: Tensor, least: int = 0, name: str = "ids") -> None:
         """Refuse ids that are not [B, T] int64 with T at least `least`, or outside the vocabulary. Raises ZooError."""
         batch, vocabulary = self._snapshot.ids.shape[0], self.model.config.vocab_size
         if not isinstance(ids, Tensor):
-            raise ZooError(f"ids: {type(ids).__name__}; want a tensor, [{batch}, T] torch.int64")
+            raise ZooError(f"{name}: {type(ids).__name__}; want a tensor, [{batch}, T] torch.int64")
         if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < least or ids.dtype != torch.int64:
-            raise ZooError(f"ids: {list(ids.shape)} {ids.dtype}; want [{batch}, T] torch.int64{' with T at least 1' if least else ''}")
+            raise ZooError(f"{name}: {list(ids.shape)} {ids.dtype}; want [{batch}, T] torch.int64{' with T at least 1' if least else ''}")
         if ids.device != self.device:
-            raise ZooError(f"ids: on {ids.device}; the session is on {self.device}")
+            raise ZooError(f"{name}: on {ids.device}; the session is on {self.device}")
         if ids.numel():
             check_range(ids, vocabulary)

@@ -108,9 +108,11 @@ class Worker:
                 line = process.stdout.readline()
             except (BrokenPipeError, ConnectionError):
                 line = ""
+            except BaseException:  # interrupted: the next request must not read this one's reply
+                self.close()
+                raise
             if not line:
-                process.kill()
-                process.wait()
+                self.close()
                 raise ZooError("chat template: takes too long")
             reply: dict[str, Any] = json.loads(line)
             return reply

@@ -75,6 +75,7 @@ def comparison(
         For each arm its name, folder, evict, window and loops, with the loss, perplexity, bits_per_byte, accuracy and loss_by_window
         of `evaluate`, tokens_per_second and state_bytes (the peak of one stream); or `refused`, why it cannot run.
     """
+    lengths = [task.batch(seed, n, 1, "test").ids.shape[1] for n in range(min(sequences, task.held_out() or sequences))]
     lines = []
     for number, arm in enumerate(entries):
         line: dict[str, Any] = {"name": arm.name, "folder": str(arm.folder)}
@@ -89,10 +90,9 @@ def comparison(
         except ZooError as error:
             lines.append({**line, "refused": str(error)})
             continue
-        tokens = task.batch(seed, 0, 1, "test").ids.shape[1]
         line |= {field: getattr(model.config, field) for field in ("evict", "window", "loops")}
         line |= {field: results[field] for field in ("loss", "perplexity", "bits_per_byte", "accuracy", "loss_by_window")}
-        line |= {"tokens_per_second": round(sequences * tokens / seconds), "state_bytes": state_bytes(model, tokens)}
+        line |= {"tokens_per_second": round(sum(lengths) / seconds), "state_bytes": state_bytes(model, max(lengths))}
         lines.append(line)
     return lines
 

@@ -36,7 +36,7 @@ class TrainConfig(BaseModel):
     task: dict[str, Any] = Field(description="name and parameters of the task")
     steps: int = Field(ge=1)
     batch_size: int = Field(64, ge=1, description="sequences per step")
-    seed: int = Field(0, ge=0, description="seed of the weights and of the data")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the weights and of the data")
     accumulate: int = Field(1, ge=1, description="micro-batches per step and process")
     recompute: Recompute = Field("nothing", description="activations to recompute in the backward pass; see `zoo.model.Model.answers`")
     backward_chunks: int | None = Field(None, ge=1, description="truncate gradients to groups of this many chunks, counted from the last")

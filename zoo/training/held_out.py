@@ -93,9 +93,10 @@ def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig
     Raises:
         ZooError: the file cannot be read, or `length` is given for questions.
     """
-    width = model.window or WIDTH
     trained = {} if run is None else run.task
     keys = _keys_of_first_row(file)
+    like_run = trained.get("name") == "qa" and "question" in keys
+    width = model.window or (trained.get("width", WIDTH) if like_run else WIDTH)
     fields: dict[str, Any] = {"train": str(file), "test": str(file), "vocab": model.vocab_size, "width": width}
     fields["tokenizer"] = str(folder) if has_tokenizer(folder) else None
     if "messages" in keys:
@@ -103,7 +104,7 @@ def held_out_task(file: Path, folder: Path, model: ModelConfig, run: TrainConfig
     if "question" in keys:
         if length is not None:
             raise ZooError(f"--length: {length}; {file} holds questions, which have their own lengths")
-        windows = trained.get("windows", 1) if trained.get("name") == "qa" else 2**20  # all of every context
+        windows = trained.get("windows", 1) if like_run else 2**20  # all of every context
         questions = Qa.model_construct(**fields, windows=windows)
         longest = max(-(-len(row.context) // width) for row in questions.rows("test"))
         return questions.model_copy(update={"windows": max(1, min(windows, longest))})  # with the rows that were read

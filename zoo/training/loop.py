@@ -84,7 +84,7 @@ class Trainer:
         initial = run.newest() is None or config.lora is not None  # a checkpoint has its own weights
         self.task, self.model, self.answer, self.weights, self.optimizers, frozen = prepare(config, team.device, team, initial=initial)
         self.inputs = self.task.fingerprints() | ({} if frozen is None else {"weights": frozen})
-        self.done = 0
+        self.done, self.tokens = 0, 0
         self.divergence = Divergence(config.diverged)
         self.precision = torch.get_float32_matmul_precision()
         self.bfloat16_products = "bfloat16"
@@ -109,7 +109,7 @@ class Trainer:
             progress = self.run.progress(checkpoint)
             self.model.companions = read_companions(checkpoint)
             restore(self.optimizers, self.weights, self.run.load(checkpoint, self.model), progress["numbers"])
-            self.done = progress["step"]
+            self.done, self.tokens = progress["step"], progress["tokens"]
             self.divergence = Divergence(self.config.diverged, progress.get("first_losses", ()), progress.get("steps_above", 0))
             if on_cpu:
                 self.precision = progress.get("matmul_precision", self.precision)
@@ -138,7 +138,7 @@ class Trainer:
                 meter.add(self.step())
                 last = self.done == config.steps
                 if main and (self.done % config.log_every == 0 or last):
-                    metrics = meter.read(self.done)
+                    metrics = meter.read(self.done, self.tokens)
                     write_line(metrics)
                     report(metrics)
                 stopping = self._requested(stop_requested)
@@ -164,7 +164,7 @@ class Trainer:
     def step(self) -> Step:
         """Take one step: gradients of a batch, then new weights. Raises ZooError if the loss is not finite or has diverged."""
         config, step = self.config, self.done
-        torch.manual_seed(config.seed * config.steps + step)  # for dropout
+        torch.manual_seed((config.seed * config.steps + step) % 2**63)  # for dropout
         batch = self.task.batch(config.seed, step, config.batch_size)
         loops = loops_at(step, config, self.model.config.loops)
         score = backward(
@@ -191,7 +191,7 @@ class Trainer:
         self.weights.write_back()
         if self.team.size > 1:
             reshard(self.model)
-        self.done += 1
+        self.done, self.tokens = self.done + 1, self.tokens + batch.tokens
         return Step(batch, score, norm.item(), factor * config.lr, loops)
 
     def evaluate(self, *, control: bool = False) -> dict[str, Any]:
@@ -203,6 +203,7 @@ class Trainer:
         tensors, numbers = state_of(self.optimizers, self.weights, complete=self.config.lora is not None)
         progress = {
             "step": self.done,
+            "tokens": self.tokens,
             "first_losses": self.divergence.first,
             "steps_above": self.divergence.above,
             "held_out_loss": held_out_loss,
@@ -270,15 +271,15 @@ class Meter:
         self.latest = step
         self.tokens += step.batch.tokens
 
-    def read(self, done: int) -> dict[str, Any]:
-        """Return the line of metrics after `done` steps: those of the latest step, and the speed since the previous line."""
+    def read(self, done: int, tokens: int) -> dict[str, Any]:
+        """Return the line of metrics after `done` steps on `tokens` tokens: the latest step, and the speed since the previous line."""
         batch, score, norm, lr, loops = self.latest
         now = time.perf_counter()
         speed = self.tokens / (now - self.since)
         self.tokens, self.since = 0, now
         metrics: dict[str, Any] = {
             "step": done,
-            "tokens": done * batch.tokens,
+            "tokens": tokens,
             "loss": score.loss,
             "accuracy": round(score.right.float().mean().item(), 5),
             "by_level": by_level(score.right, score.level),

@@ -116,6 +116,7 @@ class Team:
         if strategy == "ddp":
             # an exit gate may get no gradient, nor may the injection while a ramp is at one pass, nor gates of a span with a dead end
             unused = model.exit is not None or bool(model.config.inject) or model.config.residual_gates > 0
+            unused |= model.config.learned_positions == "asleep"  # nor positions while nothing sleeps
             return nn.parallel.DistributedDataParallel(_Answers(model), find_unused_parameters=unused)
         self._replicated = [p for p in model.parameters() if p.dtype != model.dtype and p.requires_grad]
         # harmless: blocks never change a tensor in place

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ SETTINGS, METRICS, RESULTS = "train.yaml", "metrics.jsonl", "results.json"
 NO_DECAY, ADAPTER_FOLDER = "no_decay.txt", "adapter"
 OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
 CHECKSUMS = "sha256"
+DEFAULT = "its default"
 
 
 class BusyError(ZooError):
@@ -58,9 +60,9 @@ class NotFiniteError(Exception):
 
 def difference(field: str, there: dict[str, Any], asked: dict[str, Any]) -> tuple[str, Any, Any]:
     """Return the dotted path of the first value that differs within a field, and both values."""
-    ours, theirs = (values.get(field, "its default") for values in (there, asked))
+    ours, theirs = (values.get(field, DEFAULT) for values in (there, asked))
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        inner = next(name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name))
+        inner = next(name for name in {**theirs, **ours} if ours.get(name, DEFAULT) != theirs.get(name, DEFAULT))
         inner, ours, theirs = difference(inner, ours, theirs)
         field = f"{field}.{inner}"
     return field, ours, theirs
@@ -87,7 +89,7 @@ class RunFolder:
         if isinstance(was, int) and isinstance(now, int) and now > was and self._has_taken(was):
             self.extended, there["steps"] = True, now
         for field in {**settings, **there}:
-            if there.get(field) != settings.get(field):
+            if there.get(field, DEFAULT) != settings.get(field, DEFAULT):
                 field, held, asked = difference(field, there, settings)
                 rule = "; a run can be extended once it has taken all its steps, but not shortened" if field == "steps" else ""
                 raise ZooError(
@@ -123,8 +125,9 @@ class RunFolder:
                 raise
         with self._lock_settings():
             remove_scratch(self.path)
-            for doomed in self.path.glob("checkpoints/.*"):  # left by a process that was killed
-                shutil.rmtree(doomed)
+            for doomed in self.path.glob("checkpoints/.*"):
+                if re.fullmatch(r"\.\d{8}(-[0-9a-f]{8})?", doomed.name):  # left by a process that was killed
+                    shutil.rmtree(doomed)
             if not self.extended:
                 yield
                 return
@@ -210,7 +213,7 @@ class RunFolder:
             text = file.read_text(encoding="utf-8")
             progress = json.loads(text)
             sums = progress.pop(CHECKSUMS, {})
-            whole = {"step", "held_out_loss", "numbers"} <= progress.keys() and f"{progress['step']:08d}" == checkpoint.name
+            whole = {"step", "tokens", "held_out_loss", "numbers"} <= progress.keys() and f"{progress['step']:08d}" == checkpoint.name
             if sums:
                 whole &= sums == _checksums(progress, checkpoint) and text == _dump({**progress, CHECKSUMS: sums})
         except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -224,7 +227,7 @@ class RunFolder:
 
         Args:
             tensors: optimiser states.
-            progress: at least `step` and `held_out_loss` (None: not measured).
+            progress: at least `step`, `tokens` and `held_out_loss` (None: not measured).
         Raises:
             NotFiniteError: NaN or infinity, from which a run could not resume.
         """

@@ -241,6 +241,21 @@ def test_fork_save_load(tmp_path):
             close(each.feed(tokens(9, seed=1)), want)
 
 
+def test_a_file_of_several_streams_is_refused(tmp_path):
+    """Its second row would end up in the next stream of the pool."""
+    sleeping = model()
+    several = zoo.Session(sleeping, 2)
+    several.feed(tokens(10).view(2, 5))
+    several.save(tmp_path / "two")
+    with zoo.SessionPool(sleeping, slots=2, streams=3) as pool:
+        stream, plain = pool.open(), zoo.Session(sleeping)
+        for give in (lambda: stream.load(tmp_path / "two"), lambda: stream.restore(several.snapshot())):
+            with pytest.raises(zoo.ZooError, match=r"^session: 2 streams; a session of a pool has one$"):
+                give()
+        close(stream.feed(tokens(8)), plain.feed(tokens(8)))
+    assert len(plain.load(tmp_path / "two").snapshot().ids) == 2
+
+
 def test_the_bound():
     with zoo.SessionPool(model(), slots=2, streams=2) as pool:
         first, _ = pool.open(), pool.open()

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import zoo
-from zoo.text.chat_templates import choose, render
+from zoo.text.chat_templates import Worker, choose, render
 from zoo.text.tokenizers import ByteTokenizer, load_tokenizer
 
 TURN = "<|start|>{{ m.role }}\n{{ m['content'] }}<|end|>\n"
@@ -127,6 +127,25 @@ def test_hostile_templates_are_refused_in_time(name):
     assert cpu_of_children() - children < 1.5  # its start, and half a second for the template
     assert time.monotonic() - started < 10  # less than a second on a quiet machine
     assert render("{{ messages[1].content }}", MESSAGES) == "Où est 日本?"  # and the next one is served
+
+
+def test_an_interrupted_rendering_leaves_no_reply_to_the_next(monkeypatch):
+    worker = Worker()
+
+    def asked(text):
+        return worker.ask(json.dumps({"template": text, "most": 100, "variables": {}}))["text"]
+
+    assert asked("one") == "one"
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker._process, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        asked("two")
+    assert asked("three") == "three"
+    worker.close()
 
 
 def test_a_long_conversation_is_rendered():

@@ -36,6 +36,8 @@ CASES = {
         "task": {"name": "half-asked", "nodes": 6, "hops": 2},
         "lr": 1e-3,
     },
+    # only a sleep reads the positions, and gradients do not reach it
+    "positions asleep": {"overrides": {**BASE["overrides"], "learned_positions": "asleep"}, "backward_chunks": 1},
     # the processes have different numbers of answers, and a gate gets no gradient
     "depo": {
         "overrides": {**BASE["overrides"], "window": 12, "exit": {"loop": 0}},

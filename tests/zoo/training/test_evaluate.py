@@ -13,8 +13,10 @@ from torch.nn.functional import cross_entropy
 
 import zoo
 from zoo.cli import main
+from zoo.config import resolve
 from zoo.tasks import new_task
 from zoo.training.evaluate import evaluate
+from zoo.training.held_out import held_out_task
 from zoo.training.loop import train
 
 from .tiny import TINY, tiny
@@ -192,6 +194,33 @@ def test_the_comparison_is_each_model_by_hand(folders):
     assert all(arm["tokens_per_second"] > 0 for arm in found["arms"])
     shown = run(*arguments).stdout
     assert all(f"{arm['loss']:.4f}" in shown for arm in found["arms"])
+
+
+def test_questions_keep_the_layout_of_a_run_without_a_window(folders, tmp_path):
+    overrides = {**SIZE, "evict": "none", "window": None}
+    zoo.save(zoo.create("gdn4", **overrides), tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"context": "b=1", "question": "b?", "answer": "1"}))
+    asked = {"name": "qa", "train": str(tmp_path / "train.jsonl"), "test": str(folders / "asked.jsonl"), "width": 24}
+    trained = tiny(model="gdn4", overrides=overrides, task=asked)
+    held_out = held_out_task(folders / "asked.jsonl", tmp_path / "model", resolve(tmp_path / "model" / "zoo.yaml"), trained, None)
+    want = new_task(asked).batch(0, 0, 6, "test")
+    assert all((found == expected).all() for found, expected in zip(held_out.batch(0, 0, 6, "test"), want, strict=True))
+
+
+def test_the_comparison_counts_the_tokens_that_are_there(folders, tmp_path, monkeypatch):
+    """Conversations differ in length."""
+    rows = [{"messages": [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}]} for n in (5, 40, 12)]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr("zoo.training.compare.time.perf_counter", iter(range(100)).__next__)  # every evaluation takes a second
+    found = results(folders / "model", "--data", tmp_path / "talk.jsonl", "--compare", "--parent", folders / "parent")
+    task = held_out_task(tmp_path / "talk.jsonl", folders / "model", zoo.load(folders / "model").config, None, None)
+    lengths = [task.batch(0, n, 1, "test").ids.shape[1] for n in range(3)]
+    assert len(set(lengths)) == 3
+    arm = found["arms"][0]
+    assert arm["name"] == "parent, full attention"
+    assert arm["tokens_per_second"] == sum(lengths)
+    model = zoo.load(folders / "parent")
+    assert arm["state_bytes"] == zoo.Session(model).stats().cache_bytes + max(lengths) * zoo.describe(model).kv_bytes_per_token
 
 
 def test_a_parent_that_is_gone_is_named(folders, tmp_path):

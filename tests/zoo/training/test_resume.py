@@ -1,6 +1,7 @@
 """An interrupted run ends bit-identical to an uninterrupted one, and a folder is never mistaken for that of another run."""
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 import zoo
-from tests.zoo.training.tiny import check_resumes, tiny
+from tests.zoo.training.tiny import TINY, check_resumes, tiny
 from zoo.signals import StoppedError
+from zoo.tasks import new_task
 from zoo.training.loop import train
 from zoo.training.run_folder import NotFiniteError, RunFolder
 
@@ -90,6 +92,43 @@ def test_a_task_that_does_not_fit_leaves_no_folder(tmp_path):
     train(tiny(task=task | {"vocab": 40}), tmp_path / "run")
     with pytest.raises(zoo.ZooError, match=r"run: holds a run with task.vocab: 40, not 41; resume"):
         train(tiny(task=task | {"vocab": 41}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_field_that_is_null_is_not_one_that_is_missing(tmp_path, without):
+    both = [{**TINY["overrides"], "evict": "none", "window": None}, {**TINY["overrides"], "evict": "none"}]
+    train(tiny(model="gdn4", overrides=both[without]), tmp_path / "run")
+    held, asked = ("its default", "None") if without else ("None", "its default")
+    with pytest.raises(zoo.ZooError, match=f"holds a run with overrides.window: {held}, not {asked}; resume"):
+        train(tiny(model="gdn4", overrides=both[1 - without]), tmp_path / "run")
+
+
+def test_other_files_in_the_folder_of_checkpoints_stay(tmp_path):
+    stopped(tiny(), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / ".DS_Store").write_bytes(b"from a file manager")
+    for name in (".ipynb_checkpoints", ".00000001", ".00000002-0123abcd"):
+        (folder / name).mkdir()
+    train(tiny(), tmp_path / "run")
+    assert {entry.name for entry in folder.glob(".*")} == {".DS_Store", ".ipynb_checkpoints"}
+
+
+def test_tokens_are_counted_where_batches_differ_in_length(tmp_path):
+    for split in ("train", "test"):
+        rows = [[{"role": "user", "content": "x" * n}, {"role": "assistant", "content": split}] for n in (3, 50, 9, 30, 5, 70, 20)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    task = {"name": "chat", "train": str(tmp_path / "train.jsonl"), "test": str(tmp_path / "test.jsonl"), "width": 6, "length": 200}
+    config = tiny(task=task, steps=4, batch_size=1, overrides={**TINY["overrides"], "vocab_size": 256})
+    stopped(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    logged = [json.loads(line)["tokens"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lengths = [new_task(config.task).batch(0, step, 1).tokens for step in range(4)]
+    assert len(set(lengths)) > 2
+    assert logged == list(itertools.accumulate(lengths))
+
+
+def test_a_large_seed_trains(tmp_path):
+    assert math.isfinite(train(tiny(seed=2**63 - 1, steps=3), tmp_path / "run")["loss"])
 
 
 @pytest.fixture
@@ -182,7 +221,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = zoo.create("gdn4", layers="gdn", d_model=16)
     run = RunFolder(tmp_path / "run", {"steps": 1})
     with run.locked(), pytest.raises(NotFiniteError, match="momentum/x is not finite after step 3"):
-        run.save(model, {"momentum/x": torch.tensor([1.0, float("nan")])}, {"step": 3, "held_out_loss": 1.0}, keep=1)
+        run.save(model, {"momentum/x": torch.tensor([1.0, float("nan")])}, {"step": 3, "tokens": 9, "held_out_loss": 1.0}, keep=1)
     assert run.checkpoints() == []
 
 
