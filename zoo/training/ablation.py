@@ -35,10 +35,10 @@ from zoo.training import scaling
 from zoo.training.config import read_config
 from zoo.training.evaluate import evaluate
 from zoo.training.plan import Arm, Matching, Plan, Run, arms_of, runs_of
-from zoo.training.plots import figure, read_run, save
+from zoo.training.plots import Groups, figure, read_run, save
 from zoo.training.run_folder import RESULTS
 from zoo.training.run_inputs import check_inputs
-from zoo.training.tables import csv_rows, markdown
+from zoo.training.tables import Results, csv_rows, markdown
 from zoo.training.workers import Job, train_all
 
 PLAN = "plan.yaml"
@@ -153,7 +153,7 @@ def _by_test_loops(folder: Path) -> dict[str, Any]:
 
 def _write_results(plan: Plan, arms: list[Arm], matched: dict[Matching, list[Run]], out: Path) -> str:
     """Write runs.csv, table.md and the plots of the runs that are finished, and return the table."""
-    rows, tables, by_budget = [], [], {}
+    rows, tables, grouped, by_budget = [], [], dict[Matching, Groups](), dict[Matching, Results]()
     for match, runs in matched.items():
         folders = {run: out / "runs" / run.folder for run in runs}
         trained = {run: read_run(folder) for run, folder in folders.items() if (folder / _last_file(plan.test_loops)).exists()}
@@ -161,17 +161,20 @@ def _write_results(plan: Plan, arms: list[Arm], matched: dict[Matching, list[Run
         if results:
             rows += list(csv_rows(match, results))
             tables.append(markdown(match, results, arms, plan.reference or arms[0].name, list(dict.fromkeys(run.seed for run in runs))))
-            grouped = {arm.name: [one for run, one in trained.items() if run.arm is arm] for arm in arms}
-            save(figure({name: runs for name, runs in grouped.items() if runs}), out / f"{match}.png")
+            by_arm = {arm.name: [one for run, one in trained.items() if run.arm is arm] for arm in arms}
+            grouped[match] = {name: runs for name, runs in by_arm.items() if runs}
             if match.match == "flops":
                 by_budget[match] = results
     if len(by_budget) > 1:
         tables.append(scaling.markdown(by_budget, arms))
-        save(scaling.figure(by_budget, arms), out / "scaling.png")
     with replacing(out / "runs.csv") as file, file.open("w", newline="", encoding="utf-8") as lines:
         table = csv.DictWriter(lines, list(dict.fromkeys(itertools.chain(*rows))), restval="")
         table.writeheader()
         table.writerows(rows)
     with replacing(out / "table.md") as file:
         file.write_text("\n".join(tables), encoding="utf-8")
+    for match, groups in grouped.items():  # last, since a figure that fails must not take the tables with it
+        save(figure(groups), out / f"{match}.png")
+    if len(by_budget) > 1:
+        save(scaling.figure(by_budget, arms), out / "scaling.png")
     return "\n".join(tables)

@@ -17,11 +17,13 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from zoo.checkpoints.own import CONFIG
 from zoo.config import resolve
 from zoo.errors import ZooError
 from zoo.files import refuse_existing, replacing
 from zoo.tasks import Task, new_task
 from zoo.training.config import TrainConfig, read_config
+from zoo.training.prepare import model_config
 from zoo.training.run_folder import METRICS, RESULTS, SETTINGS
 from zoo.training.tables import level_label
 
@@ -35,6 +37,7 @@ BEST_GUESS = "best guess without the context"
 class Trained(NamedTuple):
     """A run as read from its folder."""
 
+    folder: Path
     config: TrainConfig
     metrics: list[dict[str, Any]]
     """Lines of metrics.jsonl, with levels as numbers."""
@@ -51,8 +54,9 @@ class Trained(NamedTuple):
         return self.model()["loops"]
 
     def model(self) -> dict[str, Any]:
-        """Return the config fields of the model."""
-        return resolve(self.config.model, {"vocab_size": 1, **self.config.overrides}).model_dump(mode="json")
+        """Return the config fields of the model: as the run wrote them, since the folder that it began from may be gone."""
+        written = next(self.folder.glob(CONFIG), None) or max(self.folder.glob(f"checkpoints/[0-9]*/{CONFIG}"), default=None)
+        return (model_config(self.config, self.task) if written is None else resolve(written)).model_dump(mode="json")
 
 
 Groups = Mapping[str, Sequence[Trained]]
@@ -79,11 +83,11 @@ def read_run(folder: Path) -> Trained:
     if not metrics:
         raise ZooError(f"{folder}: nothing to draw: no step of this run is in {METRICS}")
     if not (folder / RESULTS).exists():
-        return Trained(config, metrics, None)
+        return Trained(folder, config, metrics, None)
     results = _read((folder / RESULTS).read_bytes(), "chance")
     if results is None:
         raise ZooError(f"{folder / RESULTS}: damaged; want the results of a run")
-    return Trained(config, metrics, results)
+    return Trained(folder, config, metrics, results)
 
 
 def _read(text: bytes, *numbers: str) -> dict[Any, Any] | None:
@@ -119,6 +123,8 @@ def grouped(runs: Iterable[Trained]) -> dict[str, list[Trained]]:
 def _settings(run: Trained, *besides: str) -> dict[str, Any]:
     """Return all settings of a run by dotted path, without its seed, names, and the paths in `besides`."""
     fields = {**run.config.model_dump(mode="json", exclude={"model", "overrides"}), "model": run.model()}
+    if (named := Path(run.config.model)).is_absolute() and named.suffix not in (".yaml", ".yml"):  # a folder of initial weights
+        fields["weights"] = fields["weights"] or str(named)
     ignored = {"seed", "model.name", "model.about", "model.vocab_size", *besides}
     return {path: value for path, value in _flat(fields) if path not in ignored}
 

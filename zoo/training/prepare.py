@@ -10,7 +10,7 @@ import torch
 
 from zoo.checkpoints.companions import same_tokenizer, tokenizers
 from zoo.checkpoints.own import configure
-from zoo.config import resolve
+from zoo.config import ModelConfig, resolve
 from zoo.errors import ZooError
 from zoo.factory import create
 from zoo.model import Model
@@ -47,11 +47,10 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
     """
     task = new_task(config.task)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    fields = {**({"sleep_on": "every"} if task.loss_everywhere else {}), **config.overrides}
     folder = Path(config.model) if Path(config.model).is_dir() else None
     source = (config.weights or folder) if initial and device.type != "meta" else None
     model = create(
-        resolve(config.model, {"vocab_size": task.vocab_size, **fields}) if folder is None else configure(folder, fields),
+        model_config(config, task),
         device=device,
         dtype=dtype,
         seed=config.seed,
@@ -84,6 +83,14 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
         exempt=exempt_from_decay(model, config.no_decay),
     )
     return Prepared(task, model, answer, weights, optimizers, frozen)
+
+
+def model_config(config: TrainConfig, task: Task) -> ModelConfig:
+    """Return the config of the model that a run trains on its task. Raises ZooError."""
+    fields = {**({"sleep_on": "every"} if task.loss_everywhere else {}), **config.overrides}
+    if Path(config.model).is_dir():
+        return configure(Path(config.model), fields)
+    return resolve(config.model, {"vocab_size": task.vocab_size, **fields})
 
 
 def _check_tokenizers(config: TrainConfig, model: Model, task: Task) -> None:

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from zoo.costs import training_flops
 from zoo.training.ablation import ablate
 from zoo.training.loop import train
 from zoo.training.plan import arms_of, read_plan, runs_of
-from zoo.training.plots import read_run
+from zoo.training.plots import figure, grouped, read_run
 from zoo.training.prepare import prepare
 from zoo.training.workers import finish
 
@@ -245,6 +246,36 @@ def test_a_folder_becomes_a_table(planned, tmp_path, monkeypatch):
         ablate(plan, out, processes=1)
     assert (out / "table.md").read_text() == table
     assert {path: (path / "results.json").stat().st_mtime_ns for path in folders.values()} == finished
+
+
+def test_runs_that_began_from_a_folder_are_compared_and_drawn(planned, tmp_path, monkeypatch):
+    """Once they have ended, they can be drawn without that folder, and those that began from others are different."""
+    monkeypatch.setattr("zoo.training.ablation.train_all", in_this_process)
+    parents = [tmp_path / "parent", tmp_path / "other"]
+    for parent in parents:
+        zoo.save(zoo.create(BASE["model"], **BASE["overrides"], vocab_size=7), parent)
+    fields = {key: value for key, value in BASE.items() if key != "overrides"}
+    plan = planned(
+        base={**fields, "model": str(parents[0])}, arms={"other": {"model": str(parents[1])}}, grid={"overrides.loops": [1, 2]}, seeds=[0],
+        match=["tokens"],
+    )  # fmt: skip
+    out = tmp_path / "out"
+    assert "| N=2 " in ablate(plan, out)
+    assert (out / "tokens.png").read_bytes()[:4] == b"\x89PNG"
+    for parent in parents:
+        shutil.rmtree(parent)
+    drawn = grouped(map(read_run, sorted((out / "runs").iterdir())))
+    assert list(drawn) == [f"weights={parents[0]} N=1", f"weights={parents[0]} N=2", f"weights={parents[1]} N=2"]
+    figure(drawn)
+
+
+def test_a_figure_that_fails_leaves_the_tables(planned, tmp_path, monkeypatch):
+    monkeypatch.setattr("zoo.training.ablation.train_all", in_this_process)
+    monkeypatch.setattr("zoo.training.ablation.figure", lambda groups: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ablate(planned(grid={"lr": [0.1]}, seeds=[0]), tmp_path / "out")
+    assert "| lr=0.1 " in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "runs.csv").read_text().count("\n") == 7  # a header, and for each matching two levels and all
 
 
 def test_other_files_in_the_folder_are_not_touched(planned, tmp_path):
