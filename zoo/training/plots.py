@@ -230,7 +230,7 @@ def _held_out(axes: Axes, groups: Groups, measure: str) -> None:
     for (name, runs), (color, line, marker) in zip(groups.items(), styles_of(groups), strict=True):
         done = [found for run in runs if run.results and (found := run.results.get(measure))]
         if done:
-            points = {level: [one[level] for one in done] for level in done[0]}
+            points = {level: [one[level] for one in done if level in one] for level in sorted(set(chain(*done)))}
             error_bars(axes, points, color=color, linestyle=line, marker=marker, label=name)
     tidy(axes)
 
@@ -261,14 +261,15 @@ def loss_against_loops(axes: Axes, groups: Groups, loops: Mapping[int, Sequence[
 
 def against_loops(axes: Axes, groups: Groups, loops: Mapping[int, Sequence[Trained]]) -> None:
     """Draw the held-out accuracy at each level against N; darker is harder."""
-    some = next(iter(loops.values()))[0]
-    levels = sorted(some.results["by_level"]) if some.results else []
+    measured = {n: [run.results["by_level"] for run in runs if run.results] for n, runs in sorted(loops.items())}
+    levels = sorted(set(chain(*chain(*measured.values()))))  # with few held-out sequences, a run may lack some
     lines = []
     for i, level in enumerate(levels):
         shade = 0.25 + 0.65 * i / max(1, len(levels) - 1)
-        found = {n: [run.results["by_level"][level] for run in runs if run.results] for n, runs in sorted(loops.items())}
+        found = {n: values for n, runs in measured.items() if (values := [one[level] for one in runs if level in one])}
         lines.append(error_bars(axes, found, color=(0.1, 0.35 * shade, 0.75 * shade + 0.2, shade), marker="o"))
-    labels = [level_label(level, some.task.level_name) for level in levels]
+    name = next(iter(loops.values()))[0].task.level_name
+    labels = [level_label(level, name) for level in levels]
     axes.legend(lines, labels, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     _accuracy_axis(axes, groups)
     tidy(axes)

@@ -68,6 +68,19 @@ def test_curves_and_what_was_reached(tmp_path):
     assert dotted == [0.25]
 
 
+def test_seeds_may_have_been_asked_at_different_levels(tmp_path):
+    """With few held-out sequences; each level shows the runs that have it."""
+    asked = {"a": (1, 0, {2: 0.4}), "b": (1, 1, {1: 0.5, 3: 0.3}), "c": (4, 0, {3: 0.7}), "d": (4, 1, {1: 0.9, 3: 0.5})}
+    runs = [write(tmp_path / name, n=n, seed=seed) for name, (n, seed, _) in asked.items()]
+    for run, (*_, right) in zip(runs, asked.values(), strict=True):
+        (run / "results.json").write_text(json.dumps({"by_level": right, "chance": 0.25}))
+    drawn = panels(figure(grouped(map(read_run, runs))))
+    assert lines(drawn["Held-out accuracy by hops", "hops"]) == [[(1, 0.5), (2, 0.4), (3, 0.3)], [(1, 0.9), (3, 0.6)]]
+    by_n = drawn["Held-out accuracy by N", "N (passes per sleep)"]
+    assert lines(by_n) == [[(1, 0.5), (4, 0.9)], [(1, 0.4)], [(1, 0.3), (4, 0.6)]]
+    assert [text.get_text() for text in by_n.get_legend().get_texts()] == ["1 hop", "2 hops", "3 hops"]
+
+
 def test_runs_on_text_show_loss(tmp_path):
     for name in ("train", "test"):
         np.save(tmp_path / f"{name}.npy", np.full(20, len(name), np.uint8))
