@@ -76,7 +76,7 @@ def ablate(plan: Plan, out: Path, *, processes: int | None = None, shard: tuple[
     part, parts = shard
     if parts > len(runs):
         raise ZooError(f"shard: {part}/{parts}: the plan has only {counted(len(runs), 'run')}")
-    _check_finished(runs, out / "runs")
+    _check_runs(runs, out / "runs")
     with deferred():
         _begin(settings, out)
     failed = (on or train_all)(_jobs(runs[part - 1 :: parts], out / "runs", plan.test_loops), processes)
@@ -114,13 +114,14 @@ def _sole_writer(out: Path) -> Iterator[None]:
         yield
 
 
-def _check_finished(runs: Iterable[Run], folder: Path) -> None:
-    """Raise ZooError if the data of a finished run has changed: one table would compare runs on different data."""
+def _check_runs(runs: Iterable[Run], folder: Path) -> None:
+    """Raise ZooError if a config is invalid, or the data of a finished run has changed: one table would compare runs on different data."""
     known: dict[str, dict[str, str]] = {}
     for run in runs:
+        config = run.config
         if (folder / run.folder / RESULTS).exists():
-            if (task := json.dumps(run.config.task)) not in known:
-                known[task] = new_task(run.config.task).fingerprints()
+            if (task := json.dumps(config.task)) not in known:
+                known[task] = new_task(config.task).fingerprints()
             check_inputs(folder / run.folder, known[task])
 
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -22,6 +22,7 @@ from zoo.training.loop import loops_at
 from zoo.training.prepare import prepare
 
 Match = Literal["tokens", "flops"]
+Seeds = tuple[Annotated[int, Field(ge=0)], ...]
 
 
 class Budget(BaseModel):
@@ -31,7 +32,7 @@ class Budget(BaseModel):
 
     times: int = Field(default=1, ge=1, description="multiple of the tokens or FLOPs of `reference`")
     arms: tuple[str, ...] | None = Field(default=None, min_length=1, description="arms that get it; default: all")
-    seeds: tuple[int, ...] | None = Field(default=None, min_length=1, description="default: those of the plan")
+    seeds: Seeds | None = Field(default=None, min_length=1, description="default: those of the plan")
 
 
 class Matching(NamedTuple):
@@ -52,10 +53,12 @@ class Plan(BaseModel):
     base: dict[str, Any] = Field(description="fields of the run that the arms modify")
     grid: dict[str, list[Any]] = Field({}, description="dotted paths of fields, each with a list of values: an arm for every combination")
     arms: dict[str, dict[str, Any]] = Field({}, description="further arms by name: dotted paths of fields with their values")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: Seeds = Field((0, 1, 2), min_length=1)
     match: tuple[Match, ...] = Field(("tokens", "flops"), min_length=1, description="budgets in which to match the arms to `reference`")
     budgets: tuple[Budget, ...] = Field((Budget(),), min_length=1, description="how many tokens or FLOPs, as in `match`, the arms get")
-    test_loops: tuple[int, ...] = Field((), description="further numbers of passes per sleep at which to evaluate finished runs")
+    test_loops: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="further numbers of passes per sleep at which to evaluate finished runs"
+    )
     reference: str | None = Field(None, description="the arm that trains for the steps of `base`; default: the first")
 
     @model_validator(mode="after")
@@ -149,7 +152,8 @@ class Run:
 
     @property
     def config(self) -> TrainConfig:
-        return self.arm.config.model_copy(update={"steps": self.steps, "seed": self.seed})
+        """Raises a ZooError that names the run if the steps do not fit the other fields."""
+        return validate(TrainConfig, {**self.arm.config.model_dump(), "steps": self.steps, "seed": self.seed}, f"run '{self}'")
 
     @cached_property
     def flops(self) -> int:

@@ -171,6 +171,9 @@ def test_operations_of_a_step_as_torch_counts_them(fields):
         ({"grid": {"lr": []}}, "grid.lr: no values"),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] contains a duplicate"),
         ({"seeds": []}, r"seeds: \[\]: want at least 1 entry$"),
+        ({"seeds": [0, -1]}, "seeds.1: -1: must be greater than or equal to 0$"),
+        ({"budgets": [{"seeds": [-1]}]}, "budgets.0.seeds.0: -1: must be greater than or equal to 0$"),
+        ({"test_loops": [2, 0]}, "test_loops.1: 0: must be greater than or equal to 1$"),
         ({"match": ["time"]}, "match.0: 'time'"),
         ({"budgets": [{"arms": ["N=3"]}]}, "budgets: there is no arm 'N=3'; did you mean"),
         ({"budgets": [{}, {"times": 1}]}, r"budgets: \[1, 1\] contains a duplicate"),
@@ -185,6 +188,14 @@ def test_invalid_plans_are_refused_before_any_data_is_made(planned, tmp_path, mo
     monkeypatch.setattr("zoo.tasks.cycle.Cycle.contexts", lambda *_: pytest.fail("data was made"))
     with pytest.raises(zoo.ZooError, match=message):
         ablate(planned(**fields), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_steps_do_not_fit_is_refused_before_the_first_begins(planned, tmp_path):
+    """N = 1 gets more steps than N = 4, which is the reference, and than `schedule` has."""
+    plan = planned({"base": {"schedule": [0, 4]}}, reference="N=4", match=["flops"])
+    with pytest.raises(zoo.ZooError, match=r"^run 'N=1, 14 steps, seed 0': schedule: \[0, 4\]: 14 steps do not fit into it from there$"):
+        ablate(plan, tmp_path / "out", on=lambda jobs, processes: pytest.fail("a run began"))
     assert not (tmp_path / "out").exists()
 
 
