@@ -14,6 +14,7 @@ from zoo.config import merge, read_shipped, shipped, validate
 from zoo.errors import ZooError, counted
 from zoo.files import as_path
 from zoo.loss import Recompute
+from zoo.registry import nearest
 from zoo.tasks import tasks
 from zoo.training.lora import LoRA
 from zoo.training.parallel import Parallel
@@ -120,7 +121,7 @@ def _fields(source: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
     fields, shipped_run = read_shipped("train", "run", source), str(source) in shipped("train")
     base, inherited, here = fields.pop("base", None), dict[str, Any](), Path(source).parent
     if base is not None:
-        named = str(base) if shipped_run or str(base) in shipped("train") else str(here / str(base))
+        named = str(base) if shipped_run else named_run(str(base), here)
         if named in (*above, str(source)):
             raise ZooError(f"{source}: base: '{base}' is based on this run itself")
         inherited = _fields(named, (*above, str(source)))
@@ -129,23 +130,43 @@ def _fields(source: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
     return merge_runs(inherited, fields)
 
 
+def named_run(name: str, folder: Path) -> str:
+    """Return the run that a file in `folder` names: a shipped one, or the path of another, which is relative to `folder`.
+
+    Raises:
+        ZooError: neither a shipped run, nor a path.
+    """
+    known, path = shipped("train"), folder / as_path(name, "run")
+    if name in known:
+        return name
+    if len(Path(name).parts) == 1 and path.suffix not in (".yaml", ".yml") and not os.path.isdir(path):
+        raise ZooError(f"unknown run '{name}'; {nearest(name, known)}, or a YAML file")
+    return str(path)
+
+
 def absolute_paths(fields: Mapping[str, Any], folder: Path, task: object = None) -> dict[str, Any]:
-    """Return the fields of a run with their paths resolved from `folder`.
+    """Return the fields of a run, nested or by dotted path ("task.train"), with their paths resolved from `folder`.
 
     Args:
         task: the task that `fields` change, if they do not name one.
     """
-    found = dict(fields)
-    if isinstance(weights := fields.get("weights"), str) and weights != "hub":
-        found["weights"] = _absolute(weights, folder)
-    if isinstance(model := fields.get("model"), str) and (model.endswith((".yaml", ".yml")) or (folder / model).is_dir()):
-        found["model"] = _absolute(model, folder)
-    given = fields.get("task")
-    name = next((t["name"] for t in (given, task) if isinstance(t, Mapping) and "name" in t), None)
-    if isinstance(given, Mapping) and name in tasks.names():
-        paths = tasks.get(name, "task.name").paths
-        found["task"] = {field: _absolute(value, folder) if field in paths else value for field, value in given.items()}
-    return found
+    whole = next((t["name"] for t in (fields.get("task"), task) if isinstance(t, Mapping) and "name" in t), None)
+    name = fields.get("task.name", whole)
+    paths = tasks.get(name, "task.name").paths if name in tasks.names() else ()
+
+    def resolved(path: str, value: Any) -> Any:
+        match path.split("."):
+            case ["weights"] if isinstance(value, str) and value != "hub":
+                return _absolute(value, folder)
+            case ["model"] if isinstance(value, str) and (value.endswith((".yaml", ".yml")) or (folder / value).is_dir()):
+                return _absolute(value, folder)
+            case ["task"] if isinstance(value, Mapping):
+                return {field: resolved(f"task.{field}", inner) for field, inner in value.items()}
+            case ["task", field] if field in paths:
+                return _absolute(value, folder)
+        return value
+
+    return {path: resolved(str(path), value) for path, value in fields.items()}
 
 
 def _absolute(value: Any, folder: Path) -> Any:

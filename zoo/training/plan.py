@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from zoo.config import nested, read_shipped, shipped, validate
 from zoo.costs import describe, training_flops
 from zoo.errors import ZooError, counted
 from zoo.registry import nearest
-from zoo.training.config import TrainConfig, absolute_paths, merge_runs, read_config
+from zoo.training.config import TrainConfig, absolute_paths, merge_runs, named_run, read_config
 from zoo.training.loop import loops_at
 from zoo.training.prepare import prepare
 
@@ -51,7 +52,9 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     base: dict[str, Any] = Field(description="fields of the run that the arms modify")
-    grid: dict[str, list[Any]] = Field({}, description="dotted paths of fields, each with a list of values: an arm for every combination")
+    grid: dict[str, list[Any] | dict[str, Any]] = Field(
+        {}, description="dotted paths of fields, each with a list of values, or with values by name: an arm for every combination"
+    )
     arms: dict[str, dict[str, Any]] = Field({}, description="further arms by name: dotted paths of fields with their values")
     seeds: Seeds = Field((0, 1, 2), min_length=1)
     match: tuple[Match, ...] = Field(("tokens", "flops"), min_length=1, description="budgets in which to match the arms to `reference`")
@@ -82,19 +85,45 @@ class Plan(BaseModel):
 def read_plan(source: str | Path, overrides: dict[str, Any] | None = None) -> Plan:
     """Read the ablation in a YAML file, or a shipped one ("cycle-small"), and apply overrides such as {"base": {"steps": 100}}.
 
+    Paths in a file are relative to its folder; in overrides, to the current folder.
+
     Raises:
         ZooError: there is no such ablation, or a field is invalid.
     """
-    if unknown := set(overrides or {}) & set(TrainConfig.model_fields) - set(Plan.model_fields):
+    overrides = overrides or {}
+    if unknown := set(overrides) & set(TrainConfig.model_fields) - set(Plan.model_fields):
         raise ZooError(f"{source}: {min(unknown)}: a field of the run that every arm trains; write base.{min(unknown)}")
-    fields = read_shipped("ablations", "ablation", source)
-    if str(source) not in shipped("ablations") and isinstance(base := fields.get("base"), dict):
-        fields["base"] = absolute_paths(base, Path(source).parent)
-    fields = merge_runs(fields, overrides or {})
-    run = fields.pop("run", None)
-    if run is not None:
-        fields["base"] = merge_runs(read_config(run).model_dump(mode="json", exclude_unset=True), fields.get("base", {}))
+    fields, folder = read_shipped("ablations", "ablation", source), Path(source).parent
+    run, shipped_plan = fields.pop("run", None), str(source) in shipped("ablations")
+    if "run" in overrides:
+        run = overrides["run"]
+    elif run is not None and not shipped_plan:
+        run = named_run(run, folder)
+    base = {} if run is None else read_config(run).model_dump(mode="json", exclude_unset=True)
+    if not shipped_plan:
+        fields = _with_absolute_paths(fields, folder, base)
+    fields = merge_runs(merge_runs({"base": base} if base else {}, fields), overrides)
+    fields.pop("run", None)
     return validate(Plan, fields, str(source))
+
+
+def _with_absolute_paths(fields: Mapping[str, Any], folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a plan based on `run` with their paths resolved from `folder`; malformed ones are left to `validate`."""
+    found = dict(fields)
+    if isinstance(base := fields.get("base"), Mapping):
+        found["base"] = absolute_paths(base, folder, run.get("task"))
+        run = merge_runs(run, base)
+    task = run.get("task")
+    if isinstance(arms := fields.get("arms"), Mapping):
+        found["arms"] = {name: absolute_paths(arm, folder, task) if isinstance(arm, Mapping) else arm for name, arm in arms.items()}
+    grid = fields.get("grid")
+    for path, values in grid.items() if isinstance(grid, Mapping) else ():
+        if isinstance(values, list | Mapping):
+            written = _by_name(values)
+            there = {name: absolute_paths({path: value}, folder, task)[path] for name, value in written.items()}
+            if there != written:  # the names of arms do not depend on the folder
+                found["grid"] = {**found["grid"], path: there}
+    return found
 
 
 class Costs(NamedTuple):
@@ -174,9 +203,9 @@ def arms_of(plan: Plan) -> list[Arm]:
         ZooError: an invalid field or value, or fields that do not fit together; names the arm.
     """
     named: dict[str, dict[str, Any]] = {}
-    for values in itertools.product(*plan.grid.values()) if plan.grid else ():
-        fields = dict(zip(plan.grid, values, strict=True))
-        named[" ".join(f"{_short(path)}={format_value(value)}" for path, value in fields.items())] = fields
+    axes = [[(path, name, value) for name, value in _by_name(values).items()] for path, values in plan.grid.items()]
+    for chosen in itertools.product(*axes) if axes else ():
+        named[" ".join(f"{_short(path)}={name}" for path, name, _ in chosen)] = {path: value for path, _, value in chosen}
     for name, fields in plan.arms.items():
         if name in named:
             raise ZooError(f"arms.{name}: the grid has an arm of this name")
@@ -217,6 +246,11 @@ def runs_of(plan: Plan, arms: list[Arm]) -> dict[Matching, list[Run]]:
         for match in plan.match
         for budget in plan.budgets
     }
+
+
+def _by_name(values: list[Any] | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values of one path of a grid by the name that they have in the names of arms."""
+    return values if isinstance(values, Mapping) else {format_value(value): value for value in values}
 
 
 def _short(path: str) -> str:

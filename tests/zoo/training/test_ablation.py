@@ -68,6 +68,36 @@ def test_a_plan_may_start_from_a_shipped_run_and_be_changed_on_the_command_line(
     assert (plan.base["steps"], plan.base["batch_size"], plan.base["task"]) == (7, 192, {"name": "cycle", "nodes": 12, "hops": 2})
 
 
+def test_paths_in_a_plan_are_relative_to_its_folder(tmp_path, monkeypatch):
+    """In `run`, in a base that leaves the task to it, in arms and in grids, which name arms as written; not in overrides."""
+    folder = tmp_path / "plans"
+    zoo.save(zoo.create(BASE["model"], **BASE["overrides"], vocab_size=20), folder / "parent")
+    for name in ("a", "b", "test"):
+        np.save(folder / f"{name}.npy", np.arange(20, dtype=np.uint8))
+    task = {"name": "text", "train": "a.npy", "test": "a.npy", "vocab": 20, "length": 20, "width": 5}
+    (folder / "run.yaml").write_text(yaml.safe_dump({**BASE, "task": task}))
+    arms = {"b": {"task.train": {"b.npy": 1}, "weights": "parent"}, "parent": {"model": "parent"}}
+    fields = {"run": "run.yaml", "base": {"task": {"test": "test.npy"}}, "grid": {"weights": ["parent", "hub"]}, "arms": arms, "seeds": [0]}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(fields))
+    there = {name: str(folder / name) for name in ("parent", "a.npy", "b.npy", "test.npy")}
+    plan = read_plan(folder / "plan.yaml")
+    assert (plan.base["task"]["train"], plan.base["task"]["test"]) == (there["a.npy"], there["test.npy"])
+    assert plan.arms == {
+        "b": {"task.train": {there["b.npy"]: 1}, "weights": there["parent"]},
+        "parent": {"model": there["parent"]},
+    }
+    configs = {arm.name: arm.config for arm in arms_of(plan)}
+    assert [(name, config.weights) for name, config in configs.items()] == [
+        ("weights=parent", there["parent"]), ("weights=hub", "hub"), ("b", there["parent"]), ("parent", None),
+    ]  # fmt: skip
+    (folder / "written.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")))
+    assert read_plan(folder / "written.yaml") == plan
+    monkeypatch.chdir(tmp_path)
+    given = {"run": "plans/run.yaml", "grid": {"weights": ["first"]}, "arms": {"b": {"weights": "first"}}}
+    changed = read_plan("plans/plan.yaml", given)
+    assert (changed.base, changed.grid, changed.arms["b"]["weights"]) == (plan.base, {"weights": ["first"]}, "first")
+
+
 def test_matching_by_tokens_and_by_operations(planned):
     """The number of steps equals one counted independently, from the costs of single passes."""
     plan = planned(
@@ -181,7 +211,11 @@ def test_operations_of_a_step_as_torch_counts_them(fields):
         ({"arms": {"N=1": {"lr": 1.0}}}, "arms.N=1: the grid has an arm of this name"),
         ({"arms": {"a b": {"lr": 1.0}, "a_b": {"lr": 2.0}}}, "two would share a folder"),
         ({"sedes": [1]}, "sedes: unknown field; did you mean 'seeds'"),
+        ({"grid": {"lr": 0.1}}, "grid.lr: 0.1: want a list, or a mapping of fields$"),
+        ({"arms": {"x": 1}}, "arms.x: 1: want a mapping of fields$"),
         ({"run": "cycel"}, "unknown run 'cycel'"),
+        ({"run": "runs/cycel"}, r"/runs/cycel: no such file or folder; want a YAML file$"),
+        ({"run": "cycle", "base": None}, "base: None: want a mapping of fields$"),
     ],
 )
 def test_invalid_plans_are_refused_before_any_data_is_made(planned, tmp_path, monkeypatch, fields, message):
