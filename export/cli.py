@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from zoo.cli import CONTEXT, exit_status
 from zoo.errors import ZooError
@@ -99,6 +100,8 @@ def main(
     asked["weights"] = chosen[0][-4:] if chosen else None
     asked["exact_activations"] = True if weights_only_int8 or weights_only_int4 else None
     asked["compute_capability"] = compute_capability and compute_capability.split(",")
+    if verify_only is not None and (refused := _given() - VERIFYING):
+        raise click.UsageError(f"--verify-only compares the bundle as it is, without --{min(refused).replace('_', '-')}")
     overrides += () if loops is None else (f"loops={loops}",)
     with exit_status(), _options_in_errors():
         if (place := out or triton_server) is not None:
@@ -107,6 +110,16 @@ def main(
             _write(model, overrides, seed, device, place, repository=triton_server is not None, **given)
         elif verify_only is not None:
             _compare(model, overrides, seed, device, verify_only)
+
+
+VERIFYING = {"model", "overrides", "verify_only", "device", "loops", "seed", "threads"}
+"""Parameters that have an effect under --verify-only."""
+
+
+def _given() -> set[str]:
+    """Return the parameters on the command line."""
+    context = click.get_current_context()
+    return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
 @contextmanager

@@ -30,7 +30,9 @@ def genai_config(config: ModelConfig, slots: int) -> str:
         "outputs": {"logits": "logits", "present_key_names": f"{PRESENT}.%d.key", "present_value_names": f"{PRESENT}.%d.value"},
     }
     # an end-of-stream id is mandatory; without a tokenizer, any id will do
-    ends = config.upstream.get("eos_token_id", config.vocab_size - 1)
+    ends = config.upstream.get("eos_token_id")
+    if ends is None:
+        ends = (config.upstream.get("text_config") or {}).get("eos_token_id", config.vocab_size - 1)
     model = {
         "type": "decoder",
         "vocab_size": config.vocab_size,

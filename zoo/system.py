@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import os
 import sys
@@ -80,13 +81,15 @@ def release_threads() -> None:
 
 
 def lock(file: IO[Any]) -> bool:
-    """Lock an open file until it is closed. Returns False if another process holds the lock."""
+    """Lock an open file until it is closed. Returns False if another process holds the lock. Raises OSError: the disk has no locks."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         elif msvcrt is not None:
             os.lseek(file.fileno(), BEYOND, os.SEEK_SET)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise
         return False
     return True

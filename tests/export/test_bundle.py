@@ -361,6 +361,10 @@ def test_a_saved_model_against_its_bundle(bundles, tmp_path):
     assert "from PyTorch" in result.stderr
     result = run(tmp_path / "run", "d_model=32", "--verify-only", folder)
     assert "the config wants" in result.stderr
+    for option in (["--int8"], ["--no-verify"], ["--dtype", "float16"], ["--prefill", "0"], ["--target", "onnx"]):
+        result = run(tmp_path / "run", "--verify-only", folder, *option)
+        assert result.exit_code == 2
+        assert f"--verify-only compares the bundle as it is, without {option[0]}" in result.stderr
 
 
 def test_blocks_inserted_into_a_folder_are_exported(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import zoo
 from tests.export.conftest import graphs_in
 from zoo.export import assembly
 from zoo.export.bundle import export, write_onnx
+from zoo.export.genai import genai_config
 from zoo.export.manifest import Bundle
 from zoo.export.page import page
 from zoo.export.plan import Plan
@@ -156,6 +158,15 @@ def test_the_error_of_integers_is_reported(bundles, case):
     a, b = (exported(ids, exported.init_state(2)).logits for exported in (rounding, exact))
     assert (a - b).norm() < 0.04 * b.norm()
     assert torch.equal(a, b) == (case == "exact")
+
+
+@pytest.mark.parametrize(
+    ("upstream", "ends"),
+    [({}, [10]), ({"eos_token_id": None}, [10]), ({"eos_token_id": 3}, [3]), ({"text_config": {"eos_token_id": [4, 5]}}, [4, 5])],
+)
+def test_end_tokens_for_genai(upstream, ends):
+    config = zoo.create("gdn4", vocab_size=11, device="meta").config.model_copy(update={"upstream": upstream})
+    assert json.loads(genai_config(config, 64))["model"]["eos_token_id"] == ends
 
 
 def test_genai_generates_the_same(bundles):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -102,9 +102,9 @@ def make_app(
 
     app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = server
-    session = pool.bytes // pool.streams + MOST_CONVERSATION  # bytes of an imported session
+    app.state.imports = pool.bytes // pool.streams + MOST_CONVERSATION  # bytes of an imported session
     app.add_middleware(HeadAsGet)
-    app.add_middleware(BodyLimit, limit=server.limits.body, imports=session, draining=lambda: server.draining)
+    app.add_middleware(BodyLimit, limit=server.limits.body, imports=app.state.imports, draining=lambda: server.draining)
     app.state.keyed = bool(keys)
     if keys:
         app.add_middleware(ApiKeys, keys=keys, public=("/health", "/ready", *FILES))
@@ -226,6 +226,9 @@ class Server:
         if max_tokens > self.limits.tokens:
             field = "max_tokens" if body.max_tokens == max_tokens else "max_completion_tokens"
             raise ApiError(400, f"{field}: {max_tokens} is more than {self.limits.tokens}", field, "max_tokens_exceeded")
+        if outside := [token for token in body.logit_bias if int(token) >= self.pool.model.config.vocab_size]:
+            vocabulary = self.pool.model.config.vocab_size
+            raise ApiError(400, f"logit_bias: token {outside[0]}; the vocabulary is 0 to {vocabulary - 1}", "logit_bias")
         name = _session_of(body, request)
         if name is not None and body.n > 1:
             raise ApiError(400, f"n: {body.n}; want 1 in a session, which continues from its answer", "n")
@@ -236,17 +239,11 @@ class Server:
             if self.traces is not None:
                 cleanup.push(partial(self.traces.record, started, request, body, kept, begun))
             kept.left, kept.sleeps, kept.asleep = request.state.left, 0, 0.0
-            try:
-                choices = self._choices(kept, prompts(kept), body, max_tokens, messages, schema, begun)
-                cleanup.callback(choices.close)
-                first = next(choices)
-            except PoolClosedError:
-                raise
-            except WindowFullError as error:
-                field = "prompt" if messages is None else "messages"
-                raise ApiError(400, f"{field}{str(error).removeprefix('ids')}", field, "window_full") from None
-            except ZooError as error:
-                raise ApiError(409 if isinstance(error, BusyError) else 400, str(error)) from None
+            with _refusals("prompt" if messages is None else "messages"):
+                asked = prompts(kept)
+            choices = self._choices(kept, asked, body, max_tokens, messages, schema, begun)
+            cleanup.callback(choices.close)
+            first = next(choices)
             answer: Response
             if body.stream:
                 end = cleanup.pop_all().close
@@ -269,7 +266,7 @@ class Server:
     ) -> Generator[Choice, None, None]:
         """Yield `n` answers to each prompt, closing each before the next one, and append them to `begun`.
 
-        Raises ApiError before the first.
+        Raises ApiError, for most reasons before the first.
         """
         field = "prompt" if messages is None else "messages"
         room = [self._room(kept, prompt, max_tokens, field) for prompt in prompts]
@@ -278,7 +275,8 @@ class Server:
                 with ExitStack() as cleanup:
                     cleanup.callback(_forget_unread, kept)
                     constraint = None if schema is None else schema.answer()
-                    answer = Answer(kept, prompt, number, body, most, self.tokenizer, self.metrics, constraint)
+                    with _refusals(field):
+                        answer = Answer(kept, prompt, number, body, most, self.tokenizer, self.metrics, constraint)
                     cleanup.callback(answer.close)
                     if messages is not None:
                         cleanup.callback(_remember, kept, messages, answer)
@@ -290,6 +288,8 @@ class Server:
         vocabulary, context = self.pool.model.config.vocab_size, None if self.pool.model.config.window else self.pool.context
         if max(prompt.ids, default=0) >= vocabulary:
             raise ApiError(400, f"{field}: token {max(prompt.ids)}; the vocabulary is 0 to {vocabulary - 1}", field)
+        if max_tokens and not prompt.ids:
+            raise ApiError(400, f"{field}: empty; want at least one token", field)
         new = len(prompt.ids) - common_length(kept.tokens, prompt.ids)
         limit = self.limits.prompt if context is None else min(self.limits.prompt, context - len(prompt.ids) + new - 1)
         if new > limit:
@@ -299,6 +299,19 @@ class Server:
     def _check_model(self, name: str) -> None:
         if name != self.name:
             raise ApiError(404, f"model: '{name}' does not exist; this server has '{self.name}'", "model", "model_not_found")
+
+
+@contextmanager
+def _refusals(field: str) -> Iterator[None]:
+    """Turn what is wrong with a prompt into the ApiError that names its field."""
+    try:
+        yield
+    except PoolClosedError:
+        raise
+    except WindowFullError as error:
+        raise ApiError(400, f"{field}{str(error).removeprefix('ids')}", field, "window_full") from None
+    except ZooError as error:
+        raise ApiError(409 if isinstance(error, BusyError) else 400, str(error)) from None
 
 
 def _remember(kept: KeptSession, messages: Messages, answer: Answer) -> None:

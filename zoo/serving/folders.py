@@ -35,7 +35,7 @@ class FolderPlace:
     def about(self, new: dict[str, str]) -> dict[str, Any]:
         with failures(self.folder, OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._journal.exists():
+            if not _has_content(self.folder):  # a session whose first request was refused has an empty one
                 with replacing(self.folder / ABOUT) as scratch, scratch.open("wb", buffering=0) as file:
                     _write_synced(file, json.dumps(new).encode())
                 self._journal.touch()

@@ -112,18 +112,28 @@ class KeptSession:
             self.session.sleep(loops)
 
     def score(self, ids: list[int]) -> Iterator[tuple[int, Tensor | None]]:
-        """Read `ids` after the stream's tokens. Yields each with the logits [V] that predicted it; None before the first token."""
+        """Read `ids` after the stream's tokens. Yields each with the logits [V] that predicted it; None before the first token.
+
+        Raises:
+            WindowFullError: the window has no room for them; the stream is as before.
+        """
         if not self.name:
             self.session.restore(self.empty)
             self.tokens = []
+        before, tokens = self.session.snapshot(), self.tokens
         self.session.read(self._tensor([]))  # the pending token
-        before, self.tokens = self.session.snapshot(), [*self.tokens, *ids]
-        self.counted = before.counts
-        last = None if before.logits is None else before.logits[0]
+        now = self.session.snapshot()
+        self.tokens, self.counted = [*tokens, *ids], now.counts
+        last = None if now.logits is None else now.logits[0]
         for start in range(0, len(ids), PIECE):
             self.check_client()
             piece = ids[start : start + PIECE]
-            logits = self.session.feed(self._tensor(piece))[0]
+            try:
+                logits = self.session.feed(self._tensor(piece))[0]
+            except WindowFullError:
+                self.session.restore(before)
+                self.tokens = tokens
+                raise
             for n, token in enumerate(piece):
                 yield token, logits[n - 1] if n else last
             last = logits[-1]

@@ -88,7 +88,7 @@ class GenerationRequest(Strict):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[Token, Bias] = {}
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Texts | None = None
     n: int = Field(1, ge=1, le=128)
     session: Name | None = Field(None, description="keep the stream under this id for the next request")

@@ -66,6 +66,8 @@ class SessionRoutes:
 
     def sleep(self, session: str, request: Request, body: SleepRequest | None = None) -> dict[str, Any]:
         with self._existing(request, session) as kept:
+            if self.model.config.window is None:
+                raise ApiError(400, f"sleep: {self.model.config.name} never sleeps (evict: none)")
             try:
                 kept.session.sleep(None if body is None else body.loops)
             except PoolClosedError:

@@ -140,7 +140,11 @@ class RunFolder:
     @contextmanager
     def _lock_settings(self) -> Iterator[None]:
         with (self.path / SETTINGS).open(encoding="utf-8") as file:
-            if not lock(file):
+            try:
+                free = lock(file)
+            except OSError as error:
+                raise ZooError(f"{self.path}: cannot be locked: {error.strerror}; want a disk with file locks") from None
+            if not free:
                 raise BusyError(f"{self.path}: another process is training here")
             yield
 

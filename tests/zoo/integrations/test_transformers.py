@@ -182,6 +182,28 @@ def test_padded_and_packed_losses_are_those_of_the_documents_alone(wrap, layout,
         torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
 
 
+@torch.no_grad()
+def test_packed_documents_are_apart_without_gradients_too(wrap):
+    model = new()
+    hf, documents = wrap(model), [tokens(n, seed=n) for n in LENGTHS]
+    ids, places = torch.cat(documents)[None], torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    out = hf(ids, position_ids=places)
+    assert out.past_key_values is None
+    expected = torch.cat([zoo.Session(model).feed(row[None]) for row in documents], dim=1)
+    torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=0)
+    with pytest.raises(zoo.ZooError, match=r"^use_cache: True; the documents that position_ids pack"):
+        hf(ids, position_ids=places, use_cache=True)
+    assert hf(ids, position_ids=torch.arange(ids.shape[1])[None]).past_key_values is not None
+
+
+@torch.no_grad()
+def test_streams_with_labels_are_refused(wrap):
+    hf, ids = wrap(new()), tokens(1, 10)
+    streams = hf(ids).past_key_values
+    with pytest.raises(zoo.ZooError, match=r"^past_key_values: not with labels"):
+        hf(ids, labels=ids, past_key_values=streams)
+
+
 def test_recomputation_changes_no_gradient(wrap):
     hf, ids = wrap(new(sleep_on="every").train()), tokens(2, 40)
 

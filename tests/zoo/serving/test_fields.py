@@ -73,7 +73,7 @@ BOTH = {
     "max_tokens": [(2, lambda answer: text(answer) == "aa" and answer["choices"][0]["finish_reason"] == "length"), (51, REFUSED)],
     "model": [("other", 404), (None, REFUSED)],
     "n": [(1, same), (2, lambda answer: [choice["index"] for choice in answer["choices"]] == [0, 1]), (0, REFUSED), (129, REFUSED)],
-    "seed": [(3, same), (-1, REFUSED)],
+    "seed": [(3, same), (-1, same), (2**63, REFUSED)],
     "stop": [("zz", same), (["a"], lambda answer: text(answer) == "" and answer["choices"][0]["finish_reason"] == "stop"), ("", REFUSED)],
     "stream": [(False, same), ("yes", REFUSED)],
     "stream_options": [({"include_usage": True}, REFUSED)],  # only with stream

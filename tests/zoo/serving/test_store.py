@@ -1,5 +1,6 @@
 """Sessions outlive the process: kills at random moments, and two processes."""
 
+import errno
 import gc
 import http.client
 import json
@@ -24,11 +25,13 @@ import zoo
 from tests.zoo.serving.buckets import whole
 from tests.zoo.serving.disk import stored
 from tests.zoo.serving.local import local, post
+from tests.zoo.training.tiny import tiny
 from zoo.serving.limits import Limits
 from zoo.serving.prefixes import common_length
 from zoo.serving.store import Journal, Record, Store, StoreError, TakenOverError
 from zoo.sessions.host import Stream
 from zoo.text.tokenizers import ByteTokenizer
+from zoo.training.loop import train
 
 BYTES = ByteTokenizer(256)
 
@@ -243,6 +246,54 @@ def test_a_message_that_does_not_fit_leaves_no_trace(model):
             assert (status, answer["error"]["param"]) == (400, "messages")
             assert ("it never has room" if not more else "sleep first") in answer["error"]["message"]
             assert (server.ask("/v1/sessions/s")[1], server.stream("s")) == (before, tokens)
+
+
+def test_a_refused_completion_leaves_no_trace(model):
+    """Neither a prompt that is scored and does not fit, nor one whose other fields are wrong."""
+    with local(zoo.create(model.config, window=64), BYTES, when="manual") as server:
+        server.complete("a", session="s", max_tokens=2)
+        before, tokens = server.ask("/v1/sessions/s")[1], server.stream("s")
+        for fields, param in (({"prompt": "b" * 600, "echo": True, "logprobs": 1}, "prompt"), ({"logit_bias": {"300": 1}}, "logit_bias")):
+            status, answer = server.ask("/v1/completions", {"prompt": "b", "session": "s", "max_tokens": 2, **fields})
+            assert (status, answer["error"]["param"]) == (400, param)
+            assert (server.ask("/v1/sessions/s")[1], server.stream("s")) == (before, tokens)
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 100])
+def test_a_prompt_is_refused_alike_in_every_place(model, prompt):
+    with local(model, BYTES, when="manual") as server:
+        for prompts in ([prompt, "a"], ["a", prompt]):
+            status, answer = server.ask("/v1/completions", {"prompt": prompts})
+            assert (status, answer["error"]["param"], answer["error"]["type"]) == (400, "prompt", "invalid_request_error")
+
+
+def test_a_model_that_never_sleeps_is_not_put_to_sleep(model):
+    with local(zoo.create(model.config, evict="none", window=None), BYTES, context=100) as server:
+        server.complete("a", session="s", max_tokens=2)
+        status, answer = post(server, "/v1/sessions/s/sleep", {"loops": 7})
+        assert status == 400
+        assert "never sleeps" in answer["error"]["message"]
+
+
+def test_a_session_whose_first_request_was_refused_belongs_to_nobody(model, tmp_path, at):
+    other = zoo.create(model.config, loops=3)
+    with local(model, BYTES, store=at(tmp_path)) as server:
+        assert server.ask("/v1/completions", {"prompt": [300], "session": "s"})[0] == 400
+    with local(other, BYTES, store=at(tmp_path)) as server:
+        assert server.ask("/v1/completions", {"prompt": "a", "session": "s"})[0] == 200
+
+
+def test_a_disk_without_locks_is_refused(model, tmp_path, monkeypatch):
+    def without(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("zoo.system.fcntl.flock", without)
+    with local(model, BYTES, store=tmp_path) as server:
+        status, answer = server.ask("/v1/completions", {"prompt": "a", "session": "s"})
+        assert status == 503
+        assert "No locks available" in answer["error"]["message"]
+    with pytest.raises(zoo.ZooError, match="cannot be locked: No locks available; want a disk with file locks"):
+        train(tiny(), tmp_path / "run")
 
 
 def test_torn_lines(tmp_path):

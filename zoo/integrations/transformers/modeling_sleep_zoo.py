@@ -204,7 +204,7 @@ class SleepZooForCausalLM(SleepZooPreTrainedModel, GenerationMixin):
                 logits are returned too, zeros where nothing predicts a token with loss.
             past_key_values: streams to continue.
             use_cache: return the streams, to continue them without gradients; default: outside of training, unless a row is padded
-                on the right.
+                on the right or holds several documents.
             logits_to_keep: number of last tokens whose logits are computed; 0: all.
             num_items_in_batch: divisor of the loss in training; default, and in evaluation mode: the tokens that carry loss.
         Raises:
@@ -215,9 +215,14 @@ class SleepZooForCausalLM(SleepZooPreTrainedModel, GenerationMixin):
         if not isinstance(past_key_values, Streams | None):
             raise ZooError(f"past_key_values: {type(past_key_values).__name__}; want the Streams that forward returns, or None")
         if labels is not None:
+            if past_key_values is not None:
+                raise ZooError("past_key_values: not with labels, whose loss is that of whole streams; want None")
             return self._supervised(input_ids, attention_mask, position_ids, labels, num_items_in_batch)
+        packed = past_key_values is None and _is_packed(input_ids, attention_mask, position_ids)
+        if packed and use_cache:
+            raise ZooError("use_cache: True; the documents that position_ids pack into a row have no streams to continue, want False")
         if use_cache is None:
-            use_cache = not torch.is_grad_enabled() and (attention_mask is None or bool(attention_mask[:, -1].all()))
+            use_cache = not (torch.is_grad_enabled() or packed) and (attention_mask is None or bool(attention_mask[:, -1].all()))
         if past_key_values is None and not use_cache:
             h = self.model.hidden(input_ids, attention_mask, position_ids)
             return CausalLMOutputWithPast(logits=self.zoo.logits(h[:, -logits_to_keep:]))
@@ -250,6 +255,12 @@ class SleepZooForCausalLM(SleepZooPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:  # `forward` makes the streams
         return False
+
+
+def _is_packed(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
+    """Return whether a row holds several documents."""
+    padded = attention_mask is not None and not bool(attention_mask.bool().all())
+    return position_ids is not None and not padded and as_streams(ids, None, position_ids)[1] is not None
 
 
 def _refuse_unsupported(given: Mapping[str, Any]) -> None:
