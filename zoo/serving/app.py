@@ -102,9 +102,9 @@ def make_app(
 
     app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = server
-    app.state.imports = pool.bytes // pool.streams + MOST_CONVERSATION  # bytes of an imported session
+    session = pool.bytes // pool.streams + MOST_CONVERSATION  # bytes of an imported session
     app.add_middleware(HeadAsGet)
-    app.add_middleware(BodyLimit, limit=server.limits.body, imports=app.state.imports, draining=lambda: server.draining)
+    app.add_middleware(BodyLimit, limit=server.limits.body, imports=session, draining=lambda: server.draining)
     app.state.keyed = bool(keys)
     if keys:
         app.add_middleware(ApiKeys, keys=keys, public=("/health", "/ready", *FILES))

@@ -44,12 +44,12 @@ class OncePerSecond(logging.Filter):
 class Gate:
     """The bounds on the connections of one server."""
 
-    def __init__(self, limits: Limits, imports: int = 0) -> None:
+    def __init__(self, limits: Limits) -> None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.connections = max(1, min(limits.connections, files - FILES))
         """Maximum number of connections."""
         self.patience = limits.patience
-        self.held = max(BODIES * limits.body, 2 * imports)
+        self.held = BODIES * limits.body
         """Maximum bytes of all requests that have not arrived in full."""
         self.open: set[Connection] = set()
         self.waiting: dict[Connection, None] = {}

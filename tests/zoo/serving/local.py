@@ -22,7 +22,7 @@ class Local:
         self.pool = zoo.SessionPool(model, slots, streams=streams, when=when, context=context)
         app = make_app(self.pool, tokenizer, "model", options.pop("limits", Limits()), **options)
         self.state = app.state.server
-        self.gate = Gate(self.state.limits, app.state.imports)
+        self.gate = Gate(self.state.limits)
         self._uvicorn = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", http=self.gate.protocol))
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
         self._thread.start()

@@ -14,8 +14,6 @@ from tests.zoo.serving.disk import Disk, recovers
 from tests.zoo.serving.local import local
 from tests.zoo.serving.test_store import BYTES, answers, uninterrupted
 from zoo.checkpoints.checksum import metadata
-from zoo.serving.connections import BODIES
-from zoo.serving.limits import Limits
 
 NAME = "gdn4-sleep2-hard16"
 FIELDS = {"layers": "attn gdn", "d_model": 32, "d_ff": 16, "vocab_size": 256}
@@ -138,14 +136,6 @@ def test_damaged_and_large_files_other_types_and_other_weights_are_refused(model
     with local(model, BYTES, when="interval(8)") as other:
         assert "settings: the session is for {}, this server has {'sleeps_after': '8 tokens'}" in imported(other, "t", content)[1]
     assert server.ask("/v1/sessions")[1]["data"] == []
-
-
-def test_a_session_is_imported_however_small_other_requests_are():
-    with local(zoo.create(NAME, **{**FIELDS, "d_model": 512}), BYTES, limits=Limits(body=200)) as server:
-        answers(server, "s", "x" * 20)
-        content = exported(server, "s")
-        assert len(content) > 2**20 > BODIES * 200
-        assert imported(server, "t", content)[0] == 200
 
 
 def test_sessions_are_bound_to_the_key(model):
