@@ -7,6 +7,7 @@ import json
 from zoo.config import ModelConfig
 from zoo.export.manifest import PREDICTION
 from zoo.export.ring import PAST, PRESENT
+from zoo.text.tokenizers import configured_ends
 
 GENAI = "genai_config.json"
 
@@ -30,15 +31,13 @@ def genai_config(config: ModelConfig, slots: int) -> str:
         "outputs": {"logits": "logits", "present_key_names": f"{PRESENT}.%d.key", "present_value_names": f"{PRESENT}.%d.value"},
     }
     # an end-of-stream id is mandatory; without a tokenizer, any id will do
-    ends = config.upstream.get("eos_token_id")
-    if ends is None:
-        ends = (config.upstream.get("text_config") or {}).get("eos_token_id", config.vocab_size - 1)
+    ends = configured_ends(config.upstream, config.vocab_size) or [config.vocab_size - 1]
     model = {
         "type": "decoder",
         "vocab_size": config.vocab_size,
         "context_length": slots,
         "bos_token_id": 0,
-        "eos_token_id": ends if isinstance(ends, list) else [ends],
+        "eos_token_id": ends,
         "pad_token_id": 0,
         "decoder": decoder,
     }

@@ -95,11 +95,11 @@ def check_room(model: Model, ids: Tensor, state: State, positions: Positions) ->
         raise ZooError(f"ids: {more} into a window of {window} that holds {state.position}; consolidate it first")
 
 
-def check_range(ids: Tensor, vocab_size: int) -> None:
+def check_range(ids: Tensor, vocab_size: int, name: str = "ids") -> None:
     """Refuse ids outside the vocabulary. Reads them, which synchronises with a GPU."""
     least, most = (int(x) for x in ids.aminmax())
     if least < 0 or most >= vocab_size:
-        raise ZooError(f"ids: from {least} to {most}; the vocabulary is 0 to {vocab_size - 1}")
+        raise ZooError(f"{name}: from {least} to {most}; the vocabulary is 0 to {vocab_size - 1}")
 
 
 def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:

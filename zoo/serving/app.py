@@ -226,8 +226,8 @@ class Server:
         if max_tokens > self.limits.tokens:
             field = "max_tokens" if body.max_tokens == max_tokens else "max_completion_tokens"
             raise ApiError(400, f"{field}: {max_tokens} is more than {self.limits.tokens}", field, "max_tokens_exceeded")
-        if outside := [token for token in body.logit_bias if int(token) >= self.pool.model.config.vocab_size]:
-            vocabulary = self.pool.model.config.vocab_size
+        vocabulary = self.pool.model.config.vocab_size
+        if outside := [token for token in body.logit_bias if int(token) >= vocabulary]:
             raise ApiError(400, f"logit_bias: token {outside[0]}; the vocabulary is 0 to {vocabulary - 1}", "logit_bias")
         name = _session_of(body, request)
         if name is not None and body.n > 1:
@@ -274,8 +274,8 @@ class Server:
             for number in range(body.n):
                 with ExitStack() as cleanup:
                     cleanup.callback(_forget_unread, kept)
-                    constraint = None if schema is None else schema.answer()
                     with _refusals(field):
+                        constraint = None if schema is None else schema.answer()
                         answer = Answer(kept, prompt, number, body, most, self.tokenizer, self.metrics, constraint)
                     cleanup.callback(answer.close)
                     if messages is not None:

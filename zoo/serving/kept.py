@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
@@ -73,11 +74,18 @@ class KeptSession:
             WindowFullError: the window has no room for them; the stream is as before.
             ApiError: the client has left; the stream holds some of them.
         """
-        before, tokens, common = self.session.snapshot(), self.tokens, common_length(self.tokens, ids)
-        if sleeps is None:
-            sleeps = tuple(sleep for sleep in before.sleeps if sleep[0] <= common)
-        try:
+        common = common_length(self.tokens, ids)
+        with self._whole_or_not() as before:
+            if sleeps is None:
+                sleeps = tuple(sleep for sleep in before.sleeps if sleep[0] <= common)
             return self._read(ids, common, ends, sleeps)
+
+    @contextmanager
+    def _whole_or_not(self) -> Iterator[Snapshot]:
+        """Leave the stream as it was, a snapshot of which is yielded, if its window has no room for what is read inside."""
+        before, tokens = self.session.snapshot(), self.tokens
+        try:
+            yield before
         except WindowFullError:
             self.session.restore(before)
             self.tokens = tokens
@@ -120,23 +128,18 @@ class KeptSession:
         if not self.name:
             self.session.restore(self.empty)
             self.tokens = []
-        before, tokens = self.session.snapshot(), self.tokens
-        self.session.read(self._tensor([]))  # the pending token
-        now = self.session.snapshot()
-        self.tokens, self.counted = [*tokens, *ids], now.counts
-        last = None if now.logits is None else now.logits[0]
-        for start in range(0, len(ids), PIECE):
-            self.check_client()
-            piece = ids[start : start + PIECE]
-            try:
+        with self._whole_or_not():
+            self.session.read(self._tensor([]))  # the pending token
+            before, self.tokens = self.session.snapshot(), [*self.tokens, *ids]
+            self.counted = before.counts
+            last = None if before.logits is None else before.logits[0]
+            for start in range(0, len(ids), PIECE):
+                self.check_client()
+                piece = ids[start : start + PIECE]
                 logits = self.session.feed(self._tensor(piece))[0]
-            except WindowFullError:
-                self.session.restore(before)
-                self.tokens = tokens
-                raise
-            for n, token in enumerate(piece):
-                yield token, logits[n - 1] if n else last
-            last = logits[-1]
+                for n, token in enumerate(piece):
+                    yield token, logits[n - 1] if n else last
+                last = logits[-1]
 
     def check_client(self) -> None:
         """Raise ApiError if the client of the current request has left."""

@@ -364,4 +364,4 @@ class Session:
         if ids.device != self.device:
             raise ZooError(f"{name}: on {ids.device}; the session is on {self.device}")
         if ids.numel():
-            check_range(ids, vocabulary)
+            check_range(ids, vocabulary, name)

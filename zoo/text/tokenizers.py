@@ -147,13 +147,18 @@ def end_tokens(folder: Path, vocab_size: int, more: Iterable[int] = ()) -> tuple
     if (folder / CONFIG).is_file():
         configs.append(read_yaml(folder / CONFIG).get("upstream") or {})
     configs.append(_read(folder / "bundle.json").get("config", {}).get("upstream") or {})
-    for config in configs:
-        for fields in (config, config.get("text_config")):
-            ends = fields.get("eos_token_id") if isinstance(fields, Mapping) else None
-            listed = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int and 0 <= end < vocab_size]
-            if listed:
-                return tuple(dict.fromkeys([*listed, *more]))
-    return tuple(more)
+    listed = next(filter(None, (configured_ends(config, vocab_size) for config in configs)), [])
+    return tuple(dict.fromkeys([*listed, *more]))
+
+
+def configured_ends(config: Mapping[str, Any], vocab_size: int) -> list[int]:
+    """Return the ids that end an answer according to the config of a checkpoint, or of the text model in it; may be empty."""
+    for fields in (config, config.get("text_config")):
+        ends = fields.get("eos_token_id") if isinstance(fields, Mapping) else None
+        listed = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int and 0 <= end < vocab_size]
+        if listed:
+            return listed
+    return []
 
 
 class Backend(NamedTuple):

@@ -133,12 +133,12 @@ class Trainer:
         config, main = self.config, self.team.is_main
         self.model.train()
         with self.run.metrics(after=self.done) if main else nullcontext(report) as write_line:
-            meter = Meter(config, self.model, self.team)
+            meter = Meter(config, self.model, self.team, self.tokens)
             while self.done < config.steps:
-                meter.add(self.step())
+                latest = self.step()
                 last = self.done == config.steps
                 if main and (self.done % config.log_every == 0 or last):
-                    metrics = meter.read(self.done, self.tokens)
+                    metrics = meter.read(self.done, self.tokens, latest)
                     write_line(metrics)
                     report(metrics)
                 stopping = self._requested(stop_requested)
@@ -262,21 +262,17 @@ def loops_at(step: int, config: TrainConfig, loops: int) -> int:
 class Meter:
     """Converts steps into lines of metrics. Speed is measured from one line to the next."""
 
-    def __init__(self, config: TrainConfig, model: Model, team: Team) -> None:
+    def __init__(self, config: TrainConfig, model: Model, team: Team, tokens: int) -> None:
         self.config, self.model, self.team = config, model, team
         self.peak = peak_flops(team.device) if config.dtype == "bfloat16" else None
-        self.tokens, self.since = 0, time.perf_counter()
+        self.tokens, self.since = tokens, time.perf_counter()
 
-    def add(self, step: Step) -> None:
-        self.latest = step
-        self.tokens += step.batch.tokens
-
-    def read(self, done: int, tokens: int) -> dict[str, Any]:
+    def read(self, done: int, tokens: int, latest: Step) -> dict[str, Any]:
         """Return the line of metrics after `done` steps on `tokens` tokens: the latest step, and the speed since the previous line."""
-        batch, score, norm, lr, loops = self.latest
+        batch, score, norm, lr, loops = latest
         now = time.perf_counter()
-        speed = self.tokens / (now - self.since)
-        self.tokens, self.since = 0, now
+        speed = (tokens - self.tokens) / (now - self.since)
+        self.tokens, self.since = tokens, now
         metrics: dict[str, Any] = {
             "step": done,
             "tokens": tokens,

@@ -179,7 +179,7 @@ class Run:
     steps: int
     seed: int
 
-    @property
+    @cached_property
     def config(self) -> TrainConfig:
         """Raises a ZooError that names the run if the steps do not fit the other fields."""
         return validate(TrainConfig, {**self.arm.config.model_dump(), "steps": self.steps, "seed": self.seed}, f"run '{self}'")

@@ -37,8 +37,9 @@ BEST_GUESS = "best guess without the context"
 class Trained(NamedTuple):
     """A run as read from its folder."""
 
-    folder: Path
     config: TrainConfig
+    model: dict[str, Any]
+    """Config fields of the model."""
     metrics: list[dict[str, Any]]
     """Lines of metrics.jsonl, with levels as numbers."""
     results: dict[str, Any] | None
@@ -51,12 +52,7 @@ class Trained(NamedTuple):
     @property
     def loops(self) -> int:
         """N, the passes per sleep."""
-        return self.model()["loops"]
-
-    def model(self) -> dict[str, Any]:
-        """Return the config fields of the model: as the run wrote them, since the folder that it began from may be gone."""
-        written = next(self.folder.glob(CONFIG), None) or max(self.folder.glob(f"checkpoints/[0-9]*/{CONFIG}"), default=None)
-        return (model_config(self.config, self.task) if written is None else resolve(written)).model_dump(mode="json")
+        return self.model["loops"]
 
 
 Groups = Mapping[str, Sequence[Trained]]
@@ -82,12 +78,15 @@ def read_run(folder: Path) -> Trained:
         metrics.append(logged)
     if not metrics:
         raise ZooError(f"{folder}: nothing to draw: no step of this run is in {METRICS}")
+    # as the run wrote it, since the folder that it began from may be gone
+    written = [*sorted(folder.glob(f"checkpoints/[0-9]*/{CONFIG}")), *folder.glob(CONFIG)]
+    model = (resolve(written[-1]) if written else model_config(config, new_task(config.task))).model_dump(mode="json")
     if not (folder / RESULTS).exists():
-        return Trained(folder, config, metrics, None)
+        return Trained(config, model, metrics, None)
     results = _read((folder / RESULTS).read_bytes(), "chance")
     if results is None:
         raise ZooError(f"{folder / RESULTS}: damaged; want the results of a run")
-    return Trained(folder, config, metrics, results)
+    return Trained(config, model, metrics, results)
 
 
 def _read(text: bytes, *numbers: str) -> dict[Any, Any] | None:
@@ -122,7 +121,7 @@ def grouped(runs: Iterable[Trained]) -> dict[str, list[Trained]]:
 
 def _settings(run: Trained, *besides: str) -> dict[str, Any]:
     """Return all settings of a run by dotted path, without its seed, names, and the paths in `besides`."""
-    fields = {**run.config.model_dump(mode="json", exclude={"model", "overrides"}), "model": run.model()}
+    fields = {**run.config.model_dump(mode="json", exclude={"model", "overrides"}), "model": run.model}
     if (named := Path(run.config.model)).is_absolute() and named.suffix not in (".yaml", ".yml"):  # a folder of initial weights
         fields["weights"] = fields["weights"] or str(named)
     ignored = {"seed", "model.name", "model.about", "model.vocab_size", *besides}

@@ -89,7 +89,7 @@ class RunFolder:
         if isinstance(was, int) and isinstance(now, int) and now > was and self._has_taken(was):
             self.extended, there["steps"] = True, now
         for field in {**settings, **there}:
-            if there.get(field, DEFAULT) != settings.get(field, DEFAULT):
+            if there.get(field) != settings.get(field):
                 field, held, asked = difference(field, there, settings)
                 rule = "; a run can be extended once it has taken all its steps, but not shortened" if field == "steps" else ""
                 raise ZooError(

@@ -377,7 +377,7 @@ def test_stop():
         (lambda s: s.generate(tokens(1), 3, temperature=-1), "temperature: -1"),
         (lambda s: s.generate(tokens(1), 3, top_p=0), "top_p: 0"),
         (lambda s: s.generate(None, 3), "prompt: None; nothing has been read yet"),
-        (lambda s: s.generate(torch.ones(2, 1).long(), 3, seen=torch.full((2, 1), 99)), "99; the vocabulary is 0 to"),
+        (lambda s: s.generate(torch.ones(2, 1).long(), 3, seen=torch.full((2, 1), 99)), "seen: from 99 to 99; the vocabulary is 0 to"),
         (lambda s: s.generate(torch.ones(2, 1).long(), 3, seen=torch.ones(2, 1)), r"seen: \[2, 1\] torch.float32; want \[2, T\]"),
         (lambda s: s.generate(torch.ones(2, 1).long(), 3, seen=torch.ones(1).long()), r"seen: \[1\] torch.int64; want \[2, T\]"),
         (lambda s: s.generate(tokens(0), 3), r"ids: \[2, 0\]"),

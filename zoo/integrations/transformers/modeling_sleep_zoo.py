@@ -218,7 +218,7 @@ class SleepZooForCausalLM(SleepZooPreTrainedModel, GenerationMixin):
             if past_key_values is not None:
                 raise ZooError("past_key_values: not with labels, whose loss is that of whole streams; want None")
             return self._supervised(input_ids, attention_mask, position_ids, labels, num_items_in_batch)
-        packed = past_key_values is None and _is_packed(input_ids, attention_mask, position_ids)
+        packed = past_key_values is None and len(as_streams(input_ids, attention_mask, position_ids)[0]) > len(input_ids)
         if packed and use_cache:
             raise ZooError("use_cache: True; the documents that position_ids pack into a row have no streams to continue, want False")
         if use_cache is None:
@@ -255,12 +255,6 @@ class SleepZooForCausalLM(SleepZooPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:  # `forward` makes the streams
         return False
-
-
-def _is_packed(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
-    """Return whether a row holds several documents."""
-    padded = attention_mask is not None and not bool(attention_mask.bool().all())
-    return position_ids is not None and not padded and as_streams(ids, None, position_ids)[1] is not None
 
 
 def _refuse_unsupported(given: Mapping[str, Any]) -> None:
