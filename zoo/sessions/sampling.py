@@ -125,7 +125,7 @@ class Sampler:
         how = self.sampling
         scores = logits.float()
         if how.logits_processor is not None:
-            scores = _checked(how.logits_processor(scores), scores)
+            scores = _checked(how.logits_processor(scores.clone()), scores)  # it may work in place, and snapshots share the logits
         if how.constraint is not None:
             scores = scores.masked_fill(~how.constraint.allowed().to(scores.device), float("-inf"))
         if how.repetition_penalty != 1:  # CTRL, arXiv 1909.05858, section 4.1
@@ -163,9 +163,10 @@ def _checked(result: Any, scores: Tensor) -> Tensor:
     if not isinstance(result, Tensor) or result.shape != scores.shape or not result.is_floating_point():
         what = f"{str(result.dtype).removeprefix('torch.')} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise ZooError(f"logits_processor: returned {what}; want a tensor of floats {list(scores.shape)}")
+    result = result.to(scores)
     if not (result < math.inf).all():
         raise ZooError("logits_processor: returned a logit that is NaN or +inf; -inf excludes a token")
-    return result.to(scores)
+    return result
 
 
 def _check_token(field: str, token: int, vocab_size: int) -> None:

@@ -142,6 +142,7 @@ def test_minus_infinity_excludes_a_token_and_never_all(bias, temperature):
         (lambda scores: scores[:, :1], "returned float32 [2, 1]; want a tensor of floats [2, 5]"),
         (lambda scores: scores.argsort(), "returned int64 [2, 5]; want a tensor of floats [2, 5]"),
         (lambda scores: scores.to(torch.complex64), "returned complex64 [2, 5]; want a tensor of floats [2, 5]"),
+        (lambda scores: scores.double() * 1e300, "returned a logit that is NaN or +inf; -inf excludes a token"),
         (lambda scores: scores * math.nan, "returned a logit that is NaN or +inf; -inf excludes a token"),
         (lambda scores: scores.masked_fill(scores == 3, math.inf), "returned a logit that is NaN or +inf; -inf excludes a token"),
     ],

@@ -4,9 +4,11 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import sys
 import threading
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -368,6 +370,17 @@ def test_stop():
     for row, end in zip(made, ends, strict=True):
         assert row[end] in torch.tensor(stop)
         assert (row[end:] == row[end]).all()
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_a_logits_processor_in_place_changes_no_snapshot(value):
+    stream = session()
+    stream.feed(tokens(5))
+    snapshot, twin = stream.snapshot(), stream.fork()
+    want = torch.stack(list(twin.generate(None, 4)))
+    with suppress(zoo.ZooError):
+        list(stream.generate(None, 4, logits_processor=lambda logits: logits.fill_(value)))
+    assert torch.equal(torch.stack(list(stream.restore(snapshot).generate(None, 4))), want)
 
 
 @pytest.mark.parametrize(
