@@ -102,9 +102,8 @@ def make_app(
 
     app = FastAPI(title="Sleep Zoo", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = server
-    session = pool.bytes // pool.streams + MOST_CONVERSATION  # bytes of an imported session
     app.add_middleware(HeadAsGet)
-    app.add_middleware(BodyLimit, limit=server.limits.body, imports=session, draining=lambda: server.draining)
+    app.add_middleware(BodyLimit, limit=server.limits.body, imports=server.largest_session, draining=lambda: server.draining)
     app.state.keyed = bool(keys)
     if keys:
         app.add_middleware(ApiKeys, keys=keys, public=("/health", "/ready", *FILES))
@@ -139,6 +138,8 @@ class Server:
         kept_in = None if store is None else Store(store, {**identity(model), "dtype": _dtype(model), **self.settings})
         self.sessions = KeptSessions(pool, limits.idle, Prefixes(limits.prefixes), kept_in, queue=limits.queue, wait=limits.wait)
         self.metrics = Metrics(self.sessions, pool)
+        self.largest_session = pool.bytes // pool.streams + MOST_CONVERSATION
+        """Maximum size of a session that is imported, in bytes."""
         self.created = int(time.time())
         self.draining = self.over = False
         """True once the server is shutting down: requests in progress are answered, new ones are refused; once those are cut short."""

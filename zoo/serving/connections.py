@@ -16,12 +16,13 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from zoo.serving.limits import Limits
+from zoo.serving.limits import Limits, is_import
 
 FILES = 256  # files that are not connections, or belong to connections that are being closed
 BACKLOG = 128  # connections that one turn of the event loop may accept
 UNSENT = 2**12  # bytes of an answer that wait here and in the system for a client to read; by default, megabytes
 BODIES = 64  # bodies of full size whose bytes may be held before they have arrived
+IMPORTS = 4  # the same for sessions that are imported, which are larger
 
 
 class OncePerSecond(logging.Filter):
@@ -42,15 +43,19 @@ class OncePerSecond(logging.Filter):
 
 
 class Gate:
-    """The bounds on the connections of one server."""
+    """The bounds on the connections of one server.
 
-    def __init__(self, limits: Limits) -> None:
+    Args:
+        session: maximum size of a session that is imported, in bytes.
+    """
+
+    def __init__(self, limits: Limits, session: int) -> None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.connections = max(1, min(limits.connections, files - FILES))
         """Maximum number of connections."""
         self.patience = limits.patience
-        self.held = BODIES * limits.body
-        """Maximum bytes of all requests that have not arrived in full."""
+        self.held = {False: BODIES * limits.body, True: IMPORTS * session}
+        """Maximum bytes of all requests that have not arrived in full: of imports (True) and of others."""
         self.open: set[Connection] = set()
         self.waiting: dict[Connection, None] = {}
         """Connections without a whole request, the one that has waited longest first."""
@@ -62,12 +67,12 @@ class Gate:
     def enforce(self) -> None:
         """Close connections that wait for a request until the bounds are kept."""
         over = len(self.open) - self.connections
-        bytes_over = sum(each.held for each in self.waiting) - self.held
+        left = dict(self.held)
+        for each in self.waiting:
+            left[each.imports] -= each.held
         for each in list(self.waiting):
-            if over <= 0 and bytes_over <= 0:
-                return
-            if over > 0 or each.held:
-                over, bytes_over = over - 1, bytes_over - each.held
+            if over > 0 or (each.held and left[each.imports] < 0):
+                over, left[each.imports] = over - 1, left[each.imports] + each.held
                 each.give_up()
 
 
@@ -81,6 +86,8 @@ class Connection(H11Protocol):
         self._unread: asyncio.TimerHandle | None = None
         self.held = 0
         """Bytes of a request that has not arrived in full."""
+        self.imports = False
+        """True while a session is imported."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -94,6 +101,7 @@ class Connection(H11Protocol):
         self._wait()
         self.held += len(data)
         super().data_received(data)
+        self.imports = self.conn.their_state is h11.SEND_BODY and is_import(self.scope["path"])
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._arrived()
         self._gate.enforce()

@@ -51,7 +51,7 @@ class DrainingServer(uvicorn.Server):
 def run(app: FastAPI, listener: socket.socket, grace: float) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain. Exits with status 130 after Ctrl-C."""
     host, port = listener.getsockname()[:2]
-    http: Any = Gate(app.state.server.limits).protocol
+    http: Any = Gate(app.state.server.limits, app.state.server.largest_session).protocol
     config = uvicorn.Config(
         app, host=host, port=port, http=http, backlog=BACKLOG, access_log=False, timeout_graceful_shutdown=int(grace) + MARGIN
     )

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zoo.config import path_of, wanted
+from zoo.serving.limits import is_import
 from zoo.serving.schemas import WANTED, ApiError
 from zoo.sessions.pool import PoolClosedError
 
@@ -100,7 +101,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self.imports if scope["path"].endswith("/import") else self.limit
+        limit = self.imports if is_import(scope["path"]) else self.limit
         read = 0
 
         async def counted() -> Message:

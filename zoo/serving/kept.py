@@ -53,8 +53,6 @@ class KeptSession:
     """Statistics of the stream when these were counted."""
     used: float = field(default_factory=time.monotonic)
     busy: bool = False
-    writing: bool = False
-    """True while it is written to the store between two requests, which wait for that."""
     saved: bool = False
     """True if its state is in the store, or was before another process took it over."""
     left: Event = field(default_factory=Event)

@@ -27,3 +27,8 @@ class Limits:
     """Maximum number of requests that wait for a free stream."""
     wait: float = 10.0
     """Seconds that a request may wait for a free stream."""
+
+
+def is_import(path: str) -> bool:
+    """Return whether requests for this path import a session, whose size has a limit of its own."""
+    return path.endswith("/import")

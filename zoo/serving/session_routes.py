@@ -15,7 +15,7 @@ from zoo.serving.kept import KeptSession
 from zoo.serving.owners import owner_of
 from zoo.serving.schemas import ApiError, Name, Strict
 from zoo.serving.session_files import from_file, to_file
-from zoo.serving.sessions import KeptSessions
+from zoo.serving.sessions import KeptSessions, missing
 from zoo.serving.store import Record
 from zoo.sessions.pool import PoolClosedError, SessionPool
 from zoo.sessions.sleeping_model import sleeping_model
@@ -107,16 +107,15 @@ class SessionRoutes:
             self.sessions.release(kept)
 
     def delete(self, session: str, request: Request) -> dict[str, Any]:
-        if not self.sessions.delete(owner_of(request), session):
-            raise ApiError(404, f"session: '{session}' does not exist", "session", "session_not_found")
+        self.sessions.delete(owner_of(request), session)
         return {"id": session, "object": "session", "deleted": True}
 
     @contextmanager
     def _existing(self, request: Request, name: str) -> Iterator[KeptSession]:
         owner = owner_of(request)
-        if not self.sessions.exists(owner, name):
-            raise ApiError(404, f"session: '{name}' does not exist", "session", "session_not_found")
-        kept = self.sessions.acquire(owner, name)
+        if not self.sessions.exists(owner, name):  # before it waits for a stream
+            raise missing(name)
+        kept = self.sessions.acquire(owner, name, new=False)
         try:
             yield kept
         finally:

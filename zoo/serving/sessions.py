@@ -42,6 +42,8 @@ class KeptSessions:
         self.waiting = 0
         """Number of requests that wait for a free stream."""
         self._kept: dict[tuple[str, str], KeptSession] = {}
+        self._writing = set[tuple[str, str]]()
+        """Sessions that are written to the store or deleted between two requests; other requests for them wait."""
         first = pool.open()
         self._empty = first.snapshot()
         first.close()
@@ -61,13 +63,13 @@ class KeptSessions:
         with self._using_store():
             return (owner, name) in self._kept or (self.store is not None and self.store.exists(owner, name))
 
-    def acquire(self, owner: str, name: str | None, *, new: bool = False) -> KeptSession:
+    def acquire(self, owner: str, name: str | None, *, new: bool | None = None) -> KeptSession:
         """Return the session with this id, opening it if there is none; without an id, a session for one request.
 
         Waits for a free stream if there is none.
 
         Args:
-            new: refuse a session that exists.
+            new: refuse a session that exists (True), or one that does not (False).
         Raises:
             ApiError: the session is busy, or there is no room for it, or it cannot be stored.
         """
@@ -75,6 +77,8 @@ class KeptSessions:
         if self.store is not None and name:
             try:
                 with self._using_store():
+                    if kept.journal is None:
+                        _check_new(name, new, not self.store.exists(owner, name))
                     self._agree_with_store(kept, self.store)
             except BaseException:
                 self.release(kept, forget=True)
@@ -99,7 +103,7 @@ class KeptSessions:
         """Remember that the store fails, unless only another process has taken a session over."""
         self.failing = self.failing or (isinstance(error, OSError | StoreError) and not isinstance(error, TakenOverError))
 
-    def _claim(self, owner: str, name: str | None, new: bool) -> KeptSession:
+    def _claim(self, owner: str, name: str | None, new: bool | None) -> KeptSession:
         """Return the session of `acquire`, busy from now on, as it is in memory."""
         end, unwritable = time.monotonic() + self._wait, set[KeptSession]()
         while True:
@@ -116,18 +120,19 @@ class KeptSessions:
                 unwritable.add(idle)
 
     def _wait_while_writing(self, owner: str, name: str | None) -> None:
-        """Wait while a session is written to the store between two requests."""
-        while name and (kept := self._kept.get((owner, name))) is not None and kept.writing:
+        """Wait while a session is written to the store or deleted between two requests."""
+        while (owner, name) in self._writing:
             self._lock.wait()
 
-    def _found(self, owner: str, name: str | None, new: bool) -> KeptSession | None:
+    def _found(self, owner: str, name: str | None, new: bool | None) -> KeptSession | None:
         """Return the session of `acquire`, or None if there is no room for it."""
-        if new and name and self.exists(owner, name):
-            raise ApiError(409, f"session: '{name}' already exists", "session", "session_exists")
         if name and (kept := self._kept.get((owner, name))):
+            _check_new(name, new, False)
             if kept.busy:
                 raise _busy(name)
             return kept
+        if name and self.store is None:
+            _check_new(name, new, True)
         try:
             kept = KeptSession(self._pool.open(), self.prefixes, self._empty, owner, name)
         except PoolFullError:
@@ -138,11 +143,11 @@ class KeptSessions:
 
     def _claim_idle(self, but: set[KeptSession]) -> KeptSession | None:
         """Return the session that has been idle for longest, for `_put_away`; None without a store, or if there is none."""
-        idle = [kept for kept in self._kept.values() if not (kept.busy or kept.writing or kept in but)]
+        idle = [kept for kept in self._kept.values() if not (kept.busy or kept.key in self._writing or kept in but)]
         if self.store is None or not idle:
             return None
         longest = min(idle, key=lambda kept: kept.used)
-        longest.writing = True
+        self._writing.add(longest.key)
         return longest
 
     def _wait_for_room(self, end: float) -> None:
@@ -181,6 +186,7 @@ class KeptSessions:
 
     def create(self, owner: str, name: str, snapshot: Snapshot, record: Record) -> KeptSession:
         """Return a new session with this state and conversation, written to the store. Raises ApiError, and leaves nothing behind then."""
+        _check_new(name, True, not self.exists(owner, name))  # before it waits for a stream
         kept = self.acquire(owner, name, new=True)
         try:
             kept.session.restore(snapshot)
@@ -189,11 +195,12 @@ class KeptSessions:
                 kept.store()
                 kept.store_state()
         except BaseException:
+            if kept.journal is not None:
+                with suppress(StoreError):
+                    kept.journal.delete()
             with self._lock:
                 self._forget(kept)
-                if kept.journal is not None:
-                    with suppress(StoreError):
-                        kept.journal.delete()
+                self._lock.notify_all()
             raise
         return kept
 
@@ -205,23 +212,25 @@ class KeptSessions:
             kept.session.close()
         self.prefixes.forget(kept.owner, kept.name)
 
-    def delete(self, owner: str, name: str) -> bool:
-        """Close a session and forget its states. Returns False if there is none with this id. Raises ApiError: it is busy, for example."""
-        with self._lock, self._using_store():
+    def delete(self, owner: str, name: str) -> None:
+        """Close a session and forget its states. Raises ApiError: there is none with this id, or it is busy, for example."""
+        with self._lock:
             self._wait_while_writing(owner, name)
             kept = self._kept.get((owner, name))
             if kept is not None and kept.busy:
                 raise _busy(name)
-            if not self.exists(owner, name):
-                return False
-            if self.store is not None:
-                journal = kept.journal if kept is not None else None
-                (journal if journal is not None and journal.check() else self.store.open(owner, name)).delete()
-            if kept is not None:
-                self._forget(kept)
-            self.prefixes.forget(owner, name)
-            self._lock.notify_all()
-            return True
+            self._writing.add((owner, name))
+        with self._marked((owner, name)):
+            with self._using_store():
+                if not self.exists(owner, name):
+                    raise missing(name)
+                if self.store is not None:  # without the lock: a disk may be slow
+                    journal = kept.journal if kept is not None else None
+                    (journal if journal is not None and journal.check() else self.store.open(owner, name)).delete()
+            with self._lock:
+                if kept is not None:
+                    self._forget(kept)
+                self.prefixes.forget(owner, name)
 
     def tend(self) -> None:
         """Until `close`, write the states of idle sessions to the store, and move them out of memory."""
@@ -236,13 +245,13 @@ class KeptSessions:
                 with self._lock:
                     idle = time.monotonic() - kept.used
                     leaves, due = idle > self._idle, not kept.saved and (failed or idle > SETTLED)
-                    if kept.busy or kept.writing or not (leaves or due) or self._kept.get(kept.key) is not kept:
+                    if kept.busy or kept.key in self._writing or not (leaves or due) or self._kept.get(kept.key) is not kept:
                         continue
-                    kept.writing = True
+                    self._writing.add(kept.key)
                 if leaves:
                     stored &= self._put_away(kept)
                 else:
-                    with self._writing(kept):
+                    with self._marked(kept.key):
                         stored &= self._store(kept, state=idle > SETTLED)
             if failed and stored and self.store is not None:
                 self.failing = not self._written(self.store.check)
@@ -280,11 +289,11 @@ class KeptSessions:
         return True
 
     def _put_away(self, kept: KeptSession) -> bool:
-        """Move a session that is marked as `writing` out of memory. Returns False if it cannot be stored.
+        """Move a session that is marked as being written out of memory. Returns False if it cannot be stored.
 
         Without its state in the store, its tokens are read again.
         """
-        with self._writing(kept):
+        with self._marked(kept.key):
             stored = self.store is None or self._store(kept, state=True)
             if stored:
                 with suppress(ZooError):
@@ -295,14 +304,27 @@ class KeptSessions:
         return stored
 
     @contextmanager
-    def _writing(self, kept: KeptSession) -> Iterator[None]:
-        """Let requests have the session, which is marked as `writing`, when the block ends."""
+    def _marked(self, key: tuple[str, str]) -> Iterator[None]:
+        """Let requests have the session, which is marked as being written, when the block ends."""
         try:
             yield
         finally:
             with self._lock:
-                kept.writing = False
+                self._writing.discard(key)
                 self._lock.notify_all()
+
+
+def _check_new(name: str, wanted: bool | None, new: bool) -> None:
+    """Raise ApiError unless the session is new, or not, as wanted."""
+    if wanted and not new:
+        raise ApiError(409, f"session: '{name}' already exists", "session", "session_exists")
+    if wanted is False and new:
+        raise missing(name)
+
+
+def missing(name: str) -> ApiError:
+    """Return the error about a session that does not exist."""
+    return ApiError(404, f"session: '{name}' does not exist", "session", "session_not_found")
 
 
 def _busy(name: str) -> ApiError:

@@ -22,7 +22,7 @@ class Local:
         self.pool = zoo.SessionPool(model, slots, streams=streams, when=when, context=context)
         app = make_app(self.pool, tokenizer, "model", options.pop("limits", Limits()), **options)
         self.state = app.state.server
-        self.gate = Gate(self.state.limits)
+        self.gate = Gate(self.state.limits, self.state.largest_session)
         self._uvicorn = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", http=self.gate.protocol))
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
         self._thread.start()
@@ -75,7 +75,7 @@ class Local:
         """Context in which no session is being written to the store."""
         sessions = self.state.sessions
         with sessions._lock:
-            sessions._lock.wait_for(lambda: not any(kept.writing for kept in sessions._kept.values()))
+            sessions._lock.wait_for(lambda: not sessions._writing)
             yield
 
     def stream(self, session, owner=""):

@@ -13,7 +13,7 @@ import pytest
 
 import zoo
 from tests.zoo.serving.local import local, until
-from zoo.serving.connections import BODIES, Gate, OncePerSecond
+from zoo.serving.connections import BODIES, IMPORTS, Gate, OncePerSecond
 from zoo.serving.limits import Limits
 from zoo.text.tokenizers import ByteTokenizer
 
@@ -58,9 +58,12 @@ def closed(one):
 
 def post(body, length=None, path="/v1/completions"):
     text = json.dumps({"model": "model", **body}).encode()
-    length = len(text) if length is None else length
-    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
-    return head.encode() + text
+    return head(path, len(text) if length is None else length) + text
+
+
+def head(path, length, kind="json"):
+    lines = f"POST {path} HTTP/1.1", "host: localhost", f"content-type: application/{kind}", f"content-length: {length}"
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /v1/models HTTP/1.1\r\nhost: local", post({}, length=10**4)])
@@ -95,6 +98,17 @@ def test_the_bytes_of_half_bodies_are_bounded(model):
         assert server.complete("a", max_tokens=2)["choices"]
         assert sum(each.held for each in server.gate.waiting) <= BODIES * most
         assert 0 < sum(map(closed, half)) < 2 * BODIES
+
+
+def test_the_bytes_of_half_imports_are_bounded(model):
+    with serving(model, body=2**10, patience=1e6) as server:
+        most = server.state.largest_session
+        assert most > BODIES * 2**10
+        sent = head("/v1/sessions/s/import", most, "octet-stream") + bytes(most - 1)
+        with sockets(server, 2 * IMPORTS, sent) as half:
+            assert server.complete("a", max_tokens=2)["choices"]
+            assert sum(each.held for each in server.gate.waiting) <= IMPORTS * len(sent)
+            assert 0 < sum(map(closed, half)) < 2 * IMPORTS
 
 
 @pytest.mark.parametrize("patience", [0.5, 1e6])
@@ -159,7 +173,7 @@ def test_an_answer_that_nobody_reads_is_given_up(model):
 @pytest.mark.parametrize(("files", "connections"), [(10**6, 1000), (1024, 768), (300, 44), (20, 1)])
 def test_connections_leave_files_for_the_rest(monkeypatch, files, connections):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (files, 10**6))
-    assert Gate(Limits()).connections == connections
+    assert Gate(Limits(), 0).connections == connections
 
 
 def test_a_message_is_logged_once_per_second(caplog, monkeypatch):

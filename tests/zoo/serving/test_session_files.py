@@ -11,9 +11,11 @@ from safetensors.torch import save
 
 import zoo
 from tests.zoo.serving.disk import Disk, recovers
-from tests.zoo.serving.local import local
+from tests.zoo.serving.local import local, until
 from tests.zoo.serving.test_store import BYTES, answers, uninterrupted
 from zoo.checkpoints.checksum import metadata
+from zoo.serving.connections import BODIES
+from zoo.serving.limits import Limits
 
 NAME = "gdn4-sleep2-hard16"
 FIELDS = {"layers": "attn gdn", "d_model": 32, "d_ff": 16, "vocab_size": 256}
@@ -70,6 +72,19 @@ def test_a_session_moves_to_another_server(model, content, tmp_path):
         file.unlink()
     with local(model, BYTES, store=tmp_path) as server:  # its tokens are read again
         assert answers(server, "t", "more") == [want]
+
+
+def test_a_session_may_be_larger_than_other_requests(model, content):
+    """Even than as many of them as may be half sent at a time."""
+    with local(model, BYTES, limits=Limits(body=len(content) // BODIES // 2)) as server:
+        client = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+        client.putrequest("POST", "/v1/sessions/t/import")
+        for name, value in {**TYPE, "content-length": len(content)}.items():
+            client.putheader(name, value)
+        client.endheaders(content[:-1])
+        until(lambda: sum(each.held for each in server.gate.waiting) >= len(content))
+        client.send(content[-1:])
+        assert client.getresponse().status == 200
 
 
 def test_a_conversation_moves_with_its_messages(model):

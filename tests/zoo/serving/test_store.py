@@ -86,6 +86,55 @@ def test_a_slow_disk_delays_only_the_session_that_is_written(model, tmp_path, mo
         assert (new.result(60), first.result(60)) == (want[:1], want[1:])
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_slow_disk_delays_only_the_session_that_is_deleted(model, tmp_path, monkeypatch, kept):
+    """Other sessions go on, a request for the deleted one waits and starts anew; the session is in memory, or in the store alone."""
+    want, disk, deleting, delete = uninterrupted(model, "one", "two"), threading.Event(), threading.Event(), Journal.delete
+
+    def slowly(journal):
+        deleting.set()
+        assert disk.wait(60)
+        delete(journal)
+
+    with local(model, BYTES, store=tmp_path, streams=4) as server:
+        assert answers(server, "gone", "one") == answers(server, "other", "one") == want[:1]
+    monkeypatch.setattr(Journal, "delete", slowly)
+    with local(model, BYTES, store=tmp_path, streams=4) as server, ThreadPoolExecutor(2) as threads:
+        if kept:
+            assert server.ask("/v1/sessions/gone")[0] == 200
+        gone = threads.submit(server.ask, "/v1/sessions/gone", None, "DELETE")
+        assert deleting.wait(60)
+        again = threads.submit(answers, server, "gone", "one", "two")
+        try:
+            assert answers(server, "other", "two") == want[1:]
+            assert [gone.done(), again.done()] == [False, False]
+        finally:
+            disk.set()
+        assert gone.result(60) == (200, {"id": "gone", "object": "session", "deleted": True})
+        assert again.result(60) == want
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_session_that_is_deleted_meanwhile_is_not_made_again(model, tmp_path, monkeypatch, stored):
+    """A GET and a fork that saw the session before another client's DELETE find none after it."""
+    with local(model, BYTES, store=tmp_path if stored else None) as server:
+        sessions = server.state.sessions
+        exists = sessions.exists
+        for path, body in (("/v1/sessions/s", None), ("/v1/sessions/s/fork", {"id": "t"})):
+            answers(server, "s", "one")
+
+            def and_then_delete(owner, name):
+                monkeypatch.setattr(sessions, "exists", exists)
+                assert exists(owner, name)
+                sessions.delete(owner, name)
+                return True
+
+            monkeypatch.setattr(sessions, "exists", and_then_delete)
+            status = server.ask(path)[0] if body is None else post(server, path, body)[0]
+            assert status == 404
+            assert server.ask("/v1/sessions")[1]["data"] == []
+
+
 def test_a_restart(model, tmp_path, at):
     """A server that has ended, one that has not, and one whose snapshots are gone: the next answer is that of an uninterrupted stream."""
     want = uninterrupted(model, "one", "two", "three", "four", "five")
