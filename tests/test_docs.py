@@ -80,6 +80,13 @@ def test_every_command_and_option_is_described():
     assert described == options
 
 
+def test_every_field_of_a_plan_is_described():
+    from zoo.training.plan import Plan
+
+    section = (ROOT / "docs/cli.md").read_text(encoding="utf-8").partition("## zoo ablate\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == {"run", *Plan.model_fields}
+
+
 def test_every_model_block_task_and_family_is_described():
     from zoo.blocks.mixer import mixers
     from zoo.checkpoints.family import families

@@ -117,8 +117,8 @@ def print_results(results: dict[str, Any]) -> None:
 def print_comparison(results: dict[str, Any]) -> None:
     """Print two tables of `zoo.training.compare.comparison`: results and costs, and the loss in at most five windows."""
     run = [line for line in results["arms"] if "refused" not in line]
-    windows = sorted({n for line in run for n in line["loss_by_window"]})
-    windows = sorted({windows[at * (len(windows) - 1) // 4] for at in range(5)}) if windows else []
+    all_windows = sorted({n for line in run for n in line["loss_by_window"]})
+    windows = sorted({all_windows[at * (len(all_windows) - 1) // 4] for at in range(5)}) if run else []
     in_bytes = any(line["bits_per_byte"] is not None for line in run)
     headers = ["", "N", "loss", *(["bits/byte"] if in_bytes else []), "right", "tokens/s", "state"]
     rows, by_window = [], []
@@ -130,7 +130,8 @@ def print_comparison(results: dict[str, Any]) -> None:
     title = f"{results['folder']} on {results['task']}: {counted(results['sequences'], 'held-out sequence')}"
     print_table(headers, rows, title=title)
     if len(windows) > 1:
-        print_table(["loss in window", *map(str, windows)], by_window)
+        some = f" ({len(windows)} of {len(all_windows)})" if len(windows) < len(all_windows) else ""
+        print_table([f"loss in window{some}", *map(str, windows)], by_window)
     for line in results["arms"]:
         if "refused" in line:
             print_line(f"{line['name']}: {line['refused']}")

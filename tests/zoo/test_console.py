@@ -49,7 +49,7 @@ def test_a_comparison_is_two_tables_of_80_columns(name, capsys, monkeypatch):
     assert said.count("\u250f") == 2
     assert "1 held-out sequence\n" in said
     assert [row.split()[-2] for row in said.splitlines() if "this model " in row][-1] == "9.4000"
-    assert "loss in window" in said
+    assert "loss in window (5 of 9)" in said
     assert f"{named[1]}: learned_positions" in said
 
 
