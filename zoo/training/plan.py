@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from zoo.config import nested, read_shipped, shipped, validate
 from zoo.costs import describe, training_flops
@@ -22,8 +22,18 @@ from zoo.training.config import TrainConfig, absolute_paths, merge_runs, named_r
 from zoo.training.loop import loops_at
 from zoo.training.prepare import prepare
 
+T = TypeVar("T")
+
+
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{list(values)} contains a duplicate")
+    return values
+
+
+Distinct = Annotated[tuple[T, ...], AfterValidator(_distinct)]
 Match = Literal["tokens", "flops"]
-Seeds = tuple[Annotated[int, Field(ge=0)], ...]
+Seeds = Distinct[Annotated[int, Field(ge=0)]]
 
 
 class Budget(BaseModel):
@@ -32,7 +42,7 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     times: int = Field(default=1, ge=1, description="multiple of the tokens or FLOPs of `reference`")
-    arms: tuple[str, ...] | None = Field(default=None, min_length=1, description="arms that get it; default: all")
+    arms: Distinct[str] | None = Field(default=None, min_length=1, description="arms that get it; default: all")
     seeds: Seeds | None = Field(default=None, min_length=1, description="default: those of the plan")
 
 
@@ -57,9 +67,9 @@ class Plan(BaseModel):
     )
     arms: dict[str, dict[str, Any]] = Field({}, description="further arms by name: dotted paths of fields with their values")
     seeds: Seeds = Field((0, 1, 2), min_length=1)
-    match: tuple[Match, ...] = Field(("tokens", "flops"), min_length=1, description="budgets in which to match the arms to `reference`")
+    match: Distinct[Match] = Field(("tokens", "flops"), min_length=1, description="budgets in which to match the arms to `reference`")
     budgets: tuple[Budget, ...] = Field((Budget(),), min_length=1, description="how many tokens or FLOPs, as in `match`, the arms get")
-    test_loops: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    test_loops: Distinct[Annotated[int, Field(ge=1)]] = Field(
         (), description="further numbers of passes per sleep at which to evaluate finished runs"
     )
     reference: str | None = Field(None, description="the arm that trains for the steps of `base`; default: the first")
@@ -76,9 +86,6 @@ class Plan(BaseModel):
                 raise ValueError(f"{path}: belongs in {'base; match decides the steps of each arm' if path == 'steps' else 'seeds'}")
         if len({budget.times for budget in self.budgets}) < len(self.budgets):
             raise ValueError(f"budgets: {[budget.times for budget in self.budgets]} contains a duplicate")
-        for field in ("seeds", "match"):
-            if len(set(getattr(self, field))) < len(getattr(self, field)):
-                raise ValueError(f"{field}: {list(getattr(self, field))} contains a duplicate")
         return self
 
 
