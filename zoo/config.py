@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -238,6 +238,23 @@ def merge(fields: Mapping[str, Any], more: Mapping[str, Any], *, whole: Collecti
     return merged
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose dates are text, as in JSON, and whose mappings have each key once."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:timestamp"]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"a second field '{key.value}'", key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     """Parse `["d_model=128", "blocks.gdn.heads=2"]` into nested fields; values are YAML."""
     fields: dict[str, Any] = {}
@@ -246,7 +263,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or not all(path.split(".")):
             raise ZooError(f"'{pair}': want field=value, for example d_model=128 or blocks.gdn.heads=2")
         try:
-            fields = merge(fields, nested(path, yaml.safe_load(value)))
+            fields = merge(fields, nested(path, yaml.load(value, _Loader)))
         except (yaml.YAMLError, ValueError, RecursionError):
             raise ZooError(f"'{pair}': the value is not YAML") from None
     return fields
@@ -262,7 +279,7 @@ def nested(path: str, value: Any) -> Any:
 def read_yaml(path: Traversable) -> dict[str, Any]:
     """Read a YAML file that holds a mapping."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ZooError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

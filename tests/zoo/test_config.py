@@ -202,6 +202,7 @@ def test_wrong_input(name, overrides, message):
         ("vocab_size: 3\nlayers: gdn\nname: x", "d_model: is missing"),
         ("- a list", "want a mapping"),
         ("a: [1", "not YAML"),
+        ("d_model: 8\nblocks:\n  gdn: {heads: 2,\n    heads: 4}", "not YAML: a second field 'heads' in line 4, column 5"),
         ("name: !!python/object/apply:os.system ['true']", "not YAML"),
     ],
 )
@@ -223,6 +224,15 @@ def test_every_model_in_the_zoo(name):
         model = zoo.create(variant, device="meta")
         assert model.config == config
     assert resolve(f"{name}-sleep2").evict != "none"
+
+
+def test_dates_are_text():
+    """In JSON, too, there is no other form of them; a folder may have such a name."""
+    assert parse_overrides(["weights=2026-11-30", "base.steps=3", "grid={a: [2026-11-30 10:00:00]}"]) == {
+        "weights": "2026-11-30",
+        "base": {"steps": 3},
+        "grid": {"a": ["2026-11-30 10:00:00"]},
+    }
 
 
 def test_merge_leaves_its_arguments_alone():

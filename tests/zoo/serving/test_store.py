@@ -88,7 +88,7 @@ def test_a_slow_disk_delays_only_the_session_that_is_written(model, tmp_path, mo
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_slow_disk_delays_only_the_session_that_is_deleted(model, tmp_path, monkeypatch, kept):
-    """Other sessions continue, a request for the deleted one waits and begins a new session; the deleted one is in memory, or in the store alone."""
+    """Other sessions continue, and a request for the deleted one waits and begins a new one; with the session in memory, or not."""
     want, disk, deleting, delete = uninterrupted(model, "one", "two"), threading.Event(), threading.Event(), Journal.delete
 
     def slowly(journal):
