@@ -19,9 +19,10 @@ from zoo.blocks.norm import norms
 from zoo.blocks.one_query import one_query, takes_one_query
 from zoo.blocks.positions import Positions
 from zoo.blocks.rotary import RopeScaling, rope
+from zoo.errors import ZooError
 from zoo.kernels.common.attention import attend_by_mkl
 from zoo.kernels.common.precision import is_highest
-from zoo.kernels.common.recording import pure, transformed
+from zoo.kernels.common.recording import pure, transformed, watched
 
 SCORES = 1 << 17
 """Maximum number of scores of a stream for which attention is computed as products on a CPU."""
@@ -97,7 +98,7 @@ def attention(
         causal: S = T, and a query sees the keys up to its own.
         scale: factor of the products of queries and keys; default D^-0.5.
     """
-    if _multiplies_slowly(q):
+    if _multiplies_slowly(q, k, v):
         if q.shape[2] == 1 and takes_one_query(k, v):
             return one_query(q, k, v, visible, scale=scale)
         if q.shape[0] == 1 and q.shape[1] * q.shape[2] * k.shape[2] <= SCORES:
@@ -142,20 +143,20 @@ def _trains_slowly(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> b
     return plain and k.shape == v.shape and k.shape[2] <= SHORT and q.shape[2] > 0 and not is_highest()
 
 
-def _multiplies_slowly(q: Tensor) -> bool:
+def _multiplies_slowly(*inputs: Tensor) -> bool:
     """Return True where oneDNN would multiply one head and block at a time, without gradients: it needs 0.1 ms for any product."""
-    if not q.is_cpu or q.dtype != torch.float32 or torch.is_grad_enabled() or pure():
+    if torch.is_grad_enabled() or pure() or watched():
         return False
-    return not is_highest()
+    return all(x.is_cpu and x.dtype == torch.float32 for x in inputs) and not is_highest()
 
 
 class AttentionOptions(mixer.Options):
     heads: int = Field(4, ge=1)
     kv_heads: int | None = Field(None, ge=1, description="default: heads")
     head_dim: int | None = Field(None, ge=2, description="default: d_model / heads")
-    rope_theta: float = Field(10_000.0, gt=0)
+    rope_theta: float = Field(10_000.0, ge=1)
     rope_scaling: RopeScaling | None = Field(None, description="scaling of the rotary frequencies to longer contexts")
-    rotary: float = Field(1.0, ge=0, le=1, description="fraction of the head that is rotated, rounded up to pairs; 0: no positions")
+    rotary: float = Field(1.0, ge=0, le=1, description="fraction of the head that is rotated, in whole pairs of entries; 0: no positions")
     bias: bool = Field(False, description="bias of the q, k, v and gate projections")
     o_bias: bool = Field(False, description="bias of the output projection")
     scale: float | None = Field(None, gt=0, description="factor of the products of queries and keys; default: head_dim^-0.5")
@@ -185,7 +186,10 @@ class Attention(Mixer):
         self.heads = options.heads
         self.kv_heads = options.kv_heads or options.heads
         self.head_dim = options.head_dim or mixer.split_evenly(d_model, options.heads, even=True)
-        self.rope = rope(int(options.rotary * self.head_dim), options.rope_theta, options.rope_scaling)
+        rotated = int(options.rotary * self.head_dim)
+        if options.rotary > 0 and not rotated:
+            raise ZooError(f"rotary: {options.rotary} of head_dim {self.head_dim} is less than one entry; want 0, or a larger fraction")
+        self.rope = rope(rotated, options.rope_theta, options.rope_scaling)
         self.reach = reach
         self.q_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=options.bias)
         self.k_proj = nn.Linear(d_model, self.kv_heads * self.head_dim, bias=options.bias)

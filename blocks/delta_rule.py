@@ -13,6 +13,7 @@ from zoo.blocks import mixer
 from zoo.blocks.mixer import Mixer
 from zoo.blocks.norm import GatedRMSNorm
 from zoo.blocks.positions import Positions
+from zoo.errors import ZooError
 from zoo.kernels.gated_delta_rule.op import gated_delta_rule
 from zoo.kernels.l2norm.op import l2norm
 
@@ -27,6 +28,14 @@ class DeltaRuleOptions(mixer.Options):
         "uniform", description="initialisation of the convolution: a random mixture, or close to the identity"
     )
     decay_init: float = Field(16.0, gt=0, description="exp(A_log) is initialised uniformly in (0, decay_init); smaller: longer memory")
+
+
+def value_size(key_dim: int, options: DeltaRuleOptions) -> int:
+    """Return the size of a value head. Raises ZooError if it is 0."""
+    size = round(key_dim * options.expand_v)
+    if size < 1:
+        raise ZooError(f"expand_v: {options.expand_v} times {key_dim}, the size of a key head, is less than one entry")
+    return size
 
 
 class DeltaRule(Mixer):
@@ -45,7 +54,7 @@ class DeltaRule(Mixer):
         self.heads, self.value_heads = options.heads, value_heads
         self.decay_init, self.init_conv = options.decay_init, mixer.CONV_INIT[options.conv_init]
         self.key_dim = options.head_dim or mixer.split_evenly(d_model, options.heads)
-        self.value_dim = round(self.key_dim * options.expand_v)
+        self.value_dim = value_size(self.key_dim, options)
         self.keys, self.values = self.heads * self.key_dim, value_heads * self.value_dim
         self.q_proj = nn.Linear(d_model, self.keys, bias=False)
         self.k_proj = nn.Linear(d_model, self.keys, bias=False)

@@ -74,7 +74,8 @@ class Experts(nn.Module):
 def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Multiply E groups of consecutive rows of x: [n, D], `counts` rows each, by the rows of weight: [E, F, D]. Returns [n, F]."""
     plain = x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if plain and not recorded(x, weight):
+    aligned = weight.shape[1] % 4 == weight.shape[2] % 4 == 0  # grouped_mm wants rows of whole 16 bytes
+    if plain and aligned and not recorded(x, weight):
         return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
     # unbind has one gradient of the whole, where indexing would make one for each expert
     groups = zip(x.split(counts.tolist()), weight.unbind(0), strict=True)

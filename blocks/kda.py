@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zoo.blocks import mixer
 from zoo.blocks.conv_tail import ConvTail
-from zoo.blocks.delta_rule import DeltaRuleOptions
+from zoo.blocks.delta_rule import DeltaRuleOptions, value_size
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.blocks.norm import RMSNorm
 from zoo.blocks.positions import Positions
@@ -45,7 +45,7 @@ class KimiDeltaAttention(Mixer):
         super().__init__(d_model, options, reach)
         self.heads, self.decay_init, self.init_conv = options.heads, options.decay_init, mixer.CONV_INIT[options.conv_init]
         self.key_dim = options.head_dim or mixer.split_evenly(d_model, options.heads)
-        self.value_dim = round(self.key_dim * options.expand_v)
+        self.value_dim = value_size(self.key_dim, options)
         self.keys, self.values = self.heads * self.key_dim, self.heads * self.value_dim
         self.q_proj = nn.Linear(d_model, self.keys, bias=False)
         self.k_proj = nn.Linear(d_model, self.keys, bias=False)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.kernels.common.recording import pure
+from zoo.kernels.common.recording import pure, watched
 
 CHUNK = 256
 """Number of inputs in a partial sum."""
@@ -62,8 +62,9 @@ def _parts(outputs: int, threads: int) -> int:
 @lru_cache
 def _bags(inputs: int, parts: int) -> tuple[Tensor, Tensor]:
     """Return the rows of a table [inputs x parts, ...] by part and input, and where the chunks of each part begin."""
-    rows = torch.arange(inputs) * parts + torch.arange(parts)[:, None]
-    starts = torch.arange(0, inputs, CHUNK) + torch.arange(parts)[:, None] * inputs
+    part = torch.arange(parts, device="cpu")[:, None]
+    rows = torch.arange(inputs, device="cpu") * parts + part
+    starts = torch.arange(0, inputs, CHUNK, device="cpu") + part * inputs
     return rows.flatten(), starts.flatten()
 
 
@@ -71,5 +72,4 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """Return True for large float32 weights on a CPU, and where nothing but values depends on the product."""
     if weight.numel() < SMALLEST or type(weight) is not nn.Parameter or type(x) is not Tensor or pure() or weight.is_inference():
         return False
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() or torch.is_autocast_enabled("cpu")
-    return x.is_cpu and x.dtype == weight.dtype == torch.float32 and not watched
+    return x.is_cpu and x.dtype == weight.dtype == torch.float32 and not watched()

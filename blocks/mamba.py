@@ -67,7 +67,7 @@ class Mamba(Mixer):
             mixer.init_conv(self.conv_bias, self.taps, generator)
         mixer.init_conv(self.dt_proj.weight, self.dt_rank, generator)
         mixer.init_step_bias(self.dt_proj.bias, generator)
-        steps = torch.arange(1, self.state_dim + 1) * (self.decay_init / self.state_dim)
+        steps = torch.arange(1, self.state_dim + 1, dtype=self.A_log.dtype, device=self.A_log.device) * (self.decay_init / self.state_dim)
         self.A_log.copy_(steps.log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 

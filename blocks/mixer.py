@@ -77,7 +77,7 @@ class Mixer(nn.Module):
         """Dtype of activations and window caches. Like parameters it follows `.to(dtype)`, but not a replaced or quantised weight."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return super()._apply(fn, recurse)
 
     def new_fast(self, batch: int) -> Tensor | None:

@@ -47,12 +47,13 @@ def _table(x: Tensor) -> Tensor:
 def _seen(H: int, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
     """Return the rows in the table of the tokens that each of H queries per stream sees, [B x H x S]."""
     (B, Hkv, S, D), (stream, head, token, _) = shape, stride
-    first = torch.arange(B)[:, None] * stream + torch.arange(H) // (H // Hkv) * head
-    return (first[..., None] + torch.arange(S) * token).flatten() // D
+    streams, heads, tokens = (torch.arange(size, device="cpu") for size in (B, H, S))
+    first = streams[:, None] * stream + heads // (H // Hkv) * head
+    return (first[..., None] + tokens * token).flatten() // D
 
 
 @lru_cache(maxsize=4)
 def _bags(queries: int, S: int) -> tuple[Tensor, Tensor]:
     """Return which query sees each token, [queries x S], and where the chunks of the tokens of each query begin."""
-    each = torch.arange(queries)
-    return each.repeat_interleave(S), (each[:, None] * S + torch.arange(0, S, CHUNK)).flatten()
+    each = torch.arange(queries, device="cpu")
+    return each.repeat_interleave(S), (each[:, None] * S + torch.arange(0, S, CHUNK, device="cpu")).flatten()

@@ -22,7 +22,7 @@ class RopeScaling(BaseModel):
     type: Literal["linear", "dynamic", "yarn", "llama3"] = Field(
         description="linear: all frequencies / factor; dynamic: theta grows with the stream; yarn: arXiv 2309.00071; llama3: Llama 3.1"
     )
-    factor: float = Field(gt=0, description="longer context / original context")
+    factor: float = Field(ge=1, description="longer context / original context")
     original_length: int | None = Field(None, ge=1, description="original context in tokens; required by all types but linear")
     low_freq_factor: float = Field(1.0, gt=0, description="llama3: fewer turns than this in the original context: frequency / factor")
     high_freq_factor: float = Field(4.0, gt=0, description="llama3: more turns than this in the original context: frequency unchanged")

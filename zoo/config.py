@@ -101,7 +101,7 @@ class ModelConfig(BaseModel):
     @property
     def mlp_pattern(self) -> tuple[str, ...]:
         """Kind of MLP of each layer, or "none"; blocks whose options say `mlp: false` have none either."""
-        kinds = expand(self.mlp)
+        kinds = expand(self.mlp, "mlp")
         return kinds * len(self.pattern) if len(kinds) == 1 else kinds
 
     @property
@@ -137,7 +137,7 @@ models: Registry[Traversable | Mapping[str, Any]] = Registry("model", "models") 
 for _name, _path in shipped("models").items():
     models.register(_name, _path)
 
-_SUFFIX = re.compile(r"-(sleep|hard|slide|full)(\d*)")
+_SUFFIX = re.compile(r"-(sleep|hard|slide|full)(\d{0,9})")
 _SUFFIX_HELP = "allowed: -sleep<N>, then -hard<L>, -slide<L> or -full"
 
 
@@ -184,6 +184,9 @@ def _check(config: ModelConfig, label: str) -> None:
         raise ZooError(f"{label}: window: evict '{config.evict}' needs the number of tokens in a window, at least 1")
     if not eviction.uses_window and config.window is not None:
         raise ZooError(f"{label}: window: {config.window} is not used under evict '{config.evict}'")
+    if not config.feed_back and (unread := [field for field in ("inject", "loop_norm") if getattr(config, field)]):
+        value = getattr(config, unread[0])
+        raise ZooError(f"{label}: {unread[0]}: {value} changes what a pass gets from the previous one; feed_back: false passes nothing on")
     if config.wake_loops > 1 and (config.loops > 1 or config.evict != "none" or len(config.looped) < layers):
         raise ZooError(
             f"{label}: wake_loops: {config.wake_loops} loops while awake; want loops 1, evict 'none' and every layer in the span"

@@ -169,8 +169,8 @@ def count(number: float) -> str:
 
 def size(number: float) -> str:
     """Return a number of bytes with three significant digits, such as "54 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1000 or unit == "GiB":
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if float(f"{number:.3g}") < 1000 or unit == "TiB":
             break
         number /= 1024
     return f"{number:.3g} {unit}"

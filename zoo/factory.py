@@ -17,6 +17,7 @@ from zoo.devices import usable_device
 from zoo.dtypes import parse_dtype
 from zoo.errors import ZooError
 from zoo.initialise import initialise
+from zoo.inputs import check_seed
 from zoo.model import Model
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -47,6 +48,7 @@ def create(
     Raises:
         ZooError: an unknown name or field, a value that does not fit, or a checkpoint of another architecture.
     """
+    check_seed(seed)
     dtype = parse_dtype(dtype)
     config = resolve(model, overrides)
     checkpoint = _published(config) if pretrained is True else local_folder(pretrained, "pretrained") if pretrained else None

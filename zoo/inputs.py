@@ -42,6 +42,12 @@ def check_flag(name: str, value: Any) -> None:
         raise ZooError(f"{name}: {value!r}; allowed: True, False")
 
 
+def check_seed(seed: Any) -> None:
+    """Refuse a seed that torch's generators do not all take."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
+        raise ZooError(f"seed: {seed!r}; want an integer from 0 to 2**63 - 1")
+
+
 def check_ids(ids: Any) -> None:
     """Refuse ids that are not [B, T] int64 with B and T at least 1."""
     if torch.compiler.is_compiling():
@@ -118,14 +124,17 @@ def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
     return h
 
 
-def check_awake(model: Model, ids: Tensor, awake: tuple[Tensor, State] | None) -> None:
+def check_awake(model: Model, ids: Tensor, awake: tuple[Tensor, State] | None, cu_seqlens: Tensor | None) -> None:
     """Refuse the result of a wake pass over `ids` from which no sleep of `model` can continue."""
     if awake is None:
         return
     if not model.wakes_as_it_sleeps:
         raise ZooError(f"awake: the wake pass of {model.config.name} is not the first pass of a sleep; omit `awake`")
+    if not isinstance(awake, tuple) or len(awake) != 2 or not isinstance(awake[0], Tensor):
+        raise ZooError(f"awake: {type(awake).__name__}; want hidden states and a State, the result of `wake` for these ids")
     if awake[0].shape[:2] != ids.shape:
         raise ZooError(f"awake: hidden states {list(awake[0].shape)} for ids {list(ids.shape)}; want the result of `wake` for these ids")
+    checked_state(model, awake[1], ids, count_streams(ids, cu_seqlens))
 
 
 def checked_state(model: Model, state: State, ids: Tensor, streams: int) -> State:
@@ -166,6 +175,7 @@ class StateForm(NamedTuple):
             raise ZooError(f"state: {type(state).__name__}; want a State, such as the `state` of an Output")
         if len(state.fast) != len(self.fast) or len(state.window) != len(self.window):
             raise ZooError(f"state: of {counted(len(state.fast), 'layer')}; the model has {len(self.fast)}")
+        _check_position(state.position, streams)
         for i, (fast, want) in enumerate(zip(state.fast, self.fast, strict=True)):
             if fast is None and want is None:
                 continue
@@ -181,6 +191,16 @@ class StateForm(NamedTuple):
                     dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else computes_in()
                 if not _fits(x, shape, dtype, streams):
                     raise _misfit(f"state: window cache of layer {i}", x, shape, dtype, streams)
+
+
+def _check_position(position: Any, streams: int) -> None:
+    """Refuse a position that is neither a number nor one for each stream."""
+    if isinstance(position, Tensor):
+        fits, shown = position.dtype == torch.int64 and position.shape == (streams,), f"{list(position.shape)} {position.dtype}"
+    else:
+        fits, shown = type(position) is not bool and isinstance(position, Integral) and int(position) >= 0, repr(position)
+    if not fits:
+        raise ZooError(f"state: position {shown}; want an integer, at least 0, or [{streams}] torch.int64")
 
 
 StateForms = dict[tuple[torch.dtype, ...], StateForm]

@@ -56,9 +56,9 @@ def chunks(loss_mask: Tensor, config: ModelConfig) -> list[Chunk]:
     """
     mask, every = loss_mask.cpu(), config.sleep_on == "every"
     size, length = mask.shape
-    last = torch.where(mask, torch.arange(length), -1).amax(dim=1)  # [B], the last token with loss
+    last = torch.where(mask, torch.arange(length, device="cpu"), -1).amax(dim=1)  # [B], the last token with loss
     found: list[Chunk] = []
-    follows = torch.zeros(size, dtype=torch.bool)
+    follows = torch.zeros(size, dtype=torch.bool, device="cpu")
     for start in range(0, int(last.max()) + 1, config.window or length):
         stop = min(start + (config.window or length), length)
         alive, continues = last >= start, last >= stop

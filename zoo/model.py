@@ -141,7 +141,7 @@ class Model(nn.Module):
             ZooError: as `forward`; also more tokens than the window holds, loops < 1, or `awake` of other tokens, or for a model
                 whose wake pass is not the first pass of a sleep.
         """
-        inputs.check_awake(self, ids, awake)
+        inputs.check_awake(self, ids, awake, cu_seqlens)
         _, state = self.run(*self.start_sleep(ids, state, loops, cu_seqlens), awake=awake, recompute=recompute)
         return self.evict(state)
 

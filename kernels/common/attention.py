@@ -16,7 +16,7 @@ def attend_by_mkl(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, *, ca
 
     With few keys, products are small, and MKL computes them up to ten times faster than oneDNN.
     """
-    mask = None if visible is None else torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+    mask = None if visible is None else torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
     y: Tensor = torch.ops.zoo.attention(q, k, v, mask, causal, scale)[0]
     return y
 

@@ -47,7 +47,7 @@ def newest(x: Tensor, before: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Return the last K-1 tokens of each sequence of x [B, T, C] preceded by `before` [S, C, K-1]: [S, C, K-1], oldest first."""
     size = before.shape[-1]
     if cu_seqlens is None:
-        fresh = x[:, -size:].mT.to(before.dtype)
+        fresh = x[:, max(0, x.shape[1] - size) :].mT.to(before.dtype)
         return torch.cat([before[..., fresh.shape[-1] :], fresh], dim=-1)
     length = cu_seqlens.diff()
     back = torch.arange(-size, 0, device=x.device) + length[:, None]  # [S, K-1], index in the sequence; negative: in `before`

@@ -22,6 +22,11 @@ def pure() -> bool:
     return torch.compiler.is_compiling() or transformed()
 
 
+def watched() -> bool:
+    """Return whether a dispatch mode, tracing or autocast acts on the operators that are called on a CPU."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() or torch.is_autocast_enabled("cpu"))
+
+
 def recorded(*tensors: Tensor) -> bool:
     """Return whether gradients or a graph depend on operations on these tensors. If not, their results may be changed in place."""
     return pure() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))

@@ -34,7 +34,7 @@ def kda(
         scale: factor applied to the queries, default K ** -0.5.
         initial_state: [S, H, K, V], S the number of sequences (B, or those of `cu_seqlens`); default zeros.
         cu_seqlens: [S + 1] int32 or int64, boundaries of S sequences packed into one row (B = 1).
-        form: "reference" or "chunked"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
+        form: "reference", "chunked" or "triton"; default: the form set by `zoo.kernels.use`, else the fastest that can run.
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [S, H, K, V] if `output_final_state`, else None.
         The state and the arithmetic are float32, or float64 for float64 input.

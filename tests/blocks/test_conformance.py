@@ -22,6 +22,7 @@ from zoo.blocks.attention import KV
 from zoo.blocks.growing import SPARE
 from zoo.blocks.mixer import Mixer, mixers, parts
 from zoo.blocks.positions import Positions
+from zoo.products import set_precision
 
 CPU = torch.device("cpu")
 D = 32
@@ -232,15 +233,16 @@ def test_transforms_of_torch_func(mixer: Mixer) -> None:
     assert_same(torch.func.jvp(loss, (x,), (direction,))[1], (want[0] * direction).sum())
 
 
+@pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(variant: str, dtype: torch.dtype) -> None:
+def test_autocast(variant: str, dtype: torch.dtype, precision: str) -> None:
     """Autocast loses at most twice as much as casting the mixer; fast weights stay float32, and every gradient is finite."""
     exact, mixer, cast = (make(variant).blocks[0].mixer.to(to) for to in (torch.float64, torch.float32, dtype))
     x = tokens(2, 7).float()
     with torch.no_grad():
         want = run(exact, x.double())[0]
         error = (run(cast, x.to(dtype))[0] - want).norm()
-        with torch.autocast("cpu", dtype):
+        with torch.autocast("cpu", dtype), set_precision(precision):
             pieces = run(mixer, x, [5, 1, 1])[0]
     with torch.autocast("cpu", dtype):
         y, fast, _ = run(mixer, x)

@@ -37,6 +37,17 @@ def tokens(batch: int, length: int, seed: int = 1) -> Tensor:
     return torch.randn(batch, length, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize(("width", "inner"), [(8, 5), (6, 8), (8, 8), (7, 3)])
+def test_widths_that_are_no_multiple_of_four(width: int, inner: int) -> None:
+    """Without gradients, torch's own product of groups has rows of whole 16 bytes."""
+    moe = MoE(width, inner, MoEOptions(experts=4, top_k=2))
+    with torch.no_grad():
+        for tensor in moe.state_dict().values():
+            tensor.normal_(generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(moe(x).double(), moe.double()(x.double()), rtol=1e-4, atol=1e-4)
+
+
 def by_the_book(moe: MoE, router: str, x: Tensor) -> Tensor:
     """One token at a time, one expert at a time."""
     p, option = moe.state_dict(keep_vars=True), ROUTERS[router]

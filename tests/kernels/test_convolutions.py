@@ -65,7 +65,7 @@ def test_plain_configuration() -> None:
         check("causal_conv1d", inputs("causal_conv1d", 131, C=33))
 
 
-@pytest.mark.parametrize("K", [2, 3, 5, 8])
+@pytest.mark.parametrize("K", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_taps(operator: str, K: int) -> None:
     check(operator, inputs(operator, 9, K=K, C=5))

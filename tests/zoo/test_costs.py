@@ -12,6 +12,7 @@ import zoo
 from zoo.blocks.mixer import Mixer, mixers
 from zoo.config import resolve
 from zoo.costs import Description, count
+from zoo.costs import size as in_bytes
 
 
 def size(tree):
@@ -128,3 +129,11 @@ def test_a_description_fits_80_columns():
     sizes = {field.name: 123_456 * 10**12 for field in fields(Description) if field.name != "config"}
     for name in zoo.list_models():
         assert max(map(len, str(Description(config=resolve(name), **sizes)).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 B"), (999, "999 B"), (1023, "0.999 KiB"), (1_023_590, "0.976 MiB"), (54 * 2**20, "54 MiB"), (2 * 2**40, "2 TiB")],
+)
+def test_bytes_have_three_digits(number, text):
+    assert in_bytes(number) == text

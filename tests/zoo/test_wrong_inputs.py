@@ -353,6 +353,10 @@ WRONG_STATES = {
     "with fast weights in float64": lambda state, owner: state._replace(fast=cast(torch.float64, state.fast)),
     "with a cache in bfloat16": lambda state, owner: state._replace(window=cast(torch.bfloat16, state.window)),
     "without fast weights": lambda state, owner: state._replace(fast=(None, None)),
+    "at a position below 0": lambda state, owner: state._replace(position=-1),
+    "at no position": lambda state, owner: state._replace(position=None),
+    "at the positions of two streams": lambda state, owner: state._replace(position=torch.tensor([0, 0])),
+    "at a position in float32": lambda state, owner: state._replace(position=torch.tensor([0.0])),
     "without a cache": lambda state, owner: state._replace(window=(None, None)),
 }
 AFTER = {
@@ -393,6 +397,11 @@ ARGUMENTS = [
     ("loss_mask", lambda model: model.loss(IDS, MASK * float("nan"))),
     ("loss_mask", lambda model: model.loss(IDS, MASK * 0)),
     ("awake", lambda model: model.consolidate(IDS, awake=model.wake(IDS[:, :2]))),
+    ("awake", lambda model: model.consolidate(IDS, awake=3)),
+    ("state", lambda model: model.consolidate(IDS, awake=(model.wake(IDS)[0], model.init_state(2)))),
+    ("snapshot", lambda model: zoo.Session(model).restore(model.init_state())),
+    ("seed", lambda model: zoo.create("gdn4", seed="a")),
+    ("seed", lambda model: zoo.create("gdn4", seed=2**64)),
     ("cu_seqlens", lambda model: model(IDS, cu_seqlens=[0, 4])),
     ("cu_seqlens", lambda model: model(IDS, cu_seqlens=torch.tensor([0.0, 4.0]))),
     ("cu_seqlens", lambda model: model(IDS, cu_seqlens=torch.tensor([0]))),

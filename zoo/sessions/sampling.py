@@ -78,7 +78,7 @@ class Sampler:
         penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self._counts = torch.zeros(self.seen.shape, device=seen.device) if penalised else None
         self._bias = self._logit_bias(vocab_size, seen.device) if sampling.logit_bias else None
-        self._may_exclude_all = self._bias is not None or sampling.logits_processor is not None
+        self._may_exclude_all = self._bias is not None or sampling.logits_processor is not None or sampling.constraint is not None
         self.generator = torch.Generator(seen.device)
         if sampling.seed is None:
             self.generator.seed()

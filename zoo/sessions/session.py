@@ -211,6 +211,8 @@ class Session:
 
     def restore(self, snapshot: Snapshot) -> Self:
         """Replace the streams with those of a snapshot of the same model. Raises ZooError if a pool is given several."""
+        if not isinstance(snapshot, Snapshot):
+            raise ZooError(f"snapshot: {type(snapshot).__name__}; want a Snapshot, as `snapshot` returns it")
         streams = len(snapshot.ids)
         if streams > 1 and self._host.single:
             raise ZooError(f"session: {streams} streams; a session of a pool has one")
@@ -273,7 +275,7 @@ class Session:
         assert self._snapshot.logits is not None
         token = sampler(self._snapshot.logits)
         self._stream.advance(self._snapshot._replace(pending=token[:, None]))
-        return token
+        return token.clone()  # the caller's own
 
     async def _read(self, ids: Tensor, logits: list[Tensor] | None = None) -> None:
         """Read the pending token, then ids, in pieces with sleeps between them.

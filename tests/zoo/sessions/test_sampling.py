@@ -122,6 +122,18 @@ def test_the_largest_numbers_leave_probabilities(largest):
             assert float(sampler.scores(LOGITS[:1]).softmax(-1).sum()) == pytest.approx(1)
 
 
+class Nothing:
+    """A constraint that allows no token."""
+
+    over = False
+
+    def allowed(self):
+        return torch.zeros(5, dtype=torch.bool)
+
+    def accept(self, token):
+        raise AssertionError("a token that is not allowed")
+
+
 @pytest.mark.parametrize("bias", [-math.inf, -1e39])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_minus_infinity_excludes_a_token_and_never_all(bias, temperature):
@@ -129,7 +141,8 @@ def test_minus_infinity_excludes_a_token_and_never_all(bias, temperature):
     assert sampler(LOGITS[:1]).tolist() == [4]
     none = Sampling(tokens=1, temperature=temperature, logit_bias=dict.fromkeys(range(5), bias))
     masked = Sampling(tokens=1, temperature=temperature, logits_processor=lambda scores: torch.full_like(scores, -math.inf))
-    for sampling in (none, masked):
+    forbidden = Sampling(tokens=1, temperature=temperature, constraint=Nothing())
+    for sampling in (none, masked, forbidden):
         with pytest.raises(ZooError, match=r"^generate: logit_bias, logits_processor and constraint exclude every token$"):
             Sampler(sampling, torch.zeros(1, 0).long(), 5)(LOGITS[:1])
 

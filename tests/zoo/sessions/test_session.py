@@ -383,9 +383,24 @@ def test_a_logits_processor_in_place_changes_no_snapshot(value):
     assert torch.equal(torch.stack(list(stream.restore(snapshot).generate(None, 4))), want)
 
 
+def test_a_token_that_was_yielded_belongs_to_the_caller():
+    stream = session()
+    want = torch.stack(list(stream.fork().generate(tokens(3), 6)))
+    found, snapshots, prompt = [], [], tokens(3)
+    for _ in range(6):
+        (token,) = stream.generate(prompt, 1)
+        found.append(token.clone())
+        snapshots.append(stream.snapshot())
+        token.zero_()
+        prompt = None
+    assert torch.equal(torch.stack(found), want)
+    assert torch.equal(torch.stack([snapshot.pending[:, 0] for snapshot in snapshots]), want)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda s: s.restore(None), "snapshot: NoneType; want a Snapshot"),
         (lambda s: s.generate(tokens(1), 0), "generate: tokens: 0: must be greater than or equal to 1"),
         (lambda s: s.generate(tokens(1), 3, temperature=-1), "temperature: -1"),
         (lambda s: s.generate(tokens(1), 3, top_p=0), "top_p: 0"),
