@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from zoo.cli import CONTEXT, exit_status
 from zoo.errors import ZooError
-from zoo.options import PATH, THREADS
+from zoo.options import PATH, THREADS, refuse_twice
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -102,8 +102,11 @@ def main(
     asked["compute_capability"] = compute_capability and compute_capability.split(",")
     if verify_only is not None and (refused := _given() - VERIFYING):
         raise click.UsageError(f"--verify-only compares the bundle as it is, without --{min(refused).replace('_', '-')}")
-    overrides += () if loops is None else (f"loops={loops}",)
     with exit_status(), _options_in_errors():
+        if prefill == 1:
+            raise ZooError("--prefill: 1; want 0, or at least 2")
+        refuse_twice("loops", loops, overrides)
+        overrides += () if loops is None else (f"loops={loops}",)
         if (place := out or triton_server) is not None:
             given = {name: value for name, value in asked.items() if value is not None}
             given |= {} if prefill is None else {"prefill": prefill or None}
@@ -146,6 +149,7 @@ def _write(
 ) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from zoo.config import validate
     from zoo.console import spinner
@@ -159,6 +163,8 @@ def _write(
 
     plan = validate(Plan, {field: value for field, value in asked.items() if field in Plan.model_fields}, "zoo-export")
     options = {field: value for field, value in asked.items() if field not in Plan.model_fields}
+    if unknown := options.keys() - targets.get(target).model_fields.keys():
+        raise ZooError(f"--{min(unknown).replace('_', '-')}: is not an option of target {target}")
     validate(targets.get(target), options, f"target {target}").check(dtype or "float32", plan)
     if not repository:
         refuse_existing(out)
@@ -167,7 +173,7 @@ def _write(
     started = time.perf_counter()
 
     def report(stage: str, result: str, seconds: float) -> None:
-        console.print(f"{stage}: {result}, {seconds:.1f} s", highlight=False, soft_wrap=True)
+        console.print(f"{stage}: {result}, {seconds:.1f} s", highlight=False, markup=False, soft_wrap=True)
 
     shape = _model(name, overrides, seed, dtype, device="meta")
     place, write = (model_folder(shape, out), export_to_repository) if repository else (out, export)
@@ -185,11 +191,11 @@ def _write(
         console.print(parity.table())
     table = Table("file", "bytes")
     for file in sorted(file for file in place.rglob("*") if file.is_file()):
-        table.add_row(str(file.relative_to(place)), f"{file.stat().st_size:,}")
+        table.add_row(Text(str(file.relative_to(place))), f"{file.stat().st_size:,}")
     console.print(table)
-    console.print(f"{place}: written in {time.perf_counter() - started:.1f} s", highlight=False, soft_wrap=True)
+    console.print(f"{place}: written in {time.perf_counter() - started:.1f} s", highlight=False, markup=False, soft_wrap=True)
     for engine, spec in Bundle.read(place / VERSION if repository else place).engines.items():
-        console.print(f"{engine}: {spec}", highlight=False, soft_wrap=True)
+        console.print(f"{engine}: {spec}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _compare(name: str, overrides: tuple[str, ...], seed: int, device: str, folder: Path) -> None:

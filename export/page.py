@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import counted
+from zoo.cli.group import exit_status
+from zoo.errors import ZooError, counted
 from zoo.export.manifest import (
     CODA,
     CONSOLIDATION,
@@ -160,4 +161,7 @@ def _lines(bundle: Bundle) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(page(Bundle.read(Path(sys.argv[1]))), end="")
+    with exit_status():
+        if len(sys.argv) != 2:
+            raise ZooError("want the folder of a bundle")
+        print(page(Bundle.read(Path(sys.argv[1]))), end="")

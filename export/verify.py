@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.table import Table
@@ -115,7 +116,8 @@ class _Findings:
         self.found.setdefault((stage, name), []).append((apart.max().item(), apart.mean().item()))
 
     def parity(self, reference: str) -> Parity:
-        together = {key: Difference(max(m for m, _ in pairs), sum(m for _, m in pairs) / len(pairs)) for key, pairs in self.found.items()}
+        # unlike Python's, these do not lose a NaN
+        together = {key: Difference(float(np.max(pairs, axis=0)[0]), float(np.mean(pairs, axis=0)[1])) for key, pairs in self.found.items()}
         same = torch.cat(self.agreed)
         return Parity(together, same.float().mean().item(), same.numel(), reference)
 
@@ -164,13 +166,13 @@ def _converted(model: Model, device: torch.device, dtype: torch.dtype) -> Model:
 
 def _rounding(model: Model, accurate: Model, ids: Tensor) -> float:
     """Return the error of the model's logits on the stream ids [2, T], in units of max(1, standard deviation)."""
-    state, wanted, largest = model.init_state(BATCH), accurate.init_state(BATCH), 0.0
+    state, wanted, errors = model.init_state(BATCH), accurate.init_state(BATCH), list[float]()
     for chunk in ids.split(model.config.window or ids.shape[1], dim=1):
         logits, want = model(chunk, state).logits, accurate(chunk, wanted).logits
-        largest = max(largest, ((logits - want).abs().max() / want.std().clamp(min=1)).item())
+        errors.append(((logits - want).abs().max() / want.std().clamp(min=1)).item())
         if model.config.window is not None:
             state, wanted = model.consolidate(chunk, state), accurate.consolidate(chunk, wanted)
-    return largest
+    return float(np.max(errors))
 
 
 def _compare(reference: Model, exported: ExportedModel, ids: Tensor) -> Parity:

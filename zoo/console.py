@@ -59,9 +59,11 @@ def print_markdown(text: str, console: Console | None = None) -> None:
 def spinner(what: str, after: float = 1.5) -> Iterator[None]:
     """Show `what` and the elapsed time on stderr while the block runs, starting after `after` seconds."""
     console = Console(stderr=True)
-    progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
+    named = TextColumn("{task.description}", markup=False)
+    progress = Progress(SpinnerColumn(), named, TimeElapsedColumn(), console=console, transient=True)
     progress.add_task(what, total=None)
-    timer = threading.Timer(after, progress.start if console.is_terminal else lambda: console.print(f"{what} ...", highlight=False))
+    announce = progress.start if console.is_terminal else lambda: console.print(Text(f"{what} ..."))
+    timer = threading.Timer(after, announce)
     timer.daemon = True
     timer.start()
     try:
@@ -80,7 +82,7 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     if not console.is_terminal:
         yield lambda done: None
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(what, total=total)
         yield lambda done: progress.update(bar, completed=done)

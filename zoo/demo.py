@@ -15,6 +15,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.text import Text
 
 import zoo.export
 from zoo.checkpoints.own import load
@@ -52,7 +53,8 @@ def run(out: Path) -> None:
         with deferred(), new_folder(out) as folder:
             (folder / SETTINGS).write_text(yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     remove_scratch(out)
-    console.print(f"[bold]{task}[/]: the same tokens and seed at N = {', '.join(map(str, LOOPS))} passes of sleep")
+    same = f": the same tokens and seed at N = {', '.join(map(str, LOOPS))} passes of sleep"
+    console.print(Text(str(task), style="bold").append(same, style="not bold"))
     started = time.perf_counter()
     plans = {n: plan.model_copy(update={"model": f"gdn4-sleep{n}-hard{task.window}"}) for n in LOOPS}
     pending = [n for n in sorted(LOOPS, reverse=True) if not _bundle(out / f"sleep{n}").exists()]  # longest first
@@ -68,7 +70,7 @@ def run(out: Path) -> None:
         with replacing(out / RESULTS) as file:
             file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     _show(rows, task, console)
-    console.print(f"plot: {out / 'demo.png'}   models, graphs and metrics: {out}/")
+    console.print(f"plot: {out / 'demo.png'}   models, graphs and metrics: {out}/", markup=False, soft_wrap=True)
 
 
 def _bundle(run: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import reprlib
@@ -17,6 +18,8 @@ from safetensors import SafetensorError
 from zoo.errors import ZooError
 from zoo.signals import before_exit
 
+SCRATCH = ".zoo-unfinished-"
+"""Part of the names of temporary files and folders that no other name has."""
 _unfinished: set[Path] = set()
 """Temporary files and folders that this process is writing."""
 
@@ -51,7 +54,7 @@ def refuse_existing(path: Path) -> None:
     """
     with _one_line(path):
         target = _target(path)
-        if target.exists() and not (target.is_dir() and all(map(_is_scratch, target.iterdir()))):
+        if target.exists() and not (target.is_dir() and all(map(is_scratch, target.iterdir()))):
             raise ZooError(f"{path}: already exists; nothing is overwritten, choose another folder")
         place = next(folder for folder in (target, *target.parents) if folder.exists())
         if not place.is_dir():
@@ -71,7 +74,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         target = _target(path)
         exists = target.is_dir()
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = (target if exists else target.parent) / f".{target.name}-{secrets.token_hex(4)}"
+        scratch = _scratch(target / target.name if exists else target)
         scratch.mkdir()
         _unfinished.add(scratch)
         try:
@@ -97,7 +100,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces `path` if the `with` block succeeds."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = _scratch(path)
     with _one_line(path):
         _unfinished.add(scratch)
         try:
@@ -114,15 +117,19 @@ def replacing(path: Path) -> Iterator[Path]:
 def remove_scratch(path: Path) -> None:
     """Remove what a killed process left while it wrote the folder `path`, or files in it. The caller must be its only writer."""
     target = _target(path)
-    beside = re.compile(re.escape(f".{target.name}-") + "[0-9a-f]{8}")
-    left = [*filter(_is_scratch, target.iterdir()), *(entry for entry in target.parent.iterdir() if beside.fullmatch(entry.name))]
-    for entry in left:
+    beside = [entry for entry in target.parent.glob(f".{glob.escape(target.name)}{SCRATCH}*") if is_scratch(entry)]
+    for entry in [*filter(is_scratch, target.iterdir()), *beside]:
         shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
-def _is_scratch(path: Path) -> bool:
-    """Return whether a path has a name that `new_folder` or `replacing` gives."""
-    return re.fullmatch(r"\..+(-[0-9a-f]{8}|\.\d+)", path.name) is not None
+def _scratch(path: Path) -> Path:
+    """Return the name of a temporary file or folder that becomes `path`."""
+    return path.with_name(f".{path.name}{SCRATCH}{secrets.token_hex(4)}")
+
+
+def is_scratch(path: Path) -> bool:
+    """Return whether a path has a name that `_scratch` gives."""
+    return re.fullmatch(rf"\..+{re.escape(SCRATCH)}[0-9a-f]{{8}}", path.name) is not None
 
 
 @contextmanager

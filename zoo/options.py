@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -67,3 +68,9 @@ def _part(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, 
 
 
 SHARD = click.option("--shard", default="1/1", callback=_part, metavar="K/N", help="Train only the K-th of N parts of the runs.")
+
+
+def refuse_twice(field: str, value: Any, overrides: Iterable[str]) -> None:
+    """Raise a ZooError if a field of the config has a value by its option and by FIELD=VALUE."""
+    if value is not None and (pair := next((pair for pair in overrides if pair.startswith(f"{field}=")), None)):
+        raise ZooError(f"--{field}: {value}; {pair} sets it too; want one of them")

@@ -296,3 +296,24 @@ def test_logits_far_from_the_start(bundles, start):
         return torch.cat(found[6:], dim=1)
 
     torch.testing.assert_close(logits(start), logits(0), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["logits", "states"])
+def test_nan_is_a_difference(bundles, where):
+    """Also where it comes last, in the padded short window: Python's max keeps what it has seen before."""
+    model, folder, _ = bundles("hard")
+
+    class Broken(ExportedModel):
+        def __call__(self, ids, state, **options):
+            out = super().__call__(ids, state, **options)
+            short = 1 < ids.shape[1] < self.bundle.window
+            return out._replace(logits=out.logits * float("nan")) if short and where == "logits" else out
+
+        def consolidate(self, ids, state, **options):
+            after = super().consolidate(ids, state, **options)
+            if ids.shape[1] == self.bundle.window or where == "logits":
+                return after
+            return tree_map(lambda x: x * float("nan") if torch.is_tensor(x) else x, after)
+
+    with pytest.raises(ZooError, match=r"the graph differs from PyTorch by nan"):
+        verify(model, Broken(folder))

@@ -1,6 +1,8 @@
 """The commands, run in this process: their output and their errors."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -190,6 +192,7 @@ def test_chat_sleeps_between_turns(tmp_path):
         (["train", "{config}", "model=gdn4-slep4"], "unknown suffix '-slep4'"),
         (["train", "{config}", "--out", "{config}"], "already exists"),
         (["eval", "nowhere"], "nowhere"),
+        (["eval", "nowhere", "--loops", "4", "loops=3"], "--loops: 4; loops=3 sets it too; want one of them"),
         (["demo", "--out", "{config}"], "already exists"),
         (["chat", "gdn4-sleep2"], "vocab_size: 3; text in bytes needs 256"),
         (["serve", "gdn5"], "unknown model 'gdn5'"),
@@ -237,3 +240,20 @@ def test_a_hub_name_is_evaluated_like_a_folder():
     result = CliRunner().invoke(main, ["eval", "hf://alone"])
     assert result.exit_code != 0
     assert "FOLDER: 'hf://alone': want hf://OWNER/NAME or hf://OWNER/NAME@REVISION" in result.output + str(result.exception)
+
+
+def test_an_error_of_the_system_is_one_line(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/x")
+
+    monkeypatch.setattr("zoo.costs.describe", full)
+    assert run("describe", "gdn4", status=2).stderr == "Error: /data/x: No space left on device\n"
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(tmp_path):
+    (tmp_path / "\u65e5.yaml").write_text("name: \u65e5\nlayers: gdn\nd_model: 16\nvocab_size: 3\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "zoo", "describe", str(tmp_path / "\u65e5.yaml")], env=environment, capture_output=True, check=True
+    )
+    assert b"\\u65e5" in done.stdout

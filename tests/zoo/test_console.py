@@ -71,3 +71,9 @@ def test_a_progress_bar_prints_nothing_in_a_pipe(capsys):
     with console.progress_bar("evaluating", 3) as advance:
         advance(2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_brackets_in_names_are_shown(capsys):
+    with console.spinner("loading runs[v2]/[/x]", after=0.01):
+        time.sleep(0.5)
+    assert capsys.readouterr() == ("", "loading runs[v2]/[/x] ...\n")

@@ -1,15 +1,19 @@
 """New folders and replaced files: complete or absent, whichever way the path is written, with the user's umask."""
 
 import os
+import re
 import resource
 import signal
 import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import pytest
 
 import zoo
-from zoo.files import new_folder, refuse_existing, replacing
+from zoo.files import new_folder, refuse_existing, remove_scratch, replacing
 
 
 def write(path):
@@ -103,3 +107,44 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
         refuse_existing(tmp_path / "file" / "new" / "run")
     with pytest.raises(zoo.ZooError, match="cannot"), replacing(tmp_path / "none" / "file") as file:
         file.write_text("x")
+
+
+@pytest.mark.parametrize("name", [".venv-3.11", ".notes.2024", ".cache-deadbeef", ".out-0123abcd", ".git", "notes"])
+def test_files_of_the_user_are_neither_ignored_nor_removed(tmp_path, name):
+    """Whatever their names: only a folder that holds nothing else is empty."""
+    out = tmp_path / "out"
+    for place in (out / name, tmp_path / name):
+        place.mkdir(parents=True)
+        (place / "mine").write_text("mine")
+    with pytest.raises(zoo.ZooError, match="already exists"):
+        refuse_existing(out)
+    remove_scratch(out)
+    assert (out / name / "mine").read_text() == (tmp_path / name / "mine").read_text() == "mine"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    out = tmp_path / "o[u]t"
+    out.mkdir()
+    code = (
+        "import os, sys, pathlib; from zoo.files import new_folder, replacing; out = pathlib.Path(sys.argv[1])\n"
+        "with new_folder(out), new_folder(out.parent / out.name.upper()), replacing(out / 'file'): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(out)], check=False)
+    left = {entry.name for entry in (*out.iterdir(), *tmp_path.iterdir())} - {"o[u]t"}
+    assert len(left) == 3
+    refuse_existing(out)
+    remove_scratch(out)
+    assert not list(out.iterdir())
+    assert [entry.name.startswith(".O[U]T") for entry in tmp_path.iterdir() if entry != out] == [True]  # another folder's
+
+
+def test_threads_may_write_the_same_file(tmp_path):
+    def write(n):
+        with replacing(tmp_path / "file") as scratch:
+            scratch.write_text(f"{n}" * 1000)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(write, range(200)))
+    content = (tmp_path / "file").read_text()
+    assert len(set(re.findall(r"\d", content))) <= 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

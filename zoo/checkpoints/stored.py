@@ -207,7 +207,7 @@ def _only_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     for pattern in ("*.safetensors", "*.pth", "*.bin"):
-        found = sorted(folder.glob(pattern))
+        found = sorted(file for file in folder.glob(pattern) if file.is_file())
         if len(found) == 1:
             return found[0]
         if found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import warnings
@@ -27,13 +28,20 @@ SECTIONS = {
 def exit_status() -> Iterator[None]:
     """Report bad input in one line and exit with status 2. A command that a signal stopped exits with 128 + its number.
 
-    Warnings take one line, too.
+    Warnings take one line, too. Characters that the terminal cannot show are written as escapes.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *place: f"Warning: {message}\n"
     try:
         yield
     except ZooError as error:
         click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of the output has ended; click handles it
+        raise
+    except OSError as error:
+        click.echo(f"Error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -10,7 +10,7 @@ import click
 from zoo.cli.group import main
 from zoo.config import parse_overrides
 from zoo.errors import counted
-from zoo.options import DEVICE, DTYPE, PATH, SHARD, THREADS, Number
+from zoo.options import DEVICE, DTYPE, PATH, SHARD, THREADS, Number, refuse_twice
 
 
 class Source(click.Path):
@@ -121,6 +121,7 @@ def eval_(folder: str, overrides: tuple[str, ...], as_json: bool, **options: Any
     from zoo.console import print_comparison, print_results
     from zoo.training.evaluate_folder import evaluate_folder
 
+    refuse_twice("loops", options["loops"], overrides)
     results = evaluate_folder(local_folder(folder, "FOLDER"), parse_overrides(overrides), **options)
     if as_json:
         import json

@@ -17,6 +17,35 @@ from zoo.sessions.sleeping_model import sleeping_model
 from zoo.text.tokenizers import ByteTokenizer
 
 
+class Conversation:
+    """A conversation that a stream reads turn by turn: what it has read is not rendered into it again."""
+
+    def __init__(self, tokenizer: ByteTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._messages: list[dict[str, str]] = []
+        self._asked = self._read = ""
+        """The conversation as text up to where the answer begins, and as much of it as the stream has read."""
+
+    def ask(self, line: str) -> list[int]:
+        """Return the ids from where the stream is to where the answer to a line begins. Raises ZooError: the template refuses it."""
+        render, question = self._tokenizer.render, {"role": "user", "content": line}
+        asked = render([*self._messages, question])
+        known = [self._read, render(self._messages, add_generation_prompt=False)] if self._messages else [""]
+        new = next((asked[len(text) :] for text in known if asked.startswith(text)), None)
+        ids = self._tokenizer.encode(render([question]) if new is None else new, special=False)  # the template changes earlier text
+        if not ids:
+            raise ZooError("chat template: makes no text of this message")
+        self._messages.append(question)
+        self._asked = asked
+        return ids
+
+    def answer(self, text: str, last: int | None) -> None:
+        """Note what the model has said, and its last token."""
+        self._messages.append({"role": "assistant", "content": text})
+        end = "" if last is None or last not in self._tokenizer.stop else self._tokenizer.name_of(last)
+        self._read = self._asked + text + end
+
+
 def converse(
     session: Session,
     tokenizer: ByteTokenizer,
@@ -39,7 +68,7 @@ def converse(
         if (config := session.model.config).window is None:
             raise ZooError(f"loops: {loops}; {config.name} never sleeps (evict: {config.evict})")
         sleeping_model(session.model).check_loops(loops)
-    console = console or Console()
+    console, conversation = console or Console(), Conversation(tokenizer)
     prompt = "[bold]you: [/]" if sys.stdin.isatty() else ""
     for turn in itertools.count(seed or 0):
         console.print(_status(session), justify="right")
@@ -49,19 +78,25 @@ def converse(
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
-        ids = tokenizer.chat([{"role": "user", "content": line}])
-        decode = tokenizer.decoder(ids)
         try:
-            turn_seed = None if seed is None else turn
+            ids = conversation.ask(line)
+        except ZooError as error:
+            console.print(Text(str(error)))
+            continue
+        decode, said, last = tokenizer.decoder(ids), "", None
+        try:
+            turn_seed = None if seed is None else turn % 2**63
             for token in session.generate(
                 torch.tensor([ids], device=session.device), tokens, stop=tokenizer.stop, seed=turn_seed, **sampling
             ):
-                if int(token) not in tokenizer.stop:
-                    console.print(Text(decode(int(token))), end="", soft_wrap=True)
-            console.print(Text(decode.flush()), end="", soft_wrap=True)
+                last = int(token)
+                piece = "" if last in tokenizer.stop else decode(last)
+                said += piece
+                console.print(Text(piece), end="", soft_wrap=True)
         except KeyboardInterrupt:
             console.print(" ...", end="")
-        console.print()
+        console.print(Text(rest := decode.flush()), soft_wrap=True)
+        conversation.answer(said + rest, last)
         session.sleep(loops, wait=False)
 
 

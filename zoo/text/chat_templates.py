@@ -30,8 +30,9 @@ def plain(messages: Messages, *, add_generation_prompt: bool = True) -> str:
     """Return one line per message, such as "user: hi", and the start of the answer. Raises ZooError: content that is not text."""
     messages = list(messages)
     for n, message in enumerate(messages):
-        if not isinstance(message["content"], str):
-            raise ZooError(f"messages.{n}.content: {message['content']!r}; without a chat template, want a text")
+        for field in ("role", "content"):
+            if not isinstance(message.get(field), str):
+                raise ZooError(f"messages.{n}.{field}: {message.get(field)!r}; without a chat template, want a text")
     lines = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
     return lines + ("assistant: " if add_generation_prompt else "")
 
@@ -113,7 +114,7 @@ class Worker:
                 raise
             if not line:
                 self.close()
-                raise ZooError("chat template: takes too long")
+                raise ZooError("chat template: takes too long, or the process that renders it cannot run")
             reply: dict[str, Any] = json.loads(line)
             return reply
 

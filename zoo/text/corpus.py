@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -17,7 +18,7 @@ import yaml
 from zoo.checkpoints.companions import GENERATION, has_tokenizer, read_companions, write_companions
 from zoo.checkpoints.plain import one_line
 from zoo.errors import ZooError, counted
-from zoo.files import new_folder
+from zoo.files import is_scratch, new_folder
 from zoo.registry import nearest
 from zoo.text.tokenizers import ByteTokenizer, FolderTokenizer
 
@@ -70,14 +71,17 @@ def tokenize(
         raise ZooError(f"{tokenizer}: holds no tokenizer, such as tokenizer.json")
     encode = FolderTokenizer(tokenizer, 2**32) if tokenizer is not None else ByteTokenizer()
     size, end = (encode.size, encode.stop[:1]) if isinstance(encode, FolderTokenizer) else (256, (END_OF_BYTES,))
+    if end and end[0] >= size:
+        raise ZooError(f"{tokenizer}: the end token is {end[0]}; the tokenizer has {counted(size, 'token')}")
     if not end:
         raise ZooError(f"{tokenizer}: names no end token, which documents need; set eos_token in tokenizer_config.json")
     dtype = np.dtype(np.uint8 if size <= 2**8 else np.uint16 if size <= 2**16 else np.uint32)
     counts, done, characters = {"train": 0, "test": 0}, 0, 0
+    found = _listed(sources)  # before there is an output, which may be in a source
     with new_folder(out) as folder:
         with (folder / "train.raw").open("wb") as train, (folder / "test.raw").open("wb") as test:
             files: dict[str, IO[bytes]] = {"train": train, "test": test}
-            for done, text in enumerate(documents(sources, field, split), 1):
+            for done, text in enumerate(_documents(found, field, split), 1):
                 ids = [*encode.encode(text, special=False), *end]
                 share = int.from_bytes(hashlib.sha256(text.encode("utf-8", errors="replace")).digest()[:4], "big") / 2**32
                 part = "test" if share < held_out else "train"
@@ -103,30 +107,58 @@ def tokenize(
 
 def documents(sources: Sequence[Path | str], field: str, split: str = "train") -> Iterator[str]:
     """Yield the text of every document. Raises ZooError."""
+    return _documents(_listed(sources), field, split)
+
+
+def _listed(sources: Iterable[Path | str]) -> list[Path | str]:
+    """Return the files of all sources, and the addresses of datasets. Raises ZooError: a folder that cannot be read."""
+    found = list[Path | str]()
     for source in sources:
-        if str(source).startswith(DATASETS):
-            yield from _dataset(str(source), field, split)
+        folder = Path(source)
+        found += [str(source)] if str(source).startswith(DATASETS) else _files(folder) if folder.is_dir() else [folder]
+    return found
+
+
+def _files(source: Path) -> list[Path]:
+    """Return the files of a folder and its subfolders, also of linked ones, in the order of their paths. Raises ZooError."""
+
+    def refuse(error: OSError) -> None:
+        raise ZooError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    found, seen = list[Path](), set[str]()
+    for folder, folders, names in os.walk(source, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not is_scratch(Path(name))]
+        if (real := os.path.realpath(folder)) in seen:  # a loop of links
+            folders.clear()
             continue
-        source = Path(source)
-        for file in sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]:
-            if file.suffix == ".jsonl":
-                yield from _rows(file, field)
-            elif file.suffix == ".parquet":
-                yield from _columns(file, field)
-            else:
-                yield _read(file)
+        seen.add(real)
+        found += [Path(folder, name) for name in names if not is_scratch(Path(name))]
+    return sorted(found)
+
+
+def _documents(listed: Iterable[Path | str], field: str, split: str) -> Iterator[str]:
+    for source in listed:
+        if isinstance(source, str):
+            yield from _dataset(source, field, split)
+        elif source.suffix == ".jsonl":
+            yield from _rows(source, field)
+        elif source.suffix == ".parquet":
+            yield from _columns(source, field)
+        else:
+            yield _read(source)
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8-sig", newline="") as text:  # without a byte-order mark, with its line ends
+            return text.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ZooError(f"{file}: cannot be read as text: {error}") from None
 
 
 def _rows(file: Path, field: str) -> Iterator[str]:
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     row: Any = json.loads(line) if line.strip() else {field: ""}

@@ -17,6 +17,8 @@ from zoo.text.chat_templates import Messages, choose, plain, read_templates, ren
 from zoo.text.decoding import MOST_CONTEXT, UNFINISHED, ByteDecoder, Decoder, TokenDecoder
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+SPACE = "\u2581"
+"""How vocabularies of SentencePiece write a space."""
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
 # byte-level vocabularies, from GPT-2 on, write a byte that cannot be printed as one of the characters from 256 on
 BYTE_OF = {
@@ -55,6 +57,10 @@ class ByteTokenizer:
         """Return the text of tokens."""
         decode = self.decoder()
         return "".join(map(decode, ids)) + decode.flush()
+
+    def name_of(self, token: int) -> str:
+        """Return a token as chat templates write it."""
+        return chr(token)
 
     def bytes_of(self, token: int) -> bytes:
         """Return the bytes of one token, which need not be whole characters."""
@@ -97,7 +103,7 @@ class FolderTokenizer(ByteTokenizer):
             backend = _from_tokenizers(folder)
         if backend.size > vocab_size:
             raise ZooError(f"{folder / TOKENIZER}: {backend.size} tokens; the model has {vocab_size}")
-        self.folder, self._backend = folder, backend
+        self.folder, self._backend = folder.absolute(), backend
         self.size = backend.size
         """Number of tokens."""
         self.special = self._backend.special
@@ -114,9 +120,13 @@ class FolderTokenizer(ByteTokenizer):
     def decoder(self, context: Sequence[int] = ()) -> Decoder:
         return TokenDecoder(self._backend.decode, context)
 
+    def name_of(self, token: int) -> str:
+        return self._backend.name_of(token) or ""
+
     def bytes_of(self, token: int) -> bytes:
-        text = self._backend.decode([token])
-        name = self._backend.name_of(token) or ""
+        text, name = self._backend.decode([token]), self.name_of(token)
+        if (spaced := name.replace(SPACE, " ")) == " " + text:  # SentencePiece leaves out the space before a text
+            return spaced.encode()
         if UNFINISHED not in text:
             return text.encode()
         if fallback := re.fullmatch("<0x([0-9A-F]{2})>", name):
@@ -182,7 +192,7 @@ def _from_transformers(folder: Path) -> Backend | None:
     except ImportError:
         return None
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # never runs code of the folder
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # an architecture that it does not know, or files that it cannot read
         if (folder / TOKENIZER).is_file():
             return None

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -596,6 +597,23 @@ def test_an_adapter_is_noticed(jet: Path, tmp_path: Path) -> None:
     refuses(jet, "adapter_config.json")
     with pytest.raises(zoo.ZooError, match=r"adapter_config\.json"):
         zoo.create(model.config, pretrained=tmp_path / "ours")
+
+
+def test_rounding_to_the_main_dtype_is_said(tmp_path):
+    """Norms and decays stay as wide as they are stored; a head in float32 does not, in a model of bfloat16."""
+    folder = shutil.copytree(ORACLES / "mamba2-a", tmp_path / "in")
+    tensors = load_file(folder / "model.safetensors")
+    wide = {name for name in tensors if name.endswith(("norm.weight", "norm_f.weight", "A_log", "dt_bias", ".D"))}
+    narrow = {name: x if name in wide else x.bfloat16() for name, x in tensors.items()}
+    save_file(narrow, folder / "model.safetensors")
+    edit_config(folder, torch_dtype="bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zoo.load(folder)
+    head = next(name for name in tensors if "embeddings" in name)
+    save_file({**narrow, head: tensors[head]}, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match=rf"^{re.escape(str(folder))}: 1 tensor of another dtype rounded to bfloat16: {head}$"):
+        zoo.load(folder)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])

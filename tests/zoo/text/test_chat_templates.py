@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import zoo
-from zoo.text.chat_templates import Worker, choose, render
+from zoo.text.chat_templates import Worker, choose, plain, render
 from zoo.text.tokenizers import ByteTokenizer, load_tokenizer
 
 TURN = "<|start|>{{ m.role }}\n{{ m['content'] }}<|end|>\n"
@@ -158,6 +158,14 @@ def test_choice_of_a_template():
     assert choose({}, None, None) is None
     with pytest.raises(zoo.ZooError, match="there is no 'default'; allowed: rag"):
         choose({"rag": ""}, None, None)
+
+
+@pytest.mark.parametrize("missing", ["role", "content"])
+def test_a_message_without_a_field_is_refused(missing):
+    message = {"role": "user", "content": "hi"}
+    del message[missing]
+    with pytest.raises(zoo.ZooError, match=rf"^messages.0.{missing}: None; without a chat template, want a text$"):
+        plain([message])
 
 
 def test_content_that_is_not_text_needs_a_template():

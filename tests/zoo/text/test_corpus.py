@@ -1,6 +1,8 @@
 """Text becomes tokens, with the tokenizer beside them; from two files to a chatting model in four commands."""
 
+import errno
 import json
+import os
 import sys
 
 import numpy as np
@@ -11,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import zoo
 from zoo.cli import main
-from zoo.text.corpus import tokenize
+from zoo.text.corpus import documents, tokenize
 from zoo.text.tokenizers import load_tokenizer
 
 TEXTS = [f"document {i}, où {'x' * (i % 7)}\n" for i in range(300)]
@@ -142,3 +144,53 @@ def test_from_two_text_files_to_a_chatting_model_in_four_commands(tmp_path, monk
         result = CliRunner().invoke(main, command, input="hi\n")
         assert result.exit_code == 0, result.output
     assert load_tokenizer(tmp_path / "run", 256).stop == (0,)  # as in the data
+
+
+def test_an_output_within_a_source_is_not_a_document(tmp_path):
+    """Nor is what a killed process left there."""
+    for n in range(30):
+        (tmp_path / f"{n}.txt").write_text(f"document {n}")
+    (tmp_path / ".old.zoo-unfinished-0123abcd").mkdir()
+    (tmp_path / ".old.zoo-unfinished-0123abcd/train.raw").write_text("left")
+    assert tokenize([tmp_path], tmp_path / "out", held_out=0.5).documents == 30
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "there/inside").mkdir(parents=True)
+    for n in range(30):
+        (tmp_path / f"there/inside/{n}.txt").write_text(f"document {n}")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/link").symlink_to(tmp_path / "there")
+    (tmp_path / "there/loop").symlink_to(tmp_path / "there")
+    assert tokenize([tmp_path / "here"], tmp_path / "out", held_out=0.5).documents == 30
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "in/closed").mkdir(parents=True)
+    scan = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(zoo.ZooError, match=r"/in/closed: cannot be read: Permission denied$"):
+        tokenize([tmp_path / "in"], tmp_path / "out")
+
+
+def test_a_byte_order_mark_is_no_text_and_line_ends_are(tmp_path):
+    texts = ["a\r\nb\rc\n", "other"]
+    (tmp_path / "plain.txt").write_bytes(b"\xef\xbb\xbf" + texts[0].encode())
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps({"text": text}) + "\r\n" for text in texts).encode())
+    assert list(documents([tmp_path / "plain.txt", tmp_path / "rows.jsonl"], "text")) == [texts[0], *texts]
+
+
+def test_an_end_token_outside_the_vocabulary_is_refused(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    write_tokenizer(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 70_000}))
+    (tmp_path / "in.txt").write_text("a b")
+    with pytest.raises(zoo.ZooError, match=r"tokenizer: the end token is 70000; the tokenizer has \d+ tokens$"):
+        tokenize([tmp_path / "in.txt"], tmp_path / "out", tokenizer=folder)

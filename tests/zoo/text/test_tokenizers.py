@@ -1,5 +1,6 @@
 """Text to token ids and back, token by token."""
 
+import io
 import json
 import sys
 
@@ -139,3 +140,34 @@ def test_a_tokenizer_in_another_format_needs_transformers(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(zoo.ZooError, match="pip install transformers, which reads other formats"):
         load_tokenizer(tmp_path, 256)
+
+
+def test_no_code_of_a_folder_is_run(tmp_path, monkeypatch):
+    """Not even if the user's next line would answer transformers' question with yes."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    mark = tmp_path / "ran"
+    code = f"open({str(mark)!r}, 'w')\nfrom transformers import PreTrainedTokenizer\nclass Own(PreTrainedTokenizer): pass\n"
+    (tmp_path / "own.py").write_text(code)
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}})
+    )
+    with pytest.raises(zoo.ZooError, match=r"^[^\n]+$"):
+        load_tokenizer(tmp_path, 256)
+    assert not mark.exists()
+    assert len(sys.stdin.read()) == 18
+
+
+@pytest.mark.parametrize("transformers", [True, False])
+def test_pieces_of_sentencepiece_keep_their_spaces(tmp_path, monkeypatch, transformers):
+    if not transformers:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    vocabulary = {"<unk>": 0, "\u2581hello": 1, "hello": 2, "\u2581world": 3, "\u2581": 4}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    made.decoder = decoders.Metaspace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    loaded = load_tokenizer(tmp_path, 8)
+    assert [loaded.bytes_of(token) for token in (1, 2, 3, 4)] == [b" hello", b"hello", b" world", b" "]
+    assert b"".join(map(loaded.bytes_of, [2, 3, 1])) == loaded.decode([2, 3, 1]).encode()
