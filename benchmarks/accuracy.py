@@ -82,7 +82,7 @@ def main(steps: int = 300) -> None:
             for form in ("Q8_0", "Q4_0"):
                 found = {"ours": ours(ExportedModel(Path(scratch) / form), ids)}
                 if (peer := stored.in_llama(Path(scratch), form, STREAMS, 2 * TOKENS)) is not None:
-                    found["llama.cpp"] = torch.stack([peer.read(token) for token in ids.split(1, dim=1)], dim=1)
+                    found["llama.cpp"] = torch.stack([torch.from_numpy(peer.read(token)) for token in ids.split(1, dim=1)], dim=1)
                 rows += compared(f"{name}, {form}", exact, following, found)
     record("accuracy", rows)
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 import zoo
 from benchmarks import stored
-from benchmarks.llama import Llama, takes
+from benchmarks.gguf_files import takes
+from benchmarks.llama import Llama
 from benchmarks.measure import LIMIT, compare, record
 from benchmarks.peers import WORDS, pairs
 from zoo.export.runtime import ExportedModel
@@ -81,14 +82,14 @@ def llama(model: Llama | None, prompt: Tensor, tokens: int = TOKENS) -> Callable
     """Return the same for llama.cpp; None where it is not installed."""
     if model is None:
         return None
-    logits = model.read(prompt)
+    logits = torch.from_numpy(model.read(prompt))
 
     def generate() -> Tensor:
         nonlocal logits
         generated = []
         for _ in range(tokens):
             generated.append(logits.argmax(-1))
-            logits = model.read(generated[-1][:, None])
+            logits = torch.from_numpy(model.read(generated[-1][:, None]))
         release_threads()  # which are those of torch: a pool computes in another thread than this
         return torch.stack(generated, dim=1)
 

@@ -68,14 +68,14 @@ import sys, torch, zoo
 next(zoo.export.load(sys.argv[1]).generate(torch.arange(16)[None], 1))
 """
 THEIRS = """
-import sys, torch
-from pathlib import Path
+import sys
+import numpy as np
 from benchmarks.llama import Llama
-Llama(Path(sys.argv[1]), context=1024).read(torch.arange(16)[None])
+Llama(sys.argv[1], context=1024, threads=int(sys.argv[2])).read(np.arange(16)[None]).argmax(-1)
 """
 
 
-def run(code: str, *arguments: str | Path) -> str:
+def run(code: str, *arguments: str | Path | int) -> str:
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
 
 
@@ -115,7 +115,7 @@ def main() -> None:
         stored.write(hybrid, scratch, ["F32"], 1024)
         contenders = {
             "ours": partial(run, OURS, scratch / "F32"),
-            "llama.cpp": partial(run, THEIRS, scratch / "F32.gguf") if INSTALLED else None,
+            "llama.cpp": partial(run, THEIRS, scratch / "F32.gguf", torch.get_num_threads()) if INSTALLED else None,
         }
         rows.append(compare("a process until its first token", contenders, rounds=5, unit="s"))
     words = zoo.create("gdn4", d_model=512, layers="(gdn*3 attn)*2", vocab_size=152_000, tie_embeddings=True, evict="none", window=None)

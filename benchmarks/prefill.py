@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import zoo
 from benchmarks import stored
-from benchmarks.llama import Llama, takes
+from benchmarks.gguf_files import takes
+from benchmarks.llama import Llama
 from benchmarks.measure import LIMIT, compare, record
 from benchmarks.peers import SMALL, WORDS, pairs
 from zoo.export.runtime import ExportedModel
@@ -48,7 +49,7 @@ def llama_first_token(model: Llama | None, ids: Tensor) -> Callable[[], Tensor] 
     def work() -> Tensor:
         assert model is not None
         model.clear()
-        return model.read(ids).argmax(-1)
+        return torch.from_numpy(model.read(ids)).argmax(-1)
 
     return work if model is not None else None
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 import zoo
-from benchmarks.llama import INSTALLED, Llama, write_gguf
+from benchmarks.gguf_files import write_gguf
+from benchmarks.llama import INSTALLED, Llama
 from benchmarks.measure import quartiles, record
 from benchmarks.serving import Server, serving
 
@@ -87,7 +88,7 @@ def main() -> None:
                         found["ours", case].append(ours(server, system, question))
             if INSTALLED:
                 write_gguf(model, Path(folder) / "model.gguf")
-                llama = Llama(Path(folder) / "model.gguf")
+                llama = Llama(Path(folder) / "model.gguf", threads=torch.get_num_threads())
                 for _ in range(ROUNDS):
                     ids, *asked_ids = (torch.randint(256, (1, count)) for count in (SYSTEM, 20, 20))
                     for case, seconds in theirs(llama, ids, asked_ids, cuts="attention" in name).items():

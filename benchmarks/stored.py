@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 import zoo
-from benchmarks import llama
+from benchmarks import gguf_files, llama
 from zoo.export.bundle import export
 from zoo.export.plan import Plan
 
@@ -20,11 +22,12 @@ def write(model: zoo.Model, folder: Path, forms: Iterable[str], length: int) -> 
     for form in forms:
         export(model, folder / form, plan=Plan(dialect="ort", weights=FORMS[form], max_length=length), verified=False)
     if llama.INSTALLED:
-        llama.write_gguf(model, folder / "F32.gguf")
+        gguf_files.write_gguf(model, folder / "F32.gguf")
         for form in set(forms) - {"F32"}:
             llama.quantise(folder / "F32.gguf", folder / f"{form}.gguf", form)
 
 
 def in_llama(folder: Path, form: str, streams: int, length: int) -> llama.Llama | None:
     """Open a file that `write` wrote; None where llama.cpp is not installed."""
-    return llama.Llama(folder / f"{form}.gguf", streams, context=length) if llama.INSTALLED else None
+    file = folder / f"{form}.gguf"
+    return llama.Llama(file, streams, context=length, threads=torch.get_num_threads()) if llama.INSTALLED else None

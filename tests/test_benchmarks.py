@@ -33,3 +33,25 @@ print(*sorted(after - before))
     result, imported = python(code, package, tmp_path).splitlines()
     assert json.loads(result).keys() == {"seconds", "bytes", "sum"}
     assert imported == ""
+
+
+LLAMA = """
+import ctypes, sys
+from unittest.mock import MagicMock
+sys.modules["llama_cpp"] = MagicMock(
+    llama_decode=lambda context, batch: 0,
+    llama_vocab_n_tokens=lambda vocabulary: 4,
+    llama_get_logits_ith=lambda context, end: (ctypes.c_float * 4)(),
+)
+"""
+
+
+def test_the_process_of_llama_imports_neither_torch_nor_this_library(tmp_path):
+    pytest.importorskip("transformers")
+    from benchmarks.opening import THEIRS
+
+    (tmp_path / "llama_cpp.py").write_text(LLAMA)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}){THEIRS}print(*sys.modules)"
+    imported = {name.partition(".")[0] for name in python(code, "file.gguf", 1).split()}
+    assert {"llama_cpp", "numpy"} <= imported
+    assert not imported & {"torch", "zoo", "transformers"}
