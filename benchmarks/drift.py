@@ -75,7 +75,7 @@ def drift(model: zoo.Model, ids: Tensor) -> Curves:
         found["logit"].append(logits.abs().max().item())
         narrow_state, state = (m.consolidate(window, start) for m, start in ((model, narrow_state), (exact, state)))
         if len(found["logit"]) % 100 == 0:
-            console.print({"windows": len(found["logit"]), **{name: max(values) for name, values in found.items()}})
+            console.print({"windows": len(found["logit"]), **{name: float(np.max(values)) for name, values in found.items()}})
     return found
 
 
@@ -94,7 +94,7 @@ def draw(curves: dict[str, Curves]) -> None:
 
 def summary(policy: str, accuracy: float, found: Curves) -> dict[str, Any]:
     """Return the row of a policy in results/drift.json."""
-    largest = {name: {"median": float(np.median(values)), "most": max(values)} for name, values in found.items()}
+    largest = {name: {"median": float(np.median(values)), "most": float(np.max(values))} for name, values in found.items()}
     return {"policy": policy, "windows": len(found["stream"]), "accuracy": accuracy, **largest}
 
 

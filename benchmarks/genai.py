@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def genai(folder: Path, prompt: Tensor) -> Callable[[], Tensor]:
-    """Return a function that generates the next TOKENS greedy tokens, [1, TOKENS], of the stream after `prompt`."""
+def genai(folder: Path, prompt: Tensor) -> Callable[[], Tensor] | None:
+    """Return a function that generates the next TOKENS greedy tokens, [1, TOKENS], after `prompt`; None if genai is not installed."""
+    if find_spec("onnxruntime_genai") is None:
+        return None
     runtime = importlib.import_module("onnxruntime_genai")
     model = runtime.Model(str(folder))
     params = runtime.GeneratorParams(model)

@@ -72,14 +72,13 @@ def main(threads: int) -> None:
             graphs = opened(model, Plan(dialect=dialect, max_length=2 * PIECE, prefill=PIECE))
             token = {name: reads(graph, ids[:, :TOKENS], 1) for name, graph in graphs.items()}
             piece = {name: reads(graph, ids, PIECE) for name, graph in graphs.items()}
-            one.append(compare(f"{case}, {dialect}", token, per=TOKENS, target=1.6))
-            many.append(compare(f"{case}, {dialect}", piece, target=1))
+            one.append(compare(f"{case}, {dialect}", token, ours="int4", per=TOKENS, target=1.6))
+            many.append(compare(f"{case}, {dialect}", piece, ours="int4", target=1))
     model = zoo.create(f"gdn4-sleep4-hard{PIECE}", vocab_size=WORDS, d_model=512, tie_embeddings=True, **MODELS["GDN + attention 50M"][1])
     for dialect in DIALECTS:
         graphs = opened(model, Plan(dialect=dialect))
-        asleep.append(
-            compare(f"GDN + attention 50M, N = 4, {dialect}", {name: sleeps(graph, ids) for name, graph in graphs.items()}, target=1)
-        )
+        works = {name: sleeps(graph, ids) for name, graph in graphs.items()}
+        asleep.append(compare(f"GDN + attention 50M, N = 4, {dialect}", works, ours="int4", target=1))
     record("exported_integers", one)
     record("exported_integers_prefill", many)
     record("exported_integers_sleep", asleep)

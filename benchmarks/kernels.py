@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -149,7 +150,7 @@ def measure(case: str, inputs: Inputs, operator: str, peers: dict[str, Run], rou
         except ImportError:
             problems[name] = "not installed"
         else:
-            errors[name] = max(difference(a, b) for a, b in zip(got, want, strict=True))
+            errors[name] = float(np.max([difference(a, b) for a, b in zip(got, want, strict=True)]))  # NaN if one is
             if not errors[name] <= TOLERANCE:
                 problems[name] = f"wrong by {errors[name]:.0e}"
         if name in problems:

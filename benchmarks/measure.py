@@ -1,10 +1,11 @@
 """Common code of all benchmarks: alternating contenders, ratios with quartiles, rows as JSON lines, tables.
 
-A row is the result of one benchmark (`question`) for one case. The first contender is ours; the others are compared with it:
+A row is the result of one benchmark (`question`) for one case:
 
     {"question": "prefill", "case": "mamba130m, 1 x 512", "unit": "ms", "times": {"ours": [25 %, median, 75 %], "transformers": [...]},
      "ratios": {"transformers": [25 %, median, 75 %]}, "target": 1.3, "device": ..., "threads": ..., "commit": ..., "date": ...}
 
+The contenders are compared with "ours", or with the one that the row names: `"ours": "N = 1"`. If that one has no time, there is no ratio.
 A ratio is the time of a contender divided by ours in the same round; above 1, ours is faster.
 """
 
@@ -47,6 +48,7 @@ def compare(
     case: str,
     contenders: Mapping[str, Callable[[], Any] | None],
     *,
+    ours: str = OURS,
     rounds: int = 7,
     unit: str = "ms",
     per: int = 1,
@@ -56,17 +58,17 @@ def compare(
     """Time the contenders in alternation and return a row. No round starts after 6 s.
 
     Args:
-        contenders: functions to time, by name, ours first; the tensors that they return are compared if there is a tolerance.
+        contenders: functions to time, by name; the tensors that they return are compared if there is a tolerance.
             None: not installed here.
+        ours: name of the contender that the others are compared with. If it is missing, they are timed and compared with nothing.
         rounds: number of rounds; in each, every contender runs for at least 20 ms.
         per: divisor of the times, such as the number of tokens of one call.
         target: intended ratio of every other contender.
         tolerance: largest difference between the results of ours and another contender, relative to the largest entry of ours.
             A contender above it is not timed, and the row records the problem.
     """
-    ours = next(iter(contenders))
     if TURNS:
-        rounds, contenders = 5, {ours: contenders[ours]}
+        rounds, contenders = 5, {name: work for name, work in contenders.items() if name == ours}
     problems = {name: "not installed" for name, work in contenders.items() if work is None}
     installed = {name: work for name, work in contenders.items() if work is not None}
     errors, results, first = {}, {}, {}
@@ -74,8 +76,8 @@ def compare(
         started = time.perf_counter()
         results[name] = work()
         first[name] = time.perf_counter() - started
-    for name in list(installed)[1:]:
-        if tolerance is not None:
+    for name in installed:
+        if tolerance is not None and ours in installed and name != ours:
             errors[name] = difference(results[name], results[ours])
             if not errors[name] <= tolerance:
                 problems[name] = f"differs by {errors[name]:.0e}"
@@ -90,10 +92,11 @@ def compare(
         take_turns()
         for name in list(timed)[:: 1 if turn % 2 == 0 else -1]:
             times[name].append(seconds(timed[name], calls[name]))
-    row: dict[str, Any] = {"case": case, "unit": unit, "rounds": rounds, "target": target}
+    row: dict[str, Any] = {"case": case, "unit": unit, "rounds": rounds, "target": target, "ours": ours, "ratios": {}}
     row["times"] = {name: quartiles(SCALE[unit] / per * np.array(taken)) for name, taken in times.items()}
-    row["ratios"] = {name: quartiles(np.array(taken) / np.array(times[ours])) for name, taken in times.items() if name != ours}
-    row |= {"taken": times[ours]} if TURNS else {}
+    if ours in times:
+        row["ratios"] = {name: quartiles(np.array(taken) / np.array(times[ours])) for name, taken in times.items() if name != ours}
+        row |= {"taken": times[ours]} if TURNS else {}
     return row | ({"errors": errors} if errors else {}) | ({"problems": problems} if problems else {})
 
 
@@ -173,18 +176,19 @@ HEADINGS = ("case", "compared with", "ratio (quartiles)", "target", "ours", "the
 
 
 def cells(row: dict[str, Any]) -> list[list[str]]:
-    """Return the table lines of a row, one for each contender but the first."""
-    times, errors, lines = row["times"], row.get("errors", {}), []
-    ours = next(iter(times))
-    for name in [*row["ratios"], *row.get("problems", {})] or [""]:
+    """Return the table lines of a row, one for each contender but ours."""
+    times, errors, problems, lines = row["times"], row.get("errors", {}), row.get("problems", {}), []
+    ours = row.get("ours", OURS)
+    shown = {name: f"{time[1]:.4g} {row['unit']}" for name, time in times.items()}
+    for name in [name for name in times | problems if name != ours] or [""]:
         lines.append(
             [
                 row["case"],
                 name,
-                spread(row["ratios"][name]) if name in row["ratios"] else row.get("problems", {}).get(name, ""),
+                spread(row["ratios"][name]) if name in row["ratios"] else problems.get(name, ""),
                 f"{row['target']:g}" if row.get("target") is not None and name != LIMIT else "",
-                f"{times[ours][1]:.4g} {row['unit']}",
-                f"{times[name][1]:.4g} {row['unit']}" if name in times else "",
+                shown.get(ours) or problems.get(ours, "not measured"),
+                shown.get(name, ""),
                 " / ".join(f"{errors[side]:.0e}" for side in (ours, name) if side in errors),
             ]
         )

@@ -31,8 +31,8 @@ def predict(model: zoo.Model) -> Callable[[], object]:
 def main(name: str) -> None:
     models = {f"N = {n}": zoo.create(f"{name}-sleep{n}") for n in LOOPS}
     window = torch.zeros(1, models["N = 1"].config.window or 1, dtype=torch.long)
-    token = compare(f"{name}, a token", {n: predict(m) for n, m in models.items()}, rounds=30, per=TOKENS, target=1)
-    sleep = compare(f"{name}, a sleep", {n: partial(m.consolidate, window) for n, m in models.items()}, rounds=30)
+    token = compare(f"{name}, a token", {n: predict(m) for n, m in models.items()}, ours="N = 1", rounds=30, per=TOKENS, target=1)
+    sleep = compare(f"{name}, a sleep", {n: partial(m.consolidate, window) for n, m in models.items()}, ours="N = 1", rounds=30)
     record("prediction_cost", [token, sleep])
 
 

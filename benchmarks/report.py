@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import HEADINGS, HERE, LIMIT, cells
+from benchmarks.measure import HEADINGS, HERE, LIMIT, OURS, cells
 from zoo.files import replacing
 
 PAGE = HERE.parent / "docs" / "performance.md"
@@ -60,7 +60,7 @@ def summary() -> str:
             if peer != LIMIT and ratio < closest.get(row["case"], (math.inf,))[0]:
                 closest[row["case"]] = ratio, peer, row
     for case, (ratio, peer, row) in closest.items():
-        ours = f"{row['times'][next(iter(row['times']))][1]:.4g} {row['unit']}"
+        ours = f"{row['times'][row.get('ours', OURS)][1]:.4g} {row['unit']}"
         limit = f"{1 / row['ratios'][LIMIT][1]:.2f}" if LIMIT in row["ratios"] else ""
         lines.append(f"| {case} | {ours} | {peer} | {1 / ratio:.2f} | {limit} |")
     return "\n".join([*lines, "", ""])

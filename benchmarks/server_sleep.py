@@ -17,6 +17,7 @@ import urllib.request
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -69,6 +70,22 @@ def run(loops: int, when: str, clients: int, seconds: float) -> Waits:
     return found
 
 
+def compared(case: str, found: dict[int, Waits]) -> list[dict[str, Any]]:
+    """Return the rows of one schedule: the waits with N = 4 compared with those with N = 1."""
+    rows = []
+    for name in sorted({name for waits in found.values() for name in waits}):
+        figures = {f"N = {loops}": percentiles(waits[name]) for loops, waits in found.items() if waits.get(name)}
+        for which in ("median", "p99"):
+            times = {loops: figure[which] for loops, figure in figures.items()}
+            row = {"case": f"{case}: {name}, {which}", "unit": "ms", "ours": "N = 1", "times": times, "ratios": {}, "model": MODEL}
+            row["problems"] = {loops: "did not occur" for loops in ("N = 1", "N = 4") if loops not in times}
+            if not row["problems"]:
+                row["ratios"] = {"N = 4": quartiles([times["N = 4"][1] / times["N = 1"][1]])}
+            row["count"] = {loops: len(waits.get(name, [])) for loops, waits in found.items()}
+            rows.append(row | ({"target": 1.5} if (name, which) == ("between tokens", "p99") else {}))
+    return rows
+
+
 def main(clients: int = 16, seconds: float = 30.0) -> None:
     rows = []
     for when in ("full", f"idle({PAUSE})"):
@@ -77,15 +94,7 @@ def main(clients: int = 16, seconds: float = 30.0) -> None:
             for loops, waits in found.items():
                 for name, values in run(loops, when, clients, seconds).items():
                     waits[name] += values
-        for name in sorted(found[4]):
-            once, often = (percentiles(found[loops][name]) if found[loops][name] else None for loops in (1, 4))
-            for which in ("median", "p99"):
-                times = {} if once is None else {"N = 1": once[which]}
-                times["N = 4"] = often[which]
-                ratios = {} if once is None else {"N = 4": quartiles([often[which][1] / once[which][1]])}
-                row = {"case": f"{clients} clients, {when}: {name}, {which}", "unit": "ms", "times": times, "ratios": ratios}
-                row |= {"count": {loops: len(waits[name]) for loops, waits in found.items()}, "model": MODEL}
-                rows.append(row | ({"target": 1.5} if (name, which) == ("between tokens", "p99") else {}))
+        rows += compared(f"{clients} clients, {when}", found)
     record("server_sleep", rows)
 
 

@@ -80,7 +80,8 @@ def latencies(case: str, answers: list[Answer], **facts: Any) -> list[dict[str, 
         waits = [wait for answer in answers for wait in answer.waits[of]]
         times = percentiles(waits)
         ratios = {"p99": quartiles([times["p99"][1] / times["median"][1]])}
-        rows.append({"case": f"{label}, {case}", "unit": "ms", "times": times, "ratios": ratios, "count": len(waits), **facts})
+        row = {"case": f"{label}, {case}", "unit": "ms", "ours": "median", "times": times, "ratios": ratios}
+        rows.append(row | {"count": len(waits), **facts})
     return rows
 
 

@@ -32,11 +32,12 @@ Waits = dict[str, list[float]]
 
 def row(case: str, rounds: list[Waits], target: float | None = None, **more: Any) -> dict[str, Any]:
     figures = {f"{kind}, p{q}": [1e3 * np.percentile(waits[kind], q) for waits in rounds] for kind in rounds[0] for q in (50, 99)}
-    quiet = np.array(next(iter(figures.values())))
+    ours = next(iter(figures))
     times = {name: quartiles(values) for name, values in figures.items()}
-    ratios = {name: quartiles(np.array(values) / quiet) for name, values in list(figures.items())[1:]}
+    ratios = {name: quartiles(np.array(values) / np.array(figures[ours])) for name, values in figures.items() if name != ours}
     tokens = {kind: sum(len(waits[kind]) for waits in rounds) for kind in rounds[0]}
-    return {"case": case, "unit": "ms", "rounds": len(rounds), "target": target, "times": times, "ratios": ratios, "tokens": tokens, **more}
+    made = {"case": case, "unit": "ms", "rounds": len(rounds), "target": target, "ours": ours, "times": times, "ratios": ratios}
+    return made | {"tokens": tokens, **more}
 
 
 def session() -> dict[str, Any]:

@@ -70,7 +70,7 @@ def main(name: str = "gdn4-sleep4", window: str = "64", batch: str = "2") -> Non
             if how != "chunks"
         }
         case = f"{chunks} chunks, N = {loops}"
-        rows.append({"case": case, "unit": "MiB", "times": peaks, "ratios": ratios, **about})
+        rows.append({"case": case, "unit": "MiB", "ours": "chunks", "times": peaks, "ratios": ratios, **about})
     record("training_memory", rows)
 
 

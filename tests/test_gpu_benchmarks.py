@@ -8,11 +8,12 @@ import textwrap
 import time
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import kernels, pack
-from benchmarks.gpu.sheet import Sheet, read, table
+from benchmarks.gpu.sheet import Sheet, read, table, timed
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.stamp import stamp
 from benchmarks.measure import console
@@ -70,6 +71,17 @@ def test_an_error_is_a_row_and_a_lost_context_ends_the_process(tmp_path):
     assert not read(file)["complete"]
     lost()  # in the new process
     assert [one["case"] for one in read(file)["rows"]] == ["no module", "refused", "not lost", "lost", "next"]
+
+
+def test_a_peer_is_not_checked_against_another_peer_if_ours_fails():
+    def fails():
+        raise ValueError("no kernel")
+
+    result = timed({"ours": fails, "fla": lambda: torch.ones(2), "torch": lambda: torch.zeros(2)}, tolerance=0.1)
+    assert result["ours ms"] == "ValueError: no kernel"
+    assert isinstance(result["fla ms"], float)
+    assert isinstance(result["torch ms"], float)
+    assert not [name for name in result if name.startswith("error") or "/" in name]
 
 
 @pytest.fixture

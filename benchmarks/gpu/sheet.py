@@ -101,14 +101,11 @@ def timed(contenders: Mapping[str, Callable[[], Any]], *, per: int = 1, toleranc
             if poisoned(error):
                 raise RuntimeError(f"{name}: {error}") from error
             row[f"{name} ms"] = reason(error)
-    if not working:
-        return row
-    found = compare("", working, rounds=5, per=per, tolerance=tolerance)
+    ours = next(iter(contenders))
+    found = compare("", working, ours=ours, rounds=5, per=per, tolerance=tolerance)
     row |= {f"{name} ms": why for name, why in found.get("problems", {}).items()}
     row |= {f"{name} ms": quartiles[1] for name, quartiles in found["times"].items()}
-    ours = next(iter(contenders))
-    if ours in found["times"]:
-        row |= {f"{name} / {ours}": ratio[1] for name, ratio in found["ratios"].items()}
+    row |= {f"{name} / {ours}": ratio[1] for name, ratio in found["ratios"].items()}
     return row | {f"error of {name}": error for name, error in found.get("errors", {}).items()} | {"quartiles": found["times"]}
 
 
