@@ -3,7 +3,7 @@
     python -m benchmarks [BENCHMARK ... | --all] [--against GIT_REF]
 
 `--against` runs the benchmarks of this tree and of that commit in two processes, which take turns after every measurement, and prints
-the speedup of this tree: the median and the quartiles of five rounds.
+the speedup of this tree: the median and the quartiles of five rounds. The exit status is 2 if one of the two could not run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
 import numpy as np
 from rich.table import Table
 
-from benchmarks.measure import HERE, SCALE, console, quartiles, spread
+from benchmarks.measure import HERE, OURS, SCALE, console, quartiles, spread
 from benchmarks.report import write
 
 BENCHMARKS: dict[str, tuple[str, ...]] = {
@@ -79,46 +80,67 @@ def run_all(benchmarks: Sequence[str]) -> list[str]:
     return failed
 
 
-def against(benchmarks: Sequence[str], ref: str) -> None:
-    """Print the speedup of this tree over the commit `ref`."""
+def against(benchmarks: Sequence[str], ref: str) -> list[str]:
+    """Print the speedup of this tree over the commit `ref`, and return a line for each benchmark that could not run."""
+    problems = []
     with tempfile.TemporaryDirectory() as scratch:
         other = Path(scratch) / "other"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", other, ref], cwd=HERE, check=True)
         try:
             shutil.copy(HERE / "measure.py", other / "benchmarks/measure.py")  # the same stopwatch
             for benchmark in benchmarks:
+                if not (other / f"benchmarks/{benchmark}.py").exists():
+                    problems.append(f"{benchmark}: {ref} has no such benchmark")
+                    continue
                 places = {HERE.parent: Path(scratch) / "now", other: Path(scratch) / "then"}
-                in_turns(benchmark, places)
+                statuses = zip(("this tree", ref), in_turns(benchmark, places), strict=True)
+                if failed := [f"{benchmark}: {tree} ended with status {status}" for tree, status in statuses if status]:
+                    problems += failed
+                    continue
                 now, then = (_taken(place / f"{benchmark}.jsonl") for place in places.values())
-                table = Table("case", f"speedup over {ref}", "this", ref, title=benchmark)
-                for case in sorted(now.keys() & then.keys()):
+                cases = sorted(now.keys() & then.keys())
+                table = Table("case", f"speedup over {ref}", "this", ref, title=benchmark if cases else f"{benchmark}: no times to compare")
+                for case in cases:
                     ratio = quartiles(np.array(then[case]) / np.array(now[case]))
                     table.add_row(case, spread(ratio), *(f"{1e3 * statistics.median(taken[case]):.4g} ms" for taken in (now, then)))
                 console.print(table)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", other], cwd=HERE, check=True)
+    return problems
 
 
-def in_turns(benchmark: str, places: Mapping[Path, Path]) -> None:
-    """Run a benchmark in several trees at once, one process at a time; `places` are the folders of their results."""
+def in_turns(benchmark: str, places: Mapping[Path, Path]) -> list[int]:
+    """Run a benchmark in several trees at once, one process at a time, and return the exit statuses.
+
+    Args:
+        places: folders of the results, by tree.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
     ends: list[tuple[int, int]] = []
     for tree, results in places.items():
         (reader, give), (taken, writer) = os.pipe(), os.pipe()
-        start(benchmark, tree, results, (reader, writer))
+        processes.append(start(benchmark, tree, results, (reader, writer)))
         os.close(reader)
         os.close(writer)
         ends.append((give, taken))
     while ends:
         for give, taken in list(ends):
-            os.write(give, b".")
+            with suppress(BrokenPipeError):
+                os.write(give, b".")
             if not os.read(taken, 1):  # it has ended
                 ends.remove((give, taken))
+                os.close(give)
+                os.close(taken)
+    return [process.wait() for process in processes]
 
 
 def _taken(file: Path) -> dict[str, list[float]]:
-    """Return the seconds of our rounds by case; of benchmarks with rounds of their own, the median."""
-    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return {row["case"]: row.get("taken") or [next(iter(row["times"].values()))[1] / SCALE.get(row["unit"], 1.0)] for row in rows}
+    """Return the seconds of our rounds by case; of benchmarks with rounds of their own, the median; of those without a file, nothing."""
+    found = {}
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else ()):
+        if taken := row["times"].get(row.get("ours", OURS)):
+            found[row["case"]] = row.get("taken") or [taken[1] / SCALE.get(row["unit"], 1.0)]
+    return found
 
 
 @click.command()
@@ -130,8 +152,10 @@ def main(benchmarks: tuple[str, ...], everything: bool, ref: str | None) -> None
         raise click.UsageError(f"--all: names {', '.join(benchmarks)} too; give one or the other")
     chosen = benchmarks or tuple(name for name in BENCHMARKS if everything or name not in LONG)
     if ref is not None:
-        against(chosen, ref)
-    elif failed := run_all(chosen):
+        for problem in (problems := against(chosen, ref)):
+            click.echo(problem, err=True)
+        sys.exit(2 if problems else 0)
+    if failed := run_all(chosen):
         sys.exit(f"failed: {', '.join(failed)}")
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import zoo
+from benchmarks import __main__ as driver
 from benchmarks import drift, kernels
 from benchmarks.measure import cells, compare, console
 from benchmarks.server_sleep import compared
@@ -154,3 +156,64 @@ def test_a_missing_genai_is_a_row_that_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     row = compare("a token", {"ours": int, "onnxruntime-genai": genai(tmp_path, torch.zeros(1, 2))}, rounds=1)
     assert cells(row)[0][1:3] == ["onnxruntime-genai", "not installed"]
+
+
+TOY = """
+import json, os, sys
+from pathlib import Path
+reader, writer = map(int, os.environ["ZOO_BENCHMARK_TURNS"].split())
+os.read(reader, 1)
+for _ in range(2):
+    os.write(writer, b".")
+    os.read(reader, 1)
+file = Path(os.environ["ZOO_BENCHMARK_RESULTS"], Path(sys.argv[0]).stem + ".jsonl")
+file.parent.mkdir(parents=True, exist_ok=True)
+rows = [{"case": "a", "unit": "ms", "times": {"ours": [8, 8, 8]}, "taken": [2.0, 2.0]}]
+rows += [{"case": "b", "unit": "ms", "times": {"peer": [1, 1, 1]}}]
+file.write_text("".join(json.dumps(row) + chr(10) for row in rows))
+"""
+
+
+@pytest.fixture
+def revisions(tmp_path, monkeypatch):
+    """A repository whose first revision has no benchmark `sleep`, and in which `prefill` fails; `decode` works everywhere."""
+
+    def git(*arguments):
+        identity = "-c", "user.name=toy", "-c", "user.email=toy"
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (folder / "measure.py").write_text("")
+    (folder / "decode.py").write_text(TOY)
+    (folder / "prefill.py").write_text("import os\nos.read(int(os.environ['ZOO_BENCHMARK_TURNS'].split()[0]), 1)\nraise SystemExit(3)\n")
+    git("init", "--quiet")
+    for added in ("prefill.py", "sleep.py"):
+        git("add", ".")
+        git("commit", "--quiet", "--message", "a revision")
+        (folder / added).write_text(TOY)
+    monkeypatch.setattr(driver, "HERE", folder)
+
+
+def test_two_revisions_take_turns(revisions):
+    result = CliRunner().invoke(driver.main, ["decode", "--against", "HEAD~1"])
+    assert result.exit_code == 0, result.output
+    lines = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in result.output.splitlines() if "\u2502" in line]
+    assert lines == [["a", "1.00 (1.00 to 1.00)", "2000 ms", "2000 ms"]]
+
+
+def test_a_revision_that_lacks_a_benchmark_or_fails_is_named(revisions):
+    result = CliRunner().invoke(driver.main, ["sleep", "prefill", "decode", "--against", "HEAD~1"])
+    assert result.exit_code == 2
+    assert result.output.splitlines()[-2:] == ["sleep: HEAD~1 has no such benchmark", "prefill: HEAD~1 ended with status 3"]
+    assert "2000 ms" in result.output
+
+
+def test_a_process_that_ends_before_its_first_turn_is_an_exit_status(tmp_path, monkeypatch):
+    def start(*arguments):
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(4)"])
+        process.wait()
+        return process
+
+    monkeypatch.setattr(driver, "start", start)
+    assert driver.in_turns("decode", {tmp_path / "now": tmp_path, tmp_path / "then": tmp_path}) == [4, 4]
