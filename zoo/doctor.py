@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def versions(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton") or "not installed: pip install 'sleep-zoo[triton]'",
-        "GPU": _gpu(device) if device.type == "cuda" else "none that torch can use",
+        "GPU": _gpu(device) if torch.cuda.is_available() else "none that torch can use",
     }
 
 
@@ -108,8 +110,8 @@ def deviation(operator: str, inputs: Inputs, form: str) -> float:
         with suppress(NotImplementedError):  # a decode step has no gradients
             gradients = torch.autograd.grad(found, list(inputs.values()), weights, allow_unused=True)
             right = torch.autograd.grad(wanted, list(exact.values()), [w.double() for w in weights], allow_unused=True)
-            errors += [_relative(y, z) for y, z in zip(gradients, right, strict=True) if y is not None and z is not None]
-    return max(errors)
+            errors += [_relative(y, z) for y, z in zip(gradients, right, strict=True)]
+    return float(np.max(errors))  # NaN if one is
 
 
 def call(operator: str, inputs: Inputs, form: str | None) -> tuple[Tensor, ...]:
@@ -157,11 +159,14 @@ def run(check: bool = True, device: str | None = None) -> bool:
     if chosen.type == "cuda":
         remember(findings, chosen)
     else:
-        console.print("Only the PyTorch forms can be checked without a GPU. Run this command on a GPU to verify the Triton configurations.")
+        console.print("Only the PyTorch forms can be checked on a CPU. Run this command on a GPU to verify the Triton configurations.")
     return all(finding.right for finding in findings)
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
+def _relative(found: Tensor | None, wanted: Tensor | None) -> float:
+    """Return the relative error; of gradients, those that do not exist are None."""
+    if found is None or wanted is None:
+        return 0.0 if found is wanted else math.inf
     difference, size = (found.double() - wanted).norm().item(), wanted.norm().item()
     return difference / size if size > 0 else difference
 
@@ -185,8 +190,10 @@ def _configurations(operator: str, device: torch.device) -> str:
 
 
 def _gpu(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+    """Return the name of the device, or of the current GPU if the device is a CPU."""
+    gpu = device if device.type == "cuda" else None
+    major, minor = torch.cuda.get_device_capability(gpu)
+    return f"{torch.cuda.get_device_name(gpu)}, compute capability {major}.{minor}"
 
 
 def _version(package: str) -> str | None:

@@ -1,6 +1,7 @@
 """`zoo doctor`: its output, and that it detects a wrong operator."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from zoo import doctor
 from zoo.kernels import tuning
+from zoo.kernels.common.examples import example
 from zoo.kernels.dispatch import kernels
 
 CPU = torch.device("cpu")
@@ -49,6 +51,44 @@ def test_a_wrong_form_and_a_failing_one_are_detected(monkeypatch: pytest.MonkeyP
         assert not finding.right
         assert finding.problem == words
         monkeypatch.undo()
+
+
+def test_results_and_gradients_that_are_nan_or_missing_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = kernels.get("ssd.chunked")
+
+    def error(form):
+        monkeypatch.setattr(kernels, "get", lambda name, get=kernels.get: form if name == "ssd.chunked" else get(name))
+        finding = doctor.check("ssd", CPU, torch.float32, {"T": 5}, "chunked")
+        monkeypatch.undo()
+        assert not finding.right
+        return finding.error
+
+    def nan_at_the_end(*inputs):
+        y, final = run(*inputs)
+        return y, final * math.nan
+
+    def without_a_gradient(x, dt, *inputs):
+        return run(x, dt.detach(), *inputs)
+
+    assert math.isnan(error(nan_at_the_end))
+    assert error(without_a_gradient) == math.inf
+
+
+def test_a_gradient_that_neither_side_has_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = example("ssd", T=5)
+    inputs["unused"] = torch.ones(1, requires_grad=True)
+    call = doctor.call
+    monkeypatch.setattr(doctor, "call", lambda operator, given, form: call(operator, {n: given[n] for n in given if n != "unused"}, form))
+    assert doctor.deviation("ssd", inputs, "chunked") <= 1e-4
+
+
+def test_the_gpu_is_named_whatever_device_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.versions(CPU)["GPU"] == "none that torch can use" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Toy GPU {device and device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert doctor.versions(CPU)["GPU"] == "Toy GPU None, compute capability 9.0"
+    assert doctor.versions(torch.device("cuda", 1))["GPU"] == "Toy GPU 1, compute capability 9.0"
 
 
 def test_verdicts_decide_which_configuration_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
