@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.group import exit_status
 from zoo.errors import ZooError, counted
 from zoo.export.manifest import (
     CODA,
@@ -161,7 +160,9 @@ def _lines(bundle: Bundle) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    with exit_status():
-        if len(sys.argv) != 2:
-            raise ZooError("want the folder of a bundle")
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m zoo.export.page DIR")
+    try:
         print(page(Bundle.read(Path(sys.argv[1]))), end="")
+    except ZooError as error:
+        sys.exit(f"Error: {error}")

@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,16 @@ def test_every_file_of_a_layer_is_known():
     """A test that reads no files cannot fail."""
     assert {"zoo.model", "zoo.kernels.gated_delta_rule.op", "zoo.export.tensorrt.target", "zoo.blocks.gdn"} <= set(FILES)
     assert {"zoo.loss"} <= {other for other, _, _ in imports("zoo.model")}
+
+
+def test_a_model_is_made_and_run_without_what_only_compilation_needs():
+    """sympy alone takes more than a second to import."""
+    code = """
+import sys, torch, zoo
+model = zoo.create("gdn4-sleep2-hard5", d_model=64)
+ids = torch.ones(1, 9, dtype=torch.int64)
+list(zoo.Session(model).generate(ids, 3))
+model.loss(ids, torch.arange(9)[None] > 6).backward()
+print(*({"sympy", "torch._dynamo", "torch._inductor", "transformers", "matplotlib"} & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.blocks.block import Block
 from zoo.blocks.experts import Experts
@@ -74,7 +74,12 @@ def _allocate(model: Model, device: torch.device) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+                setattr(module, name, nn.Parameter(_new(parameter, device)))
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                setattr(module, name, torch.empty_like(buffer, device=device))
+                setattr(module, name, _new(buffer, device))
+
+
+def _new(like: Tensor, device: torch.device) -> Tensor:
+    # torch.empty_like of a tensor on the meta device imports sympy, in more than a second
+    return torch.empty(like.shape, dtype=like.dtype, device=device)
