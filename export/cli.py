@@ -106,6 +106,8 @@ def main(
         if prefill == 1:
             raise ZooError("--prefill: 1; want 0, or at least 2")
         refuse_twice("loops", loops, overrides)
+        if "seed" in _given() and (model.startswith("hf://") or Path(model).is_dir()):
+            raise ZooError(f"--seed: {seed}; the weights are those of {model}")
         overrides += () if loops is None else (f"loops={loops}",)
         if (place := out or triton_server) is not None:
             given = {name: value for name, value in asked.items() if value is not None}

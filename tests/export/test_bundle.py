@@ -296,6 +296,11 @@ def test_pieces_of_a_prompt_fit_into_a_window(window, prefill):
     assert Plan().cut(window).prefill == prefill
 
 
+def test_a_seed_needs_a_name(tmp_path):
+    result = run(tmp_path, "--seed", "4", "--out", tmp_path / "new")
+    assert (result.exit_code, result.stderr) == (2, f"Error: --seed: 4; the weights are those of {tmp_path}\n")
+
+
 def test_an_existing_folder_is_untouched(tmp_path):
     (tmp_path / "mine").write_text("untouched")
     result = run("gdn4-sleep2", "--out", tmp_path)

@@ -1,6 +1,7 @@
 """What torch is set to around the library (default device and dtype, precision of products, dispatch modes) changes no value."""
 
 from contextlib import contextmanager, nullcontext
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -58,6 +59,10 @@ def results(model):
             stream = pool.open()
             yield from stream.generate(row[None], 3, temperature=1.0, seed=3)
             stream.close()
+    with TemporaryDirectory() as folder:
+        session.save(f"{folder}/session")
+        zoo.save(model, f"{folder}/model")
+        yield zoo.Session(zoo.load(f"{folder}/model"), 2).load(f"{folder}/session").feed(IDS)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -400,6 +400,8 @@ ARGUMENTS = [
     ("awake", lambda model: model.consolidate(IDS, awake=3)),
     ("state", lambda model: model.consolidate(IDS, awake=(model.wake(IDS)[0], model.init_state(2)))),
     ("snapshot", lambda model: zoo.Session(model).restore(model.init_state())),
+    ("state", lambda model: zoo.Session(model).restore(zoo.Session(small(d_model=16)).snapshot())),
+    ("state", lambda model: zoo.Session(model).restore(zoo.Session(small(layers="gdn")).snapshot())),
     ("seed", lambda model: zoo.create("gdn4", seed="a")),
     ("seed", lambda model: zoo.create("gdn4", seed=2**64)),
     ("cu_seqlens", lambda model: model(IDS, cu_seqlens=[0, 4])),

@@ -120,10 +120,17 @@ def _unpack(prefix: str, tensors: Mapping[str, Tensor], like: State) -> State:
     fast = tuple(None if s is None else _tensor(f"{prefix}.fast.{i}", tensors, s) for i, s in enumerate(like.fast))
 
     def read(i: int, part: Any) -> Any:
-        return part._make(_tensor(f"{prefix}.window.{i}.{field}", tensors, tensor) for field, tensor in part._asdict().items())
+        return part._make(_cached(f"{prefix}.window.{i}.{field}", tensors, tensor) for field, tensor in part._asdict().items())
 
     window = tuple(replace_parts(cache, partial(read, i)) for i, cache in enumerate(like.window))
     return State(fast, window, like.position)
+
+
+def _cached(name: str, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """Read a tensor of a window cache, which is in another dtype if the session ran in mixed precision."""
+    stored = tensors[name].dtype
+    mixed = stored.is_floating_point and like.is_floating_point()
+    return _tensor(name, tensors, like.to(stored) if mixed else like)
 
 
 def _tensor(name: str, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from zoo.config import validate
 from zoo.errors import ZooError, counted
 from zoo.files import as_path
-from zoo.inputs import check_count, check_flag, check_range
+from zoo.inputs import StateForm, check_count, check_flag, check_range
 from zoo.model import Model
 from zoo.schedule import Schedule, new_schedule
 from zoo.sessions.file import read_file, write_file
@@ -80,7 +81,9 @@ class Session:
         self.schedule = new_schedule(when)
         self._limit = self.schedule.due(model.config.window)
         self._model = compiled_model(model) if compile else sleeping_model(model)
-        self._stream = Stream(self._model, opening(self._model, batch_size))
+        first = opening(self._model, batch_size)
+        self._form = StateForm.of(first.state)
+        self._stream = Stream(self._model, first)
         self._host = Alone() if host is None else host.open(self._stream)
 
     @property
@@ -210,12 +213,16 @@ class Session:
         return self._current()
 
     def restore(self, snapshot: Snapshot) -> Self:
-        """Replace the streams with those of a snapshot of the same model. Raises ZooError if a pool is given several."""
+        """Replace the streams with those of a snapshot of the same model. Raises ZooError: its state has another form, or a pool is
+        given several streams.
+        """
         if not isinstance(snapshot, Snapshot):
             raise ZooError(f"snapshot: {type(snapshot).__name__}; want a Snapshot, as `snapshot` returns it")
         streams = len(snapshot.ids)
         if streams > 1 and self._host.single:
             raise ZooError(f"session: {streams} streams; a session of a pool has one")
+        caches = [x.dtype for x in tree_leaves(snapshot.state.window) if isinstance(x, Tensor)]  # mixed precision changes it
+        self._form.check(snapshot.state, streams, lambda: caches[0])
         self._host.run(self._stream, self._replace(snapshot if self._host.keeps_hidden else snapshot._replace(hidden=None)))
         return self
 

@@ -81,6 +81,8 @@ class Plan(BaseModel):
         for path, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid.{path}: no values")
+            if len(_by_name(values)) < len(values):
+                raise ValueError(f"grid.{path}: {values} contains a duplicate")
         for path in (*self.grid, *itertools.chain(*self.arms.values())):
             if path in ("steps", "seed"):
                 raise ValueError(f"{path}: belongs in {'base; match decides the steps of each arm' if path == 'steps' else 'seeds'}")

@@ -45,7 +45,7 @@ def progress_bar(config: TrainConfig, folder: Path) -> Iterator[Report]:
         return
     done = max((int(checkpoint.name) for checkpoint in folder.glob("checkpoints/[0-9]*")), default=0)
     if not Console(stderr=True).is_terminal:
-        if done:
+        if 0 < done < config.steps:
             print(f"{folder}: resumes after step {done} of {config.steps}", flush=True)
         yield lambda metrics: print(_line(config.model, config.steps, metrics), flush=True)
         return

@@ -37,7 +37,7 @@ from zoo.checkpoints.own import CONFIG, write_config
 from zoo.checkpoints.stored import WEIGHTS
 from zoo.config import read_yaml
 from zoo.errors import ZooError
-from zoo.files import new_folder, refuse_existing, remove_scratch, replacing
+from zoo.files import is_scratch, new_folder, refuse_existing, remove_scratch, replacing
 from zoo.model import Model
 from zoo.system import lock
 from zoo.training.lora import LoRA, adapted, merged_tensors, write_adapter
@@ -126,7 +126,7 @@ class RunFolder:
         with self._lock_settings():
             remove_scratch(self.path)
             for doomed in self.path.glob("checkpoints/.*"):
-                if re.fullmatch(r"\.\d{8}(-[0-9a-f]{8})?", doomed.name):  # left by a process that was killed
+                if is_scratch(doomed) or re.fullmatch(r"\.\d{8}", doomed.name):  # left by a process that was killed
                     shutil.rmtree(doomed)
             if not self.extended:
                 yield

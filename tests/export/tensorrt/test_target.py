@@ -124,7 +124,7 @@ def test_engines_of_integers(rtx, tmp_path, flag):
     [
         (["--target", "tensorrt", "--dialect", "ort"], "dialect: TensorRT does not support 'ort'"),
         (["--target", "tensorrt", "--compute-capability", "9.0"], "compute-capability: '9.0' is not supported by tensorrt_rtx"),
-        (["--target", "onnx", "--workspace", "1"], "target onnx: workspace: unknown field"),
+        (["--target", "onnx", "--workspace", "1"], "--workspace: is not an option of target onnx"),
     ],
 )
 def test_the_command_refuses(rtx, tmp_path, asked, message):

@@ -487,6 +487,18 @@ def one_row(folder, sleeping):
     return folder / "row"
 
 
+@pytest.mark.parametrize("evict", ["hard", "sliding", "none"])
+def test_a_session_under_autocast_is_saved(tmp_path, evict):
+    """Its window caches are in the dtype of autocast."""
+    made = zoo.create("gdn4", layers="attn gdn", d_model=16, vocab_size=11, evict=evict, window=None if evict == "none" else 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        stream = zoo.Session(made, 2)
+        stream.feed(tokens(9))
+        stream.save(tmp_path / "session")
+        other = zoo.Session(made, 2).load(tmp_path / "session")
+        assert torch.equal(other.feed(tokens(7)), zoo.Session(made, 2).restore(stream.snapshot()).feed(tokens(7)))
+
+
 def test_the_header_of_a_session(tmp_path):
     session().save(tmp_path / "stream")
     with safe_open(tmp_path / "stream", "pt") as file:

@@ -199,6 +199,7 @@ def test_operations_of_a_step_as_torch_counts_them(fields):
         ({"arms": {"other": {"seed": 1}}}, "seed: belongs in seeds"),
         ({"grid": {}}, "neither grid nor arms"),
         ({"grid": {"lr": []}}, "grid.lr: no values"),
+        ({"grid": {"lr": [0.1, 0.2, 0.1]}}, r"grid.lr: \[0.1, 0.2, 0.1\] contains a duplicate"),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] contains a duplicate"),
         ({"seeds": []}, r"seeds: \[\]: want at least 1 entry$"),
         ({"seeds": [0, -1]}, "seeds.1: -1: must be greater than or equal to 0$"),

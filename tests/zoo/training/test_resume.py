@@ -107,7 +107,7 @@ def test_other_files_in_the_folder_of_checkpoints_stay(tmp_path):
     stopped(tiny(), tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     (folder / ".DS_Store").write_bytes(b"from a file manager")
-    for name in (".ipynb_checkpoints", ".00000001", ".00000002-0123abcd"):
+    for name in (".ipynb_checkpoints", ".00000001", ".00000002.zoo-unfinished-0123abcd"):
         (folder / name).mkdir()
     train(tiny(), tmp_path / "run")
     assert {entry.name for entry in folder.glob(".*")} == {".DS_Store", ".ipynb_checkpoints"}
