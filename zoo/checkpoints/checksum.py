@@ -68,7 +68,7 @@ def read_verified(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         content = file.read_bytes()
         fields = read_header(BytesIO(content)).get("__metadata__", {})
-        with torch.device("cpu"):  # whatever the default is
+        with torch.device("cpu"):  # not on the default device
             tensors = load(content)
         whole = FIELD not in fields or _matches(sorted(tensors.items()), fields)
     except OSError as error:
