@@ -124,14 +124,14 @@ def test_files_of_the_user_are_neither_ignored_nor_removed(tmp_path, name):
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     out = tmp_path / "o[u]t"
+    code = "import os, sys, pathlib; from zoo.files import new_folder, replacing; out = pathlib.Path(sys.argv[1])\n"
+    killed = " os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", f"{code}with new_folder(out):{killed}", str(out)], check=False)
     out.mkdir()
-    code = (
-        "import os, sys, pathlib; from zoo.files import new_folder, replacing; out = pathlib.Path(sys.argv[1])\n"
-        "with new_folder(out), new_folder(out.parent / out.name.upper()), replacing(out / 'file'): os.kill(os.getpid(), 9)"
-    )
+    code += f"with new_folder(out), new_folder(out.parent / out.name.upper()), replacing(out / 'file'):{killed}"
     subprocess.run([sys.executable, "-c", code, str(out)], check=False)
     left = {entry.name for entry in (*out.iterdir(), *tmp_path.iterdir())} - {"o[u]t"}
-    assert len(left) == 3
+    assert len(left) == 4
     refuse_existing(out)
     remove_scratch(out)
     assert not list(out.iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -67,6 +67,13 @@ class Stored:
         if isinstance(dtype, str):
             raise ZooError(f"dtype: {dtype} is not supported; allowed: {', '.join(DTYPES)}")
         return dtype
+
+    def rounded(self, names: Iterable[str], dtype: torch.dtype | None) -> list[str]:
+        """Return those of these tensors that may lose bits when they are read as `dtype`."""
+        stored = ((name, self.dtypes[name]) for name in names)
+        return [
+            name for name, own in stored if isinstance(own, torch.dtype) and dtype not in (None, own) and own.itemsize >= dtype.itemsize
+        ]
 
     def read(self, name: str, dtype: torch.dtype | None = None, *, transient: bool = False) -> Tensor:
         """Read a tensor as `dtype` (default: as stored).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from zoo.checkpoints.checksum import metadata
 from zoo.checkpoints.companions import write_companions
 from zoo.checkpoints.family import Family, Link, expect, families, links
 from zoo.checkpoints.plain import cast, empty_model, one_line, plain_tensors, wide_parameters
-from zoo.checkpoints.stored import WEIGHTS, Stored, kept_dtype, open_folder, read_json
+from zoo.checkpoints.stored import WEIGHTS, kept_dtype, open_folder, read_json
 from zoo.config import BETWEEN_PASSES, ModelConfig, resolve, validate
 from zoo.dtypes import DTYPES
 from zoo.errors import ZooError, counted
@@ -103,7 +103,10 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
         if dtype is None and len(set(stored.dtypes.values())) > 1:
             stated = str(content.get("dtype") or content.get("torch_dtype")).removeprefix("torch.")
             dtype = DTYPES[stated] if stated in DTYPES else stored.main_dtype()
-            _warn_of_rounding(folder, stored, wanted, wide, dtype)
+            rounded = [name for link in wanted for name in stored.rounded(link.names, kept_dtype(dtype, wide.issuperset(link.ours)))]
+            if rounded:
+                some = f"{counted(len(rounded), 'tensor')} of another dtype rounded to {str(dtype).removeprefix('torch.')}"
+                warnings.warn(f"{folder}: {some}: {', '.join(rounded[:3])}{', ...' if len(rounded) > 3 else ''}", stacklevel=4)
         release_freed()  # of the names of tens of thousands of experts
         tensors: dict[str, Tensor] = {}
         for link in wanted:
@@ -120,21 +123,6 @@ def fill(model: Model, folder: Path, device: str | torch.device = "cpu", dtype: 
     cast(model, tensors["embed.weight"].dtype).load_state_dict(tensors, assign=True, strict=False)
     if form is not None:
         model.config = model.config.model_copy(update={"upstream": {**model.config.upstream, FORM: form}})
-
-
-def _warn_of_rounding(folder: Path, stored: Stored, wanted: Iterable[Link], wide: Collection[str], dtype: torch.dtype) -> None:
-    """Warn of tensors that are stored in more bits than they are read in, in a model of `dtype`."""
-    rounded = []
-    for link in wanted:
-        kept = torch.promote_types(dtype, torch.float32) if set(wide).issuperset(link.ours) else dtype
-        rounded += [name for name in link.names if (own := stored.dtypes[name]) != kept and _bits(own) >= _bits(kept)]
-    if rounded:
-        some = f"{counted(len(rounded), 'tensor')} of another dtype rounded to {str(dtype).removeprefix('torch.')}"
-        warnings.warn(f"{folder}: {some}: {', '.join(rounded[:3])}{', ...' if len(rounded) > 3 else ''}", stacklevel=5)
-
-
-def _bits(dtype: torch.dtype | str) -> int:
-    return 0 if isinstance(dtype, str) else dtype.itemsize
 
 
 def save(model: Model, path: Path) -> None:

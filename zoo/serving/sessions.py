@@ -77,7 +77,7 @@ class KeptSessions:
         if self.store is not None and name:
             try:
                 with self._using_store():
-                    if kept.journal is None:
+                    if new is not None and kept.journal is None:
                         _check_new(name, new, not self.store.exists(owner, name))
                     self._agree_with_store(kept, self.store)
             except BaseException:

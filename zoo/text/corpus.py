@@ -127,7 +127,7 @@ def _files(source: Path) -> list[Path]:
 
     found, seen = list[Path](), set[str]()
     for folder, folders, names in os.walk(source, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not is_scratch(Path(name))]
+        folders[:] = sorted(name for name in folders if not is_scratch(Path(name)))
         if (real := os.path.realpath(folder)) in seen:  # a loop of links
             folders.clear()
             continue
