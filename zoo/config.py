@@ -253,7 +253,7 @@ class _Loader(yaml.SafeLoader):
         names = set[str]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in names:
-                raise yaml.constructor.ConstructorError(None, None, f"a second field '{key.value}'", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate field '{key.value}'", key.start_mark)
             names.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -212,7 +212,7 @@ def test_wrong_input(name, overrides, message):
         ("vocab_size: 3\nlayers: gdn\nname: x", "d_model: is missing"),
         ("- a list", "want a mapping"),
         ("a: [1", "not YAML"),
-        ("d_model: 8\nblocks:\n  gdn: {heads: 2,\n    heads: 4}", "not YAML: a second field 'heads' in line 4, column 5"),
+        ("d_model: 8\nblocks:\n  gdn: {heads: 2,\n    heads: 4}", "not YAML: duplicate field 'heads' in line 4, column 5"),
         ("name: !!python/object/apply:os.system ['true']", "not YAML"),
     ],
 )

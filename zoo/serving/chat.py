@@ -34,7 +34,7 @@ class Conversation:
         new = next((asked[len(text) :] for text in known if asked.startswith(text)), None)
         ids = self._tokenizer.encode(render([question]) if new is None else new, special=False)  # the template changes earlier text
         if not ids:
-            raise ZooError("chat template: makes no text of this message")
+            raise ZooError("chat template: renders this message as empty text")
         self._messages.append(question)
         self._asked = asked
         return ids

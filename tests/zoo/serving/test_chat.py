@@ -95,7 +95,7 @@ def test_a_message_that_the_template_refuses_does_not_end_the_conversation(tmp_p
     tokenizer = load_tokenizer(tmp_path / "model", model.config.vocab_size)
     _, answers, screen = chat(model, tokenizer, {END}, lines=LINES[:3])
     assert len(answers) == 2
-    assert ("not this one" if wrong else "makes no text of this message") in screen.text
+    assert ("not this one" if wrong else "renders this message as empty text") in screen.text
 
 
 def test_the_largest_seed_has_a_next_one():
