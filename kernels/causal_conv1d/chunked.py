@@ -26,6 +26,12 @@ def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     return _convolve(torch.cat([tail.mT, x], dim=1), weight.mT.contiguous())
 
 
+def one_token(x: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same for x [B, 1, C], and the next tail, which is stored by tokens: the next call concatenates it at once."""
+    inputs = torch.cat([tail.mT, x], dim=1)
+    return (inputs.to(weight.dtype) * weight.mT).sum(1, keepdim=True), inputs[:, 1:].mT
+
+
 def _definition(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     """Compute it without changing a tensor in place."""
     T, taps = x.shape[1], weight.mT.contiguous()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.causal_conv1d.chunked import chunked
+from zoo.kernels.causal_conv1d.chunked import chunked, one_token
 from zoo.kernels.causal_conv1d.reference import stepwise
 from zoo.kernels.common import packed
 from zoo.kernels.common.checks import given_or_zeros
@@ -60,12 +60,16 @@ def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32  # rounded once, at the end
-        y = form(packed.unpack(x.to(wide), cu_seqlens), weight.to(wide), state.to(wide))
+        if form is chunked and x.shape[1] == 1 and cu_seqlens is None and not recorded(x, weight, state):
+            y, final = one_token(x, weight.to(wide), state)
+        else:
+            y = form(packed.unpack(x.to(wide), cu_seqlens), weight.to(wide), state.to(wide))
+            final = packed.newest(x, state, cu_seqlens)
         changeable = not recorded(y, y if bias is None else bias)
         if bias is not None:
             y = y.add_(bias) if changeable else y + bias
         y = F.silu(y, inplace=changeable) if silu else y
-        return packed.pack(y, cu_seqlens).to(x.dtype), packed.newest(x, state, cu_seqlens)
+        return packed.pack(y, cu_seqlens).to(x.dtype), final
 
     return run
 

@@ -125,19 +125,31 @@ def test_views_are_read_where_they_lie() -> None:
         assert max(relative(a, b) for a, b in zip(*outcomes, strict=True)) < 1e-14
 
 
-def test_steps_are_the_sequence() -> None:
-    given = inputs("causal_conv1d", 7)
+@pytest.mark.parametrize("K", [1, 4])
+@pytest.mark.parametrize("form", ["triton", "chunked"])
+def test_steps_are_the_sequence(form: str, K: int) -> None:
+    given = inputs("causal_conv1d", 7, K=K)
     whole, end = causal_conv1d(**given, output_final_state=True, form="reference")
     state: Tensor | None = given["initial_state"]
     steps = []
     for t in range(7):
         step = {**given, "x": given["x"][:, t : t + 1], "initial_state": state}
-        y, state = causal_conv1d(**step, output_final_state=True, form="triton")
+        y, state = causal_conv1d(**step, output_final_state=True, form=form)
         steps.append(y)
     assert relative(torch.cat(steps, dim=1), whole) < 1e-14
     assert state is not None
     assert end is not None
     assert torch.equal(state, end)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_token_is_rounded_once(dtype: torch.dtype) -> None:
+    given = {name: value.to(dtype) for name, value in inputs("causal_conv1d", 1).items()}
+    y, end = causal_conv1d(**given, output_final_state=True, form="chunked")
+    exact, exact_end = causal_conv1d(**{name: value.double() for name, value in given.items()}, output_final_state=True, form="reference")
+    assert y.dtype == end.dtype == dtype
+    assert relative(y, exact) < torch.finfo(dtype).eps
+    assert torch.equal(end.double(), exact_end)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
