@@ -30,21 +30,31 @@ class Block(nn.Module):
             self.mlp_norm = before(d_model)
             self.mlp_post_norm = after(d_model)
 
-    def flops(self, tokens: int, past: int, *, mlp: bool = True) -> int:
-        """Return the FLOPs on `tokens` new tokens after `past` cached ones; see `Mixer.flops`."""
-        return self.mixer.flops(tokens, past) + (self.mlp.flops(tokens) if mlp and self.mlp is not None else 0)
+    def flops(self, tokens: int, past: int, *, keep: int | None = None) -> int:
+        """Return the FLOPs on `tokens` new tokens after `past` cached ones; see `Mixer.flops` and `forward`."""
+        return self.mixer.flops(tokens, past) + (0 if self.mlp is None else self.mlp.flops(tokens if keep is None else keep))
 
-    def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions, *, mlp: bool = True) -> tuple[Tensor, Any, Any]:
-        """Run the block. With `mlp` false the MLP is skipped, for callers that read only the state.
+    def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions, *, keep: int | None = None) -> tuple[Tensor, Any, Any]:
+        """Run the block.
 
         x may be wider than the mixer's dtype (`residual_in_fp32`) and stays so; norms, mixer and MLP compute in that dtype.
+
+        Args:
+            keep: number of last tokens that are returned, [B, keep, D], with an MLP that runs on no others; default: all.
         """
         dtype = self.mixer.dtype
         y, fast, window = self.mixer(self.mixer_norm(x.to(dtype)), fast, window, positions)
+        if keep is not None:
+            x, y = last(x, keep), last(y, keep)
         x = self._add(x, self.mixer_post_norm(y))
-        if mlp and self.mlp is not None:
+        if self.mlp is not None and keep != 0:
             x = self._add(x, self.mlp_post_norm(self.mlp(self.mlp_norm(x.to(dtype)))))
         return x, fast, window
 
     def _add(self, x: Tensor, y: Tensor) -> Tensor:
         return x + (y if self.residual_scale == 1 else y * self.residual_scale)
+
+
+def last(x: Tensor, tokens: int) -> Tensor:
+    """Return the last tokens of x [B, T, ...]."""
+    return x[:, x.shape[1] - tokens :]

@@ -251,8 +251,8 @@ class Sleep(Asleep):
         loops = self.model.config.loops
         if self.whole:
             return loops
-        last, mlp = self.model.passes(loops, asleep=True)[-1][-1]
-        whole = last not in self.model.span or (last == self.model.span.stop - 1 and (mlp or self.model.blocks[last].mlp is None))
+        last, keep = self.model.passes(loops, asleep=True)[-1][-1]
+        whole = last not in self.model.span or (last == self.model.span.stop - 1 and (keep is None or self.model.blocks[last].mlp is None))
         return loops if whole else loops - 1
 
     def _loop(self, h: Tensor, state: State, inputs: Mapping[str, Tensor]) -> tuple[Tensor, State]:

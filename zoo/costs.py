@@ -19,7 +19,7 @@ from zoo.config import ModelConfig
 from zoo.errors import counted
 from zoo.factory import create
 from zoo.loss import chunks, predicted
-from zoo.model import Model, Passes
+from zoo.model import Model, Pass
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ def _asleep(model: Model, window: int) -> int:
     return _blocks(model, model.passes(model.config.loops * model.config.wake_loops, asleep=True), window)
 
 
-def _blocks(model: Model, passes: Passes, tokens: int = 1, past: int = 0) -> int:
+def _blocks(model: Model, passes: list[Pass], tokens: int = 1, past: int = 0) -> int:
     """Return the operations of `passes` on tokens of one stream that has `past` cached."""
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
-    return sum(blocks[i].flops(tokens, past, mlp=mlp) for each in passes for i, mlp in each)
+    return sum(blocks[i].flops(tokens, past, keep=keep) for each in passes for i, keep in each)
 
 
 def _mlps(model: Model) -> list[MLP]:

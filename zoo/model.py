@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo import inputs
+from zoo.blocks.block import last
 from zoo.blocks.exit_gate import ExitGate
 from zoo.blocks.mixer import Mixer
 from zoo.blocks.moe import begin_pass
@@ -23,8 +24,8 @@ from zoo.loss import Recompute, answers
 from zoo.stack import build_blocks, check_fits, embedding
 from zoo.state import Answers, Output, State
 
-Passes = list[list[tuple[int, bool]]]
-"""Blocks that each pass runs, in order, and whether each runs its MLP."""
+Pass = list[tuple[int, int | None]]
+"""Blocks that a pass runs, in order, and how many last tokens each returns; None: all."""
 
 
 class Model(nn.Module):
@@ -81,8 +82,7 @@ class Model(nn.Module):
             ZooError: arguments that do not fit the model or each other, or more tokens than the window has room for.
         """
         inputs.check_kept(ids, logits_to_keep)
-        h, state = self.wake(ids, state, cu_seqlens=cu_seqlens)
-        h = h if logits_to_keep is None else h[:, h.shape[1] - logits_to_keep :]
+        h, state = self.run(*self.start_wake(ids, state, cu_seqlens, keep=logits_to_keep))
         return Output(self.logits(h), state)
 
     def wake(
@@ -90,8 +90,7 @@ class Model(nn.Module):
     ) -> tuple[Tensor, State]:
         """Run `forward` without the head: return the hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state.
 
-        Args:
-            recompute: recompute the activations of each pass in the backward pass instead of storing them.
+        With `recompute`, the activations of each pass are recomputed in the backward pass instead of being stored.
         """
         return self.run(*self.start_wake(ids, state, cu_seqlens), recompute=recompute)
 
@@ -146,7 +145,7 @@ class Model(nn.Module):
         return self.evict(state)
 
     def run(
-        self, h: Tensor, start: State, positions: Positions, passes: Passes,
+        self, h: Tensor, start: State, positions: Positions, passes: list[Pass],
         *, awake: tuple[Tensor, State] | None = None, recompute: bool = False,
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Run `passes` over tokens: the loop of a sleep and, with a single pass, of the wake pass.
@@ -155,7 +154,7 @@ class Model(nn.Module):
         of `start`. `start_wake` and `start_sleep` return the first four arguments.
 
         Returns:
-            Hidden states [B, T, D] ([B, T, loops, D] with wake loops) and the state after the tokens, before eviction.
+            Hidden states [B, T, D] ([B, T, loops, D] with wake loops) of the tokens that `passes` keeps, and the state before eviction.
         """
         inputs.check_flag("recompute", recompute)
         first, outputs = h, []
@@ -168,11 +167,11 @@ class Model(nn.Module):
                 h, first, fast, caches = one_pass(n, blocks, start, positions, h, first, *fast)
                 window |= caches
                 outputs.append(h)
-        h = torch.stack(outputs, dim=-2) if self.config.wake_loops > 1 else h
+        h = torch.stack([last(output, h.shape[1]) for output in outputs], dim=-2) if self.config.wake_loops > 1 else h
         return h, State(tuple(fast), tuple(window.values()), positions.end)
 
     def _pass(
-        self, n: int, blocks: list[tuple[int, bool]], start: State, positions: Positions, h: Tensor, first: Tensor, *fast_in: Tensor | None
+        self, n: int, blocks: Pass, start: State, positions: Positions, h: Tensor, first: Tensor, *fast_in: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None], dict[int, Any]]:
         """Run the blocks of pass n: return h, the span's first input, fast weights, and window caches by their place in a State.
 
@@ -180,47 +179,48 @@ class Model(nn.Module):
         """
         begin_pass(n)
         fast, window = list(fast_in), {}
-        for i, mlp in blocks:
+        for i, keep in blocks:
             if i == self.span.start:
                 first, h = (h, h) if n == 0 else (first, self.between_passes(h, first))
                 entered = h
             if n and not self.config.carry and i in self.span:
                 fast[i] = start.fast[i]
             at = n % self.config.wake_loops * len(self.blocks) + i
-            h, fast[i], window[at] = self.blocks[i](h, fast[i], start.window[at], positions, mlp=mlp)
-            h = self.gated(h, entered, n) if i == self.span.stop - 1 else h
+            h, fast[i], window[at] = self.blocks[i](h, fast[i], start.window[at], positions, keep=keep)
+            h = self.gated(h, last(entered, h.shape[1]), n) if i == self.span.stop - 1 else h
         return h, first, fast, window
 
-    def passes(self, loops: int, *, asleep: bool = False) -> Passes:
+    def passes(self, loops: int, *, asleep: bool = False, keep: int | None = None) -> list[Pass]:
         """Return the blocks that each pass runs: the first begins with the prelude, the last ends with the coda.
 
         A sleep that empties the window ends with the last mixer that has fast weights: nothing reads the outputs of later blocks.
         """
-        passes = [[(i, True) for i in self.span] for _ in range(loops)]
-        passes[0][:0] = [(i, True) for i in self.prelude]
-        passes[-1] += [(i, True) for i in self.coda]
+        passes: list[Pass] = [[(i, None) for i in self.span] for _ in range(loops)]
+        passes[0][:0] = [(i, None) for i in self.prelude]
+        passes[-1] += [(i, None) for i in self.coda]
+        passes[-1][-1] = passes[-1][-1][0], keep
         if asleep and self.eviction.restarts:
             while not self._has_fast[passes[-1][-1][0]]:
                 passes[-1].pop()
                 if not passes[-1]:
                     passes.pop()
-            passes[-1][-1] = passes[-1][-1][0], False
+            passes[-1][-1] = passes[-1][-1][0], 0
         return passes
 
     def start_wake(
-        self, ids: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, State, Positions, Passes]:
-        """Return the arguments of `run` for a wake pass. Raises the same errors as `forward`."""
+        self, ids: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None, *, keep: int | None = None
+    ) -> tuple[Tensor, State, Positions, list[Pass]]:
+        """Return the arguments of `run` for a wake pass that returns the last `keep` tokens. Raises the same errors as `forward`."""
         streams = inputs.count_streams(ids, cu_seqlens)
         inputs.check_packs(self, cu_seqlens)
         state = self.init_state(streams) if state is None else inputs.checked_state(self, state, ids, streams)
         positions = Positions(state.position, ids.shape[1], ids.device, cu_seqlens=cu_seqlens)
         inputs.check_room(self, ids, state, positions)
-        return self.embedded(ids, positions), state, positions, self.passes(self.config.wake_loops)
+        return self.embedded(ids, positions), state, positions, self.passes(self.config.wake_loops, keep=keep)
 
     def start_sleep(
         self, ids: Tensor, state: State | None = None, loops: int | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, State, Positions, Passes]:
+    ) -> tuple[Tensor, State, Positions, list[Pass]]:
         """Return the arguments of `run` for a sleep. Raises the same errors as `consolidate`."""
         loops = self.config.loops if loops is None else loops
         inputs.check_count("loops", loops)

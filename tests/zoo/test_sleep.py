@@ -385,11 +385,11 @@ def test_in_slices(fields, evict, sizes):
 @pytest.mark.parametrize(
     ("fields", "last"),
     [
-        ({"layers": "gdn attn gdn attn"}, [(0, True), (1, True), (2, False)]),
-        ({"layers": "attn gdn attn gdn"}, [(0, True), (1, True), (2, True), (3, False)]),
-        ({"layers": "gdn attn gdn attn", "span": (0, 1)}, [(0, True), (1, True), (2, False)]),
-        ({"layers": "attn gdn swa*2", "span": (0, 0)}, [(0, True), (1, False)]),
-        ({"layers": "gdn swa*2", "span": (1, 2)}, [(0, False)]),
+        ({"layers": "gdn attn gdn attn"}, [(0, None), (1, None), (2, 0)]),
+        ({"layers": "attn gdn attn gdn"}, [(0, None), (1, None), (2, None), (3, 0)]),
+        ({"layers": "gdn attn gdn attn", "span": (0, 1)}, [(0, None), (1, None), (2, 0)]),
+        ({"layers": "attn gdn swa*2", "span": (0, 0)}, [(0, None), (1, 0)]),
+        ({"layers": "gdn swa*2", "span": (1, 2)}, [(0, 0)]),
     ],
 )
 def test_nothing_runs_after_the_last_fast_weights_of_a_sleep_that_empties_the_window(fields, last):

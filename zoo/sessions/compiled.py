@@ -147,8 +147,8 @@ class _CompiledBlock(nn.Module):
         super().__init__()
         self.block, self.mixer, self.step = block, block.mixer, step
 
-    def forward(self, x: Tensor, fast: Any, window: Any, positions: SlotPositions, *, mlp: bool = True) -> tuple[Tensor, Any, Any]:
-        arguments: Any = self.block, x, fast, window, positions, mlp
+    def forward(self, x: Tensor, fast: Any, window: Any, positions: SlotPositions, *, keep: int | None = None) -> tuple[Tensor, Any, Any]:
+        arguments: Any = self.block, x, fast, window, positions, keep
         if self.step.rehearsing:
             self._mark_sizes(x, fast, window, positions)
         if not self.step.outdated:
@@ -176,8 +176,8 @@ class _CompiledBlock(nn.Module):
                     mark_dynamic(tensor, slots)
 
 
-def _in_place(block: Block, x: Tensor, fast: Any, window: Any, positions: SlotPositions, mlp: bool) -> Tensor:
-    x, new_fast, new_window = block(x, fast, window, positions, mlp=mlp)
+def _in_place(block: Block, x: Tensor, fast: Any, window: Any, positions: SlotPositions, keep: int | None) -> Tensor:
+    x, new_fast, new_window = block(x, fast, window, positions, keep=keep)
     write_back(fast, new_fast)
     write_back(window, new_window)
     return x

@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from zoo.blocks.block import last
 from zoo.blocks.positions import Positions
-from zoo.model import Model, Passes
+from zoo.model import Model, Pass
 from zoo.state import Output, State
 
 T = TypeVar("T")
@@ -33,8 +34,7 @@ def finish(work: Coroutine[object, None, T]) -> T:
 
 async def wake(model: Model, ids: Tensor, state: State | None = None, *, logits_to_keep: int | None = None) -> Output:
     """Run `model.forward` in slices."""
-    h, state = await run(model, *model.start_wake(ids, state))
-    h = h if logits_to_keep is None else h[:, h.shape[1] - logits_to_keep :]
+    h, state = await run(model, *model.start_wake(ids, state, keep=logits_to_keep))
     logits = await _slices(h.shape[1], lambda first, last: model.logits(h[:, first:last]))
     return Output(logits, state)
 
@@ -52,7 +52,7 @@ async def run(
     h: Tensor,
     start: State,
     positions: Positions,
-    passes: Passes,
+    passes: list[Pass],
     awake: tuple[Tensor, State] | None = None,
 ) -> tuple[Tensor, State]:
     """Do what `model.run` does, in slices; `model.run` defines the result."""
@@ -64,7 +64,7 @@ async def run(
     for n, blocks in enumerate(passes):
         if n == 0 and awake is not None:
             continue
-        for i, mlp in blocks:
+        for i, keep in blocks:
             if i == model.span.start:
                 first, h = (h, h) if n == 0 else (first, model.between_passes(h, first))
                 entered = h
@@ -73,16 +73,17 @@ async def run(
             at = n % model.config.wake_loops * len(model.blocks) + i
             window[at] = start.window[at]
 
-            def block(begin: int, end: int, i: int = i, at: int = at, h: Tensor = h, mlp: bool = mlp) -> Tensor:
+            def block(begin: int, end: int, i: int = i, at: int = at, h: Tensor = h, keep: int | None = keep) -> Tensor:
                 if (begin, end) not in parts:
                     parts[begin, end] = positions.part(begin, end)
-                y, fast[i], window[at] = model.blocks[i](h[:, begin:end], fast[i], window[at], parts[begin, end], mlp=mlp)
+                kept = None if keep is None else max(0, end - max(begin, positions.length - keep))
+                y, fast[i], window[at] = model.blocks[i](h[:, begin:end], fast[i], window[at], parts[begin, end], keep=kept)
                 return y
 
             h = await _slices(positions.length, block)
-            h = model.gated(h, entered, n) if i == model.span.stop - 1 else h
+            h = model.gated(h, last(entered, h.shape[1]), n) if i == model.span.stop - 1 else h
         outputs.append(h)
-    h = torch.stack(outputs, dim=-2) if model.config.wake_loops > 1 else h
+    h = torch.stack([last(output, h.shape[1]) for output in outputs], dim=-2) if model.config.wake_loops > 1 else h
     return h, State(tuple(fast), tuple(window), positions.end)
 
 

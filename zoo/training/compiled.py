@@ -66,9 +66,9 @@ class _Compiled(nn.Module):
         super().__init__()
         self.block, self.mixer, self.run = block, block.mixer, run
 
-    def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions, *, mlp: bool = True) -> tuple[Tensor, Any, Any]:
-        return self.run(self.block, x, fast, window, positions, mlp)
+    def forward(self, x: Tensor, fast: Any, window: Any, positions: Positions, *, keep: int | None = None) -> tuple[Tensor, Any, Any]:
+        return self.run(self.block, x, fast, window, positions, keep)
 
 
-def _run(block: Block, x: Tensor, fast: Any, window: Any, positions: Positions, mlp: bool) -> tuple[Tensor, Any, Any]:
-    return block(x, fast, window, positions, mlp=mlp)
+def _run(block: Block, x: Tensor, fast: Any, window: Any, positions: Positions, keep: int | None) -> tuple[Tensor, Any, Any]:
+    return block(x, fast, window, positions, keep=keep)

@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import zoo
 from zoo.serving.kept import KeptSession
 from zoo.serving.prefixes import Prefixes
-from zoo.sessions import scheduler
+from zoo.sessions import scheduler, sliced
 
 IDS = torch.randint(11, (1, 23), generator=torch.Generator().manual_seed(0))
 SMALL = {"layers": "attn gdn", "d_model": 32, "d_ff": 16, "vocab_size": 11, "blocks": {"attn": {"heads": 2}, "gdn": {"heads": 2}}}
@@ -119,13 +120,44 @@ def test_a_read_that_fails_between_windows(tmp_path):
         torch.testing.assert_close(each.feed(IDS[:, 8:]), want[:, 8:])
 
 
+FORMS = {
+    "plain": {},
+    "no MLP last": {"mlp": "swiglu none"},
+    "wake loops": {"layers": "attn attn", "wake_loops": 2, "residual_gates": 2, "blocks": {"attn": {"heads": 2}}},
+    "exit": {"layers": "attn attn", "wake_loops": 2, "exit": {}, "blocks": {"attn": {"heads": 2}}},
+    "coda": {"span": (0, 0)},
+    "post-norm": {"blocks": {"attn": {"heads": 2}, "gdn": {"heads": 2, "post_norm": True, "residual_in_fp32": True}}},
+}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("keep", [0, 1, 5, 23])
-def test_logits_to_keep(keep):
-    ours = model("gdn4-full")
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_to_keep(form, keep):
+    """The last MLP runs on these tokens alone."""
+    ours = model("gdn4-full", **FORMS[form])
+    rows = []
+    if ours.blocks[1].mlp is not None:
+        ours.blocks[1].mlp.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[1]))
     whole, some = ours(IDS), ours(IDS, logits_to_keep=keep)
+    assert not rows or rows == [23] * (2 * ours.config.wake_loops - 1) + [keep] * (keep > 0)
     torch.testing.assert_close(some.logits, whole.logits[:, 23 - keep :])
     assert all(map(torch.equal, filter(torch.is_tensor, some.state.fast), filter(torch.is_tensor, whole.state.fast)))
+    for most in (1, 4, 23):
+        sliced_logits, state = in_slices(sliced.wake(ours, IDS, logits_to_keep=keep), most)
+        torch.testing.assert_close(sliced_logits, some.logits)
+        assert state.position == some.state.position
+        for ours_after, after in zip(tree_leaves(state), tree_leaves(some.state), strict=True):
+            torch.testing.assert_close(ours_after, after)
+
+
+def in_slices(work, most):
+    try:
+        work.send(None)
+        while True:
+            work.send(most)
+    except StopIteration as done:
+        return done.value
 
 
 @pytest.mark.parametrize("keep", [-1, 24, 1.0, True, "1"])

@@ -97,15 +97,15 @@ def test_norms_are_those_of_a_plain_loop(monkeypatch):
     ids = torch.from_numpy(TASK.model_copy(update={"questions": 1}).batch(7, 1, probing.BATCH, "test").ids)
     with torch.no_grad():
         embedded, start, positions, passes = model.start_sleep(ids[:, :10], None, 3)
-        first = model.blocks[0](embedded, start.fast[0], start.window[0], positions, mlp=True)[0]  # the prelude
+        first = model.blocks[0](embedded, start.fast[0], start.window[0], positions)[0]  # the prelude
 
     def sleep(h, fast, begin):
         """Run the passes from `begin` on; yield h and the fast weights after each."""
         for n in range(begin, 3):
-            for i, mlp in passes[n]:
+            for i, keep in passes[n]:
                 if i == 1 and n:
                     h = model.norm(h) + model.inject * first
-                h, fast[i], _ = model.blocks[i](h, fast[i], start.window[i], positions, mlp=mlp)
+                h, fast[i], _ = model.blocks[i](h, fast[i], start.window[i], positions, keep=keep)
             yield h, list(fast)
 
     with torch.no_grad():
