@@ -13,7 +13,14 @@ from zoo.errors import ZooError
 
 
 def streams(batch: int, total: int, cu_seqlens: Tensor | None) -> int:
-    """Return the number of sequences, each with its own state. Raises ZooError if `cu_seqlens` does not fit."""
+    """Return the number of sequences, each with its own state.
+
+    Raises:
+        ValueError: no tokens at all.
+        ZooError: `cu_seqlens` does not fit.
+    """
+    if not batch or not total:
+        raise ValueError(f"inputs [{batch}, {total}, ...]: want at least one row and one token")
     if cu_seqlens is None:
         return batch
     if not isinstance(cu_seqlens, Tensor):

@@ -48,6 +48,13 @@ def test_unknown_forms_name_where_they_were_asked_for(monkeypatch: pytest.Monkey
         choose("ssd", CPU, "chunked")
 
 
+@pytest.mark.parametrize(("batch", "T"), [(0, 3), (1, 0)])
+@pytest.mark.parametrize("operator", ["causal_conv1d", "dynamic_conv1d", "gated_delta_rule", "kda", "selective_scan", "ssd"])
+def test_no_tokens_are_refused(operator: str, batch: int, T: int) -> None:
+    with pytest.raises(ValueError, match=rf"inputs \[{batch}, {T}, \.\.\.\]: want at least one row and one token"):
+        operators.get(operator)(**example(operator, batch=batch, T=T))
+
+
 def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(dispatch, "_forms", lambda operator=None: {"chunked", "reference", "triton"})

@@ -48,7 +48,7 @@ def markdown(match: Matching, results: Results, arms: Sequence[Arm], reference: 
     """Return a Markdown table with a row per arm: costs, then mean and range of the accuracy over its seeds."""
     some = next(iter(results.values()))
     trained = [str(seed) for seed in seeds if any(run.seed == seed for run in results)]
-    levels = list(dict.fromkeys(itertools.chain(*(found["by_level"] for found in results.values()))))
+    levels = sorted(set(itertools.chain(*(found["by_level"] for found in results.values()))))
     in_bits = some.get("bits_per_byte") is not None
     header = ["arm", "parameters", "steps", "tokens", "FLOPs", "FLOPs per token awake", "right", *(["bits per byte"] if in_bits else [])]
     unit = " (bits per byte)" if in_bits else ""
