@@ -80,7 +80,7 @@ def export(
     if not model.embed.weight.is_cpu:
         raise ZooError(f"{model.config.name}: the weights are on {model.embed.weight.device}; allowed: cpu")
     goal.check(PRECISIONS[model.embed.weight.dtype], plan)
-    with new_folder(out) as folder:
+    with torch.device("cpu"), new_folder(out) as folder:
         bundle = write_onnx(model, folder, plan, report, goal)
         bundle.write(folder)
         write_companions(model.companions, folder)

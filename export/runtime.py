@@ -115,7 +115,7 @@ class ExportedModel:
             ZooError: ids or a state that do not fit the bundle or each other, or more tokens than the window has room for.
         """
         self._check(ids, state)
-        self.check_room(int(torch.as_tensor(state.position).max()), ids.shape[1])
+        self.check_room(int(torch.as_tensor(state.position, device=self.device).max()), ids.shape[1])
         kept = ids.shape[1] if logits_to_keep is None else logits_to_keep
         logits = [torch.empty(ids.shape[0], 0, self.config.vocab_size, dtype=self._shapes.dtype, device=self.device)]
         prefill = self.bundle.plan.prefill

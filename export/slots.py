@@ -42,9 +42,9 @@ class BoundSlots(Generic[Name]):
         """The streams in the first rows of the buffers; the remaining rows are free."""
         state = model.init_state(slots)
         self._sides = pack(state, PAST), pack(_other_side(state), PAST)
-        self._ids = torch.zeros(slots, 1, dtype=torch.int64)
-        self._position = torch.zeros(slots, dtype=torch.int64)
-        self._logits = torch.empty(slots, 1, model.config.vocab_size, dtype=getattr(torch, model.bundle.precision))
+        self._ids = torch.zeros(slots, 1, dtype=torch.int64, device="cpu")
+        self._position = torch.zeros(slots, dtype=torch.int64, device="cpu")
+        self._logits = torch.empty(slots, 1, model.config.vocab_size, dtype=getattr(torch, model.bundle.precision), device="cpu")
         self._bound: dict[tuple[int, int], Callable[[], None]] = {}
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ class BoundSlots(Generic[Name]):
                 self._turn(i)
         order = [places[name] for name in names]
         self._ids[order] = ids
-        self._position[:n] = torch.tensor([row.position for row in rows])
+        self._position[:n] = torch.tensor([row.position for row in rows], device="cpu")
         if (n, side) not in self._bound:
             self._bound[n, side] = self._bind(n, side)
         self._bound[n, side]()

@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zoo
+from zoo.export.bundle import export
 from zoo.products import set_precision
 
 IDS = torch.arange(14).view(2, 7) % 11
@@ -96,3 +97,24 @@ def test_the_first_call_leaves_nothing_behind(precision, around):
         wide = model.double()
         state = wide(IDS).state
         torch.testing.assert_close(kept.double(), wide(IDS[:, :1], state).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("around", SURROUNDINGS)
+def test_bundles(around, tmp_path):
+    """Written, opened and used alone and in a pool."""
+
+    def tokens(folder):
+        model = zoo.create("gdn4-sleep2-hard5", layers="attn gdn", d_model=24, d_ff=12, vocab_size=11, blocks={"gdn": {"heads": 3}})
+        export(model, folder, verified=False)
+        session = zoo.export.load(folder, batch_size=2)
+        with zoo.SessionPool(session.model, slots=2) as pool:
+            streams = [pool.open() for _ in IDS]
+            return *session.generate(IDS, 8), *(
+                token for stream, row in zip(streams, IDS, strict=True) for token in stream.generate(row[None], 8)
+            )
+
+    want = tokens(tmp_path / "plain")
+    with SURROUNDINGS[around]():
+        got = tokens(tmp_path / "surrounded")
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
