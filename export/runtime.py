@@ -84,6 +84,8 @@ class ExportedModel:
         self.config = self.bundle.config
         self.fingerprint = self.bundle.fingerprint
         self._slots = self.bundle.window
+        self.max_length = None if self.config.window is not None else self._slots
+        """Maximum number of tokens in a stream, for models that never evict."""
         self._eviction = evictions.get(self.config.evict)
         self._shapes = create(self.config, device="meta", dtype=getattr(torch, self.bundle.precision))
         self.like = with_rings(self._shapes.init_state(), self._slots)
@@ -217,8 +219,10 @@ class ExportedModel:
         return with_caches(state, ordered)._replace(position=position)
 
     def ringed(self, state: State) -> State:
-        """Convert a state of the PyTorch model to the graphs' form, with ring caches."""
+        """Convert a state of the PyTorch model to the graphs' form, with ring caches. Raises ZooError: it is longer than these."""
         position = int(state.position)
+        if self.max_length is not None and position > self.max_length:
+            raise ZooError(f"position: {position}; this bundle was exported with a max_length of {self.max_length}")
 
         def ring(i: int, cache: Any) -> Any:
             return RingKV.of(cache, position, self._slots) if isinstance(cache, KV) else cache

@@ -35,6 +35,7 @@ class BoundSlots(Generic[Name]):
     both sides, since a token only writes a slot that no other token can see.
     """
 
+    @torch.inference_mode(False)  # its buffers may be used in inference mode and outside
     def __init__(self, model: ExportedModel, graph: OnnxRuntime, slots: int) -> None:
         self.model, self.slots = model, slots
         self._graph = graph

@@ -103,3 +103,22 @@ def test_a_bundle_is_not_compiled(bundles):
     for make in (zoo.Session, zoo.SessionPool):
         with pytest.raises(zoo.ZooError, match="compile: True; "):
             make(exported, compile=True)
+
+
+def test_a_stream_at_its_greatest_length_ends_alone(bundles):
+    """Others of its batch go on, and too long a prompt is refused before any of it is read."""
+    model, folder, _ = bundles("full")
+    want = [int(token) for token in zoo.Session(model).generate(torch.tensor([[3]]), 5)]
+    with zoo.SessionPool(ExportedModel(folder), slots=2, context=4096) as pool, ThreadPoolExecutor(2) as threads:
+        assert pool.context == 6
+        full, other = pool.open(), pool.open()
+        refused = "the pool holds a context of 6"
+        with pytest.raises(zoo.ZooError, match=refused):
+            full.feed(torch.ones(1, 7, dtype=torch.int64))
+        assert full.stats().tokens == 0
+        full.read(torch.ones(1, 5, dtype=torch.int64))
+        ended = threads.submit(lambda: list(full.generate(None, 9)))
+        answer = threads.submit(lambda: [int(token) for token in other.generate(torch.tensor([[3]]), 5)])
+        with pytest.raises(zoo.ZooError, match=refused):
+            ended.result()
+        assert answer.result() == want

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import Counter
 from functools import partial
@@ -185,3 +186,45 @@ def test_threads_of_torch_end_before_a_graph_runs(bundles):
     while len(os.listdir("/proc/self/task")) != busy - 2 and time.monotonic() - started < 5:
         time.sleep(0.01)
     assert len(os.listdir("/proc/self/task")) == busy - 2
+
+
+def test_interrupted_between_a_token_and_its_record(bundles, monkeypatch):
+    """The stream goes on as if Ctrl-C had come a moment later."""
+    exported = ExportedModel(bundles("sliding").folder)
+    sessions = [zoo.Session(exported) for _ in range(2)]
+    prompt, stopped = stream(exported, 1, 3), iter(sessions[0].generate(stream(exported, 1, 3), 9))
+    whole = list(sessions[1].generate(prompt, 6))
+    tokens = [next(stopped) for _ in range(3)]
+    slots = sessions[0]._host._slots
+    read = slots.read
+
+    def then_interrupted(*arguments):
+        logits = read(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return logits
+
+    monkeypatch.setattr(slots, "read", then_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(stopped)
+    monkeypatch.undo()
+    assert sessions[0].state.position == sessions[0].stats().tokens == 6
+    assert list(map(int, [*tokens, *sessions[0].generate(None, 3)])) == list(map(int, whole))
+
+
+def test_made_in_inference_mode(bundles):
+    exported = ExportedModel(bundles("hard").folder)
+    ids = stream(exported, 1, 3)
+    want = list(zoo.Session(exported).generate(ids, 4))
+    session = zoo.Session(exported)
+    with torch.inference_mode():
+        tokens = list(session.generate(ids, 2))
+    assert list(map(int, [*tokens, *session.generate(None, 2)])) == list(map(int, want))
+
+
+def test_a_session_that_is_too_long(bundles, tmp_path):
+    model, folder, _ = bundles("full")
+    session = zoo.Session(model)
+    session.read(stream(model, 1, 8))
+    session.save(tmp_path / "long")
+    with pytest.raises(ZooError, match=r"long: position: 8; this bundle was exported with a max_length of 6"):
+        zoo.Session(ExportedModel(folder)).load(tmp_path / "long")

@@ -83,6 +83,8 @@ def read_file(path: Path, model: SleepingModel) -> Snapshot:
         if json.loads(header["hidden"]) and fresh.hidden is not None:
             hidden = (_tensor("hidden", tensors, tensors["hidden"].new_zeros(*ids.shape, model.config.d_model)),)
         sleeps = tuple((int(at), int(loops)) for at, loops in json.loads(header.get("sleeps", "[]")))
+    except ZooError as error:
+        raise ZooError(f"{path}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
         raise ZooError(f"{path}: incomplete session: {error}") from None
     return Snapshot(state, start, ids, logits, pending, hidden, counts, sleeps)

@@ -16,6 +16,7 @@ from zoo.sessions.sleeping_model import SleepingModel
 from zoo.sessions.sliced import Slice, finish
 from zoo.sessions.slots import Places
 from zoo.sessions.snapshot import Snapshot, after_reading, one_of, together, wake
+from zoo.signals import deferred
 
 T = TypeVar("T")
 
@@ -226,8 +227,11 @@ class Alone:
             for n in range(len(ids)):
                 slots.put(n, one_of(stream.snapshot.waking, n))
             stream.advance(stream.snapshot._replace(waking=None, hidden=None))
-        logits = slots.read(range(len(ids)), ids)
-        return logits, after_reading(stream.model, stream.snapshot, ids, logits, None)
+        with deferred():  # Ctrl-C must not come between the token and its record
+            logits = slots.read(range(len(ids)), ids)
+            after = after_reading(stream.model, stream.snapshot, ids, logits, None)
+            stream.advance(after._replace(pending=after.pending[:, :0]))
+        return logits, after
 
     def reclaim(self, stream: Stream) -> None:
         if stream.snapshot.waking is None:

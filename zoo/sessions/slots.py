@@ -248,9 +248,11 @@ def _record(step: Callable[[], Tensor], buffers: list[Tensor]) -> Callable[[], T
 
 
 def context_of(model: Any, context: int | None) -> int:
-    """Number of tokens that a window cache must hold. Raises ZooError."""
+    """Number of tokens that a window cache must hold; in a bundle that never sleeps, at most its `max_length`. Raises ZooError."""
     if model.config.window is not None:
         return model.config.window
+    most = getattr(model, "max_length", None)
+    context = most if context is None else context
     if context is None or context < 1:
         raise ZooError(f"context: {context}; {model.config.name} never sleeps, so give the maximum number of tokens per stream, at least 1")
-    return context
+    return context if most is None else min(context, most)
