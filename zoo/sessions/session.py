@@ -189,7 +189,11 @@ class Session:
         return self._host.run_each(self._stream, self._next_tokens(prompt, sampler))
 
     def fork(self) -> Session:
-        """A second session in the same state, with the same model and host; independent from now on."""
+        """A second session in the same state, with the same model and host; independent from now on.
+
+        A background sleep that has not ended, or waits for an idle time, belongs to the first session alone: the second one is as
+        before it. The same holds for what `save` writes and `snapshot` returns.
+        """
         snapshot = self._current()
         twin = Session(self.model, snapshot.ids.shape[0], when=self.schedule, compile=self._compile, host=self._host)
         twin._stream.snapshot = snapshot  # snapshots are immutable

@@ -393,6 +393,14 @@ def test_another_number_of_passes_and_fresh_weights(wrap, tmp_path):
     assert all(torch.equal(tensor, same[name]) for name, tensor in weights.items())
 
 
+def test_a_label_that_nothing_predicts_has_no_loss(wrap):
+    """The first token of a window that follows a sleep."""
+    ids = tokens(2, WINDOW + 1)
+    labels = torch.full_like(ids, -100)
+    labels[:, WINDOW] = ids[:, WINDOW]
+    assert wrap(new())(ids, labels=labels).loss.item() == 0
+
+
 def test_bad_inputs_are_refused_in_one_line(wrap, tmp_path):
     import peft
     from safetensors.torch import load_file, save_file

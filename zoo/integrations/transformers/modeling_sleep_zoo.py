@@ -25,6 +25,7 @@ from zoo.config import resolve
 from zoo.errors import ZooError
 from zoo.initialise import init_weights
 from zoo.integrations.transformers.streams import Streams, as_streams
+from zoo.loss import chunks, predicted
 from zoo.model import Model
 
 IGNORED = -100  # label of a token without loss
@@ -237,7 +238,7 @@ class SleepZooForCausalLM(SleepZooPreTrainedModel, GenerationMixin):
         targets = labels if place is None else labels.flatten()[place.clamp(min=0)].masked_fill(place < 0, IGNORED)
         supervised = targets != IGNORED
         supervised[:, 0] = False
-        if not supervised.any():
+        if not predicted(supervised, chunks(supervised, self.zoo.config)).any():
             return CausalLMOutputWithPast(loss=self.zoo.norm.weight.sum() * 0.0)
         recompute = self.model.gradient_checkpointing and self.training
         answers = self.zoo.answers(ids, supervised, recompute="passes" if recompute else "nothing")
