@@ -101,7 +101,7 @@ def ask(url, ids, sequence, **controls):
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/abs", "org/model", "..", ".", "a\\b"])
 def test_a_name_that_leads_out_of_the_repository_is_refused(tmp_path, name):
-    with pytest.raises(zoo.ZooError, match="^name: .* want a name without slashes"):
+    with pytest.raises(zoo.ZooError, match=r"^name: .* want a name without slashes"):
         export_to_repository(zoo.create("gdn4", **SMALL, name=name, device="meta"), tmp_path / "models")
     assert not any(tmp_path.iterdir())
 
