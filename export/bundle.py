@@ -128,7 +128,7 @@ def write_onnx(
         store_integers(made, integers, plan.accuracy_level, whole_tables=not target.gathers_integers)
     trace.save(made, parameters, folder, WEIGHTS)
     if plan.dialect == "ort":
-        (folder / GENAI).write_text(genai_config(config, window), encoding="utf-8")
+        (folder / GENAI).write_text(genai_config(config, window, model.companions), encoding="utf-8")
     files = sorted(file.name for file in folder.iterdir())
     report("write", _size(folder, files), time.perf_counter() - started)
     return Bundle(

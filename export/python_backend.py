@@ -53,6 +53,8 @@ class TritonPythonModel:
         except KeyError:
             return self._refused(f"sequence {sequence}: does not exist; its first request must be marked as the start")
         except ZooError as error:
+            if tensor("START").item() or tensor("END").item():  # a refused start has no sequence; nothing follows an end
+                self._sessions.pop(sequence, None)
             return self._refused(str(error))
         if tensor("END").item():
             del self._sessions[sequence]

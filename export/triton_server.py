@@ -32,7 +32,8 @@ def export_to_repository(model: Model, repository: str | Path, *, plan: Plan = P
     Args:
         model, plan, options: as in `zoo.export.export`; the bundle always has the graph that sleeps by itself.
     Raises:
-        ZooError: as in `zoo.export.export`; also weights in bfloat16, which the server's onnxruntime backend does not have.
+        ZooError: as in `zoo.export.export`; also weights in bfloat16, which the server's onnxruntime backend does not have, and a
+            name that is not one part of a path.
     """
     if model.embed.weight.dtype == torch.bfloat16:
         raise ZooError(f"{model.config.name}: dtype: the server's onnxruntime backend has no bfloat16; allowed: float32, float16")
@@ -47,8 +48,11 @@ def export_to_repository(model: Model, repository: str | Path, *, plan: Plan = P
 
 
 def model_folder(model: Model, repository: str | Path) -> Path:
-    """Return the folder of a model in a model repository."""
-    return as_path(repository, "repository") / model.config.name
+    """Return the folder of a model in a model repository. Raises ZooError: the model's name is not one part of a path."""
+    place, name = as_path(repository, "repository"), model.config.name
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise ZooError(f"name: {name!r} cannot be that of a folder in {place}; want a name without slashes, other than '.' and '..'")
+    return place / as_path(name, "name")
 
 
 def config(bundle: Bundle) -> str:

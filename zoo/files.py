@@ -117,14 +117,24 @@ def replacing(path: Path) -> Iterator[Path]:
 def remove_scratch(path: Path) -> None:
     """Remove what a killed process left while it wrote the folder `path`, or files in it. The caller must be its only writer."""
     target = _target(path)
-    beside = [entry for entry in target.parent.glob(f".{glob.escape(target.name)}{SCRATCH}*") if is_scratch(entry)]
+    beside = [entry for entry in target.parent.glob(f".{glob.escape(_stem(target))}{SCRATCH}*") if is_scratch(entry)]
     for entry in [*filter(is_scratch, target.iterdir()), *beside]:
         shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
 def _scratch(path: Path) -> Path:
-    """Return the name of a temporary file or folder that becomes `path`."""
-    return path.with_name(f".{path.name}{SCRATCH}{secrets.token_hex(4)}")
+    """Return the name of a temporary file or folder that becomes `path`. Raises ZooError: the path ends in no name."""
+    if not path.name or path.name == "..":
+        raise ZooError(f"path: '{path}' ends in no name; want one that ends in the name of a file or folder")
+    return path.with_name(f".{_stem(path)}{SCRATCH}{secrets.token_hex(4)}")
+
+
+def _stem(path: Path) -> str:
+    """Return the beginning of a path's name that its temporary names contain: these have at most 255 bytes."""
+    stem = path.name
+    while len(os.fsencode(stem)) > 255 - len(f".{SCRATCH}") - 8:
+        stem = stem[:-1]
+    return stem
 
 
 def is_scratch(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -20,13 +20,15 @@ from zoo.training.run_folder import RESULTS
 from zoo.training.trained import Trained, find
 
 CARD = "README.md"
+OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+"""Names of weights that are read where there are no others."""
 
 
 def push(path: Path, repository: str, *, revision: str | None = None, public: bool = False) -> str:
     """Upload the model in a folder, or of a run, in one commit, and return its address for `zoo.load`.
 
-    The weights, the config, the tokenizer and its templates are uploaded as they are. A card is written unless the repository has
-    one.
+    The weights, the config, the tokenizer and its templates are uploaded as they are; such files of an earlier model in the
+    repository are deleted. A card is written unless the repository has one.
 
     Args:
         repository: OWNER/NAME; created if there is none.
@@ -43,19 +45,27 @@ def push(path: Path, repository: str, *, revision: str | None = None, public: bo
     if not any(file.suffix == ".safetensors" for file in files):
         raise ZooError(f"{trained.folder}: no weights in safetensors; want a folder written by zoo.save, zoo train or zoo convert")
     try:
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     except ImportError:
         raise ZooError(f"{repository}: publishing needs pip install 'sleep-zoo[hub]'") from None
     try:
         hub = HfApi()
         hub.create_repo(repository, private=not public, exist_ok=True)
-        operations = [CommitOperationAdd(file.relative_to(trained.folder).as_posix(), file) for file in files]
-        if not hub.file_exists(repository, CARD, revision=revision):
+        uploaded = {file.relative_to(trained.folder).as_posix(): file for file in files}
+        operations: list[Any] = [CommitOperationAdd(name, file) for name, file in uploaded.items()]
+        there = hub.list_repo_files(repository, revision=revision)
+        operations += [CommitOperationDelete(name, is_folder=False) for name in there if _is_read(name) and name not in uploaded]
+        if CARD not in there:
             operations.append(CommitOperationAdd(CARD, card(trained, config, repository).encode()))
         hub.create_commit(repository, operations, commit_message=f"{config.name} from sleep-zoo", revision=revision)
     except Exception as error:  # whichever exception the network or the hub raises
         raise ZooError(f"{repository}: cannot be published: {' '.join(str(error).split()) or type(error).__name__}") from None
     return f"{PREFIX}{repository}" + (f"@{revision}" if revision else "")
+
+
+def _is_read(name: str) -> bool:
+    """Return whether a file of a repository belongs to the model in it: whether its name is one that this package reads."""
+    return any(PurePosixPath(f"/{name}").match(f"/{pattern}") for pattern in (*DOWNLOADED, *COMPANIONS, *OTHER_WEIGHTS))
 
 
 def card(trained: Trained, config: ModelConfig, repository: str) -> str:

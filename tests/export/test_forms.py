@@ -166,7 +166,11 @@ def test_the_error_of_integers_is_reported(bundles, case):
 )
 def test_end_tokens_for_genai(upstream, ends):
     config = zoo.create("gdn4", vocab_size=11, device="meta").config.model_copy(update={"upstream": upstream})
-    assert json.loads(genai_config(config, 64))["model"]["eos_token_id"] == ends
+    assert json.loads(genai_config(config, 64, {}))["model"]["eos_token_id"] == ends
+    for stored, first in {b'{"eos_token_id": 7}': [7], b'{"eos_token_id": 11}': ends, b"[]": ends}.items():
+        assert json.loads(genai_config(config, 64, {"generation_config.json": stored}))["model"]["eos_token_id"] == first
+    with pytest.raises(zoo.ZooError, match=r"^generation_config\.json: damaged"):
+        genai_config(config, 64, {"generation_config.json": b"{"})
 
 
 def test_genai_generates_the_same(bundles):

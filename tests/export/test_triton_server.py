@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import torch
 import zoo
 from tests.export.conftest import SMALL
 from zoo.export.plan import Plan
+from zoo.export.python_backend import SEQUENCES, TritonPythonModel
 from zoo.export.triton_server import export_to_repository
 
 NAME = "gdn4-sleep2-hard6"
@@ -95,6 +97,39 @@ def ask(url, ids, sequence, **controls):
     except urllib.error.HTTPError as error:
         return json.loads(error.read())["error"]
     return torch.tensor(output["data"]).reshape(output["shape"])
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/abs", "org/model", "..", ".", "a\\b"])
+def test_a_name_that_leads_out_of_the_repository_is_refused(tmp_path, name):
+    with pytest.raises(zoo.ZooError, match=r"^name: .* want a name without slashes"):
+        export_to_repository(zoo.create("gdn4", **SMALL, name=name, device="meta"), tmp_path / "models")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_refused_start_or_end_leaves_no_session(monkeypatch, model):
+    """Otherwise many of them would push out the sequences that are being read."""
+    server = SimpleNamespace(
+        get_input_tensor_by_name=lambda request, name: request[name],
+        Tensor=SimpleNamespace(from_dlpack=lambda name, tensor: tensor),
+        InferenceResponse=lambda tensors=None, error=None: error or tensors,
+        TritonError=str,
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server)
+    monkeypatch.setattr("zoo.export.python_backend.ExportedModel", lambda folder: model)
+    backend = TritonPythonModel()
+    backend.initialize({"model_repository": "models", "model_version": "1"})
+
+    def asked(ids, sequence, *, start=0, end=0):
+        request = {"input_ids": [ids], "CORRID": [sequence], "START": [start], "END": [end]}
+        return backend.execute([{name: torch.tensor(values) for name, values in request.items()}])[0]
+
+    asked([1], 1000, start=1)
+    for sequence in range(SEQUENCES):
+        assert "vocabulary" in asked([99], sequence, start=1, end=sequence % 2)
+    assert "vocabulary" in asked([99], 1000)
+    assert torch.is_tensor(asked([2], 1000)[0])
+    assert "vocabulary" in asked([99], 1000, end=1)
+    assert "does not exist" in asked([2], 1000)
 
 
 @pytest.mark.extended

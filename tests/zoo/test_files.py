@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 import zoo
-from zoo.files import new_folder, refuse_existing, remove_scratch, replacing
+from zoo.files import is_scratch, new_folder, refuse_existing, remove_scratch, replacing
 
 
 def write(path):
@@ -148,3 +148,23 @@ def test_threads_may_write_the_same_file(tmp_path):
     content = (tmp_path / "file").read_text()
     assert len(set(re.findall(r"\d", content))) <= 3
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", ".."])
+def test_a_path_without_a_name_is_refused(path):
+    model = zoo.create("gdn4", layers="gdn", d_model=16, d_ff=16)
+    with pytest.raises(zoo.ZooError, match=r"^path: .* ends in no name; want [^\n]*$"):
+        zoo.Session(model).save(path)
+
+
+@pytest.mark.parametrize("name", ["x" * 231, "x" * 255, "é" * 127, "x" + "é" * 127])
+def test_a_name_of_any_legal_length_is_written(tmp_path, name):
+    with replacing(tmp_path / name) as file:
+        assert is_scratch(file)
+        file.write_text("new")
+    write(tmp_path / "folders" / name)
+    assert tree(tmp_path / "folders" / name) == ["a", "b", "b/c"]
+    left = tmp_path / "folders" / file.name
+    left.mkdir()
+    remove_scratch(tmp_path / "folders" / name)
+    assert not left.exists()

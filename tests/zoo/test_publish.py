@@ -27,12 +27,15 @@ class Uploads:
     def create_repo(self, repository, *, private, exist_ok):
         self.calls.append((repository, private, exist_ok))
 
-    def file_exists(self, repository, name, *, revision):
-        return (self.folder / name).exists()
+    def list_repo_files(self, repository, *, revision):
+        return [file.relative_to(self.folder).as_posix() for file in self.folder.rglob("*") if file.is_file()]
 
     def create_commit(self, repository, operations, *, commit_message, revision):
         self.calls.append((repository, revision))
         for operation in operations:
+            if isinstance(operation, huggingface_hub.CommitOperationDelete):
+                (self.folder / operation.path_in_repo).unlink()
+                continue
             with operation.as_file() as file:
                 (self.folder / operation.path_in_repo).write_bytes(file.read())
 
@@ -81,6 +84,21 @@ def test_an_existing_card_is_kept(tmp_path, uploads):
     assert uploads.calls[0] == ("me/sleeper", False, True)
     assert (uploads.folder / "README.md").read_text() == "mine"
     assert (uploads.folder / "zoo.yaml").is_file()
+
+
+def test_files_of_an_earlier_model_are_deleted(tmp_path, uploads):
+    zoo.save(zoo.create("gdn4", layers="gdn", d_model=16, d_ff=16), tmp_path / "model")
+    old = [
+        "chat_template.jinja", "additional_chat_templates/tool.jinja", "generation_config.json", "config.json", "pytorch_model.bin",
+        "model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter.safetensors", "zoo.yaml",
+    ]  # fmt: skip
+    kept = ["README.md", "image.png", "notes/config.json", "notes/model.safetensors"]
+    for name in [*old, *kept]:
+        (uploads.folder / name).parent.mkdir(exist_ok=True)
+        (uploads.folder / name).write_text("old")
+    push(tmp_path / "model", "me/sleeper")
+    assert sorted(uploads.list_repo_files("me/sleeper", revision=None)) == sorted([*kept, "model.safetensors", "zoo.yaml"])
+    assert zoo.load(uploads.folder).companions == {}
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ class ZooLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-probability of each whole text: one stream, which sleeps as it is read."""
+        """Return the log-probability of each whole text, 0 for an empty one: one stream, which sleeps as it is read."""
         texts = [request.args[0] for request in requests]
         rows = [Row([self.prefix_token_id], self.tok_encode(text, add_special_tokens=False)) for text in texts]
         return [score[0].double().sum().item() for score in self._scores(rows, sleep=False)]
@@ -208,7 +208,7 @@ class ZooLM(TemplateLM):
             logits = session.feed(ids[:, start : start + targets.shape[1]])
             logp = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
             pieces.append(torch.stack([logp.gather(-1, targets[..., None])[..., 0], (logp.argmax(-1) == targets).to(logp.dtype)]))
-        scores = torch.cat(pieces, dim=-1).cpu()
+        scores = torch.cat(pieces, dim=-1).cpu() if pieces else torch.zeros(2, len(rows), 0)  # one token at most, nothing to predict
         begins = [len(row.context) - 1 - first for row in rows]
         return [scores[:, n, begin : begin + len(row.answer)] for n, (row, begin) in enumerate(zip(rows, begins, strict=True))]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from zoo.checkpoints.companions import same_tokenizer, tokenizers
-from zoo.checkpoints.own import configure
+from zoo.checkpoints.own import configure, read_config
 from zoo.config import ModelConfig, resolve
 from zoo.errors import ZooError
 from zoo.factory import create
@@ -63,6 +63,7 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
         raise ZooError(f"balance: {config.balance}: {model.config.name} has no mixture of experts (mlp: moe); want 0")
     frozen = fingerprint(model) if config.lora is not None and device.type != "meta" else None
     if config.lora is not None:
+        _check_adapter(config, model)
         add_adapters(model, config.lora, seed=config.seed)
     freeze(model, config.frozen)
     team = team or Team(device)
@@ -103,6 +104,17 @@ def _check_tokenizers(config: TrainConfig, model: Model, task: Task) -> None:
         raise ZooError(f"{field}: none, so the task reads bytes, but {of} has a tokenizer")
     if not same_tokenizer(model.companions, companions):
         raise ZooError(f"{field}: the tokenizer is not that of {of}; want the same vocabulary")
+
+
+def _check_adapter(config: TrainConfig, model: Model) -> None:
+    """Raise ZooError if a run is to end with adapters alone, for blocks that the checkpoint it starts from lacks."""
+    base = config.weights or (config.model if Path(config.model).is_dir() else None)
+    if config.lora is None or config.lora.output != "adapter" or base is None:
+        return
+    stored = read_config(Path(base)).pattern if Path(base).is_dir() else ()
+    blocks = dict(zip(model.config.pattern, model.blocks, strict=True))
+    if added := [kind for kind, block in blocks.items() if block.inserted and kind not in stored]:
+        raise ZooError(f"lora.output: adapter: an adapter cannot hold the inserted blocks ({', '.join(added)}); want output: merged")
 
 
 def _has_fixed_sizes(task: Task, config: TrainConfig) -> bool:

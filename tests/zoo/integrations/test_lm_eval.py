@@ -211,3 +211,9 @@ def test_bits_per_byte_count_bytes(folder):
     found = lm(folder).loglikelihood_rolling(requests(("é",)))[0]
     assert found == pytest.approx(by_hand(zoo.load(folder / "model"), [0], list("é".encode())), abs=1e-5)
     assert math.isfinite(found)
+
+
+def test_an_empty_page_scores_zero(folder):
+    whole = lm(folder).loglikelihood_rolling(requests(("a",)))[0]
+    assert lm(folder).loglikelihood_rolling(requests(("",))) == [0.0]
+    assert lm(folder, batch_size=2).loglikelihood_rolling(requests(("",), ("a",), ("",))) == pytest.approx([0.0, whole, 0.0], abs=1e-5)

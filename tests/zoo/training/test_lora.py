@@ -31,6 +31,16 @@ def with_adapters(lora=SETTINGS, **fields):
     return model
 
 
+def test_an_adapter_for_inserted_blocks_is_refused(tmp_path):
+    """Their weights are in neither the base nor the adapter, unless the base was saved with them."""
+    zoo.save(zoo.create("gdn4-sleep2-hard6", layers="gdn", d_model=16, d_ff=16, vocab_size=8), tmp_path / "base")
+    about = {"model": str(tmp_path / "base"), "overrides": {"layers": "gdn attn"}}
+    with pytest.raises(zoo.ZooError, match=r"^lora\.output: adapter: .* cannot hold the inserted blocks \(attn\); want output: merged$"):
+        train(tiny(**about, lora={"output": "adapter"}), tmp_path / "run")
+    train(tiny(**about, lora={}), tmp_path / "merged")
+    train(tiny(model=str(tmp_path / "merged"), overrides={}, lora={"output": "adapter"}), tmp_path / "adapter")
+
+
 @torch.no_grad()
 def logits(model):
     return model(IDS[:, 16:], model.consolidate(IDS[:, :16])).logits
