@@ -11,8 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import zoo
 from benchmarks.gpu import __main__ as driver
-from benchmarks.gpu import kernels, pack, sheet
+from benchmarks.gpu import kernels, models, pack, sheet
 from benchmarks.gpu.sheet import Sheet, read, table, timed
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.stamp import stamp
@@ -326,6 +327,14 @@ def test_only_the_stage_that_needs_it_unpacks_tensorrt(toy, monkeypatch):
     for name in ("decode", "tensorrt"):
         assert driver.run(name, toy / "results", False, 20) == "done"
         assert len(unpacked) == (name == "tensorrt")
+
+
+def test_the_hybrid_on_a_gpu_has_no_peer_without_fla(monkeypatch):
+    monkeypatch.setattr(models, "DEVICE", torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "fla", None)
+    hybrid = zoo.create(models.HYBRID, device="meta")
+    with pytest.raises(ModuleNotFoundError, match="fla"):
+        models.peer(hybrid)
 
 
 def test_a_table_says_that_it_is_a_rehearsal(tmp_path):

@@ -13,7 +13,7 @@ from torch import Tensor
 import zoo
 from benchmarks.gpu.denominators import limit
 from benchmarks.gpu.graphs import FORM
-from benchmarks.gpu.models import create, peer, tokens
+from benchmarks.gpu.models import create, greedy, peer, tokens
 from benchmarks.gpu.sheet import Case, Row, beside_limit, timed
 from zoo.sessions.slots import Slots
 
@@ -38,9 +38,7 @@ def measure(made: Callable[[], zoo.Model], theirs: Callable[[], Any], batch: int
 
     def transformers() -> Tensor:
         if not later:  # the model and its prompt are made within the call, so that a failure is a cell
-            from benchmarks.decode import transformers as decoding
-
-            later.append(decoding(theirs(), ids))
+            later.append(greedy(theirs(), ids, TOKENS))
         return later[0]()
 
     row = timed(contenders | {"transformers": transformers}, per=TOKENS)
