@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 import zoo
 from benchmarks.gpu import __main__ as driver
-from benchmarks.gpu import kernels, models, pack, sheet
-from benchmarks.gpu.sheet import Sheet, read, table, timed
+from benchmarks.gpu import decode, kernels, models, operators, pack, prefill, sheet, sleep
+from benchmarks.gpu.sheet import Sheet, ours_first, read, table, timed
 from benchmarks.gpu.stages import STAGES
-from benchmarks.gpu.stamp import stamp
+from benchmarks.gpu.stamp import group, stamp
 from benchmarks.measure import console
 from zoo.kernels import tuning
 from zoo.signals import StoppedError
@@ -335,6 +335,27 @@ def test_the_hybrid_on_a_gpu_has_no_peer_without_fla(monkeypatch):
     hybrid = zoo.create(models.HYBRID, device="meta")
     with pytest.raises(ModuleNotFoundError, match="fla"):
         models.peer(hybrid)
+
+
+def test_every_case_of_ours_comes_before_any_peer_and_kda_last(tmp_path):
+    for stage in (decode, operators, prefill, sleep):
+        names = [name for name, _ in stage.cases(False, tmp_path)]
+        beside = [name.endswith(", beside peers") for name in names]
+        assert beside == sorted(beside)
+        assert len(set(names)) == len(names)
+        assert any(beside)
+    assert names[0] == "hybrid, 1 x 256"
+    assert [name for name, _ in operators.cases(False, tmp_path)][-1].startswith("kda")
+    found = ours_first([("a", lambda *, peers: {"peers": peers})], [("b", lambda: {})])
+    assert [(name, work()) for name, work in found] == [("a", {"peers": False}), ("b", {}), ("a, beside peers", {"peers": True})]
+
+
+def test_configurations_that_compete_are_checked_and_timed_first(monkeypatch):
+    monkeypatch.setattr(tuning, "architecture", lambda device: 90)
+    table = [one for one in kernels.wanted(False) if one["config"]]
+    sizes = [sum(group(one) == group(other) for other in table) for one in table]
+    assert sorted(sizes, key=(1).__eq__) == sizes
+    assert sizes[0] > 1 == sizes[-1]
 
 
 def test_a_table_says_that_it_is_a_rehearsal(tmp_path):

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ def timed(contenders: Mapping[str, Callable[[], Any]], *, per: int = 1, toleranc
     row |= {f"{name} ms": quartiles[1] for name, quartiles in found["times"].items()}
     row |= {f"{name} / {ours}": ratio[1] for name, ratio in found["ratios"].items()}
     return row | {f"error of {name}": error for name, error in found.get("errors", {}).items()} | {"quartiles": found["times"]}
+
+
+def ours_first(cases: Iterable[tuple[str, Callable[..., Row]]], alone: Iterable[Case] = ()) -> list[Case]:
+    """Return each case without its peers, those of `alone`, and each case beside its peers.
+
+    A peer may compile for minutes; by then, our times are written.
+    """
+    cases = list(cases)
+    without = [(name, partial(measure, peers=False)) for name, measure in cases]
+    return [*without, *alone, *((f"{name}, beside peers", partial(measure, peers=True)) for name, measure in cases)]
 
 
 def beside_limit(row: Row, column: str, milliseconds: float | None) -> Row:
