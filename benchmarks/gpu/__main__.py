@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu [STAGE ...] [--seconds 470] [--dry]
 
-Each stage is a process with a time limit; at the limit it is stopped, and what it has written is kept. A later call runs what
-is missing: first the stages that never began, then the unfinished ones, as long as there is time. `--dry` rehearses on the CPU at tiny sizes.
+Each stage is a process with a time limit; at the limit it is stopped, and what it has written is kept. As long as there is
+time, and in a later call, what is missing runs: first the stages that never began, then the unfinished ones. `--dry` rehearses on the
+CPU at tiny sizes.
 """
 
 from __future__ import annotations

@@ -130,9 +130,7 @@ def forced(row: tuning.Row, operator: str, shape: dict[str, int], name: str, fol
         return measure(operator, shape, {}, "forward", name, folder)
 
 
-def measure(
-    operator: str, shape: dict[str, int], others: Peers, part: str, name: str, folder: Path, *, peers: bool = False
-) -> Row:
+def measure(operator: str, shape: dict[str, int], others: Peers, part: str, name: str, folder: Path, *, peers: bool = False) -> Row:
     inputs = example(operator, dtype=DTYPE, device=str(DEVICE), **shape)
     if "initial_state" in inputs:
         inputs["initial_state"] = torch.zeros_like(inputs["initial_state"], requires_grad=True)  # mamba_ssm has no other
