@@ -22,6 +22,7 @@ from torch import Tensor
 import zoo
 from benchmarks import stored
 from benchmarks.gguf_files import takes
+from benchmarks.gpu.models import greedy
 from benchmarks.llama import Llama
 from benchmarks.measure import LIMIT, compare, record
 from benchmarks.peers import WORDS, pairs
@@ -59,22 +60,6 @@ def compiled(model: zoo.Model, prompt: Tensor, tokens: int = TOKENS) -> Callable
     for _ in range(3):
         generate()
         blocks.wait()  # those for batches that were not full, too
-    return generate
-
-
-def transformers(model: Any, prompt: Tensor, tokens: int = TOKENS) -> Callable[[], Tensor]:
-    """Return the same for a transformers model."""
-    out = model(prompt, use_cache=True)
-
-    def generate() -> Tensor:
-        nonlocal out
-        generated = []
-        for _ in range(tokens):
-            generated.append(out.logits[:, -1].argmax(-1))
-            cache = {name: getattr(out, name) for name in ("past_key_values", "cache_params") if hasattr(out, name)}
-            out = model(generated[-1][:, None], **cache, use_cache=True)
-        return torch.stack(generated, dim=1)
-
     return generate
 
 
@@ -124,7 +109,7 @@ def main(large: bool) -> None:
                 torch.set_num_threads(threads)
                 prompt = torch.randint(WORDS, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
                 case = f"{name}, batch {batch}" + ", 1 thread" * (threads == 1)
-                contenders = {"ours": ours(model, prompt), "transformers": transformers(theirs, prompt)}
+                contenders = {"ours": ours(model, prompt), "transformers": greedy(theirs, prompt, TOKENS)}
                 if forms:
                     contenders["llama.cpp"] = llama(stored.in_llama(folder, "F32", batch, LENGTH), prompt)
                 contenders[LIMIT] = reading(whole)

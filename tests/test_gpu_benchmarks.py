@@ -11,13 +11,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import zoo
 from benchmarks.gpu import __main__ as driver
-from benchmarks.gpu import kernels, pack
-from benchmarks.gpu.sheet import Sheet, read, table, timed
+from benchmarks.gpu import decode, kernels, models, operators, pack, prefill, sheet, sleep
+from benchmarks.gpu.sheet import Sheet, ours_first, read, table, timed
 from benchmarks.gpu.stages import STAGES
-from benchmarks.gpu.stamp import stamp
+from benchmarks.gpu.stamp import group, stamp
 from benchmarks.measure import console
 from zoo.kernels import tuning
+from zoo.signals import StoppedError
 
 
 def row(n):
@@ -55,7 +57,6 @@ def test_an_error_is_a_row_and_a_lost_context_ends_the_process(tmp_path):
             [
                 ("no module", lambda: __import__("no_such_module")),
                 ("refused", lambda: raises(ValueError("first line\nsecond"))),
-                ("not lost", lambda: raises(RuntimeError("CUDA error: operation not permitted when stream is capturing"))),
                 ("lost", lambda: raises(RuntimeError("CUDA error: an illegal memory access was encountered"))),
                 ("next", lambda: row(1)),
             ]
@@ -70,7 +71,56 @@ def test_an_error_is_a_row_and_a_lost_context_ends_the_process(tmp_path):
     assert "illegal memory access" in notes["lost"]
     assert not read(file)["complete"]
     lost()  # in the new process
-    assert [one["case"] for one in read(file)["rows"]] == ["no module", "refused", "not lost", "lost", "next"]
+    assert [one["case"] for one in read(file)["rows"]] == ["no module", "refused", "lost", "next"]
+
+
+def test_a_failed_capture_ends_the_process(tmp_path):
+    def fails():
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    with pytest.raises(SystemExit) as ended:
+        Sheet(tmp_path / "decode.json", dry=True).fill([("a", fails), ("b", lambda: row(1))])
+    assert ended.value.code == 75
+    assert "capturing" in read(tmp_path / "decode.json")["rows"][0]["note"]
+
+
+def test_an_error_that_the_gpu_reports_late_ends_the_process(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: unknown")
+
+    monkeypatch.setattr(sheet, "synchronize", broken)
+    with pytest.raises(SystemExit) as ended:
+        Sheet(tmp_path / "decode.json", dry=True).fill([("a", lambda: row(1)), ("b", lambda: row(2))])
+    assert ended.value.code == 75
+    assert [one["note"] for one in read(tmp_path / "decode.json")["rows"]] == ["RuntimeError: CUDA error: unknown"]
+
+
+def test_a_late_error_belongs_to_its_contender(monkeypatch):
+    pending = []
+
+    def synchronize():
+        if pending:
+            raise RuntimeError(pending.pop())
+
+    monkeypatch.setattr(sheet, "synchronize", synchronize)
+    result = timed({"ours": lambda: None, "fla": lambda: pending.append("CUDA error: invalid argument")})
+    assert isinstance(result["ours ms"], float)
+    assert result["fla ms"] == "RuntimeError: CUDA error: invalid argument"
+
+
+def test_a_stopped_row_is_resumed_by_the_next_call(tmp_path):
+    file = tmp_path / "figure2a.json"
+
+    def stopped():
+        raise StoppedError("saved", signal.SIGTERM)
+
+    with pytest.raises(StoppedError):
+        Sheet(file, dry=True).fill([("t = 1", stopped)])
+    assert read(file)["running"] == "t = 1"
+    assert read(file)["rows"] == []
+    Sheet(file, dry=True).fill([("t = 1", lambda: row(1))])
+    assert read(file)["rows"][0]["ms"] == 1
+    assert read(file)["complete"]
 
 
 def test_a_peer_is_not_checked_against_another_peer_if_ours_fails():
@@ -92,7 +142,7 @@ def toy(tmp_path, monkeypatch):
         textwrap.dedent("""
         import json, os, sys, time
         from pathlib import Path
-        name, file, hang = sys.argv[-3], Path(sys.argv[-2]), Path(sys.argv[-2]).parents[1] / "hang"
+        name, file, hang = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[2]).parents[1] / "hang"
         content = json.loads(file.read_text()) if file.exists() else {"rows": []}
         for case in ("a", "b"):
             if case in [row["case"] for row in content["rows"]]:
@@ -155,7 +205,23 @@ def test_a_stage_stopped_half_way_keeps_its_rows_and_a_second_call_skips_what_is
 def test_stages_that_never_began_come_before_unfinished_ones(tmp_path):
     for name, complete in (("denominators", True), ("decode", False)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"complete": complete}))
-    assert driver.pending(["denominators", "decode", "prefill"], tmp_path) == ["prefill", "decode"]
+    assert driver.pending(["denominators", "decode", "prefill", "figure2a"], tmp_path) == ["prefill", "decode", "figure2a"]
+
+
+def test_unfinished_stages_continue_while_time_is_left_and_failed_ones_do_not(toy, monkeypatch):
+    started = []
+
+    def run(name, folder, dry, seconds):
+        started.append(name)
+        if name == "prefill":
+            return "failed with status 1"
+        (folder / f"{name}.json").write_text(json.dumps({"complete": started.count(name) == 2}))
+        return "stopped"
+
+    monkeypatch.setattr(driver, "run", run)
+    monkeypatch.setattr(driver, "table", lambda content: "")
+    call("decode", "prefill", "--dry")
+    assert started == ["decode", "prefill", "decode"]
 
 
 def test_no_time_no_start(toy, monkeypatch):
@@ -240,6 +306,56 @@ def test_pieces_of_a_package_are_joined_again(tmp_path):
     assert (pack.unpack_tensorrt(folder) / "module/library").read_bytes() == (package / "module/library").read_bytes()
     with pytest.raises(pack.click.ClickException, match="at most 64"):
         pack.check(64 * pack.MIB, [package])
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_package_without_one_of_its_pieces_counts_as_missing(tmp_path, missing):
+    package, folder = tmp_path / "tensorrt", tmp_path / "build"
+    package.mkdir()
+    (package / "library").write_bytes(os.urandom(5000))
+    folder.mkdir()
+    pack.cut(package, folder, 2000)
+    (folder / f"tensorrt.{missing}").unlink()
+    assert not pack.unpack_tensorrt(folder).exists()
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_only_the_stage_that_needs_it_unpacks_tensorrt(toy, monkeypatch):
+    unpacked = []
+    monkeypatch.setattr(driver, "unpack_tensorrt", lambda: unpacked.append(1) or toy)
+    (toy / "results").mkdir()
+    for name in ("decode", "tensorrt"):
+        assert driver.run(name, toy / "results", False, 20) == "done"
+        assert len(unpacked) == (name == "tensorrt")
+
+
+def test_the_hybrid_on_a_gpu_has_no_peer_without_fla(monkeypatch):
+    monkeypatch.setattr(models, "DEVICE", torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "fla", None)
+    hybrid = zoo.create(models.HYBRID, device="meta")
+    with pytest.raises(ModuleNotFoundError, match="fla"):
+        models.peer(hybrid)
+
+
+def test_every_case_of_ours_comes_before_any_peer_and_kda_last(tmp_path):
+    for stage in (decode, operators, prefill, sleep):
+        names = [name for name, _ in stage.cases(False, tmp_path)]
+        beside = [name.endswith(", beside peers") for name in names]
+        assert beside == sorted(beside)
+        assert len(set(names)) == len(names)
+        assert any(beside)
+    assert names[0] == "hybrid, 1 x 256"
+    assert [name for name, _ in operators.cases(False, tmp_path)][-1].startswith("kda")
+    found = ours_first([("a", lambda *, peers: {"peers": peers})], [("b", lambda: {})])
+    assert [(name, work()) for name, work in found] == [("a", {"peers": False}), ("b", {}), ("a, beside peers", {"peers": True})]
+
+
+def test_configurations_that_compete_are_checked_and_timed_first(monkeypatch):
+    monkeypatch.setattr(tuning, "architecture", lambda device: 90)
+    table = [one for one in kernels.wanted(False) if one["config"]]
+    sizes = [sum(group(one) == group(other) for other in table) for one in table]
+    assert sorted(sizes, key=(1).__eq__) == sizes
+    assert sizes[0] > 1 == sizes[-1]
 
 
 def test_a_table_says_that_it_is_a_rehearsal(tmp_path):

@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu [STAGE ...] [--seconds 470] [--dry]
 
-Each stage is a process with a time limit; at the limit it is stopped, and what it has written is kept. A later call runs what
-is missing: first the stages that never began, then the unfinished ones. `--dry` rehearses on the CPU at tiny sizes.
+Each stage is a process with a time limit; at the limit it is stopped, and what it has written is kept. As long as there is
+time, and in a later call, what is missing runs: first the stages that never began, then the unfinished ones. `--dry` rehearses on the
+CPU at tiny sizes.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ def results(dry: bool) -> Path:
 
 
 def pending(stages: list[str], folder: Path) -> list[str]:
-    """Return the stages that are not complete, those that never began first."""
+    """Return the stages that are not complete, those that never began first, and `figure2a`, which takes any time, last."""
     contents = {name: read(folder / f"{name}.json") for name in stages}
-    return sorted((name for name in stages if not (contents[name] or {}).get("complete")), key=lambda name: contents[name] is not None)
+    todo = (name for name in stages if not (contents[name] or {}).get("complete"))
+    return sorted(todo, key=lambda name: (name == "figure2a", contents[name] is not None))
 
 
 def run(name: str, folder: Path, dry: bool, seconds: float) -> str:
@@ -52,7 +54,7 @@ def run(name: str, folder: Path, dry: bool, seconds: float) -> str:
     if dry:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     else:
-        paths = [os.environ.get("PYTHONPATH", ""), str(unpack_tensorrt())]
+        paths = [os.environ.get("PYTHONPATH", ""), str(unpack_tensorrt()) if name == "tensorrt" else ""]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with (folder / f"{name}.log").open("ab") as log:
         while True:
@@ -91,16 +93,22 @@ def main(stages: tuple[str, ...], seconds: float, dry: bool) -> None:
             console.print(f"[dim]{name}: measured already[/]")
     if not dry:
         stamp(folder)  # the configurations that an earlier call verified
-    for name in todo:
-        left = deadline - time.monotonic()
-        if left < WORTH_STARTING:
-            console.print(f"{name}: not started, {left:.0f} s are left")
-            continue
-        started = time.monotonic()
-        ended = run(name, folder, dry, min(STAGES[name].seconds * (REHEARSAL if dry else 1), left - GRACE / 2))
-        console.print(f"[bold]{name}[/]: {ended} after {time.monotonic() - started:.0f} s")
-        if not dry and name == "kernels":
-            stamp(folder)
+    failed: set[str] = set()
+    while todo:
+        for name in todo:
+            left = deadline - time.monotonic()
+            if left < WORTH_STARTING:
+                console.print(f"{name}: not started, {left:.0f} s are left")
+                continue
+            started = time.monotonic()
+            ended = run(name, folder, dry, min(STAGES[name].seconds * (REHEARSAL if dry else 1), left - GRACE / 2))
+            console.print(f"[bold]{name}[/]: {ended} after {time.monotonic() - started:.0f} s")
+            if ended.startswith("failed"):
+                failed.add(name)
+            if not dry and name == "kernels":
+                stamp(folder)
+        again = deadline - time.monotonic() >= WORTH_STARTING
+        todo = [name for name in pending(chosen, folder) if name not in failed] if again else []
     for name in chosen:
         if content := read(folder / f"{name}.json"):
             console.print(table(content))

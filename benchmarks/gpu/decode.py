@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,26 @@ from torch import Tensor
 import zoo
 from benchmarks.gpu.denominators import limit
 from benchmarks.gpu.graphs import FORM
-from benchmarks.gpu.models import create, peer, tokens
-from benchmarks.gpu.sheet import Case, Row, beside_limit, timed
+from benchmarks.gpu.models import create, greedy, peer, tokens
+from benchmarks.gpu.sheet import Case, Row, beside_limit, ours_first, timed
 from zoo.sessions.slots import Slots
 
 TOOLS = ("transformers", "fla", "causal_conv1d", "mamba_ssm")
 TOKENS = 16
 
 
-def cases(dry: bool, folder: Path) -> Iterator[Case]:
+def cases(dry: bool, folder: Path) -> list[Case]:
+    found = []
     for name in ("hybrid", "mamba2"):
         made = cache(partial(create, name, dry))
         theirs = cache(lambda made=made: peer(made()))
         for batch in (1, 2) if dry else (1, 8, 16):
-            yield f"{name}, batch {batch}", partial(measure, made, theirs, batch, 16 if dry else 128, folder)
+            found.append((f"{name}, batch {batch}", partial(measure, made, theirs, batch, 16 if dry else 128, folder)))
+    return ours_first(found)
 
 
 @torch.no_grad()
-def measure(made: Callable[[], zoo.Model], theirs: Callable[[], Any], batch: int, prompt: int, folder: Path) -> Row:
+def measure(made: Callable[[], zoo.Model], theirs: Callable[[], Any], batch: int, prompt: int, folder: Path, *, peers: bool) -> Row:
     model = made()
     ids = tokens(model, batch, prompt)
     contenders: dict[str, Callable[[], Any]] = {"graph": ours(model, ids, graph=True), "eager": ours(model, ids, graph=False)}
@@ -38,12 +40,10 @@ def measure(made: Callable[[], zoo.Model], theirs: Callable[[], Any], batch: int
 
     def transformers() -> Tensor:
         if not later:  # the model and its prompt are made within the call, so that a failure is a cell
-            from benchmarks.decode import transformers as decoding
-
-            later.append(decoding(theirs(), ids))
+            later.append(greedy(theirs(), ids, TOKENS))
         return later[0]()
 
-    row = timed(contenders | {"transformers": transformers}, per=TOKENS)
+    row = timed(contenders | ({"transformers": transformers} if peers else {}), per=TOKENS)
     weights = sum(p.nbytes for p in model.parameters())
     fast = sum(s.nbytes for s in model.init_state(batch).fast if s is not None)
     kept = batch * prompt * zoo.describe(model).kv_bytes_per_token

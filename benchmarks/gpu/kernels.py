@@ -12,6 +12,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 
 from benchmarks.gpu.check import sizes
 from benchmarks.gpu.sheet import Case, Row, read, timed
+from benchmarks.gpu.stamp import group
 from benchmarks.measure import HERE
 from zoo.doctor import call
 from zoo.kernels import tuning
@@ -57,7 +59,10 @@ def cases(dry: bool, folder: Path) -> Iterator[Case]:
 
 
 def wanted(dry: bool) -> list[tuning.Row]:
-    """Return the rows to check: the configurations of this GPU's architecture, and each operator with its default ones."""
+    """Return the rows to check: each operator with its default configurations, and those of this GPU's architecture.
+
+    Those that compete with others of their group come first.
+    """
     arch = 90 if dry else tuning.architecture(torch.device("cuda", 0))
     table = [row for row in tuning.table() if row["arch"] == arch]
     defaults = [
@@ -67,7 +72,8 @@ def wanted(dry: bool) -> list[tuning.Row]:
         for dtype in ("float32", "bfloat16")
     ]
     if not dry:
-        return defaults + table
+        competing = Counter(map(group, table))
+        return defaults + sorted(table, key=lambda row: competing[group(row)] == 1)
     first = {row["kernel"].split(".")[0]: row for row in reversed(table) if row["dtype"] == "bfloat16"}
     return [row for row in defaults if row["dtype"] == "float32"] + list(first.values())
 

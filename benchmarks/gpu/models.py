@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,30 @@ def create(name: str, dry: bool, **fields: Any) -> zoo.Model:
 
 
 def peer(model: zoo.Model) -> Any:
-    """Return the transformers model with the same weights."""
+    """Return the transformers model with the same weights. On a GPU, the hybrid needs fla: transformers would silently do without."""
+    if DEVICE.type == "cuda" and model.config.name == "hybrid":
+        importlib.import_module("fla.ops.gated_delta_rule")
     transformers = importlib.import_module("transformers")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         zoo.save(model, folder, format="hf")
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE).eval()
+
+
+def greedy(model: Any, prompt: Tensor, tokens: int) -> Callable[[], Tensor]:
+    """Return a function that generates the next greedy tokens, [B, `tokens`], of a transformers model after `prompt`."""
+    out = model(prompt, use_cache=True)
+
+    def generate() -> Tensor:
+        nonlocal out
+        generated = []
+        for _ in range(tokens):
+            generated.append(out.logits[:, -1].argmax(-1))
+            cache = {name: getattr(out, name) for name in ("past_key_values", "cache_params") if hasattr(out, name)}
+            out = model(generated[-1][:, None], **cache, use_cache=True)
+        return torch.stack(generated, dim=1)
+
+    return generate
 
 
 def tokens(model: zoo.Model, batch: int, length: int) -> Tensor:

@@ -7,7 +7,7 @@ where a case has them, and otherwise ratios or shares of the copy bandwidth.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from benchmarks.gpu.denominators import limit
 from benchmarks.gpu.graphs import captured
 from benchmarks.gpu.models import DEVICE, DTYPE
-from benchmarks.gpu.sheet import Case, Row, beside_limit, timed
+from benchmarks.gpu.sheet import Case, Row, beside_limit, ours_first, timed
 from benchmarks.kernels import (
     TOLERANCE,
     delta_rule,
@@ -100,27 +100,29 @@ ROWWISE: dict[str, Peers] = {
 }
 
 
-def cases(dry: bool, folder: Path) -> Iterator[Case]:
+def cases(dry: bool, folder: Path) -> list[Case]:
+    found, alone = [], []
     for operator, (sizes, peers, shapes) in SCANS.items():
         for shape in [SMALL[operator]] if dry else shapes:
             name = f"{operator} {' x '.join(map(str, shape))}"
             for part in ("forward", "backward"):
-                yield f"{name}, {part}", partial(measure, operator, sizes(*shape), peers, part, f"{name}, {part}", folder)
+                found.append((f"{name}, {part}", partial(measure, operator, sizes(*shape), peers, part, f"{name}, {part}", folder)))
     step = {"batch": 1, "T": 1, "H": 16, "HV": 16, "K": 128, "V": 128}
     name = "gdn_step 1 x 16 x 128, forward"
-    yield name, partial(measure, "gdn_step", step, {}, "forward", name, folder)
+    alone.append((name, partial(measure, "gdn_step", step, {}, "forward", name, folder)))
     for operator, peers in ROWWISE.items():
         width = {"D": 4096} if operator == "causal_conv1d" else {"N": 2048}
         shape = {"batch": 1, "T": 64, **width} if dry else {"batch": 8, "T": 4096, **width}
         name = f"{operator} {' x '.join(map(str, shape.values()))}, forward"
-        yield name, partial(measure, operator, shape, peers, "forward", name, folder)
+        found.append((name, partial(measure, operator, shape, peers, "forward", name, folder)))
     for row in tuning.table():
         if row["arch"] == 90 and row["dtype"] == "bfloat16" and row["kernel"] in ("gated_delta_rule.forward_scan", "ssd.scan") and not dry:
             operator = row["kernel"].split(".")[0]
             if row["shape"] in ({"K": 128, "V": 128}, {"N": 128, "P": 64}):
                 shape = SCANS[operator][0](*SCANS[operator][2][0])
                 name = f"{operator}, forward, {', '.join(f'{key} {value}' for key, value in row['config'].items())}"
-                yield name, partial(forced, row, operator, shape, name, folder)
+                alone.append((name, partial(forced, row, operator, shape, name, folder)))
+    return ours_first(sorted(found, key=lambda case: case[0].startswith("kda")), alone)  # fla tries the most configurations for KDA
 
 
 def forced(row: tuning.Row, operator: str, shape: dict[str, int], name: str, folder: Path) -> Row:
@@ -128,11 +130,11 @@ def forced(row: tuning.Row, operator: str, shape: dict[str, int], name: str, fol
         return measure(operator, shape, {}, "forward", name, folder)
 
 
-def measure(operator: str, shape: dict[str, int], peers: Peers, part: str, name: str, folder: Path) -> Row:
+def measure(operator: str, shape: dict[str, int], others: Peers, part: str, name: str, folder: Path, *, peers: bool = False) -> Row:
     inputs = example(operator, dtype=DTYPE, device=str(DEVICE), **shape)
     if "initial_state" in inputs:
         inputs["initial_state"] = torch.zeros_like(inputs["initial_state"], requires_grad=True)  # mamba_ssm has no other
-    contenders: Peers = {"ours": lambda x: call(operator, x, None), **peers}
+    contenders: Peers = {"ours": lambda x: call(operator, x, None), **(others if peers else {})}
     contenders = {who: once(partial(forward if part == "forward" else backward, run, inputs)) for who, run in contenders.items()}
     with torch.set_grad_enabled(part == "backward"):
         row = timed({who: partial(run, inputs) for who, run in contenders.items()}, tolerance=TOLERANCE if part == "forward" else None)

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -76,10 +77,11 @@ def cut(package: Path, folder: Path, piece: int) -> None:
 
 
 def unpack_tensorrt(folder: Path = FOLDER) -> Path:
-    """Join the pieces in `folder`, if they are there and were not joined before. Returns the folder to put on PYTHONPATH."""
+    """Join the pieces in `folder`, if all are there and were not joined before. Returns the folder to put on PYTHONPATH, if it exists."""
     pieces = sorted(folder.glob("tensorrt.*"), key=lambda file: int(file.suffix[1:]))
     if pieces and not (folder / "tensorrt").exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        # without all pieces the folder is missing, and the stage says so
+        with suppress(EOFError, lzma.LZMAError, tarfile.TarError), tempfile.TemporaryDirectory(dir=folder) as scratch:
             whole = Path(scratch) / "whole"
             with whole.open("wb") as stream:
                 stream.writelines(piece.read_bytes() for piece in pieces)

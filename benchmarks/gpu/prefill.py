@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,24 @@ from torch import Tensor
 import zoo
 from benchmarks.gpu.denominators import limit
 from benchmarks.gpu.models import create, peer, tokens
-from benchmarks.gpu.sheet import Case, Row, beside_limit, timed
+from benchmarks.gpu.sheet import Case, Row, beside_limit, ours_first, timed
 from zoo.costs import training_flops
 
 TOOLS = ("transformers", "fla", "causal_conv1d", "mamba_ssm")
 
 
-def cases(dry: bool, folder: Path) -> Iterator[Case]:
+def cases(dry: bool, folder: Path) -> list[Case]:
+    found = []
     for name in ("hybrid", "mamba2"):
         made = cache(partial(create, name, dry))
         theirs = cache(lambda made=made: peer(made()))
         for length in (16, 64) if dry else (512, 2048, 8192):
-            yield f"{name}, 1 x {length}", partial(measure, made, theirs, length, folder)
+            found.append((f"{name}, 1 x {length}", partial(measure, made, theirs, length, folder)))
+    return ours_first(found)
 
 
 @torch.no_grad()
-def measure(made: Callable[[], zoo.Model], theirs: Callable[[], Any], length: int, folder: Path) -> Row:
+def measure(made: Callable[[], zoo.Model], theirs: Callable[[], Any], length: int, folder: Path, *, peers: bool) -> Row:
     model = made()
     ids = tokens(model, 1, length)
 
@@ -38,7 +40,8 @@ def measure(made: Callable[[], zoo.Model], theirs: Callable[[], Any], length: in
     def transformers() -> Tensor:
         return theirs()(ids, logits_to_keep=1).logits
 
-    row = timed({"ours": ours, "transformers": transformers}, tolerance=0.25)  # bfloat16, random weights
+    contenders = {"ours": ours} | ({"transformers": transformers} if peers else {})
+    row = timed(contenders, tolerance=0.25)  # bfloat16, random weights
     weights = sum(p.nbytes for p in model.parameters())
     return beside_limit(row, "ours ms", limit(folder, weights, flops(model, length)))
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.measure import HERE, compare, machine
 from zoo.files import replacing
+from zoo.signals import StoppedError
 
 Row = dict[str, Any]
 Case = tuple[str, Callable[[], Row]]
@@ -33,6 +35,7 @@ LOST = (  # what CUDA says when no later call can succeed
     "unspecified launch failure",
     "device-side assert",
     "uncorrectable",
+    "captur",  # a capture that fails leaves the process on the stream of the capture
 )
 HIDDEN = {"quartiles", "commit", "date"}
 
@@ -64,6 +67,9 @@ class Sheet:
             started = time.perf_counter()
             try:
                 row, lost = work(), False
+                synchronize()
+            except StoppedError:  # `running` stays, so the next call resumes the case
+                raise
             except Exception as error:  # a compiler, a driver or a peer may raise anything, and the table must show it
                 row, lost = {"note": reason(error)}, poisoned(error)
             self.content["rows"].append({"case": name, **row, **self.stamp})
@@ -96,6 +102,7 @@ def timed(contenders: Mapping[str, Callable[[], Any]], *, per: int = 1, toleranc
     for name, work in contenders.items():
         try:
             work()
+            synchronize()  # what a kernel of this contender raises must not cost another one
             working[name] = work
         except Exception as error:
             if poisoned(error):
@@ -107,6 +114,16 @@ def timed(contenders: Mapping[str, Callable[[], Any]], *, per: int = 1, toleranc
     row |= {f"{name} ms": quartiles[1] for name, quartiles in found["times"].items()}
     row |= {f"{name} / {ours}": ratio[1] for name, ratio in found["ratios"].items()}
     return row | {f"error of {name}": error for name, error in found.get("errors", {}).items()} | {"quartiles": found["times"]}
+
+
+def ours_first(cases: Iterable[tuple[str, Callable[..., Row]]], alone: Iterable[Case] = ()) -> list[Case]:
+    """Return each case without its peers, those of `alone`, and each case beside its peers.
+
+    A peer may compile for minutes; by then, our times are written.
+    """
+    cases = list(cases)
+    without = [(name, partial(measure, peers=False)) for name, measure in cases]
+    return [*without, *alone, *((f"{name}, beside peers", partial(measure, peers=True)) for name, measure in cases)]
 
 
 def beside_limit(row: Row, column: str, milliseconds: float | None) -> Row:
@@ -128,7 +145,19 @@ def reason(error: BaseException) -> str:
 
 def poisoned(error: BaseException) -> bool:
     """Return whether the CUDA context of this process is lost, so that every later call would fail."""
-    return any(words in str(error) for words in LOST)
+    if any(words in str(error) for words in LOST):
+        return True
+    try:
+        synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one; errors of what it ran are raised here."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def table(content: Mapping[str, Any]) -> Table:

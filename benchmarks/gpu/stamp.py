@@ -36,11 +36,13 @@ def stamp(folder: Path, file: Path = tuning.TABLE) -> int:
     return len(checked)
 
 
-def fastest_first(table: list[tuning.Row]) -> list[tuning.Row]:
-    """Return the rows, those of one kernel, architecture, dtype and shape by time, without moving the groups."""
+def group(row: tuning.Row) -> tuple[Any, ...]:
+    """Return what the configurations among which one is chosen have in common: kernel, architecture, dtype and shape."""
+    return row["kernel"], row["arch"], row["dtype"], tuple(sorted(row["shape"].items()))
 
-    def group(row: tuning.Row) -> tuple[Any, ...]:
-        return row["kernel"], row["arch"], row["dtype"], tuple(sorted(row["shape"].items()))
+
+def fastest_first(table: list[tuning.Row]) -> list[tuning.Row]:
+    """Return the rows, those of one group by time, without moving the groups."""
 
     def time(row: tuning.Row) -> float:
         measured = (row["hardware"] or {}).get("ms")

@@ -166,7 +166,11 @@ class Slots(Generic[Name]):
                 self._swap(i, free.pop())
         places = {row.name: i for i, row in enumerate(self._rows[:n])}
         rows = [places[name] for name in names]
-        self.ids[rows] = ids
+        in_order = rows == list(range(n))  # indexing with a list would copy it to the GPU, and wait
+        if in_order:
+            self.ids[:n].copy_(ids)
+        else:
+            self.ids[rows] = ids
         if self.ids.is_cuda:
             if n not in self._recorded:
                 self._recorded[n] = _record(partial(self.token, n, self.context), self._buffers)
@@ -180,7 +184,7 @@ class Slots(Generic[Name]):
         for row in self._rows[:n]:
             row.position += 1
             row.read += 1
-        return logits[rows]
+        return logits.clone() if in_order else logits[rows]  # the next replay overwrites `logits`
 
     def _rehearse(self, model: Model, several: bool) -> None:
         """Read a token of scratch streams with a model whose blocks are compiled."""
