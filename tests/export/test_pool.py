@@ -106,7 +106,7 @@ def test_a_bundle_is_not_compiled(bundles):
 
 
 def test_a_stream_at_its_greatest_length_ends_alone(bundles):
-    """Others of its batch go on, and too long a prompt is refused before any of it is read."""
+    """Others of its batch continue, and too long a prompt is refused before any of it is read."""
     model, folder, _ = bundles("full")
     want = [int(token) for token in zoo.Session(model).generate(torch.tensor([[3]]), 5)]
     with zoo.SessionPool(ExportedModel(folder), slots=2, context=4096) as pool, ThreadPoolExecutor(2) as threads:

@@ -20,6 +20,7 @@ from zoo.errors import ZooError
 from zoo.export.ring import PAST, RingKV, pack, with_caches
 from zoo.export.runtime import ExportedModel, OnnxRuntime
 from zoo.sessions.sleeping import Sleep
+from zoo.signals import interruptible
 
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-3)
 CASES = ["hard", "sliding", "full", "ort", "ort-full"]
@@ -189,7 +190,7 @@ def test_threads_of_torch_end_before_a_graph_runs(bundles):
 
 
 def test_interrupted_between_a_token_and_its_record(bundles, monkeypatch):
-    """The stream goes on as if Ctrl-C had come a moment later."""
+    """The stream continues as if Ctrl-C had come a moment later."""
     exported = ExportedModel(bundles("sliding").folder)
     sessions = [zoo.Session(exported) for _ in range(2)]
     prompt, stopped = stream(exported, 1, 3), iter(sessions[0].generate(stream(exported, 1, 3), 9))
@@ -204,7 +205,7 @@ def test_interrupted_between_a_token_and_its_record(bundles, monkeypatch):
         return logits
 
     monkeypatch.setattr(slots, "read", then_interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interruptible(), pytest.raises(KeyboardInterrupt):
         next(stopped)
     monkeypatch.undo()
     assert sessions[0].state.position == sessions[0].stats().tokens == 6
