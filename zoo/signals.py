@@ -72,7 +72,9 @@ def deferred() -> Iterator[Callable[[], int]]:
         return arrived
 
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, note) for number in STOPPING} if main else {}
+    # a handler that was not set from Python is None, and could not be set again
+    ours = [number for number in STOPPING if signal.getsignal(number) is not None] if main else []
+    before = {number: signal.signal(number, note) for number in ours}
     try:
         yield requested
     finally:

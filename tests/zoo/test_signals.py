@@ -41,6 +41,15 @@ def test_a_signal_that_was_not_asked_for_is_raised_after_the_block(received):
     assert received == [signal.SIGUSR1]
 
 
+def test_a_handler_of_the_program_around_python_is_not_touched(received, monkeypatch):
+    """Python knows it as None, and could not set it again."""
+    known = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGUSR1 else known(number))
+    with deferred() as requested:
+        signal.raise_signal(signal.SIGUSR1)
+        assert (requested(), received) == (0, [signal.SIGUSR1])
+
+
 def test_another_thread_defers_nothing(received):
     found = []
 
