@@ -29,7 +29,7 @@ def chunked(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
 def one_token(x: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same for x [B, 1, C], and the next tail, which is stored by tokens: the next call concatenates it at once."""
     inputs = torch.cat([tail.mT, x], dim=1)
-    return (inputs.to(weight.dtype) * weight.mT).sum(1, keepdim=True), inputs[:, 1:].clone().mT
+    return (inputs * weight.mT).sum(1, keepdim=True), inputs[:, 1:].clone().mT
 
 
 def _definition(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:

@@ -55,13 +55,19 @@ def causal_conv1d(
     return y, final if output_final_state else None
 
 
-def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Adapt a form that takes one row per sequence and applies neither bias nor activation."""
+def _in_pytorch(
+    form: Callable[[Tensor, Tensor, Tensor], Tensor], step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Adapt a form that takes one row per sequence and applies neither bias nor activation.
+
+    Args:
+        step: the same for one token, without gradients; also returns the next tail.
+    """
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32  # rounded once, at the end
-        if form is chunked and x.shape[1] == 1 and cu_seqlens is None and not recorded(x, weight, state):
-            y, final = one_token(x, weight.to(wide), state)
+        if step is not None and x.shape[1] == 1 and cu_seqlens is None and not recorded(x, weight, state):
+            y, final = step(x, weight.to(wide), state)
         else:
             y = form(packed.unpack(x.to(wide), cu_seqlens), weight.to(wide), state.to(wide))
             final = packed.newest(x, state, cu_seqlens)
@@ -75,6 +81,6 @@ def _in_pytorch(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..
 
 
 operators.register("causal_conv1d", causal_conv1d)
-kernels.register("causal_conv1d.chunked", _in_pytorch(chunked))
+kernels.register("causal_conv1d.chunked", _in_pytorch(chunked, one_token))
 kernels.register("causal_conv1d.reference", _in_pytorch(stepwise))
 kernels.register("causal_conv1d.triton", triton_form("causal_conv1d"))

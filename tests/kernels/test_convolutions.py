@@ -142,13 +142,13 @@ def test_steps_are_the_sequence(form: str, K: int) -> None:
     assert torch.equal(state, end)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_one_token_is_rounded_once(dtype: torch.dtype) -> None:
     given = {name: value.to(dtype) for name, value in inputs("causal_conv1d", 1).items()}
     y, end = causal_conv1d(**given, output_final_state=True, form="chunked")
     exact, exact_end = causal_conv1d(**{name: value.double() for name, value in given.items()}, output_final_state=True, form="reference")
     assert y.dtype == end.dtype == dtype
-    assert relative(y, exact) < torch.finfo(dtype).eps
+    assert ((y - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs()).all()
     assert torch.equal(end.double(), exact_end)
 
 
