@@ -35,7 +35,7 @@ def finish(work: Coroutine[object, None, T]) -> T:
 async def wake(model: Model, ids: Tensor, state: State | None = None, *, logits_to_keep: int | None = None) -> Output:
     """Run `model.forward` in slices."""
     h, state = await run(model, *model.start_wake(ids, state, keep=logits_to_keep))
-    logits = await _slices(h.shape[1], lambda first, last: model.logits(h[:, first:last]))
+    logits = await _slices(h.shape[1], lambda begin, end: model.logits(h[:, begin:end]))
     return Output(logits, state)
 
 

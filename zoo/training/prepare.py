@@ -19,7 +19,7 @@ from zoo.tasks import Task, new_task
 from zoo.training.compiled import with_compiled_blocks
 from zoo.training.config import TrainConfig
 from zoo.training.evaluate import check_fit
-from zoo.training.lora import add_adapters
+from zoo.training.lora import LoRA, add_adapters
 from zoo.training.optimizers import Weights, exempt_from_decay, freeze, make_optimizers
 from zoo.training.parallel import Answer, Team
 
@@ -63,7 +63,7 @@ def prepare(config: TrainConfig, device: torch.device, team: Team | None = None,
         raise ZooError(f"balance: {config.balance}: {model.config.name} has no mixture of experts (mlp: moe); want 0")
     frozen = fingerprint(model) if config.lora is not None and device.type != "meta" else None
     if config.lora is not None:
-        _check_adapter(config, model)
+        _check_adapter(config.lora, model, config.weights or folder)
         add_adapters(model, config.lora, seed=config.seed)
     freeze(model, config.frozen)
     team = team or Team(device)
@@ -106,10 +106,9 @@ def _check_tokenizers(config: TrainConfig, model: Model, task: Task) -> None:
         raise ZooError(f"{field}: the tokenizer is not that of {of}; want the same vocabulary")
 
 
-def _check_adapter(config: TrainConfig, model: Model) -> None:
+def _check_adapter(lora: LoRA, model: Model, base: str | Path | None) -> None:
     """Raise ZooError if a run is to end with adapters alone, for blocks that the checkpoint it starts from lacks."""
-    base = config.weights or (config.model if Path(config.model).is_dir() else None)
-    if config.lora is None or config.lora.output != "adapter" or base is None:
+    if lora.output != "adapter" or base is None:
         return
     stored = read_config(Path(base)).pattern if Path(base).is_dir() else ()
     blocks = dict(zip(model.config.pattern, model.blocks, strict=True))

@@ -1,8 +1,10 @@
 """Tables of an ablation: labels and alignment."""
 
+from unittest.mock import Mock
+
 import pytest
 
-from zoo.training.tables import aligned, level_label
+from zoo.training.tables import aligned, level_label, markdown
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,13 @@ def test_columns_arealigned():
     head, rule, *rest = cells(lines)
     assert [head, *rest] == ROWS
     assert all(set(cell) <= set("-:") for cell in rule)
+
+
+def test_columns_of_levels_are_in_order():
+    """Whichever levels the first run has."""
+    common = {"level_name": "hops", "wrong_window": None, "exact_chance": None, "answers": 9}
+    first, second = Mock(seed=0), Mock(seed=1)
+    results = {first: common | {"by_level": {2: 0.5}}, second: common | {"by_level": {1: 1.0, 2: 0.5, 3: 0.1}}}
+    lines = markdown(Mock(match="flops", times=1), results, [], "one", [0, 1]).splitlines()
+    head, *_ = cells([line for line in lines if line.startswith("|")])
+    assert [name for name in head if "hop" in name] == ["1 hop", "2 hops", "3 hops"]
